@@ -1,0 +1,81 @@
+"""shape-moe: make sparse Mixture-of-Experts language models smaller by removing routed experts.
+
+Importing this package is light: torch and transformers are imported when something needs them. From then on,
+``AutoModelForCausalLM.from_pretrained`` loads pruned checkpoints.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from shape_moe.serving.transformers_auto import install as _install
+
+if TYPE_CHECKING:
+    from shape_moe.calibration.examples import TokenOptions
+    from shape_moe.calibration.records import DataOptions
+    from shape_moe.jobs.inspect import inspect_model
+    from shape_moe.jobs.prune import PruneOptions, prune
+    from shape_moe.jobs.select import SelectionJob, score, select
+    from shape_moe.jobs.trace import TraceOptions, merge, trace
+    from shape_moe.jobs.verify import verify
+    from shape_moe.pruning.masks import masked
+    from shape_moe.scoring.registry import ScoreOptions
+    from shape_moe.selection.select import SelectOptions
+    from shape_moe.selection.selection import Selection, load_selection
+    from shape_moe.tracing.trace import SegmentWeights, Trace, load_trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DataOptions",
+    "PruneOptions",
+    "ScoreOptions",
+    "SegmentWeights",
+    "SelectOptions",
+    "Selection",
+    "SelectionJob",
+    "TokenOptions",
+    "Trace",
+    "TraceOptions",
+    "__version__",
+    "inspect_model",
+    "load_selection",
+    "load_trace",
+    "masked",
+    "merge",
+    "prune",
+    "score",
+    "select",
+    "trace",
+    "verify",
+]
+
+_HOMES = {
+    "calibration.examples": ("TokenOptions",),
+    "calibration.records": ("DataOptions",),
+    "jobs.inspect": ("inspect_model",),
+    "jobs.prune": ("PruneOptions", "prune"),
+    "jobs.select": ("SelectionJob", "score", "select"),
+    "jobs.trace": ("TraceOptions", "merge", "trace"),
+    "jobs.verify": ("verify",),
+    "pruning.masks": ("masked",),
+    "scoring.registry": ("ScoreOptions",),
+    "selection.select": ("SelectOptions",),
+    "selection.selection": ("Selection", "load_selection"),
+    "tracing.trace": ("SegmentWeights", "Trace", "load_trace"),
+}
+_HOME_OF = {name: f"shape_moe.{home}" for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'shape_moe' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+_install()

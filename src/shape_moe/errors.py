@@ -1,0 +1,45 @@
+"""Errors that a user can act on: one sentence each, no traceback on the command line."""
+
+from __future__ import annotations
+
+
+class ShapeMoeError(Exception):
+    """The work could not be done; the message says why and what to do. Exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(ShapeMoeError):
+    """The request itself is wrong: an option, a value or a combination of them. Exit code 2."""
+
+    exit_code = 2
+
+
+class UnsupportedModelError(ShapeMoeError):
+    """A model family, kernel or quantisation that is not understood well enough to touch."""
+
+
+class CheckpointError(ShapeMoeError):
+    """A model folder or one of its files is missing, damaged or not what it claims to be."""
+
+
+class DataError(ShapeMoeError):
+    """A calibration record or file cannot be used."""
+
+
+class FingerprintError(ShapeMoeError):
+    """An artifact was made from another model."""
+
+
+class BudgetError(UsageError):
+    """No selection meets the budget under the constraints; carries the nearest budgets that can be met.
+
+    Attributes:
+        below: the largest feasible number of kept experts under the budget, or None.
+        above: the smallest feasible number above it, or None.
+    """
+
+    def __init__(self, message: str, below: int | None, above: int | None) -> None:
+        super().__init__(message)
+        self.below = below
+        self.above = above

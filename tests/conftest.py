@@ -1,0 +1,64 @@
+"""Everything runs offline, on two threads, and quietly."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import shape_moe  # noqa: F401  # registers pruned checkpoints with Transformers
+from shape_moe.demo.embedded import embedded_model_path
+from support.tiny_models import FAMILIES, make_model, save_model
+
+REFERENCE = Path(__file__).parents[2] / "shared" / "reference" / "qwen3-30b-a3b"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.set_num_threads(2)
+    yield
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """Published values and selections, which are not part of the project."""
+    if not REFERENCE.is_dir():
+        pytest.skip("the published Qwen3-30B-A3B files are not here")
+    return REFERENCE
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Path:
+    """The embedded model's folder."""
+    return embedded_model_path()
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Every family, one after the other."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory):
+    """Saved tiny models by family, made once."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = save_model(make_model(name), tmp_path_factory.mktemp("model") / name)
+        return made[name]
+
+    return get
