@@ -1,0 +1,154 @@
+"""Load a full model so that its routing can be seen: on a device, in a dtype, with quantised experts unpacked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shape_moe.architectures.safetensors_file import DTYPE_BITS
+from shape_moe.architectures.sizes import weight_count
+from shape_moe.architectures.snapshot import Snapshot
+from shape_moe.errors import CheckpointError, UnsupportedModelError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
+_MEMORY_MARGIN = 1.15
+"""Weights may take this share of the free memory at most: activations and the KV cache need the rest."""
+
+
+def load_model(snapshot: Snapshot, *, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
+    """Load a model for tracing or masking.
+
+    Args:
+        snapshot: the model.
+        device: ``auto`` (GPUs where there are some, else the CPU), ``cpu``, ``cuda``, ``cuda:1``, ...
+        dtype: ``auto`` for the checkpoint's own.
+
+    Raises:
+        UnsupportedModelError: for a quantisation whose experts cannot be observed.
+        CheckpointError: when Transformers cannot load the model.
+        UsageError: for an unknown device or dtype.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    options |= _placement(device)
+    quantisation = unpacking(snapshot)
+    if quantisation is not None:
+        options["quantization_config"] = quantisation
+    try:
+        with _without_progress_bars():
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(snapshot.path, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"Transformers could not load {snapshot.name}: {reason}") from error
+    return model.eval()
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        CheckpointError: when there is none that Transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    if not any(True for pattern in _VOCABULARIES for _ in path.glob(pattern)):
+        # Transformers would make an empty tokenizer of the model's family
+        raise CheckpointError(f"{path} has no tokenizer: copy the original's tokenizer files there.")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path} has no tokenizer that can be loaded: {reason}") from error
+    return tokenizer
+
+
+def unpacking(snapshot: Snapshot) -> Any:
+    """The quantisation config that unpacks a checkpoint's experts, None for one that is not quantised.
+
+    Raises:
+        UnsupportedModelError: for a quantisation whose fused kernels would bypass the experts interface.
+    """
+    config = snapshot.config.get("quantization_config")
+    if not config:
+        return None
+    import transformers
+
+    method = str(config.get("quant_method"))
+    if method == "mxfp4":
+        return transformers.Mxfp4Config(dequantize=True)
+    if method == "fp8":
+        block = config.get("weight_block_size") or (128, 128)
+        return transformers.FineGrainedFP8Config(dequantize=True, weight_block_size=tuple(block))
+    raise UnsupportedModelError(
+        f"Experts quantised with {method!r} cannot be observed in Transformers. Trace the unquantised model of the "
+        "same routers instead, and prune this one with --trace."
+    )
+
+
+def _placement(device: str) -> dict[str, Any]:
+    import torch
+
+    if device == "auto":
+        return {"device_map": "auto"} if torch.cuda.is_available() else {}
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UsageError(f"There is no device {device!r}; use auto, cpu, cuda or cuda:N.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"Device {device} was asked for, but torch sees no GPU; use --device cpu.")
+    return {} if kind == "cpu" else {"device_map": {"": device}}
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Keep Transformers' own bars off: the caller shows progress in its own way."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def loaded_bytes(snapshot: Snapshot, dtype: str = "auto") -> int:
+    """Bytes that the weights take once loaded, quantised experts unpacked to bfloat16."""
+    bits = {"float32": 32, "bfloat16": 16, "float16": 16}.get(dtype)
+    total = 0
+    for slot in snapshot.tensors.values():
+        own = DTYPE_BITS[slot.dtype]
+        total += weight_count(slot) * (bits or max(own, 16)) // 8
+    return total
+
+
+def free_memory(device: str = "auto") -> int:
+    """Bytes free on the device (all GPUs together under ``auto``)."""
+    import psutil
+    import torch
+
+    if device == "cpu" or not torch.cuda.is_available():
+        return int(psutil.virtual_memory().available)
+    chosen = range(torch.cuda.device_count()) if device in ("auto", "cuda") else [torch.device(device).index or 0]
+    return sum(torch.cuda.mem_get_info(index)[0] for index in chosen)
+
+
+def why_not_loadable(bytes_needed: int, device: str = "auto") -> str | None:
+    """A sentence that says why a model of this size cannot be loaded, None when it can."""
+    free = free_memory(device)
+    if bytes_needed * _MEMORY_MARGIN <= free:
+        return None
+    return f"the model needs {bytes_needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"

@@ -1,0 +1,131 @@
+"""What a model's ``config.json`` says about its experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shape_moe.architectures.families import FAMILIES, Family, family_names
+from shape_moe.errors import UnsupportedModelError
+
+PRUNING_KEY = "shape_pruning"
+"""The key that a pruned checkpoint's ``config.json`` gains; stock checkpoints do not have it."""
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RouterGroups:
+    """Group-limited routing: ``count`` groups of equal size, of which a token may use ``used``."""
+
+    count: int
+    used: int
+
+
+@dataclass(frozen=True)
+class RoutingFacts:
+    """What a selection must know about routing.
+
+    Attributes:
+        top_k: experts per token.
+        floor: fewest experts that a layer must keep when pruned experts leave the router.
+        groups: router groups of equal size.
+        renormalises: whether gate weights sum to one (times a constant) over the top-k.
+    """
+
+    top_k: int
+    floor: int
+    groups: int = 1
+    renormalises: bool | None = None
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """The routed experts of a model as its configuration describes them.
+
+    Attributes:
+        family: facts about the family.
+        num_layers: number of decoder layers, dense ones included.
+        num_experts: routed experts per MoE layer (``E``).
+        top_k: experts per token (``k``).
+        groups: group-limited routing, None where a token may use any expert.
+        renormalises: whether gate weights sum to one (times a constant) over the top-k.
+        residual_scale: factor on the block's output before it joins the residual stream.
+    """
+
+    family: Family
+    num_layers: int
+    num_experts: int
+    top_k: int
+    groups: RouterGroups | None
+    renormalises: bool
+    residual_scale: float
+
+    @property
+    def routing(self) -> RoutingFacts:
+        """What a selection must know about this model's routing."""
+        if self.groups is None:
+            return RoutingFacts(self.top_k, self.top_k, 1, self.renormalises)
+        per_group = max(-(-self.top_k // self.groups.used), self.family.group_minimum)
+        return RoutingFacts(self.top_k, per_group * self.groups.count, self.groups.count, self.renormalises)
+
+
+def find_family(config: Config) -> Family:
+    """Look the family of a configuration up.
+
+    Raises:
+        UnsupportedModelError: for a model type that is not in the table.
+    """
+    model_type = str(config.get("model_type", ""))
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    raise UnsupportedModelError(
+        f"Model type {model_type or '(none)'!r} is not supported; supported: {family_names()}. "
+        "docs/add-a-model.md says how to add a family."
+    )
+
+
+def read_moe_config(config: Config) -> MoeConfig:
+    """Read the facts about routed experts from a configuration (the content of ``config.json``).
+
+    Raises:
+        UnsupportedModelError: for an unknown family, a dense model or a checkpoint that is pruned already.
+    """
+    family = find_family(config)
+    if PRUNING_KEY in config:
+        raise UnsupportedModelError(
+            "This checkpoint is already pruned with unequal expert counts; start from the original model."
+        )
+    num_experts = _first(config, family.count_keys)
+    top_k = _first(config, family.top_k_keys)
+    if not num_experts or not top_k:
+        raise UnsupportedModelError(
+            f"The configuration ({family.model_type}) names no routed experts: the model is dense, "
+            "and there is nothing to prune."
+        )
+    renormalises = family.renormalises
+    if isinstance(renormalises, str):
+        renormalises = bool(config.get(renormalises, False))
+    scale = config.get(family.residual_scale_key, 1.0) if family.residual_scale_key else 1.0
+    return MoeConfig(
+        family=family,
+        num_layers=int(config["num_hidden_layers"]),
+        num_experts=num_experts,
+        top_k=top_k,
+        groups=_router_groups(config, family),
+        renormalises=renormalises,
+        residual_scale=float(scale),
+    )
+
+
+def _first(config: Config, keys: tuple[str, ...]) -> int:
+    values = [config[key] for key in keys if config.get(key) is not None]
+    return int(values[0]) if values else 0
+
+
+def _router_groups(config: Config, family: Family) -> RouterGroups | None:
+    if family.group_keys is None or config.get("topk_method") == "greedy":
+        return None
+    count, used = (config.get(key) or 1 for key in family.group_keys)
+    return RouterGroups(int(count), int(used)) if count > 1 else None

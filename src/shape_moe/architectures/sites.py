@@ -1,0 +1,101 @@
+"""The MoE layers of a live Transformers model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shape_moe.architectures.moe_config import MoeConfig, read_moe_config
+from shape_moe.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class MoeSite:
+    """One MoE layer of a live model.
+
+    Attributes:
+        layer: decoder-layer index.
+        block: the MoE block.
+        router: the router inside the block; its forward gives (logits, weights, ids).
+        experts: the experts module inside the block; its forward takes (hidden, ids, weights).
+        residual_norm: the norm whose input is the residual stream that feeds the block.
+    """
+
+    layer: int
+    block: nn.Module
+    router: nn.Module
+    experts: nn.Module
+    residual_norm: nn.Module
+
+
+def live_moe_config(model: PreTrainedModel) -> MoeConfig:
+    """Facts about the routed experts of a live model."""
+    return read_moe_config(model.config.to_dict())
+
+
+def find_sites(model: PreTrainedModel) -> list[MoeSite]:
+    """Find the MoE layers of a model, in layer order.
+
+    Raises:
+        UnsupportedModelError: when the family is unknown, when fused kernels replaced a block, or when an experts
+            module does not follow the uniform interface that tracing and masking rely on.
+    """
+    moe = live_moe_config(model)
+    family = moe.family
+    if getattr(model, "use_kernels", False) or getattr(model, "_use_kernels", False):
+        raise UnsupportedModelError(
+            "The model was loaded with use_kernels=True, whose fused blocks bypass the experts interface; "
+            "load it with use_kernels=False."
+        )
+    sites = []
+    for name, layer in model.named_modules():
+        match = re.search(r"(?:^|\.)layers\.(\d+)$", name)
+        block = _child(layer, family.block) if match else None
+        experts = _child(block, family.experts) if block is not None else None
+        if match is None or block is None or experts is None:
+            continue
+        _check_experts(experts, f"{name}.{family.block}.{family.experts}")
+        parts = {family.router: _child(block, family.router), family.residual_norm: _child(layer, family.residual_norm)}
+        for path, part in parts.items():
+            if part is None:
+                raise UnsupportedModelError(
+                    f"{name} has no module {path}: the facts about {family.model_type} are off."
+                )
+        router, norm = parts.values()
+        assert router is not None
+        assert norm is not None
+        sites.append(MoeSite(int(match[1]), block, router, experts, norm))
+    if not sites:
+        raise UnsupportedModelError(f"No MoE layer was found in {type(model).__name__}: the model is dense.")
+    return sorted(sites, key=lambda site: site.layer)
+
+
+def _child(module: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _check_experts(experts: nn.Module, name: str) -> None:
+    kind = type(experts).__name__
+    if kind.startswith("Mxfp4"):
+        raise UnsupportedModelError(
+            f"{name} runs fused MXFP4 kernels that bypass the experts interface; load the model with "
+            "quantization_config=Mxfp4Config(dequantize=True)."
+        )
+    if kind.startswith("FP8"):
+        raise UnsupportedModelError(
+            f"{name} runs block-FP8 kernels that bypass the experts interface; load the model with "
+            "quantization_config=FineGrainedFP8Config(dequantize=True)."
+        )
+    if not hasattr(experts, "is_transposed"):
+        raise UnsupportedModelError(
+            f"{name} ({kind}) does not use Transformers' experts interface (@use_experts_implementation); "
+            "its routing cannot be observed. Use a newer Transformers or another family."
+        )

@@ -1,0 +1,188 @@
+"""A model on disk, seen through its configuration and tensor headers; no weight is read to open one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from shape_moe.architectures.moe_config import MoeConfig, read_moe_config
+from shape_moe.architectures.safetensors_file import TensorSlot, read_header
+from shape_moe.architectures.tensor_names import TensorRole, is_router_part, tensor_role
+from shape_moe.errors import CheckpointError, UnsupportedModelError
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        CheckpointError: when the file is missing or holds no JSON object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is missing.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is not valid JSON.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} does not hold a JSON object.")
+    return content
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A model folder.
+
+    Attributes:
+        path: the folder.
+        config: the content of ``config.json``.
+        tensors: every tensor by name, shard by shard in file order.
+        name: what the user asked for: a hub id or the folder.
+        revision: the commit of a hub model, None for a local folder.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorSlot]
+    name: str
+    revision: str | None = None
+    _roles: dict[str, TensorRole] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def moe(self) -> MoeConfig:
+        """Facts about the routed experts (raises for models that cannot be pruned)."""
+        return read_moe_config(self.config)
+
+    def role(self, name: str) -> TensorRole:
+        """What a tensor is to the pruner; layers past the last decoder layer count as ``other``."""
+        if name not in self._roles:
+            role = tensor_role(self.moe.family, name)
+            if role.layer >= self.moe.num_layers:
+                role = TensorRole("other", role.layer)
+            self._roles[name] = role
+        return self._roles[name]
+
+    @cached_property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Decoder layers with routed experts, ascending, as their tensors show them.
+
+        Raises:
+            UnsupportedModelError: when the tensors do not match the family's facts.
+        """
+        experts: dict[int, set[int]] = defaultdict(set)
+        for name, slot in self.tensors.items():
+            role = self.role(name)
+            if role.role == "expert":
+                experts[role.layer].add(role.expert)
+            elif role.role in ("packed", "router"):
+                if slot.shape[:1] != (self.moe.num_experts,):
+                    raise UnsupportedModelError(
+                        f"Tensor {name} has shape {slot.shape}, but its first dimension should be the "
+                        f"{self.moe.num_experts} experts: this layout is not understood."
+                    )
+                if role.role == "packed":
+                    experts[role.layer] |= set(range(self.moe.num_experts))
+            elif is_router_part(self.moe.family, name) and role.layer < self.moe.num_layers:
+                raise UnsupportedModelError(
+                    f"Router tensor {name} is not known for {self.moe.family.model_type}; a quantised router "
+                    "cannot be pruned: use a checkpoint whose routers are not quantised."
+                )
+        wanted = set(range(self.moe.num_experts))
+        broken = [layer for layer, found in experts.items() if found != wanted]
+        if broken or not experts:
+            where = f"layer {broken[0]} has {len(experts[broken[0]])}" if broken else "no layer has any"
+            raise CheckpointError(
+                f"{self.path}: the configuration promises {len(wanted)} experts, {where} on disk; "
+                "the download is incomplete or the family's facts do not fit."
+            )
+        return tuple(sorted(experts))
+
+    def files(self) -> Iterator[tuple[Path, list[TensorSlot]]]:
+        """The shards in order, each with its tensors by offset."""
+        by_file: dict[Path, list[TensorSlot]] = defaultdict(list)
+        for slot in self.tensors.values():
+            by_file[slot.file].append(slot)
+        for file in sorted(by_file):
+            yield file, sorted(by_file[file], key=lambda slot: slot.start)
+
+    def read(self, name: str) -> bytes:
+        """The raw bytes of one tensor."""
+        slot = self.tensors[name]
+        with slot.file.open("rb") as stream:
+            stream.seek(slot.start)
+            return stream.read(slot.size)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(slot.size for slot in self.tensors.values())
+
+
+def open_snapshot(model: str | os.PathLike[str], revision: str | None = None) -> Snapshot:
+    """Open a local model folder, or the local copy of a hub model (downloaded when it is missing).
+
+    Raises:
+        CheckpointError: when there is no such model, or a file is missing or damaged.
+    """
+    path = Path(model)
+    commit = None
+    if not path.is_dir():
+        path, commit = _download(str(model), revision)
+    config = read_json(path / "config.json")
+    return Snapshot(path, config, _read_tensors(path), str(model), commit)
+
+
+def _download(model: str, revision: str | None) -> tuple[Path, str | None]:
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise CheckpointError(f"There is no model folder {model}.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "*.tiktoken"]
+    try:
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise CheckpointError(f"{model!r} is neither a model folder nor a valid hub id.") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"There is no folder {model}, and the hub could not provide it: {reason}") from error
+    return folder, folder.name if folder.parent.name == "snapshots" else None
+
+
+def _read_tensors(path: Path) -> dict[str, TensorSlot]:
+    index_file, single = path / INDEX_FILE, path / SINGLE_FILE
+    if index_file.is_file():
+        return _read_indexed(path, read_json(index_file))
+    if single.is_file():
+        return read_header(single)[0]
+    others = [p.name for p in path.glob("*.bin")] + [p.name for p in path.glob("*.safetensors")]
+    hint = f" (found {', '.join(sorted(others)[:3])})" if others else ""
+    raise CheckpointError(f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}: only safetensors are read.")
+
+
+def _read_indexed(path: Path, index: dict[str, Any]) -> dict[str, TensorSlot]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{path / INDEX_FILE} has no weight_map.")
+    tensors: dict[str, TensorSlot] = {}
+    for shard in sorted(set(weight_map.values())):
+        file = path / shard
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{path / INDEX_FILE} points outside the model folder: {shard!r}.")
+        slots, _ = read_header(file)
+        tensors.update({name: slot for name, slot in slots.items() if weight_map.get(name) == shard})
+    missing = sorted(set(weight_map) - set(tensors))
+    if missing:
+        raise CheckpointError(
+            f"{path}: {len(missing)} tensors of the index are in no shard, the first is {missing[0]}; "
+            "download or copy the model again."
+        )
+    return tensors

@@ -1,0 +1,67 @@
+"""Tensor names on disk: which tensor belongs to which expert or router."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from shape_moe.architectures.families import Family
+
+Role = Literal["expert", "packed", "router", "other"]
+
+
+@dataclass(frozen=True)
+class TensorRole:
+    """What a tensor is to the pruner.
+
+    Attributes:
+        role: ``expert`` (belongs to one expert), ``packed`` (all experts of a layer on dimension 0), ``router``
+            (one row per expert) or ``other`` (copied as it is).
+        layer: decoder-layer index, -1 outside the decoder layers.
+        expert: expert id for ``expert``, else -1.
+    """
+
+    role: Role
+    layer: int = -1
+    expert: int = -1
+
+
+@cache
+def _patterns(family: Family) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
+    layer = r"^(model\.layers\.)(\d+)\."
+    block = re.escape(family.disk_block)
+    expert = re.compile(rf"{layer}{block}\.experts\.(\d+)\.(.+)$")
+    packed = re.compile(rf"{layer}{block}\.experts\.(\D.*)$")
+    router = re.compile(rf"{layer}{block}\.(.+)$")
+    return expert, packed, router
+
+
+def tensor_role(family: Family, name: str) -> TensorRole:
+    """Classify a tensor by its name on disk."""
+    expert, packed, inside = _patterns(family)
+    if match := expert.match(name):
+        return TensorRole("expert", int(match[2]), int(match[3]))
+    if match := packed.match(name):
+        return TensorRole("packed", int(match[2]))
+    if match := inside.match(name):
+        role: Role = "router" if match[3] in family.router_rows else "other"
+        return TensorRole(role, int(match[2]))
+    if match := re.match(r"^model\.layers\.(\d+)\.", name):
+        return TensorRole("other", int(match[1]))
+    return TensorRole("other")
+
+
+def is_router_part(family: Family, name: str) -> bool:
+    """Whether a tensor lies inside the router, known to the family's facts or not."""
+    return re.match(rf"^model\.layers\.\d+\.{re.escape(family.disk_block)}\.{family.disk_router}\.", name) is not None
+
+
+def renumbered(family: Family, name: str, new_id: int) -> str:
+    """The name of one expert's tensor under another expert id.
+
+    Works for tensor names and for module names such as those in a quantisation config's ``ignore`` list.
+    """
+    pattern = rf"(model\.layers\.\d+\.{re.escape(family.disk_block)}\.experts\.)\d+"
+    return re.sub(pattern, rf"\g<1>{new_id}", name, count=1)
