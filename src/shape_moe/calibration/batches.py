@@ -1,0 +1,86 @@
+"""Right-padded batches of examples, with the segment and the fold of every token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shape_moe.calibration.examples import Example
+from shape_moe.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+PROMPT, RESPONSE, PADDING = 0, 1, -1
+SEGMENTS = ("prompt", "response")
+FOLDS = 8
+"""Examples are dealt into this many folds by their position, so that stability can be told from a trace alone."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass.
+
+    Attributes:
+        input_ids: int64 [B, T], right-padded.
+        attention_mask: int64 [B, T], 1 on tokens.
+        segments: int8 [B * T], :data:`PROMPT`, :data:`RESPONSE` or :data:`PADDING`.
+        folds: int8 [B * T], the fold of the token's example.
+        examples: the examples in row order.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    segments: torch.Tensor
+    folds: torch.Tensor
+    examples: tuple[Example, ...]
+
+    def rows(self, rows: Sequence[int]) -> Batch:
+        """The same batch with some of its rows alone."""
+        shape = self.input_ids.shape
+        chosen = list(rows)
+        return Batch(
+            self.input_ids[chosen],
+            self.attention_mask[chosen],
+            self.segments.view(shape)[chosen].flatten(),
+            self.folds.view(shape)[chosen].flatten(),
+            tuple(self.examples[row] for row in chosen),
+        )
+
+
+def make_batch(examples: Sequence[Example], positions: Sequence[int], pad_id: int) -> Batch:
+    """Put examples into one right-padded batch.
+
+    Args:
+        examples: the examples, one row each.
+        positions: each example's position in the whole set; decides its fold.
+        pad_id: token id of the padding (its value is never looked at).
+
+    Raises:
+        DataError: when no example has a token.
+    """
+    import torch
+
+    if not any(example.tokens for example in examples):
+        raise DataError("A batch holds nothing but padding: its examples have no tokens.")
+    shape = (len(examples), max(len(example.tokens) for example in examples))
+    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
+    segments = torch.full(shape, PADDING, dtype=torch.int8)
+    folds = torch.zeros(shape, dtype=torch.int8)
+    for row, (example, position) in enumerate(zip(examples, positions, strict=True)):
+        length = len(example.tokens)
+        input_ids[row, :length] = torch.tensor(example.tokens)
+        segments[row, : example.prompt_length] = PROMPT
+        segments[row, example.prompt_length : length] = RESPONSE
+        folds[row] = position % FOLDS
+    mask = (segments != PADDING).to(torch.int64)
+    return Batch(input_ids, mask, segments.flatten(), folds.flatten(), tuple(examples))
+
+
+def batches(examples: Sequence[Example], batch_size: int, pad_id: int) -> Iterator[Batch]:
+    """Batch examples of like length together, longest first, so that memory runs out at once or never."""
+    order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].tokens), i))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        yield make_batch([examples[i] for i in rows], rows, pad_id)

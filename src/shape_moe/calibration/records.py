@@ -1,0 +1,233 @@
+"""Task examples as users keep them: JSONL, JSON, CSV, Parquet or a Hugging Face dataset."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shape_moe.errors import DataError
+
+FIELDS = ("text", "prompt", "response", "messages")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One task example, checked but not yet tokenised.
+
+    Exactly one of ``text``, ``prompt`` and ``messages`` is set; ``response`` goes with ``prompt``.
+
+    Attributes:
+        index: position in the source, from 0.
+        where: file and line (or row), for messages.
+        group: value of the field to stratify by.
+    """
+
+    index: int
+    where: str
+    text: str | None = None
+    prompt: str | None = None
+    response: str | None = None
+    messages: tuple[Message, ...] | None = None
+    group: str | None = None
+
+    @property
+    def lacks_response(self) -> bool:
+        """Whether the model (or an endpoint) has to answer before this record can be traced."""
+        if self.messages is not None:
+            return bool(self.messages[-1]["role"] != "assistant")
+        return self.text is None and self.response is None
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where records come from and which of them are used.
+
+    Attributes:
+        source: a file, a folder written by ``datasets.save_to_disk`` or a dataset name on the hub.
+        split: split of a dataset.
+        subset: configuration of a hub dataset.
+        fields: our field name to the source's field name, where they differ.
+        samples: how many records to use, None for all.
+        stratify: field whose values get equal numbers of samples.
+        seed: draws the samples when the source has more.
+    """
+
+    source: str
+    split: str = "train"
+    subset: str | None = None
+    fields: Mapping[str, str] | None = None
+    samples: int | None = None
+    stratify: str | None = None
+    seed: int = 0
+
+
+def load_records(options: DataOptions) -> list[Record]:
+    """Read, check and sample the records of a source; the sample keeps the source's order.
+
+    Raises:
+        DataError: for a missing or malformed source or record, or when no record is there.
+    """
+    rows = _rows(options)
+    records = [make_record(row, i, where, options) for i, (where, row) in enumerate(rows)]
+    if not records:
+        raise DataError(f"{options.source} holds no records: at least one task example is needed.")
+    return _sample(records, options)
+
+
+def content_hash(records: Iterable[Record]) -> str:
+    """sha256 over the content of records, independent of the file format that held them."""
+    digest = hashlib.sha256()
+    for record in records:
+        content = [record.text, record.prompt, record.response, record.messages]
+        digest.update(json.dumps(content, sort_keys=True).encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def make_record(row: Mapping[str, Any], index: int, where: str, options: DataOptions) -> Record:
+    """Check one raw row and turn it into a record.
+
+    Raises:
+        DataError: naming ``where`` and what is wrong.
+    """
+    names = {name: (options.fields or {}).get(name, name) for name in FIELDS}
+    values = {name: row.get(source) for name, source in names.items()}
+    kinds = [name for name in ("text", "prompt", "messages") if values[name] is not None]
+    if len(kinds) != 1:
+        found = "several of them" if kinds else f"only {', '.join(map(str, row)) or 'nothing'}"
+        raise DataError(
+            f"{where}: a record needs one of the fields text, prompt or messages, but has {found}; "
+            "--map prompt=YOUR_FIELD names another field."
+        )
+    for name in ("text", "prompt", "response"):
+        if values[name] is not None and not isinstance(values[name], str):
+            raise DataError(f"{where}: field {names[name]!r} must be text, not {type(values[name]).__name__}.")
+    if kinds[0] in ("text", "prompt") and not values[kinds[0]]:
+        raise DataError(f"{where}: field {names[kinds[0]]!r} is empty.")
+    group = None
+    if options.stratify is not None:
+        if row.get(options.stratify) is None:
+            raise DataError(f"{where}: the record has no field {options.stratify!r} to stratify by.")
+        group = str(row[options.stratify])
+    messages = _check_messages(values["messages"], where)
+    return Record(index, where, values["text"], values["prompt"], values["response"] or None, messages, group)
+
+
+def _check_messages(messages: Any, where: str) -> tuple[Message, ...] | None:
+    if messages is None:
+        return None
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: messages must be a list of at least one message.")
+    for message in messages:
+        if not isinstance(message, dict) or message.get("role") not in _ROLES:
+            raise DataError(f"{where}: every message needs a role, one of {', '.join(_ROLES)}.")
+        if not isinstance(message.get("content"), str):
+            raise DataError(f"{where}: every message needs a content that is text.")
+    return tuple(messages)
+
+
+def _sample(records: list[Record], options: DataOptions) -> list[Record]:
+    if options.samples is None or options.samples >= len(records):
+        return records
+    rng = random.Random(options.seed)
+    groups: dict[str | None, list[Record]] = defaultdict(list)
+    for record in records:
+        groups[record.group].append(record)
+    decks = [rng.sample(groups[key], len(groups[key])) for key in sorted(groups, key=str)]
+    chosen: list[Record] = []
+    while len(chosen) < options.samples:
+        for deck in decks:
+            if deck and len(chosen) < options.samples:
+                chosen.append(deck.pop())
+    return sorted(chosen, key=lambda record: record.index)
+
+
+def _rows(options: DataOptions) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    path = Path(options.source)
+    if path.is_file():
+        readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+        reader = readers.get(path.suffix.lower())
+        if reader is None:
+            raise DataError(f"{path}: unknown file type; use .jsonl, .json, .csv or .parquet.")
+        return reader(path)
+    return _dataset(options)
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with path.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                yield f"{path}, line {number}", _as_object(line, f"{path}, line {number}")
+
+
+def _as_object(text: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not valid JSON ({error.msg}).") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a record must be a JSON object, not {type(row).__name__}.")
+    return row
+
+
+def _json(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: a .json file must hold a list of records; one record per line goes into .jsonl.")
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, record {i + 1}: a record must be a JSON object, not {type(row).__name__}.")
+        yield f"{path}, record {i + 1}", row
+
+
+def _csv(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with path.open(encoding="utf-8", newline="") as stream:
+        reader = csv.DictReader(stream)
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            if None in row or None in row.values():
+                raise DataError(f"{where}: the row has another number of columns than the header.")
+            yield where, {key: value for key, value in row.items() if value != ""}
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    import polars as pl
+
+    try:
+        table = pl.read_parquet(path)
+    except (pl.exceptions.ComputeError, OSError) as error:
+        raise DataError(f"{path} is not a readable Parquet file.") from error
+    for i, row in enumerate(table.iter_rows(named=True)):
+        yield f"{path}, row {i + 1}", row
+
+
+def _dataset(options: DataOptions) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    source = options.source
+    if source.startswith((".", "/", "~")) and not Path(source).is_dir():
+        raise DataError(f"There is no file {source}.")
+    import datasets
+
+    try:
+        if Path(source).is_dir():
+            data = datasets.load_from_disk(source)
+            data = data[options.split] if isinstance(data, datasets.DatasetDict) else data
+        else:
+            data = datasets.load_dataset(source, options.subset, split=options.split)
+    except KeyError as error:
+        raise DataError(f"{source} has no split {options.split!r}.") from error
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"There is no file {source}, and no dataset of that name could be loaded: {reason}") from error
+    for i, row in enumerate(data):
+        yield f"{source} ({options.split}), row {i + 1}", row

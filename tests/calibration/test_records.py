@@ -1,0 +1,128 @@
+"""Records from every format, sampled, and malformed ones named by file and line."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import polars as pl
+import pytest
+
+from shape_moe.calibration.records import DataOptions, content_hash, load_records
+from shape_moe.errors import DataError
+
+ROWS = [{"prompt": f"question {i}", "response": f"answer {i}", "kind": "ab"[i % 2]} for i in range(10)]
+
+
+def write(tmp_path, name: str):
+    file = tmp_path / name
+    if name.endswith(".jsonl"):
+        file.write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n")
+    elif name.endswith(".json"):
+        file.write_text(json.dumps(ROWS))
+    elif name.endswith(".csv"):
+        pl.DataFrame(ROWS).write_csv(file)
+    elif name.endswith(".parquet"):
+        pl.DataFrame(ROWS).write_parquet(file)
+    else:
+        datasets.Dataset.from_list(ROWS).save_to_disk(str(file))
+    return str(file)
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.csv", "d.parquet", "folder"])
+def test_every_format_gives_the_same_records(tmp_path, name) -> None:
+    records = load_records(DataOptions(write(tmp_path, name)))
+    assert [(r.prompt, r.response) for r in records] == [(row["prompt"], row["response"]) for row in ROWS]
+    expected = load_records(DataOptions(write(tmp_path, "other.jsonl")))
+    assert content_hash(records) == content_hash(expected)
+
+
+def test_splits_of_a_dataset_folder(tmp_path) -> None:
+    splits = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:3])}
+    )
+    splits.save_to_disk(str(tmp_path / "d"))
+    assert len(load_records(DataOptions(str(tmp_path / "d"), split="test"))) == 3
+    with pytest.raises(DataError, match="no split 'dev'"):
+        load_records(DataOptions(str(tmp_path / "d"), split="dev"))
+
+
+def test_samples_follow_the_seed_and_keep_the_order(tmp_path) -> None:
+    source = write(tmp_path, "d.jsonl")
+    first = load_records(DataOptions(source, samples=4, seed=1))
+    assert [r.index for r in first] == sorted(r.index for r in first)
+    assert first == load_records(DataOptions(source, samples=4, seed=1))
+    assert any(load_records(DataOptions(source, samples=4, seed=s)) != first for s in range(2, 6))
+    assert len(load_records(DataOptions(source, samples=99))) == 10
+
+
+def test_strata_get_equal_numbers(tmp_path) -> None:
+    file = tmp_path / "d.jsonl"
+    kinds = ["rare"] * 3 + ["common"] * 30
+    file.write_text("\n".join(json.dumps({"text": f"t{i}", "kind": kind}) for i, kind in enumerate(kinds)))
+    chosen = load_records(DataOptions(str(file), samples=6, stratify="kind"))
+    assert sorted(r.group for r in chosen) == ["common"] * 3 + ["rare"] * 3
+    many = load_records(DataOptions(str(file), samples=10, stratify="kind"))
+    assert sum(r.group == "rare" for r in many) == 3
+    with pytest.raises(DataError, match="line 1.*'topic' to stratify"):
+        load_records(DataOptions(str(file), stratify="topic"))
+
+
+def test_fields_can_have_other_names(tmp_path) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text(json.dumps({"question": "q", "answer": "a", "text": 3}))
+    records = load_records(DataOptions(str(file), fields={"prompt": "question", "response": "answer", "text": "none"}))
+    assert (records[0].prompt, records[0].response) == ("q", "a")
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "must be a JSON object"),
+        ('{"question": "q"}', "needs one of the fields text, prompt or messages, but has only question; --map"),
+        ('{"text": "a", "prompt": "b"}', "several of them"),
+        ('{"prompt": 3}', "'prompt' must be text"),
+        ('{"prompt": "a", "response": ["b"]}', "'response' must be text"),
+        ('{"text": ""}', "'text' is empty"),
+        ('{"messages": []}', "at least one message"),
+        ('{"messages": [{"content": "a"}]}', "needs a role"),
+        ('{"messages": [{"role": "user", "content": 1}]}', "content that is text"),
+    ],
+)
+def test_malformed_records_name_file_and_line(tmp_path, line, word) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text('{"text": "fine"}\n\n' + line + "\n")
+    with pytest.raises(DataError, match=word) as caught:
+        load_records(DataOptions(str(file)))
+    assert f"{file}, line 3" in str(caught.value)
+
+
+def test_malformed_files(tmp_path) -> None:
+    cases = {"a.json": ('{"text": "a"}', "list of records"), "b.json": ("[1]", "record 1"), "c.json": ("[", "line 1")}
+    cases |= {"d.csv": ("prompt,response\na\n", "line 2.*number of columns"), "e.parquet": ("no", "readable Parquet")}
+    cases |= {"f.txt": ("a", "unknown file type"), "g.jsonl": ("\n", "holds no records")}
+    for name, (text, word) in cases.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DataError, match=word):
+            load_records(DataOptions(str(tmp_path / name)))
+
+
+def test_missing_sources(tmp_path) -> None:
+    with pytest.raises(DataError, match="There is no file"):
+        load_records(DataOptions(str(tmp_path / "none.jsonl")))
+    with pytest.raises(DataError, match="no dataset of that name"):
+        load_records(DataOptions("nobody/no-such-dataset"))
+
+
+def test_who_lacks_a_response(tmp_path) -> None:
+    file = tmp_path / "d.jsonl"
+    rows = [
+        {"text": "t"},
+        {"prompt": "p"},
+        {"prompt": "p", "response": "r"},
+        {"messages": [{"role": "user", "content": "u"}]},
+        {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
+    ]
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    assert [r.lacks_response for r in load_records(DataOptions(str(file)))] == [False, True, False, True, False]
