@@ -1,0 +1,1 @@
+"""Traces: what one calibration pass leaves behind, and what fills them."""

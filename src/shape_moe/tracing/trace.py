@@ -1,0 +1,260 @@
+"""The trace: what one calibration pass leaves, as a versioned folder that other tools can open."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shape_moe.architectures.moe_config import RoutingFacts
+from shape_moe.architectures.snapshot import read_json
+from shape_moe.errors import CheckpointError, FingerprintError, UsageError
+from shape_moe.tracing.coalitions import CoalitionTable, merge_tables, read_table, write_table
+from shape_moe.tracing.statistics import STATISTICS
+
+FORMAT_VERSION = 1
+Array = NDArray[Any]
+"""float64, or int64 where a statistic counts."""
+
+
+@dataclass(frozen=True)
+class SegmentWeights:
+    """How much a token counts when a trace is scored, by segment."""
+
+    prompt: float = 1.0
+    response: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.prompt >= 0 and self.response >= 0 and self.prompt + self.response > 0):
+            raise UsageError("Segment weights must not be negative, and one of them must be positive.")
+
+
+@dataclass(frozen=True)
+class TraceInfo:
+    """Where a trace comes from, and the shape of what it describes.
+
+    Attributes:
+        fingerprint: identifies the model by its routers.
+        layout_fingerprint: describes the checkpoint's tensors; a difference is only a warning.
+        model: name of the model as the user gave it.
+        revision: commit of a hub model.
+        family: model type.
+        num_experts: routed experts per MoE layer (``E``).
+        routing: experts per token (``k``) and what else a selection must know about routing.
+        layers: decoder-layer indices of the rows of every statistic.
+        tokens: traced tokens by segment.
+        examples: traced examples.
+        engine: what ran the model.
+        implementation: experts implementation whose logits the traced run reproduced.
+        dtype: dtype of the experts while tracing.
+        source: the calibration set: where it came from and how it was tokenised.
+        versions: package versions.
+        canary: token sequences from the calibration set that later checks run.
+    """
+
+    fingerprint: str
+    layout_fingerprint: str
+    model: str
+    family: str
+    num_experts: int
+    routing: RoutingFacts
+    layers: tuple[int, ...]
+    tokens: dict[str, float]
+    examples: int
+    revision: str | None = None
+    engine: str = "transformers"
+    implementation: str = "grouped_mm"
+    dtype: str = "bfloat16"
+    source: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    canary: list[list[int]] = field(default_factory=list)
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token (``k``)."""
+        return self.routing.top_k
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One calibration pass over one model, or several put together.
+
+    Attributes:
+        info: origin and shape.
+        statistics: arrays by name, see :data:`shape_moe.tracing.statistics.STATISTICS`.
+        coalitions: the coalition table of every layer.
+    """
+
+    info: TraceInfo
+    statistics: Mapping[str, Array]
+    coalitions: Mapping[int, CoalitionTable]
+
+    def sums(self, name: str, weights: SegmentWeights | None = None) -> NDArray[np.float64]:
+        """A statistic over the whole trace: folds and weighted segments added (or maximised).
+
+        Returns:
+            float64 [L, E] for per-expert statistics, [L] for per-layer ones, [L, E, E] for pairs.
+
+        Raises:
+            UsageError: when the trace does not hold the statistic.
+        """
+        if name not in self.statistics:
+            raise UsageError(
+                f"The trace holds no {name!r}: it was made by {self.info.engine}, which records "
+                f"{', '.join(sorted(self.statistics)) or 'coalitions only'}. Trace the model with Transformers instead."
+            )
+        weights = weights or SegmentWeights()
+        values = np.asarray(self.statistics[name], dtype=np.float64)
+        factors = (weights.prompt, weights.response)
+        if STATISTICS[name].reduction == "max":
+            used = [i for i, factor in enumerate(factors) if factor > 0]
+            return np.asarray(values[:, used].max(axis=(1, 2)))
+        by_segment = values.sum(axis=2)
+        return np.asarray(factors[0] * by_segment[:, 0] + factors[1] * by_segment[:, 1])
+
+    def half(self, half: Literal[0, 1]) -> Trace:
+        """The trace of one half of the examples alone (0: even folds, 1: odd folds)."""
+        return replace(
+            self,
+            statistics=_HalfView(self.statistics, half),
+            coalitions={layer: table.half(half) for layer, table in self.coalitions.items()},
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write the trace into an existing or new folder."""
+        from safetensors.numpy import save_file
+
+        (folder / "coalitions").mkdir(parents=True, exist_ok=True)
+        for layer, table in self.coalitions.items():
+            write_table(table, _coalition_file(folder, layer))
+        save_file({name: np.ascontiguousarray(a) for name, a in self.statistics.items()}, _statistics_file(folder))
+        spec = {
+            name: {"axes": STATISTICS[name].axes, "reduction": STATISTICS[name].reduction} for name in self.statistics
+        }
+        document = {"format_version": FORMAT_VERSION, **asdict(self.info), "statistics": spec}
+        (folder / "trace.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def load_trace(path: str | PathLike[str]) -> Trace:
+    """Open a trace folder; statistics are read when they are first used.
+
+    Raises:
+        CheckpointError: when the folder is not a trace, is damaged or was written by a newer version.
+    """
+    folder = Path(path)
+    if not (folder / "trace.json").is_file():
+        raise CheckpointError(f"{folder} is not a trace: it has no trace.json.")
+    document = read_json(folder / "trace.json")
+    if document.pop("format_version", None) != FORMAT_VERSION:
+        raise CheckpointError(f"{folder} was written in another format version; trace the model anew.")
+    names = list(document.pop("statistics", {}))
+    try:
+        routing = RoutingFacts(**document.pop("routing"))
+        info = TraceInfo(**{**document, "routing": routing, "layers": tuple(document["layers"])})
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder}/trace.json is damaged: {error}.") from error
+    coalitions = {layer: read_table(_coalition_file(folder, layer), info.top_k) for layer in info.layers}
+    return Trace(info, _LazyStatistics(_statistics_file(folder), names), coalitions)
+
+
+def merge_traces(traces: Sequence[Trace], weights: Sequence[float] | None = None) -> Trace:
+    """Put traces of the same model together: sums are added (times a weight each), maxima are kept.
+
+    Raises:
+        FingerprintError: when the traces are of different models.
+        UsageError: for no traces, or weights that do not fit them.
+    """
+    weights = list(weights) if weights is not None else [1.0] * len(traces)
+    if not traces:
+        raise UsageError("There is nothing to merge: give at least one trace.")
+    if len(weights) != len(traces) or min(weights) < 0 or max(weights) <= 0:
+        raise UsageError(
+            f"{len(traces)} traces need {len(traces)} weights that are not negative, one of them positive."
+        )
+    first = traces[0].info
+    for trace in traces[1:]:
+        same = ("fingerprint", "num_experts", "routing", "layers")
+        if any(getattr(trace.info, key) != getattr(first, key) for key in same):
+            raise FingerprintError("The traces are of different models: their fingerprints or layers differ.")
+    names = [name for name in STATISTICS if all(name in trace.statistics for trace in traces)]
+    statistics = {name: _merge_statistic(name, [t.statistics[name] for t in traces], weights) for name in names}
+    coalitions = {layer: merge_tables([t.coalitions[layer] for t in traces], weights) for layer in first.layers}
+    return Trace(_merge_infos([t.info for t in traces], weights), statistics, coalitions)
+
+
+def _merge_statistic(name: str, arrays: list[Array], weights: list[float]) -> Array:
+    if STATISTICS[name].reduction == "max":
+        return np.asarray(np.maximum.reduce([a for a, w in zip(arrays, weights, strict=True) if w > 0]))
+    if all(w == 1 for w in weights):
+        return np.asarray(sum(arrays[1:], start=arrays[0]))
+    return np.asarray(sum(a.astype(np.float64) * w for a, w in zip(arrays, weights, strict=True)))
+
+
+def _merge_infos(infos: list[TraceInfo], weights: list[float]) -> TraceInfo:
+    tokens = {key: sum(info.tokens[key] for info in infos) for key in infos[0].tokens}
+    canary = [sequence for group in zip(*(info.canary for info in infos), strict=False) for sequence in group]
+    source = {"merged": [{"weight": w, **info.source} for info, w in zip(infos, weights, strict=True)]}
+    return replace(
+        infos[0],
+        tokens=tokens,
+        examples=sum(info.examples for info in infos),
+        canary=canary[: max(len(info.canary) for info in infos)],
+        source=source if len(infos) > 1 else infos[0].source,
+    )
+
+
+def _coalition_file(folder: Path, layer: int) -> Path:
+    return folder / "coalitions" / f"layer-{layer:03d}.parquet"
+
+
+def _statistics_file(folder: Path) -> Path:
+    return folder / "statistics.safetensors"
+
+
+class _LazyStatistics(Mapping[str, Array]):
+    """Arrays of a statistics file, read on first use (Gram matrices of large models take hundreds of MB)."""
+
+    def __init__(self, file: Path, names: list[str]) -> None:
+        self._file, self._names, self._read = file, names, dict[str, Array]()
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._read:
+            from safetensors import SafetensorError, safe_open
+
+            try:
+                with safe_open(self._file, framework="numpy") as tensors:
+                    self._read[name] = tensors.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{self._file} is missing or damaged.") from error
+        return self._read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class _HalfView(Mapping[str, Array]):
+    """Statistics restricted to the even (0) or odd (1) folds."""
+
+    def __init__(self, whole: Mapping[str, Array], half: Literal[0, 1]) -> None:
+        self._whole, self._half = whole, half
+
+    def __getitem__(self, name: str) -> Array:
+        step = slice(self._half, None, 2)
+        return self._whole[name][:, :, step]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._whole)
+
+    def __len__(self) -> int:
+        return len(self._whole)

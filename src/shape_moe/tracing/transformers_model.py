@@ -1,0 +1,179 @@
+"""Trace a live Transformers model: hooks in, batches through, hooks out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from shape_moe.architectures.sites import MoeSite, find_sites, live_moe_config
+from shape_moe.errors import ShapeMoeError
+from shape_moe.tracing.experts import (
+    RECORDER_ATTRIBUTE,
+    TRACED_GROUPED,
+    expert_outputs,
+    recorder_of,
+    register_traced_experts,
+)
+from shape_moe.tracing.recorder import BatchContext, LayerRecorder
+from shape_moe.tracing.statistics import STATISTICS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from shape_moe.calibration.batches import Batch
+    from shape_moe.tracing.coalitions import CoalitionTable
+    from shape_moe.tracing.trace import Array
+
+
+class ModelTracer:
+    """Records the routing of a model over batches; use it inside :meth:`attached`.
+
+    Args:
+        model: a Transformers causal language model with MoE layers.
+
+    Attributes:
+        implementation: the experts implementation whose logits a traced forward reproduces bit for bit.
+        batches: number of batches traced.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.moe = live_moe_config(model)
+        self.sites = find_sites(model)
+        self.implementation = "grouped_mm" if _can_choose_experts(model) else "eager"
+        self.recorders = [
+            LayerRecorder(s.layer, self.moe.num_experts, self.moe.residual_scale, self.moe.family.router_scores)
+            for s in self.sites
+        ]
+        self.batches = 0
+        self._failed = False
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the experts' weights."""
+        return str(next(self.sites[0].experts.parameters()).dtype).removeprefix("torch.")
+
+    @contextmanager
+    def attached(self) -> Iterator[ModelTracer]:
+        """Install the hooks and the traced experts; give the model back as it was."""
+        before, training = self.model.get_experts_implementation(), self.model.training
+        hooks: list[Any] = []
+        try:
+            for site, recorder in zip(self.sites, self.recorders, strict=True):
+                hooks += _hook(site, recorder)
+                setattr(site.experts, RECORDER_ATTRIBUTE, recorder)
+            if self.implementation == "grouped_mm":
+                register_traced_experts()
+                self.model.set_experts_implementation(TRACED_GROUPED)
+            else:
+                hooks += [site.experts.register_forward_pre_hook(_replay) for site in self.sites]
+            self.model.eval()
+            yield self
+        finally:
+            self.model.set_experts_implementation(before)
+            self.model.train(training)
+            for hook in hooks:
+                hook.remove()
+            for site in self.sites:
+                if hasattr(site.experts, RECORDER_ATTRIBUTE):
+                    delattr(site.experts, RECORDER_ATTRIBUTE)
+
+    @torch.no_grad()
+    def add(self, batch: Batch) -> torch.Tensor:
+        """Trace one batch.
+
+        Returns:
+            The logits [B, T, V] of the traced forward pass.
+
+        Raises:
+            ShapeMoeError: when the pass cannot be recorded faithfully.
+        """
+        context = BatchContext.of(batch)
+        try:
+            for recorder in self.recorders:
+                recorder.start(context)
+            logits = self._forward(batch)
+            for recorder in self.recorders:
+                recorder.finish()
+        except BaseException:
+            self._failed = True  # some layers have added the batch, others have not
+            for recorder in self.recorders:
+                recorder.context = None
+            raise
+        self.batches += 1
+        return logits
+
+    @torch.no_grad()
+    def failure(self, batch: Batch) -> str | None:
+        """Why a batch cannot be traced, found by running it unrecorded; None when it can."""
+        try:
+            logits = self._forward(batch)
+        except RuntimeError as error:
+            return str(error).strip().splitlines()[0]
+        real = (batch.attention_mask > 0).to(logits.device)
+        return None if bool(torch.isfinite(logits[real]).all()) else "its logits are not finite"
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        device = self.model.get_input_embeddings().weight.device
+        ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+        logits: torch.Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return logits
+
+    def run(self, batches: Iterable[Batch]) -> None:
+        """Trace several batches."""
+        with self.attached():
+            for batch in batches:
+                self.add(batch)
+
+    def statistics(self) -> dict[str, Array]:
+        """Every statistic with its layer axis first, over all batches so far."""
+        if self._failed:
+            raise ShapeMoeError("A batch failed half-way, so the sums of this trace are not usable.")
+        layers = [recorder.statistics() for recorder in self.recorders]
+        return {name: np.stack([layer[name] for layer in layers]) for name in STATISTICS if name in layers[0]}
+
+    def coalitions(self) -> dict[int, CoalitionTable]:
+        """The coalition table of every layer, over all batches so far."""
+        return {recorder.layer: recorder.coalitions() for recorder in self.recorders}
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Decoder-layer indices of the MoE layers."""
+        return tuple(site.layer for site in self.sites)
+
+
+def _can_choose_experts(model: PreTrainedModel) -> bool:
+    try:
+        return bool(model._grouped_mm_can_dispatch())  # noqa: SLF001  # Transformers offers no public name
+    except (ValueError, ImportError):
+        return False
+
+
+def _hook(site: MoeSite, recorder: LayerRecorder) -> list[Any]:
+    def keep_residual(_module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        recorder.residual, recorder.normed = args[0], output
+
+    def keep_router(_module: torch.nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(output, tuple) or len(output) != 3:
+            raise ShapeMoeError(
+                f"Layer {recorder.layer}: the router does not return (logits, weights, ids); "
+                "this version of Transformers is not supported."
+            )
+        recorder.add_router(output[0])
+
+    return [
+        site.residual_norm.register_forward_hook(keep_residual),
+        site.router.register_forward_hook(keep_router),
+    ]
+
+
+def _replay(module: torch.nn.Module, args: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    hidden, ids, gates = args
+    recorder = recorder_of(module)
+    if recorder.recording:
+        with torch.no_grad():
+            recorder.add(hidden, ids, gates, expert_outputs(module, hidden, ids))
