@@ -1,0 +1,104 @@
+"""Scores of a whole model: from a trace through a scorer, or from a table of values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from shape_moe.errors import DataError, ShapeMoeError, UsageError
+from shape_moe.scoring.registry import ScoreOptions, get_scorer
+from shape_moe.tracing.trace import Trace
+
+COLUMNS = ("Layer", "Expert_ID", "Total_Activations", "Shapley_Value")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One number per (layer, expert).
+
+    Attributes:
+        scorer: the scorer's name, or ``table`` for values that were read from a file.
+        layers: decoder-layer index of every row.
+        values: float64 [L, E], larger is more valuable.
+        activations: float64 [L, E], tokens routed to the expert; breaks ties.
+    """
+
+    scorer: str
+    layers: tuple[int, ...]
+    values: NDArray[np.float64]
+    activations: NDArray[np.float64]
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts per layer."""
+        return int(self.values.shape[1])
+
+    def table(self) -> pl.DataFrame:
+        """The scores as a table with the columns :data:`COLUMNS`, best first within a layer."""
+        layer = np.repeat(self.layers, self.num_experts)
+        expert = np.tile(np.arange(self.num_experts), len(self.layers))
+        columns = (layer, expert, self.activations.ravel(), self.values.ravel())
+        frame = pl.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
+        whole = self.activations == np.rint(self.activations)
+        if whole.all():
+            frame = frame.with_columns(pl.col("Total_Activations").cast(pl.Int64))
+        keys = ["Layer", "Shapley_Value", "Total_Activations", "Expert_ID"]
+        return frame.sort(keys, descending=[False, True, True, False])
+
+
+def score_trace(trace: Trace, scorer: str = "shape", options: ScoreOptions | None = None) -> Scores:
+    """Score the experts of a traced model.
+
+    Raises:
+        UsageError: for an unknown scorer, or one that needs what the trace does not hold.
+        ShapeMoeError: when the scorer returns something else than finite numbers [L, E].
+    """
+    options = options or ScoreOptions()
+    entry = get_scorer(scorer)
+    missing = [name for name in entry.needs if name != "coalitions" and name not in trace.statistics]
+    if missing:
+        raise UsageError(
+            f"Scorer {scorer!r} needs {', '.join(missing)}, which a trace made by {trace.info.engine} does not hold; "
+            "use scorer 'shape' or 'frequency', or trace the model with Transformers."
+        )
+    values = np.asarray(entry.function(trace, options), dtype=np.float64)
+    wanted = (len(trace.info.layers), trace.info.num_experts)
+    if values.shape != wanted or not np.isfinite(values).all():
+        raise ShapeMoeError(f"Scorer {scorer!r} must return finite numbers of shape {wanted}, not {values.shape}.")
+    return Scores(scorer, trace.info.layers, values, trace.sums("tokens", options.weights))
+
+
+def read_scores(file: str | PathLike[str]) -> Scores:
+    """Read a table of values (``VALUES.csv`` with the columns :data:`COLUMNS`).
+
+    Raises:
+        DataError: when the file is missing, lacks a column, or does not name every expert of every layer once.
+    """
+    path = Path(file)
+    try:
+        frame = pl.read_csv(path, columns=list(COLUMNS))
+    except FileNotFoundError as error:
+        raise DataError(f"There is no file {path}.") from error
+    except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not a table of values: it needs the columns {', '.join(COLUMNS)}.") from error
+    if frame.is_empty():
+        raise DataError(f"{path} has no rows.")
+    if frame.null_count().sum_horizontal().item() or not all(dtype.is_numeric() for dtype in frame.dtypes):
+        raise DataError(f"{path}: every row needs a number in each of the columns {', '.join(COLUMNS)}.")
+    frame = frame.sort("Layer", "Expert_ID")
+    layers = frame["Layer"].unique(maintain_order=True).to_list()
+    experts = int(frame["Expert_ID"].max()) + 1  # type: ignore[arg-type]  # numeric, checked above
+    wanted = np.stack([np.repeat(layers, experts), np.tile(np.arange(experts), len(layers))], axis=1)
+    if not np.array_equal(frame.select("Layer", "Expert_ID").to_numpy(), wanted):
+        raise DataError(f"{path} must name each of the {experts} experts of each of the {len(layers)} layers once.")
+    shape = (len(layers), experts)
+    values = frame["Shapley_Value"].cast(pl.Float64).to_numpy().reshape(shape)
+    if not np.isfinite(values).all():
+        raise DataError(f"{path}: values must be finite.")
+    activations = frame["Total_Activations"].cast(pl.Float64).to_numpy().reshape(shape)
+    return Scores("table", tuple(int(layer) for layer in layers), values, activations)
