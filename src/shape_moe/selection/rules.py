@@ -1,0 +1,146 @@
+"""Rules: scores become a priority, a total order over all (layer, expert) pairs; smaller is kept first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shape_moe.errors import UsageError
+
+Values = NDArray[np.floating]
+Priority = NDArray[np.float64]
+_MAX_BISECTIONS = 200
+
+
+def layer_ranks(values: Values, tiebreak: Values | None = None) -> NDArray[np.int64]:
+    """Rank of every expert within its layer, best first: larger value, then larger tiebreak, then lower id.
+
+    Args:
+        values: float [L, E].
+        tiebreak: float [L, E], usually tokens routed to the expert.
+
+    Returns:
+        int64 [L, E], 0 for the best.
+    """
+    values = _checked(values)
+    tiebreak = np.zeros_like(values) if tiebreak is None else np.asarray(tiebreak, dtype=np.float64)
+    ranks = np.empty(values.shape, dtype=np.int64)
+    ids = np.arange(values.shape[1])
+    for row, order in enumerate(np.lexsort((ids, -tiebreak[row], -values[row])) for row in range(len(values))):
+        ranks[row, order] = ids
+    return ranks
+
+
+def coverage_priority(values: Values, tiebreak: Values | None = None) -> Priority:
+    r"""Priority of SHAPE's quality-coverage selection (arXiv 2606.09886).
+
+    Rank a layer's experts by value, best first. For an expert of positive value::
+
+        tau = value mass ranked before it / value mass of its layer
+
+    where negative values count as zero mass. Keeping the shortest prefix whose mass reaches ``alpha`` of the layer's
+    keeps exactly the experts with ``alpha > tau``, so ``tau`` is the priority, and the K smallest meet a budget of K
+    with one ``alpha`` for all layers. Experts without positive value follow at ``1 + rank/E`` (``rank/E`` in a layer
+    without any mass).
+
+    Args:
+        values: float [L, E]; rows are layers.
+        tiebreak: float [L, E], decides between equal values (larger first), then the lower id.
+
+    Returns:
+        float64 [L, E], smaller is kept first.
+
+    Raises:
+        UsageError: for values that are not finite or not a table.
+    """
+    values = _checked(values)
+    ranks = layer_ranks(values, tiebreak)
+    experts = values.shape[1]
+    mass = np.take_along_axis(np.maximum(values, 0), np.argsort(ranks, axis=1), axis=1)
+    total = np.cumsum(mass, axis=1)
+    before = np.concatenate([np.zeros((len(values), 1)), total[:, :-1]], axis=1)
+    layer_mass = total[:, -1:]
+    tau = np.divide(before, layer_mass, out=np.zeros_like(before), where=layer_mass > 0)
+    by_expert = np.take_along_axis(tau, ranks, axis=1)
+    last = np.where(layer_mass > 0, 1.0, 0.0) + ranks / experts
+    return np.where(values > 0, by_expert, last)
+
+
+def uniform_priority(values: Values, tiebreak: Values | None = None) -> Priority:
+    """Priority that keeps the same number of experts in every layer (to within one): ``rank / E``."""
+    ranks = layer_ranks(values, tiebreak)
+    return np.asarray(ranks / values.shape[1])
+
+
+def global_priority(values: Values, tiebreak: Values | None = None) -> Priority:
+    """Priority that compares values across layers as they are: the larger value first."""
+    del tiebreak  # ties are broken by rank, wherever a budget is spent
+    return -_checked(values)
+
+
+Rule = Callable[[Values, Values | None], Priority]
+RULES: dict[str, Rule] = {"coverage": coverage_priority, "uniform": uniform_priority, "global": global_priority}
+
+
+def get_rule(name: str) -> Rule:
+    """Look a rule up.
+
+    Raises:
+        UsageError: for an unknown name.
+    """
+    if name not in RULES:
+        raise UsageError(f"There is no rule {name!r}; there are {', '.join(RULES)}.")
+    return RULES[name]
+
+
+def budget_for(keep: float, total: int) -> int:
+    """Experts to keep at a keep rate: ``floor(keep * total + 1/2)``, computed exactly.
+
+    Raises:
+        UsageError: for a rate outside (0, 1].
+    """
+    if not (isinstance(keep, int | float) and 0 < keep <= 1):
+        raise UsageError(f"The keep rate must be above 0 and at most 1, not {keep}; 0.6 keeps 60 % of the experts.")
+    return math.floor(Fraction(str(keep)) * total + Fraction(1, 2))
+
+
+def bisection_budget(priority: Priority, keep: float, tolerance: float) -> int:
+    """The number of experts that the paper's bisection over ``alpha`` ends with.
+
+    Start with ``lo = 0``, ``hi = 1``; test the midpoint; stop when the keep rate is within ``tolerance`` of ``keep``;
+    else ``lo = mid`` when too few experts are kept, ``hi = mid`` when too many.
+
+    Args:
+        priority: float [L, E] from :func:`coverage_priority`.
+        keep: the keep rate asked for.
+        tolerance: largest accepted difference in keep rate.
+
+    Raises:
+        UsageError: when no ``alpha`` comes within the tolerance.
+    """
+    budget_for(keep, priority.size)
+    low, high = 0.0, 1.0
+    for _ in range(_MAX_BISECTIONS):
+        alpha = (low + high) / 2
+        kept = int((alpha > priority).sum())
+        rate = kept / priority.size
+        if abs(rate - keep) <= tolerance:
+            return kept
+        if rate < keep:
+            low = alpha
+        else:
+            high = alpha
+    raise UsageError(
+        f"No alpha gives a keep rate within {tolerance} of {keep}; leave --tolerance out to meet the budget exactly."
+    )
+
+
+def _checked(values: Values) -> NDArray[np.float64]:
+    checked = np.asarray(values, dtype=np.float64)
+    if checked.ndim != 2 or checked.size == 0 or not np.isfinite(checked).all():
+        raise UsageError("Values must be a table [layers, experts] of finite numbers.")
+    return checked

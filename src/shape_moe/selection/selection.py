@@ -1,0 +1,154 @@
+"""The selection: the experts that every layer keeps, as a small versioned JSON file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shape_moe.architectures.snapshot import read_json
+from shape_moe.errors import CheckpointError, UsageError
+
+FORMAT_VERSION = 1
+Routing = Literal["drop", "reroute"]
+ROUTINGS: tuple[Routing, ...] = get_args(Routing)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is kept, and how it was chosen.
+
+    Attributes:
+        fingerprint: of the model that was traced, None for a selection made from a table of values.
+        model: name of that model.
+        family: its model type, None when unknown.
+        scorer: the scorer's name.
+        rule: the rule's name.
+        routing: ``drop`` or ``reroute``.
+        num_experts: routed experts per layer before pruning (``E``).
+        top_k: experts per token (``k``), None when unknown.
+        layers: kept expert ids by decoder-layer index, ascending.
+        keep_asked: the keep rate that was asked for.
+        alpha: smallest dropped priority under the coverage rule: keeping ``tau < alpha`` gives this selection.
+            None under other rules, when constraints decided, or when it is tied with a kept one.
+        constraints: what else was asked for.
+        mass_kept: share of each layer's non-negative score mass that is kept.
+        stability: agreement of the two halves of the data, see :mod:`shape_moe.selection.stability`.
+        options: segment weights and seed used for scoring.
+        warnings: what a user should know before pruning.
+    """
+
+    fingerprint: str | None
+    model: str | None
+    family: str | None
+    scorer: str
+    rule: str
+    routing: Routing
+    num_experts: int
+    top_k: int | None
+    layers: dict[int, list[int]]
+    keep_asked: float
+    alpha: float | None = None
+    constraints: dict[str, Any] = field(default_factory=dict)
+    mass_kept: dict[int, float] = field(default_factory=dict)
+    stability: dict[str, float] | None = None
+    options: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def kept(self) -> int:
+        """Experts kept over all layers."""
+        return sum(len(ids) for ids in self.layers.values())
+
+    @property
+    def total(self) -> int:
+        """Experts before pruning over all layers."""
+        return self.num_experts * len(self.layers)
+
+    @property
+    def keep(self) -> float:
+        """The keep rate met."""
+        return self.kept / self.total
+
+    @property
+    def equal_count(self) -> int | None:
+        """Experts per layer when all layers keep the same number, else None."""
+        counts = {len(ids) for ids in self.layers.values()}
+        return counts.pop() if len(counts) == 1 else None
+
+    def mask(self) -> NDArray[np.bool_]:
+        """Bool [L, E], True for kept; rows follow ``layers``."""
+        mask = np.zeros((len(self.layers), self.num_experts), dtype=bool)
+        for row, ids in enumerate(self.layers.values()):
+            mask[row, ids] = True
+        return mask
+
+    def to_document(self) -> dict[str, Any]:
+        """The JSON document."""
+        document = asdict(self)
+        document["layers"] = {str(layer): ids for layer, ids in self.layers.items()}
+        document["mass_kept"] = {str(layer): share for layer, share in self.mass_kept.items()}
+        return {"format_version": FORMAT_VERSION, "keep_met": self.keep, **document}
+
+    def save(self, file: str | Path) -> None:
+        """Write the selection."""
+        Path(file).write_text(json.dumps(self.to_document(), indent=1) + "\n", encoding="utf-8")
+
+
+def layers_from_mask(layers: tuple[int, ...], mask: NDArray[np.bool_]) -> dict[int, list[int]]:
+    """Kept ids by layer from a mask [L, E]."""
+    return {layer: np.flatnonzero(row).tolist() for layer, row in zip(layers, mask, strict=True)}
+
+
+def load_selection(path: str | PathLike[str]) -> Selection:
+    """Read a selection file, or the one inside a pruned checkpoint's folder.
+
+    Raises:
+        CheckpointError: when it is missing, damaged or written by a newer version.
+    """
+    file = Path(path)
+    file = file / "shape" / "selection.json" if file.is_dir() else file
+    document = read_json(file)
+    if document.pop("format_version", None) != FORMAT_VERSION:
+        raise CheckpointError(f"{file} is not a selection, or was written in another format version.")
+    document.pop("keep_met", None)
+    try:
+        for key in ("layers", "mass_kept"):
+            document[key] = {int(layer): value for layer, value in document[key].items()}
+        document["warnings"] = tuple(document["warnings"])
+        selection = Selection(**document)
+        check_selection(selection)
+    except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
+        raise CheckpointError(f"{file} is not a valid selection: {error}") from error
+    return selection
+
+
+def check_selection(selection: Selection) -> None:
+    """Check that ids are sorted, different and in range, and that every layer keeps something.
+
+    Raises:
+        UsageError: naming the first layer that is wrong.
+    """
+    if selection.routing not in ROUTINGS:
+        raise UsageError(f"Routing must be one of {', '.join(ROUTINGS)}, not {selection.routing!r}.")
+    if not selection.layers:
+        raise UsageError("The selection has no layers.")
+    for layer, ids in selection.layers.items():
+        if not ids:
+            raise UsageError(f"Layer {layer} keeps no expert.")
+        if sorted(set(ids)) != list(ids) or ids[0] < 0 or ids[-1] >= selection.num_experts:
+            raise UsageError(
+                f"Layer {layer} must keep different ids between 0 and {selection.num_experts - 1}, ascending."
+            )
+    if selection.routing == "reroute" and selection.top_k is not None:
+        for layer, ids in selection.layers.items():
+            if len(ids) < selection.top_k:
+                raise UsageError(
+                    f"Layer {layer} keeps {len(ids)} experts, fewer than the {selection.top_k} that a token needs; "
+                    "use routing drop or keep more."
+                )

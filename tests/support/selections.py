@@ -1,0 +1,36 @@
+"""Random selections that a model's routing can serve."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from shape_moe.architectures.snapshot import Snapshot
+from shape_moe.selection.selection import Routing, Selection
+
+
+def random_selection(snapshot: Snapshot, routing: Routing, kind: str, *, seed: int = 0) -> Selection:
+    """A selection with ``ragged`` or ``equal`` counts of about half the experts."""
+    rng = np.random.default_rng(seed)
+    moe = snapshot.moe
+    groups = moe.routing.groups if routing == "reroute" else 1
+    floor = moe.routing.floor if routing == "reroute" else 1
+    size = moe.num_experts // groups
+    layers = {}
+    for row, layer in enumerate(snapshot.moe_layers):
+        count = max(floor, moe.num_experts // 2) // groups
+        if kind == "ragged":
+            count = min(size, count + row)
+        per_group = [group * size + rng.choice(size, count, replace=False) for group in range(groups)]
+        layers[layer] = sorted(int(expert) for ids in per_group for expert in ids)
+    return Selection(
+        fingerprint=None,
+        model=None,
+        family=moe.family.model_type,
+        scorer="random",
+        rule="uniform",
+        routing=routing,
+        num_experts=moe.num_experts,
+        top_k=moe.top_k,
+        layers=layers,
+        keep_asked=0.5,
+    )
