@@ -1,0 +1,156 @@
+"""The canary: token sequences with the masked original's log-probabilities, so that any server can be checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shape_moe.architectures.snapshot import read_json
+from shape_moe.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+FORMAT_VERSION = 1
+SEQUENCES = 16
+SEQUENCE_LENGTH = 64
+TOP = 20
+
+
+@dataclass(frozen=True)
+class CanarySequence:
+    """One sequence.
+
+    Attributes:
+        tokens: token ids.
+        top_ids: at every position, the most likely next tokens, best first.
+        top_logprobs: their log-probabilities (natural).
+    """
+
+    tokens: list[int]
+    top_ids: list[list[int]]
+    top_logprobs: list[list[float]]
+
+
+@dataclass(frozen=True)
+class Canary:
+    """Sequences and answers of a model, and the dtype in which they were computed."""
+
+    dtype: str
+    sequences: list[CanarySequence]
+
+    def save(self, file: Path) -> None:
+        """Write the canary."""
+        document = {"format_version": FORMAT_VERSION, **asdict(self)}
+        file.write_text(json.dumps(document) + "\n", encoding="utf-8")
+
+
+def load_canary(file: Path) -> Canary:
+    """Read a canary file.
+
+    Raises:
+        CheckpointError: when it is missing or damaged.
+    """
+    document = read_json(file)
+    try:
+        sequences = [CanarySequence(**entry) for entry in document["sequences"]]
+        return Canary(document["dtype"], sequences)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is not a canary file.") from error
+
+
+def canary_tokens(examples: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The sequences to use: the beginnings of the first examples."""
+    return [list(tokens[:SEQUENCE_LENGTH]) for tokens in examples[:SEQUENCES]]
+
+
+def random_tokens(vocabulary: int) -> list[list[int]]:
+    """Sequences for a model of which no text is known: token ids drawn from a fixed seed."""
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, vocabulary, size=(SEQUENCES, SEQUENCE_LENGTH)).tolist()  # type: ignore[no-any-return]
+
+
+def record_canary(model: PreTrainedModel, tokens: list[list[int]]) -> Canary:
+    """Run a model over sequences and keep its best next tokens at every position."""
+    sequences = []
+    for row in tokens:
+        logprobs = _logprobs(model, row)
+        best = logprobs.topk(min(TOP, logprobs.shape[-1]), dim=-1)
+        values = [[round(value, 6) for value in position] for position in best.values.tolist()]
+        sequences.append(CanarySequence(list(row), best.indices.tolist(), values))
+    return Canary(str(model.dtype).removeprefix("torch."), sequences)
+
+
+def _logprobs(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
+    import torch
+
+    device = model.get_input_embeddings().weight.device
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits[0]
+    logprobs: torch.Tensor = logits.float().log_softmax(-1).cpu()
+    return logprobs
+
+
+@dataclass(frozen=True)
+class CanaryResult:
+    """How far a model's answers are from the canary's.
+
+    Attributes:
+        largest_difference: largest absolute difference of a log-probability among the canary's top tokens.
+        mean_kl: mean KL divergence from the canary's distribution, its top tokens renormalised.
+        top1_agreement: share of positions at which the canary's best next token is the best, ties included.
+        positions: positions compared.
+    """
+
+    largest_difference: float
+    mean_kl: float
+    top1_agreement: float
+    positions: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether this is the same model, rounding apart."""
+        return self.mean_kl < KL_LIMIT and self.top1_agreement >= TOP1_LIMIT
+
+
+KL_LIMIT = 0.01
+TOP1_LIMIT = 0.95
+_TIE = 1e-6
+
+
+def compare_canary(model: PreTrainedModel, canary: Canary) -> CanaryResult:
+    """Ask a live model for the canary's log-probabilities and compare."""
+    import torch
+
+    answers = []
+    for sequence in canary.sequences:
+        logprobs = _logprobs(model, sequence.tokens)
+        found = logprobs.gather(-1, torch.tensor(sequence.top_ids))
+        answers.append((found.tolist(), logprobs.amax(-1).tolist()))
+    return judge(canary, answers)
+
+
+def judge(canary: Canary, answers: Sequence[tuple[Any, list[float]]]) -> CanaryResult:
+    """Compare answers: per sequence the log-probabilities [T, top] of the canary's tokens, and the largest ones [T]."""
+    import numpy as np
+
+    worst, kl, agree, positions = 0.0, 0.0, 0, 0
+    for sequence, (logprobs, best) in zip(canary.sequences, answers, strict=True):
+        expected, found = np.asarray(sequence.top_logprobs), np.asarray(logprobs, dtype=np.float64)
+        worst = max(worst, float(np.abs(expected - found).max()))
+        p, q = _normalised(expected), _normalised(found)
+        kl += float((np.exp(p) * (p - q)).sum())
+        agree += int((found[:, 0] >= np.asarray(best) - _TIE).sum())
+        positions += len(best)
+    return CanaryResult(worst, kl / positions, agree / positions, positions)
+
+
+def _normalised(logprobs: Any) -> Any:
+    import numpy as np
+
+    return logprobs - np.log(np.exp(logprobs).sum(axis=1, keepdims=True))

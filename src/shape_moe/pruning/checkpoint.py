@@ -1,0 +1,226 @@
+"""The shard slicer: byte ranges of the kept experts' tensors, copied shard by shard; no model is built.
+
+Memory does not grow with the model: tensors are never read, the operating system copies ranges from file to file.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from shape_moe.architectures.safetensors_file import TensorSlot, make_header, read_header
+from shape_moe.architectures.snapshot import INDEX_FILE, SINGLE_FILE, Snapshot
+from shape_moe.architectures.tensor_names import renumbered
+from shape_moe.errors import CheckpointError, ShapeMoeError, UsageError
+from shape_moe.selection.selection import Selection
+
+Progress = Callable[[int], None]
+_BLOCK = 64 * 2**20
+_BUFFER = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class SlicedTensor:
+    """A tensor of the pruned checkpoint and where its bytes come from.
+
+    Attributes:
+        name: its name in the pruned checkpoint.
+        shape: its shape there.
+        source: the tensor of the original.
+        ranges: byte ranges (start, size) of the original's file, in order.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    source: TensorSlot
+    ranges: tuple[tuple[int, int], ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes in the pruned checkpoint."""
+        return sum(size for _, size in self.ranges)
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One file of the pruned checkpoint."""
+
+    file_name: str
+    source: Path
+    tensors: tuple[SlicedTensor, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of tensors in the file."""
+        return sum(tensor.size for tensor in self.tensors)
+
+
+def check_fits(snapshot: Snapshot, selection: Selection) -> None:
+    """Check that a selection describes this model's layers and experts.
+
+    Raises:
+        UsageError: when it does not.
+    """
+    if selection.num_experts != snapshot.moe.num_experts:
+        raise UsageError(
+            f"The selection is for {selection.num_experts} experts per layer; the model has {snapshot.moe.num_experts}."
+        )
+    if set(selection.layers) != set(snapshot.moe_layers):
+        odd = min(set(selection.layers) ^ set(snapshot.moe_layers))
+        raise UsageError(f"The selection does not fit the model's MoE layers; layer {odd} is in only one of them.")
+    facts = snapshot.moe.routing
+    for layer, ids in selection.layers.items():
+        if selection.routing == "reroute" and len(ids) < facts.floor:
+            raise UsageError(f"Layer {layer} keeps {len(ids)} experts; routing reroute needs at least {facts.floor}.")
+        if selection.routing == "reroute" and facts.groups > 1:
+            size = snapshot.moe.num_experts // facts.groups
+            counts = {sum(1 for expert in ids if expert // size == group) for group in range(facts.groups)}
+            if len(counts) > 1:
+                raise UsageError(
+                    f"Layer {layer} keeps different numbers of experts in its {facts.groups} router groups, which "
+                    "routing reroute cannot serve; use routing drop, or select with this model's trace."
+                )
+
+
+def plan_checkpoint(snapshot: Snapshot, selection: Selection) -> list[ShardPlan]:
+    """Lay the pruned checkpoint out: one file per shard of the original, without those that end up empty.
+
+    Raises:
+        UsageError: when the selection does not fit the model.
+    """
+    check_fits(snapshot, selection)
+    shards = []
+    for source, slots in snapshot.files():
+        tensors = tuple(tensor for slot in slots if (tensor := _slice(snapshot, selection, slot)) is not None)
+        if tensors:
+            shards.append((source, tensors))
+    if len(shards) == 1:
+        return [ShardPlan(SINGLE_FILE, *shards[0])]
+    return [
+        ShardPlan(f"model-{i:05d}-of-{len(shards):05d}.safetensors", source, tensors)
+        for i, (source, tensors) in enumerate(shards, start=1)
+    ]
+
+
+def _slice(snapshot: Snapshot, selection: Selection, slot: TensorSlot) -> SlicedTensor | None:
+    role = snapshot.role(slot.name)
+    whole = SlicedTensor(slot.name, slot.shape, slot, ((slot.start, slot.size),))
+    if role.layer >= snapshot.moe.num_layers:
+        return None  # multi-token-prediction layers: their experts were not traced and no loader needs them
+    if role.role == "expert":
+        kept = selection.layers[role.layer]
+        if role.expert not in kept:
+            return None
+        name = renumbered(snapshot.moe.family, slot.name, kept.index(role.expert))
+        return SlicedTensor(name, slot.shape, slot, whole.ranges)
+    if role.role == "packed" or (role.role == "router" and selection.routing == "reroute"):
+        kept = selection.layers[role.layer]
+        row = slot.size // slot.shape[0]
+        ranges = tuple((slot.start + first * row, count * row) for first, count in _runs(kept))
+        return SlicedTensor(slot.name, (len(kept), *slot.shape[1:]), slot, ranges)
+    return whole
+
+
+def _runs(ids: list[int]) -> Iterator[tuple[int, int]]:
+    """Maximal runs of consecutive ids as (first, count)."""
+    starts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(ids)) if b != a + 1), len(ids)]
+    for begin, end in pairwise(starts):
+        yield ids[begin], end - begin
+
+
+def write_shard(plan: ShardPlan, folder: Path, progress: Progress = lambda _: None) -> Path:
+    """Write one file of the pruned checkpoint, unless an earlier run has completed it.
+
+    The bytes go to a temporary name, are synced to disk, and get their name last.
+
+    Raises:
+        ShapeMoeError: when the disk is full.
+    """
+    file = folder / plan.file_name
+    if file.is_file() and _matches(file, plan):
+        progress(plan.size)
+        return file
+    temporary = file.with_name(file.name + ".tmp")
+    specs = {tensor.name: (tensor.source.dtype, tensor.shape) for tensor in plan.tensors}
+    try:
+        with plan.source.open("rb") as source, temporary.open("wb") as target:
+            target.write(make_header(specs, {"format": "pt"}))
+            target.flush()
+            for start, size in _joined(piece for tensor in plan.tensors for piece in tensor.ranges):
+                _copy_range(source.fileno(), target.fileno(), start, size, progress)
+            os.fsync(target.fileno())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ShapeMoeError(
+                f"The disk of {folder.parent} is full: {plan.file_name} needs {plan.size / 2**20:,.0f} MiB. "
+                "Free some space and run the same command again; it goes on where it stopped."
+            ) from error
+        raise
+    temporary.replace(file)
+    return file
+
+
+def _matches(file: Path, plan: ShardPlan) -> bool:
+    """Whether a file of an earlier run has the planned layout (its bytes are compared by the verification)."""
+    try:
+        slots, _ = read_header(file)
+    except CheckpointError:
+        return False
+    found = [(slot.name, slot.dtype, slot.shape) for slot in slots.values()]
+    return sorted(found) == sorted((t.name, t.source.dtype, t.shape) for t in plan.tensors)
+
+
+def _joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Join ranges that follow each other without a gap."""
+    begin = end = -1
+    for start, size in ranges:
+        if start == end:
+            end += size
+            continue
+        if end > begin:
+            yield begin, end - begin
+        begin, end = start, start + size
+    if end > begin:
+        yield begin, end - begin
+
+
+def _copy_range(source: int, target: int, start: int, size: int, progress: Progress) -> None:
+    """Append a byte range of one file to another, inside the kernel where it can."""
+    while size > 0:
+        count = _copy_some(source, target, start, min(size, _BLOCK))
+        if count == 0:
+            raise CheckpointError("A shard of the model became shorter while it was read.")
+        start, size = start + count, size - count
+        progress(count)
+
+
+def _copy_some(source: int, target: int, start: int, size: int) -> int:
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(source, target, size, start)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+                raise
+    block = os.pread(source, min(size, _BUFFER), start)
+    written = 0
+    while written < len(block):
+        written += os.write(target, block[written:])
+    return len(block)
+
+
+def write_index(plans: list[ShardPlan], folder: Path) -> None:
+    """Write the index of a checkpoint of several files."""
+    if len(plans) == 1:
+        return
+    weight_map = {tensor.name: plan.file_name for plan in plans for tensor in plan.tensors}
+    index = {
+        "metadata": {"total_size": sum(plan.size for plan in plans)},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,117 @@
+"""A selection as a reversible mask on a live model: the model behaves as if pruned, and is given back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from shape_moe.architectures.sites import MoeSite, find_sites
+from shape_moe.errors import UsageError
+from shape_moe.selection.selection import Routing, Selection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@contextmanager
+def masked(model: PreTrainedModel, selection: Selection, routing: Routing | None = None) -> Iterator[PreTrainedModel]:
+    """Make a live model behave as if a selection had been applied to it.
+
+    Args:
+        model: the full model.
+        selection: what to keep; layers that it does not name keep everything.
+        routing: ``drop`` or ``reroute``; None for the selection's own.
+
+    Raises:
+        UsageError: when the selection does not fit the model.
+    """
+    routing = routing or selection.routing
+    sites = matching_sites(model, selection)
+    handles: list[Any] = []
+    try:
+        for site, ids in sites:
+            kept = torch.tensor(ids)
+            if routing == "drop":
+                handles.append(site.experts.register_forward_pre_hook(_zero_dropped(kept, selection.num_experts)))
+            else:
+                handles.append(_Rerouted(site, kept, selection.num_experts))
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def matching_sites(model: PreTrainedModel, selection: Selection) -> list[tuple[MoeSite, list[int]]]:
+    """The MoE layers of a model with the ids that a selection keeps in each.
+
+    Raises:
+        UsageError: when the selection names other layers or another number of experts than the model has.
+    """
+    sites = find_sites(model)
+    experts = int(sites[0].experts.num_experts)  # type: ignore[arg-type]  # a plain number on every experts module
+    if experts != selection.num_experts:
+        raise UsageError(f"The selection is for {selection.num_experts} experts per layer; the model has {experts}.")
+    unknown = set(selection.layers) - {site.layer for site in sites}
+    if unknown:
+        raise UsageError(f"The selection names layer {min(unknown)}, which is not an MoE layer of the model.")
+    return [(site, selection.layers[site.layer]) for site in sites if site.layer in selection.layers]
+
+
+def _zero_dropped(kept: torch.Tensor, total: int) -> Any:
+    alive = torch.zeros(total, dtype=torch.bool)
+    alive[kept] = True
+    by_device: dict[torch.device, torch.Tensor] = {}
+
+    def hook(_module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, ids, weights = args
+        if ids.device not in by_device:
+            by_device[ids.device] = alive.to(ids.device)
+        keep = by_device[ids.device][ids]
+        return hidden, ids, torch.where(keep, weights, torch.zeros_like(weights))
+
+    return hook
+
+
+class _Rerouted:
+    """A router that runs with the kept rows alone; its ids are translated back to those of the full model."""
+
+    def __init__(self, site: MoeSite, kept: torch.Tensor, total: int) -> None:
+        self.router: Any = site.router
+        self.kept, self.total = kept, total
+        tensors = [*self.router.named_parameters(recurse=False), *self.router.named_buffers(recurse=False)]
+        self.rows = [name for name, tensor in tensors if tensor.shape[:1] == (total,)]
+        # accelerate loads offloaded weights in a forward of its own and keeps the model's under another name
+        self.attribute = "_old_forward" if hasattr(self.router, "_hf_hook") else "forward"
+        self.inner = _Caller(self.router, getattr(self.router, self.attribute))
+        self.replaced = self.router.__dict__.get(self.attribute)
+        setattr(self.router, self.attribute, self._forward)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        kept = self.kept.to(getattr(self.router, self.rows[0]).device)
+        rows = {f"router.{name}": getattr(self.router, name)[kept] for name in self.rows}
+        self.router.num_experts = len(kept)
+        try:
+            logits, weights, ids = torch.func.functional_call(self.inner, rows, args, kwargs)
+        finally:
+            self.router.num_experts = self.total
+        return logits, weights, kept[ids]
+
+    def remove(self) -> None:
+        if self.replaced is None:
+            delattr(self.router, self.attribute)
+        else:
+            setattr(self.router, self.attribute, self.replaced)
+
+
+class _Caller(torch.nn.Module):
+    """Calls a router's own forward; lets ``functional_call`` swap the router's tensors for the time of the call."""
+
+    def __init__(self, router: torch.nn.Module, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.router, self._call = router, forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)

@@ -1,0 +1,126 @@
+"""MoE models whose layers keep different numbers of experts, for Transformers.
+
+This file travels inside pruned checkpoints, where ``trust_remote_code=True`` finds it, so it imports nothing but torch
+and transformers. A pruned checkpoint's ``config.json`` is that of the original model plus ``shape_pruning``::
+
+    {"version": 1, "routing": "drop" | "reroute", "num_experts": E,
+     "modules": {"experts": "mlp.experts", "router": "mlp.gate"}, "layers": {"0": [kept ids], ...}}
+
+The model is built as usual (on the meta device when it is loaded), and then every listed layer's experts, and under
+``reroute`` its router, are cut down to the kept ones. Under ``drop`` the router stays whole, and slots of pruned
+experts get weight zero. The experts keep their class, and with it Transformers' fast implementations
+(``@use_experts_implementation``).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+PREFIX = "Shape"
+VERSION = 1
+
+
+def prune_in_place(model: nn.Module, pruning: dict[str, Any]) -> None:
+    """Cut a full-size model down to the experts that ``pruning`` keeps.
+
+    Args:
+        model: the model, with real weights or on the meta device.
+        pruning: the content of ``shape_pruning``.
+
+    Raises:
+        ValueError: for a newer format, or when a layer of the description is not in the model.
+    """
+    if pruning.get("version") != VERSION or pruning.get("routing") not in ("drop", "reroute"):
+        raise ValueError("This pruned checkpoint was written in a newer format: update shape-moe.")
+    wanted = {int(layer): ids for layer, ids in pruning["layers"].items()}
+    for name, module in list(model.named_modules()):
+        match = re.search(r"(?:^|\.)layers\.(\d+)$", name)
+        ids = wanted.pop(int(match[1]), None) if match else None
+        if ids is None:
+            continue
+        experts = module.get_submodule(pruning["modules"]["experts"])
+        _keep_rows(experts, ids, pruning["num_experts"])
+        if pruning["routing"] == "reroute":
+            _keep_rows(module.get_submodule(pruning["modules"]["router"]), ids, pruning["num_experts"])
+        else:
+            experts.__class__ = _dropping(type(experts))
+            experts.kept_ids, experts.total_experts = list(ids), pruning["num_experts"]
+    if wanted:
+        raise ValueError(f"The model has no layers {sorted(wanted)}, which shape_pruning describes.")
+
+
+def _keep_rows(module: Any, ids: list[int], total: int) -> None:
+    """Cut every parameter and buffer with one row per expert."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if parameter.shape[:1] == (total,):
+            rows = parameter.detach()[ids]
+            setattr(module, name, nn.Parameter(rows, requires_grad=parameter.requires_grad))
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        if buffer.shape[:1] == (total,):
+            setattr(module, name, buffer[ids])
+    module.num_experts = len(ids)
+
+
+def _dropping(experts_class: type[nn.Module]) -> type[nn.Module]:
+    """The experts class with a forward that takes ids of the full router and drops pruned experts' slots."""
+
+    class DroppingExperts(experts_class):  # type: ignore[misc, valid-type]  # a base class known at run time
+        def forward(
+            self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        ) -> torch.Tensor:
+            slot = self._slot_of(top_k_index.device)[top_k_index]
+            alive = slot >= 0
+            # A dropped slot repeats one of the token's surviving experts with weight zero: no output is computed
+            # that the token would not have had anyway, so nothing can overflow.
+            survivor = slot.gather(-1, alive.to(torch.int8).argmax(-1, keepdim=True)).clamp(min=0)
+            weights = torch.where(alive, top_k_weights, torch.zeros_like(top_k_weights))
+            output: torch.Tensor = super().forward(hidden_states, torch.where(alive, slot, survivor), weights)
+            return output
+
+        def _slot_of(self, device: torch.device) -> torch.Tensor:
+            # Built when first needed: a buffer that is not saved would come back empty from loading.
+            slots: torch.Tensor | None = self.__dict__.get("_slots")
+            if slots is None or slots.device != device:
+                slots = torch.full((self.total_experts,), -1, dtype=torch.int64)
+                slots[self.kept_ids] = torch.arange(len(self.kept_ids))
+                slots = slots.to(device)
+                self.__dict__["_slots"] = slots
+            return slots
+
+    DroppingExperts.__name__ = DroppingExperts.__qualname__ = f"Dropping{experts_class.__name__}"
+    return DroppingExperts
+
+
+def pruned_class(stock: type[transformers.PreTrainedModel]) -> type[transformers.PreTrainedModel]:
+    """The class of pruned models of a stock class: ``Qwen3MoeForCausalLM`` gives ``ShapeQwen3MoeForCausalLM``."""
+    name = PREFIX + stock.__name__
+    if name in globals():
+        known: type[transformers.PreTrainedModel] = globals()[name]
+        return known
+
+    class Pruned(stock):  # type: ignore[misc]  # a base class known at run time
+        _auto_class = "AutoModelForCausalLM"
+
+        def __init__(self, config: transformers.PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            pruning = getattr(config, "shape_pruning", None)
+            if pruning is None:
+                raise ValueError(f"{name} loads pruned checkpoints, but this configuration has no shape_pruning.")
+            prune_in_place(self, pruning)
+
+    Pruned.__name__ = Pruned.__qualname__ = name
+    Pruned.__doc__ = f"{stock.__name__} with the experts that ``config.shape_pruning`` keeps."
+    globals()[name] = Pruned
+    return Pruned
+
+
+def __getattr__(name: str) -> type[transformers.PreTrainedModel]:
+    stock = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    if not isinstance(stock, type) or not issubclass(stock, transformers.PreTrainedModel):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")  # noqa: TRY004  # the protocol's error
+    return pruned_class(stock)

@@ -1,0 +1,1 @@
+"""How the world loads a pruned checkpoint."""

@@ -1,0 +1,74 @@
+"""The manifest of a pruned checkpoint: where it comes from, and the hash of every file."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from shape_moe.architectures.fingerprint import fingerprint, layout_fingerprint
+from shape_moe.architectures.snapshot import Snapshot, read_json
+from shape_moe.errors import CheckpointError
+from shape_moe.pruning.compare import file_hash
+from shape_moe.workspace import JOB_FILE, write_json
+
+FORMAT_VERSION = 1
+MANIFEST = Path("shape") / "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Origin and content of a pruned checkpoint.
+
+    Attributes:
+        model: name of the original.
+        revision: its commit on the hub.
+        fingerprint: identifies it by its routers.
+        layout_fingerprint: describes its tensors.
+        target: ``ragged`` or ``stock``.
+        shape_moe: version that wrote the checkpoint.
+        files: sha256 by path relative to the checkpoint.
+    """
+
+    model: str
+    revision: str | None
+    fingerprint: str
+    layout_fingerprint: str
+    target: str
+    shape_moe: str
+    files: dict[str, str]
+
+
+def write_manifest(folder: Path, snapshot: Snapshot, target: str, known: dict[str, str]) -> Manifest:
+    """Hash every file of a finished checkpoint (``known`` hashes are taken over) and write the manifest."""
+    files = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = file.relative_to(folder).as_posix()
+        if name not in (JOB_FILE, ".lock", MANIFEST.as_posix()):
+            files[name] = known.get(name) or file_hash(file)
+    manifest = Manifest(
+        model=snapshot.name,
+        revision=snapshot.revision,
+        fingerprint=fingerprint(snapshot),
+        layout_fingerprint=layout_fingerprint(snapshot),
+        target=target,
+        shape_moe=version("shape-moe"),
+        files=files,
+    )
+    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, **asdict(manifest)})
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a checkpoint's manifest.
+
+    Raises:
+        CheckpointError: when it is missing, damaged or of another version.
+    """
+    document = read_json(folder / MANIFEST)
+    if document.pop("format_version", None) != FORMAT_VERSION:
+        raise CheckpointError(f"{folder / MANIFEST} was written in another format version.")
+    try:
+        return Manifest(**document)
+    except TypeError as error:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged.") from error
