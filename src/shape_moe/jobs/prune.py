@@ -1,0 +1,333 @@
+"""The whole job: trace, select, write the smaller checkpoint, and check it against the original."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shape_moe.architectures.fingerprint import check_fingerprint, fingerprint, layout_fingerprint
+from shape_moe.architectures.loading import load_model, loaded_bytes, why_not_loadable
+from shape_moe.architectures.snapshot import Snapshot, open_snapshot
+from shape_moe.calibration.records import DataOptions
+from shape_moe.errors import CheckpointError, ShapeMoeError, UsageError
+from shape_moe.jobs.select import SelectionJob, as_selection_job, make_selection
+from shape_moe.jobs.trace import TraceOptions, TraceSession, as_trace_options
+from shape_moe.progress import SILENT, Progress
+from shape_moe.pruning.canary import Canary, CanaryResult, compare_canary, random_tokens, record_canary
+from shape_moe.pruning.checkpoint import ShardPlan, plan_checkpoint, write_index, write_shard
+from shape_moe.pruning.compare import compare_shard
+from shape_moe.pruning.masks import masked
+from shape_moe.pruning.model_config import pruned_config
+from shape_moe.reporting.model_card import CardFacts, write_card
+from shape_moe.selection.select import check_feasible
+from shape_moe.selection.selection import Selection, load_selection
+from shape_moe.serving.bundle import copy_code, copy_root_files
+from shape_moe.serving.manifest import write_manifest
+from shape_moe.tracing.trace import Trace, load_trace
+from shape_moe.workspace import Workspace, check_output, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PAPER_SAMPLES = 25
+"""Calibration examples of the published experiments."""
+_WORKERS = 2
+_DISK_MARGIN = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """What is asked of a pruned checkpoint.
+
+    Attributes:
+        select: how experts are chosen; None when a finished selection is given.
+        trace: the calibration set and how to trace; None when a trace or a selection is given.
+        target: ``ragged`` or ``stock``.
+        device: where to run the logit check.
+        dtype: in which dtype.
+        check_logits: compare the pruned model's logits with the masked original's, where both fit in memory.
+        force: replace an existing output, accept artifacts of unknown origin.
+    """
+
+    select: SelectionJob | None = None
+    trace: TraceOptions | None = None
+    target: str = "ragged"
+    device: str = "auto"
+    dtype: str = "auto"
+    check_logits: bool = True
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A pruned checkpoint.
+
+    Attributes:
+        path: its folder.
+        selection: what it keeps.
+        bytes_before: size of the original's tensors.
+        bytes_after: size of its tensors.
+        logits: comparison of logits, None where it was not made.
+        logits_skipped: why it was not made.
+        notes: what the user should know.
+    """
+
+    path: Path
+    selection: Selection
+    bytes_before: int
+    bytes_after: int
+    logits: CanaryResult | None
+    logits_skipped: str | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Run:
+    """State of one pruning job on its way through the phases."""
+
+    snapshot: Snapshot
+    options: PruneOptions
+    work: Path
+    progress: Progress
+    session: TraceSession | None = None
+    trace: Trace | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def artifacts(self) -> Path:
+        return self.work / "shape"
+
+
+def prune(
+    model: str | PathLike[str],
+    out: str | PathLike[str],
+    options: PruneOptions | None = None,
+    *,
+    data: TraceOptions | DataOptions | str | PathLike[str] | None = None,
+    keep: float | None = None,
+    trace: str | PathLike[str] | None = None,
+    selection: str | PathLike[str] | Selection | None = None,
+    progress: Progress = SILENT,
+) -> PruneResult:
+    """Write a pruned checkpoint.
+
+    Give exactly one of a calibration set (``data``), a finished ``trace`` or a finished ``selection``, and with the
+    first two a keep rate (``keep``, or ``options.select`` to say more). ``prune(model, out, data="tasks.jsonl",
+    keep=0.6)`` is the published method.
+
+    Args:
+        model: a folder or hub id.
+        out: folder of the pruned checkpoint.
+        options: see :class:`PruneOptions`.
+        data: calibration set: a file (of which at most 25 records are used), or options that say more.
+        keep: keep rate.
+        trace: a trace folder; skips tracing.
+        selection: a selection; skips tracing and selecting.
+        progress: where to show progress.
+
+    Raises:
+        ShapeMoeError: when something is wrong; the message says what to do, and nothing stands under ``out``.
+    """
+    options = options or PruneOptions()
+    if data is not None:
+        options = replace(options, trace=as_trace_options(data, PAPER_SAMPLES))
+    if keep is not None:
+        options = replace(options, select=as_selection_job(keep))
+    if sum(given is not None for given in (options.trace, trace, selection)) != 1:
+        raise UsageError(
+            "Give exactly one of: calibration data (--data), a trace (--trace), a selection (--selection)."
+        )
+    check_output(Path(out).absolute(), force=options.force)
+    snapshot = open_snapshot(model)
+    chosen = _given_selection(snapshot, selection, force=options.force)
+    if options.select is not None:
+        check_feasible(options.select.options, snapshot.moe_layers, snapshot.moe.num_experts, snapshot.moe.routing)
+    traced = _given_trace(snapshot, trace, progress, force=options.force)
+    session = TraceSession.open(model, options.trace, None, progress) if options.trace else None
+    job = _job(snapshot, options, trace, chosen)
+    with Workspace(out, job, force=options.force) as work:
+        _check_disk(snapshot, options, chosen, work.path)
+        run = _Run(snapshot, options, work.path, progress, session, traced)
+        run.artifacts.mkdir(exist_ok=True)
+        if session is not None:
+            run.trace = _traced(run, session)
+        final = _completed(chosen if chosen is not None else _selected(run), snapshot)
+        run.notes += final.warnings
+        canary, skipped = _canary(run, final)
+        plans, hashes = _write(run, final, canary)
+        result = None
+        if canary is not None:
+            result = _check_logits(run, canary)
+        facts = CardFacts(
+            snapshot.name, snapshot.total_bytes, sum(p.size for p in plans), final, options.target, run.trace
+        )
+        write_card(work.path, facts)
+        write_manifest(work.path, snapshot, options.target, hashes)
+        path = work.complete()
+    return PruneResult(path, final, snapshot.total_bytes, facts.bytes_after, result, skipped, tuple(run.notes))
+
+
+def _job(
+    snapshot: Snapshot, options: PruneOptions, trace: str | PathLike[str] | None, chosen: Selection | None
+) -> Mapping[str, Any]:
+    """What decides the result: the model, the artifacts that enter, and the options."""
+    description = asdict(options)
+    description.pop("force")
+    return {
+        "verb": "prune",
+        "model": layout_fingerprint(snapshot),
+        "routers": fingerprint(snapshot),
+        "trace": str(trace) if trace else None,
+        "selection": chosen.to_document() if chosen else None,
+        **description,
+    }
+
+
+def _given_selection(
+    snapshot: Snapshot, given: str | PathLike[str] | Selection | None, *, force: bool
+) -> Selection | None:
+    if given is None:
+        return None
+    chosen = given if isinstance(given, Selection) else load_selection(Path(given))
+    if chosen.fingerprint is not None:
+        name = "The selection" if isinstance(given, Selection) else f"The selection {given}"
+        check_fingerprint(chosen.fingerprint, fingerprint(snapshot), name, force=force)
+    return chosen
+
+
+def _given_trace(
+    snapshot: Snapshot, given: str | PathLike[str] | None, progress: Progress, *, force: bool
+) -> Trace | None:
+    if given is None:
+        return None
+    traced = load_trace(Path(given))
+    check_fingerprint(traced.info.fingerprint, fingerprint(snapshot), f"The trace {given}", force=force)
+    if traced.info.layout_fingerprint != layout_fingerprint(snapshot):
+        progress.note("The trace was made from another copy of this model (other names, dtypes or shapes of tensors).")
+    return traced
+
+
+def _check_disk(snapshot: Snapshot, options: PruneOptions, chosen: Selection | None, folder: Path) -> None:
+    keep = chosen.keep if chosen is not None else options.select.options.keep if options.select else 1.0
+    expert_bytes = sum(s.size for s in snapshot.tensors.values() if snapshot.role(s.name).role in ("expert", "packed"))
+    written = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    needed = snapshot.total_bytes - expert_bytes * (1 - keep) + _DISK_MARGIN - written
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ShapeMoeError(
+            f"The pruned checkpoint needs about {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free "
+            f"on the disk of {folder.parent}; free some space or choose another --output."
+        )
+
+
+def _traced(run: _Run, session: TraceSession) -> Trace:
+    folder = run.artifacts / "trace"
+    if (folder / "trace.json").is_file():
+        run.progress.note("Going on with the trace of the interrupted run.")
+        return load_trace(folder)
+    unfinished = run.artifacts / "trace.partial"
+    unfinished.mkdir(exist_ok=True)
+    session.run(unfinished).save(folder.with_name("trace.new"))
+    folder.with_name("trace.new").rename(folder)
+    shutil.rmtree(unfinished)
+    return load_trace(folder)
+
+
+def _selected(run: _Run) -> Selection:
+    assert run.trace is not None
+    if run.options.select is None:
+        raise UsageError("A trace needs a keep rate: give --keep or --fit.")
+    return make_selection(run.trace, run.options.select)
+
+
+def _completed(selection: Selection, snapshot: Snapshot) -> Selection:
+    """The selection with what a table of values could not know about the model."""
+    if selection.fingerprint is not None:
+        return selection
+    return replace(
+        selection,
+        fingerprint=fingerprint(snapshot),
+        model=snapshot.name,
+        family=snapshot.moe.family.model_type,
+        top_k=snapshot.moe.top_k,
+    )
+
+
+def _canary(run: _Run, selection: Selection) -> tuple[Canary | None, str | None]:
+    """The masked original's answers, while the full model is (or can be) loaded; and why there are none."""
+    skipped = None
+    if not run.options.check_logits:
+        skipped = "--no-logits was given"
+    elif run.session is None:
+        reason = why_not_loadable(loaded_bytes(run.snapshot, run.options.dtype), run.options.device)
+        skipped = f"the original was not loaded: {reason}" if reason else None
+    if skipped is not None:
+        run.notes.append(f"Logits were not compared: {skipped}.")
+        return None, skipped
+    model = run.session.model if run.session else _load_original(run)
+    tokens = run.trace.info.canary if run.trace else []
+    with run.progress.phase("Recording the canary", 1, "step") as advance, masked(model, selection):
+        canary = record_canary(model, tokens or random_tokens(run.snapshot.config["vocab_size"]))
+        advance(1)
+    if run.session is not None:
+        run.session.unload()
+    del model
+    gc.collect()
+    return canary, None
+
+
+def _load_original(run: _Run) -> PreTrainedModel:
+    with run.progress.phase("Loading the model", 1, "model") as advance:
+        model = load_model(run.snapshot, device=run.options.device, dtype=run.options.dtype)
+        advance(1)
+    return model
+
+
+def _write(run: _Run, selection: Selection, canary: Canary | None) -> tuple[list[ShardPlan], dict[str, str]]:
+    """Write shards and compare every tensor with the original; then everything that is small.
+
+    Returns:
+        The shards, and the sha256 of each file.
+    """
+    plans = plan_checkpoint(run.snapshot, selection)
+    total = sum(plan.size for plan in plans)
+    hashes: dict[str, str] = {}
+    with run.progress.phase("Writing and comparing tensors", 2 * total, "B") as advance:
+
+        def work(plan: ShardPlan) -> None:
+            file = write_shard(plan, run.work, advance)
+            hashes[plan.file_name] = compare_shard(plan, file, advance)
+
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            for done in [pool.submit(work, plan) for plan in plans]:
+                done.result()
+    write_index(plans, run.work)
+    config = pruned_config(run.snapshot.config, run.snapshot.moe, selection, run.options.target)
+    write_json(run.work / "config.json", config)
+    if run.options.target == "ragged":
+        copy_code(run.work)
+    copy_root_files(run.snapshot.path, run.work)
+    selection.save(run.artifacts / "selection.json")
+    if canary is not None:
+        canary.save(run.artifacts / "canary.json")
+    return plans, hashes
+
+
+def _check_logits(run: _Run, canary: Canary) -> CanaryResult:
+    pruned = open_snapshot(run.work)
+    with run.progress.phase("Comparing logits", 1, "step") as advance:
+        model = load_model(pruned, device=run.options.device, dtype=run.options.dtype)
+        result = compare_canary(model, canary)
+        advance(1)
+    if not result.passed:
+        raise CheckpointError(
+            f"The pruned model's logits differ from the masked original's (KL {result.mean_kl:.2g}, top-1 agreement "
+            f"{result.top1_agreement:.1%}): the checkpoint is not what it should be. It stays in {run.work}."
+        )
+    return result

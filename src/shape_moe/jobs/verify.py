@@ -1,0 +1,173 @@
+"""Verify a pruned checkpoint: is it, byte by byte and answer by answer, what it claims to be?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from shape_moe.architectures.fingerprint import check_fingerprint, fingerprint
+from shape_moe.architectures.loading import load_model, load_tokenizer, loaded_bytes, why_not_loadable
+from shape_moe.architectures.moe_config import PRUNING_KEY, MoeConfig, read_moe_config
+from shape_moe.architectures.snapshot import Snapshot, open_snapshot
+from shape_moe.architectures.tensor_names import tensor_role
+from shape_moe.errors import CheckpointError, ShapeMoeError
+from shape_moe.progress import SILENT, Progress
+from shape_moe.pruning.canary import compare_canary, load_canary
+from shape_moe.pruning.checkpoint import plan_checkpoint
+from shape_moe.pruning.compare import compare_shard, file_hash
+from shape_moe.pruning.model_config import pruning_description
+from shape_moe.selection.selection import Selection, load_selection
+from shape_moe.serving.manifest import read_manifest
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what.
+        passed: True or False, None when it could not be checked.
+        detail: what was found.
+    """
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+def verify(
+    folder: str | PathLike[str],
+    *,
+    original: str | PathLike[str] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress = SILENT,
+) -> list[Check]:
+    """Check a pruned checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        original: the model that it was made from; compares every tensor with its slice once more.
+        device: where to run the canary.
+        dtype: in which dtype.
+        progress: where to show progress.
+
+    Returns:
+        One entry per check; none of them raises for a bad checkpoint.
+
+    Raises:
+        CheckpointError: when the folder is not a pruned checkpoint at all.
+    """
+    path = Path(folder)
+    if not (path / "shape" / "manifest.json").is_file():
+        raise CheckpointError(f"{path} is not a checkpoint written by shape-moe: it has no shape/manifest.json.")
+    checks = [_guard("files", lambda: _check_files(path, progress))]
+    checks.append(_guard("selection and config", lambda: _check_config(path)))
+    checks.append(_guard("tensors", lambda: _check_tensors(path)))
+    checks.append(_guard("tokenizer", lambda: _check_tokenizer(path)))
+    if original is not None:
+        checks.append(_guard("original", lambda: _check_original(path, original, progress)))
+    checks.append(_guard("canary", lambda: _check_canary(path, device, dtype)))
+    return checks
+
+
+def _guard(name: str, check: Callable[[], tuple[bool | None, str]]) -> Check:
+    try:
+        passed, detail = check()
+    except ShapeMoeError as error:
+        passed, detail = False, str(error)
+    return Check(name, passed, detail)
+
+
+def _check_files(path: Path, progress: Progress) -> tuple[bool, str]:
+    manifest = read_manifest(path)
+    missing = [name for name in manifest.files if not (path / name).is_file()]
+    if missing:
+        return False, f"{len(missing)} files are missing, the first is {missing[0]}"
+    with progress.phase("Hashing files", len(manifest.files), "file") as advance:
+        for name, expected in manifest.files.items():
+            if file_hash(path / name) != expected:
+                return False, f"{name} was changed: its sha256 is not the recorded one"
+            advance(1)
+    return True, f"{len(manifest.files)} files have their recorded sha256"
+
+
+def original_moe(snapshot: Snapshot, selection: Selection) -> MoeConfig:
+    """Facts about the original's experts, from a pruned checkpoint's configuration."""
+    config = {key: value for key, value in snapshot.config.items() if key != PRUNING_KEY}
+    moe = read_moe_config(config)
+    for key in moe.family.count_keys:
+        if config.get(key) is not None:
+            config[key] = selection.num_experts
+    return read_moe_config(config)
+
+
+def _check_config(path: Path) -> tuple[bool, str]:
+    snapshot, selection, target = open_snapshot(path), load_selection(path), read_manifest(path).target
+    moe = original_moe(snapshot, selection)
+    kept = f"{selection.kept:,} of {selection.total:,} experts, routing {selection.routing}, target {target}"
+    if target == "stock":
+        counts = {snapshot.config[key] for key in moe.family.count_keys if snapshot.config.get(key) is not None}
+        if counts != {selection.equal_count} or PRUNING_KEY in snapshot.config:
+            return False, f"config.json says {counts} experts, the selection {selection.equal_count}"
+        return True, kept
+    if snapshot.config.get(PRUNING_KEY) != pruning_description(moe, selection):
+        return False, f"config.json's {PRUNING_KEY} is not what shape/selection.json says"
+    return True, kept
+
+
+def _check_tensors(path: Path) -> tuple[bool, str]:
+    snapshot, selection = open_snapshot(path), load_selection(path)
+    moe = original_moe(snapshot, selection)
+    seen: dict[tuple[int, str], set[int]] = {}
+    for name, slot in snapshot.tensors.items():
+        role = tensor_role(moe.family, name)
+        if role.layer not in selection.layers:
+            continue
+        count = len(selection.layers[role.layer])
+        rows = selection.num_experts if role.role == "router" and selection.routing == "drop" else count
+        if role.role in ("packed", "router") and slot.shape[0] != rows:
+            return False, f"{name} has {slot.shape[0]} rows instead of {rows}"
+        if role.role == "expert":
+            suffix = name.split(f".experts.{role.expert}.", 1)[1]
+            seen.setdefault((role.layer, suffix), set()).add(role.expert)
+    for (layer, suffix), found in seen.items():
+        if found != set(range(len(selection.layers[layer]))):
+            return False, f"layer {layer}: {suffix} is there for {len(found)} experts, not as selected"
+    return True, f"{len(snapshot.tensors):,} tensors, {snapshot.total_bytes / 2**20:,.1f} MiB, counts as selected"
+
+
+def _check_tokenizer(path: Path) -> tuple[bool, str]:
+    tokenizer, config = load_tokenizer(path), open_snapshot(path).config
+    ids, vocabulary = len(tokenizer), int(config["vocab_size"])
+    if ids > vocabulary:
+        return False, f"the tokenizer has {ids:,} ids, the model embeds {vocabulary:,}"
+    return True, f"{ids:,} ids"
+
+
+def _check_original(path: Path, original: str | PathLike[str], progress: Progress) -> tuple[bool, str]:
+    snapshot, selection, manifest = open_snapshot(original), load_selection(path), read_manifest(path)
+    check_fingerprint(manifest.fingerprint, fingerprint(snapshot), "The checkpoint")
+    plans = plan_checkpoint(snapshot, selection)
+    with progress.phase("Comparing tensors", sum(plan.size for plan in plans), "B") as advance:
+        for plan in plans:
+            compare_shard(plan, path / plan.file_name, advance)
+    return True, f"{sum(len(plan.tensors) for plan in plans):,} tensors equal their slice of {original}"
+
+
+def _check_canary(path: Path, device: str, dtype: str) -> tuple[bool | None, str]:
+    file = path / "shape" / "canary.json"
+    if not file.is_file():
+        return None, "the checkpoint has none: the original did not fit into memory when it was made"
+    snapshot, canary = open_snapshot(path), load_canary(file)
+    reason = why_not_loadable(loaded_bytes(snapshot, dtype), device)
+    if reason is not None:
+        return None, reason
+    result = compare_canary(load_model(snapshot, device=device, dtype=dtype), canary)
+    detail = (
+        f"KL {result.mean_kl:.2e}, top-1 agreement {result.top1_agreement:.1%}, largest difference "
+        f"{result.largest_difference:.2e} over {result.positions:,} positions"
+    )
+    return result.passed, detail

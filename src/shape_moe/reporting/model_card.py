@@ -1,0 +1,83 @@
+"""The model card (README.md) of a pruned checkpoint."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from shape_moe.architectures.families import FAMILIES
+from shape_moe.selection.selection import Selection
+from shape_moe.tracing.trace import Trace
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card tells.
+
+    Attributes:
+        model: name of the original.
+        bytes_before: size of its tensors.
+        bytes_after: size of the pruned checkpoint's tensors.
+        selection: what is kept.
+        target: ``ragged`` or ``stock``.
+        trace: the trace, where there was one.
+    """
+
+    model: str
+    bytes_before: int
+    bytes_after: int
+    selection: Selection
+    target: str
+    trace: Trace | None
+
+
+def write_card(folder: Path, facts: CardFacts) -> None:
+    """Write ``README.md`` into a checkpoint."""
+    (folder / "README.md").write_text(render_card(facts), encoding="utf-8")
+
+
+def render_card(facts: CardFacts) -> str:
+    """The card as Markdown."""
+    environment = Environment(
+        loader=PackageLoader("shape_moe.reporting"),
+        undefined=StrictUndefined,
+        trim_blocks=False,
+        keep_trailing_newline=True,
+        autoescape=False,  # Markdown, not HTML  # noqa: S701
+    )
+    selection = facts.selection
+    counts = sorted(len(ids) for ids in selection.layers.values())
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", facts.model) and not Path(facts.model).exists()
+    family = FAMILIES.get(selection.family or "")
+    slots = (
+        "the same; a pruned expert's slot adds nothing" if selection.routing == "drop" else "the same, among kept ones"
+    )
+    return environment.get_template("model_card.md.jinja").render(
+        title=f"{Path(facts.model).name}, pruned to {selection.keep:.0%} of its experts",
+        model=facts.model if is_hub_id else Path(facts.model).name,
+        base_model=facts.model if is_hub_id else None,
+        selection=selection,
+        counts=str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}",
+        top_k=selection.top_k,
+        per_token=slots,
+        bytes_before=facts.bytes_before,
+        bytes_after=facts.bytes_after,
+        trace=facts.trace.info if facts.trace else None,
+        target=facts.target,
+        stock_class=family.stock_class if family else "the original's class",
+        version=version("shape-moe"),
+        size=readable_size,
+    )
+
+
+def readable_size(size: float) -> str:
+    """Bytes in the largest binary unit that keeps the number above one."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"

@@ -1,0 +1,318 @@
+"""The whole job: what it writes, what it checks, what it refuses, and that it can be interrupted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from shape_moe.architectures.snapshot import open_snapshot
+from shape_moe.calibration.records import DataOptions
+from shape_moe.demo.embedded import exact_match
+from shape_moe.demo.tasks import examples
+from shape_moe.errors import CheckpointError, FingerprintError, ShapeMoeError, UsageError
+from shape_moe.jobs import prune as job
+from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.select import SelectionJob, select
+from shape_moe.jobs.trace import TraceOptions, trace
+from shape_moe.jobs.verify import verify
+from shape_moe.scoring.scores import score_trace
+from shape_moe.selection.select import SelectOptions
+from shape_moe.selection.selection import load_selection
+from shape_moe.tracing.trace import load_trace
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    file = tmp_path_factory.mktemp("data") / "sorting.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in examples("sorting", 25, seed=1)))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def traced(embedded, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trace") / "t"
+    trace(embedded, TraceOptions(data=DataOptions(data), device="cpu"), folder)
+    return folder
+
+
+def options(keep: float = 0.6, data: str | None = None, **changes) -> PruneOptions:
+    entries = {
+        "select": SelectionJob(SelectOptions(keep=keep)),
+        "trace": TraceOptions(data=DataOptions(data), device="cpu") if data else None,
+        "device": "cpu",
+    }
+    return PruneOptions(**{**entries, **changes})
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_one_command_gives_a_smaller_model_that_does_the_task(embedded, data, tmp_path) -> None:
+    before = contents(embedded)
+    result = prune(embedded, tmp_path / "out", options(0.8, data))
+    assert result.selection.kept == 102
+    assert result.logits.passed
+    assert result.logits.top1_agreement == 1
+    assert result.bytes_after / result.bytes_before < 0.82
+    on_disk = sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
+    assert result.bytes_after < on_disk < result.bytes_after + 65536
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert exact_match(model, tokenizer, ["sorting"])["sorting"] > 0.9
+    assert contents(embedded) == before
+    assert not (tmp_path / "out.partial").exists()
+    names = set(contents(tmp_path / "out"))
+    assert {"config.json", "README.md", "tokenizer.json", "generation_config.json", "modeling_shape_moe.py"} <= names
+    assert {"shape/selection.json", "shape/canary.json", "shape/manifest.json", "shape/trace/trace.json"} <= names
+    assert not any("partial" in name or "job" in name or name.endswith(".tmp") for name in names)
+    assert all(check.passed for check in verify(tmp_path / "out", original=embedded, device="cpu"))
+
+
+def test_entering_half_way_gives_the_same_checkpoint(embedded, data, traced, tmp_path) -> None:
+    whole = prune(embedded, tmp_path / "whole", options(0.6, data))
+    from_trace = prune(embedded, tmp_path / "trace", options(0.6), trace=traced)
+    selection = select(traced, SelectionJob(SelectOptions(keep=0.6)))
+    selection.save(tmp_path / "selection.json")
+    by_file = prune(embedded, tmp_path / "file", options(select=None), selection=tmp_path / "selection.json")
+    assert whole.selection.layers == from_trace.selection.layers == by_file.selection.layers
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "trace", "file")]
+    assert weights[0] == weights[1] == weights[2]
+    canaries = [
+        json.loads((tmp_path / name / "shape" / "canary.json").read_text()) for name in ("whole", "trace", "file")
+    ]
+    assert canaries[0] == canaries[1]
+    assert canaries[2]["sequences"][0]["tokens"] != canaries[0]["sequences"][0]["tokens"]  # no text was known
+
+
+def test_tables_of_values_can_be_pruned_by(embedded, traced, tmp_path) -> None:
+    score_trace(load_trace(traced), "shape").table().write_csv(tmp_path / "values.csv")
+    selection = select(tmp_path / "values.csv", SelectionJob(SelectOptions(keep=0.6)))
+    assert selection.fingerprint is None
+    result = prune(embedded, tmp_path / "out", options(select=None), selection=selection)
+    assert result.selection.layers == select(traced, SelectionJob(SelectOptions(keep=0.6))).layers
+    assert load_selection(tmp_path / "out").fingerprint.startswith("sha256:")
+
+
+def test_stock_targets_load_anywhere(embedded, traced, tmp_path) -> None:
+    chosen = SelectOptions(keep=0.5, routing="reroute", target="stock")
+    result = prune(embedded, tmp_path / "out", options(select=SelectionJob(chosen), target="stock"), trace=traced)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3MoeForCausalLM"]
+    assert config["num_local_experts"] == 16
+    assert not (tmp_path / "out" / "modeling_shape_moe.py").exists()
+    assert result.selection.equal_count == 16
+    assert all(check.passed for check in verify(tmp_path / "out", device="cpu"))
+
+
+def test_canary_answers_are_those_of_the_masked_original(embedded, traced, tmp_path) -> None:
+    import shape_moe
+
+    prune(embedded, tmp_path / "out", options(0.6), trace=traced)
+    document = json.loads((tmp_path / "out" / "shape" / "canary.json").read_text())
+    assert len(document["sequences"]) == 16
+    model = AutoModelForCausalLM.from_pretrained(embedded).eval()
+    first = document["sequences"][0]
+    with shape_moe.masked(model, load_selection(tmp_path / "out")), torch.no_grad():
+        logprobs = model(input_ids=torch.tensor([first["tokens"]])).logits[0].float().log_softmax(-1)
+    best = logprobs.topk(20)
+    assert first["top_ids"] == best.indices.tolist()
+    assert torch.allclose(torch.tensor(first["top_logprobs"]), best.values, atol=2e-6)
+
+
+def test_foreign_code_and_folders_stay_behind(embedded, traced, tmp_path) -> None:
+    source = shutil.copytree(embedded, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_evil.Evil"}
+    (source / "config.json").write_text(json.dumps(config))
+    for name in ("modeling_evil.py", "notes.md", "optimizer.bin", "LICENSE", "training_args.json"):
+        (source / name).write_text("content")
+    (source / "original").mkdir()
+    (source / "original" / "tokenizer.json").write_text("{}")
+    prune(source, tmp_path / "out", options(0.6), trace=traced)
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert "LICENSE" in names
+    assert not names & {
+        "modeling_evil.py",
+        "notes.md",
+        "optimizer.bin",
+        "original",
+        "training.json",
+        "training_args.json",
+    }
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["auto_map"] == {"AutoModelForCausalLM": "modeling_shape_moe.ShapeQwen3MoeForCausalLM"}
+
+
+def test_traces_of_other_models_are_refused(embedded, traced, tmp_path) -> None:
+    """A fine-tune of the same shape is another model: its routers differ."""
+    model = AutoModelForCausalLM.from_pretrained(embedded)
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate.weight[0, 0] += 0.125
+    model.save_pretrained(tmp_path / "tuned")
+    AutoTokenizer.from_pretrained(embedded).save_pretrained(tmp_path / "tuned")
+    with pytest.raises(FingerprintError, match="made from another model: its routers differ"):
+        prune(tmp_path / "tuned", tmp_path / "out", options(0.6), trace=traced)
+    selection = select(traced, SelectionJob(SelectOptions(keep=0.6)))
+    with pytest.raises(FingerprintError, match="The selection was made from another model"):
+        prune(tmp_path / "tuned", tmp_path / "out", options(select=None), selection=selection)
+    unknown = replace(selection, fingerprint="unverified")
+    with pytest.raises(FingerprintError, match="use --force"):
+        prune(embedded, tmp_path / "out", options(select=None), selection=unknown)
+    prune(embedded, tmp_path / "out", options(select=None, force=True), selection=unknown)
+
+
+def test_requantised_copies_share_the_fingerprint(embedded, traced, tmp_path) -> None:
+    """Routers decide: the same model in other shards, or with other dtypes elsewhere, takes the same trace."""
+    model = AutoModelForCausalLM.from_pretrained(embedded)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="1MB")
+    AutoTokenizer.from_pretrained(embedded).save_pretrained(tmp_path / "shards")
+    result = prune(tmp_path / "shards", tmp_path / "out", options(0.6), trace=traced)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    assert result.logits.passed
+    assert all(check.passed for check in verify(tmp_path / "out", original=tmp_path / "shards", device="cpu"))
+
+
+def test_damaged_models_are_refused(embedded, traced, tmp_path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(embedded)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="1MB")
+    shards = sorted((tmp_path / "shards").glob("*.safetensors"))
+    with shards[2].open("r+b") as stream:
+        stream.truncate(shards[2].stat().st_size - 7)
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        prune(tmp_path / "shards", tmp_path / "out", options(0.6), trace=traced)
+    shards[2].unlink()
+    with pytest.raises(CheckpointError, match=f"{shards[2].name} is missing"):
+        prune(tmp_path / "shards", tmp_path / "out", options(0.6), trace=traced)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_index_files_cannot_point_elsewhere(embedded, traced, tmp_path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(embedded)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="1MB")
+    index = tmp_path / "shards" / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    name = next(iter(document["weight_map"]))
+    document["weight_map"][name] = "../../etc/passwd"
+    index.write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="points outside the model folder"):
+        open_snapshot(tmp_path / "shards")
+
+
+def test_wrong_keep_rates_and_infeasible_budgets(embedded, traced, tmp_path) -> None:
+    for keep in (0, 1.5, -1):
+        with pytest.raises(UsageError, match="above 0 and at most 1"):
+            prune(embedded, tmp_path / "out", options(keep), trace=traced)
+    chosen = SelectOptions(keep=0.55, routing="reroute", target="stock")
+    with pytest.raises(UsageError, match="equal counts in every layer.*--allow-rounding"):
+        prune(embedded, tmp_path / "out", options(select=SelectionJob(chosen), target="stock"), trace=traced)
+    with pytest.raises(UsageError, match="floor of 4"):
+        low = SelectOptions(keep=0.05, routing="reroute")
+        prune(embedded, tmp_path / "out", options(select=SelectionJob(low)), trace=traced)
+    assert not (tmp_path / "out").exists()
+
+
+def test_exactly_one_way_in(embedded, traced, data, tmp_path) -> None:
+    with pytest.raises(UsageError, match="exactly one of"):
+        prune(embedded, tmp_path / "out", options(0.6, data), trace=traced)
+    with pytest.raises(UsageError, match="exactly one of"):
+        prune(embedded, tmp_path / "out", options(0.6))
+
+
+def test_outputs_are_not_overwritten_without_force(embedded, traced, tmp_path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    with pytest.raises(UsageError, match="not empty; choose another output, or replace it with --force"):
+        prune(embedded, tmp_path / "out", options(0.6), trace=traced)
+    assert contents(tmp_path / "out") == {"precious.txt": b"mine"}
+    prune(embedded, tmp_path / "out", options(0.6, force=True), trace=traced)
+    assert "precious.txt" not in contents(tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_failed_replacement_leaves_the_old_result(embedded, traced, tmp_path, monkeypatch) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+
+    def fail(*_args):
+        raise ShapeMoeError("stop")
+
+    monkeypatch.setattr(job, "write_index", fail)
+    with pytest.raises(ShapeMoeError, match="stop"):
+        prune(embedded, tmp_path / "out", options(0.6, force=True), trace=traced)
+    assert contents(tmp_path / "out") == {"precious.txt": b"mine"}
+
+
+def test_too_little_disk_is_noticed_first(embedded, traced, tmp_path, monkeypatch) -> None:
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(job.shutil, "disk_usage", lambda _path: usage(10**9, 10**9, 1000))
+    with pytest.raises(ShapeMoeError, match=r"needs about 0\.\d GiB, but only 0\.0 GiB are free"):
+        prune(embedded, tmp_path / "out", options(0.6), trace=traced)
+    assert not (tmp_path / "out").exists()
+
+
+def test_interrupted_jobs_go_on_where_they_stopped(embedded, data, tmp_path, monkeypatch) -> None:
+    model = AutoModelForCausalLM.from_pretrained(embedded)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="1MB")
+    AutoTokenizer.from_pretrained(embedded).save_pretrained(tmp_path / "shards")
+    expected = prune(tmp_path / "shards", tmp_path / "expected", options(0.6, data))
+    real, written = job.write_shard, []
+
+    def interrupted(plan, folder, progress):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(plan.file_name)
+        return real(plan, folder, progress)
+
+    monkeypatch.setattr(job, "write_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prune(tmp_path / "shards", tmp_path / "out", options(0.6, data))
+    assert not (tmp_path / "out").exists()
+    kept = contents(tmp_path / "out.partial")
+    assert "shape/trace/trace.json" in kept
+    assert sum(name.endswith(".safetensors") and "shape" not in name for name in kept) >= 2
+    monkeypatch.setattr(job, "write_shard", real)
+    monkeypatch.setattr(job.TraceSession, "run", lambda *_: pytest.fail("traced again"))
+    with pytest.raises(UsageError, match="unfinished work of another job"):
+        prune(tmp_path / "shards", tmp_path / "out", options(0.8, data))
+    resumed = prune(tmp_path / "shards", tmp_path / "out", options(0.6, data))
+    assert resumed.selection == expected.selection
+    first, second = contents(tmp_path / "expected"), contents(tmp_path / "out")
+    assert first.keys() == second.keys()
+    assert all(first[name] == second[name] for name in first if name != "shape/manifest.json")
+
+
+def test_a_wrong_checkpoint_is_not_given_its_name(embedded, traced, tmp_path, monkeypatch) -> None:
+    """Were the config to describe other experts than those on disk, the logit check would stop the job."""
+    real = job.pruned_config
+
+    def shifted(*args):
+        config = real(*args)
+        layers = config["shape_pruning"]["layers"]
+        layers["0"] = [(i + 1) % 32 for i in layers["0"]]
+        return config
+
+    monkeypatch.setattr(job, "pruned_config", shifted)
+    with pytest.raises(CheckpointError, match="logits differ from the masked original's"):
+        prune(embedded, tmp_path / "out", options(0.6), trace=traced)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_reason_for_a_missing_logit_check_is_told(embedded, traced, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(job, "why_not_loadable", lambda *_: "the model needs 99.0 GiB and 1.0 GiB are free")
+    result = prune(embedded, tmp_path / "out", options(0.6), trace=traced)
+    assert result.logits is None
+    assert "99.0 GiB" in result.logits_skipped
+    assert any("Logits were not compared" in note for note in result.notes)
+    checks = {check.name: check for check in verify(tmp_path / "out", device="cpu")}
+    assert checks["canary"].passed is None
+    quick = prune(embedded, tmp_path / "quick", options(0.6, check_logits=False), trace=traced)
+    assert quick.logits_skipped == "--no-logits was given"

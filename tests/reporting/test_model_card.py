@@ -1,0 +1,64 @@
+"""The model card says what was done, with a header that model hubs read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import yaml
+
+from shape_moe.reporting.model_card import CardFacts, readable_size, render_card
+from shape_moe.selection.select import SelectOptions, select_from_trace
+from support.data import synthetic_trace
+
+
+def facts(**changes) -> CardFacts:
+    trace = synthetic_trace()
+    trace = replace(
+        trace, info=replace(trace.info, source={"data": "tasks.jsonl"}, tokens={"prompt": 1200, "response": 34})
+    )
+    selection = select_from_trace(trace, SelectOptions(keep=0.5))
+    entries = {"model": "org/model", "bytes_before": 2 * 2**30, "bytes_after": 2**30, "selection": selection}
+    return CardFacts(**{**entries, "target": "ragged", "trace": trace, **changes})
+
+
+def test_header_is_yaml() -> None:
+    header = yaml.safe_load(render_card(facts()).split("---")[1])
+    assert header["base_model"] == "org/model"
+    assert header["pipeline_tag"] == "text-generation"
+    assert "expert-pruning" in header["tags"]
+    local = yaml.safe_load(render_card(facts(model="/data/model")).split("---")[1])
+    assert "base_model" not in local
+
+
+def test_facts_are_told() -> None:
+    card = render_card(facts())
+    for text in (
+        "50.0% of its routed experts",
+        "12 of\n24",
+        "2.00 GiB | 1.00 GiB (50%)",
+        "`shape`",
+        "`coverage` with alpha",
+        "`drop`",
+    ):
+        assert text in card
+    assert "200 examples of `tasks.jsonl` (1,200 prompt and 34 response tokens)" in card
+    assert "import shape_moe" in card
+    assert "trust_remote_code=True" in card
+    assert "2606.09886" in card
+
+
+def test_stock_checkpoints_need_no_package() -> None:
+    card = render_card(facts(target="stock"))
+    assert "import shape_moe" not in card
+    assert "Qwen3MoeForCausalLM" in card
+
+
+def test_warnings_and_missing_traces() -> None:
+    selection = replace(facts().selection, warnings=("Something to know.",), family=None, top_k=None)
+    card = render_card(facts(selection=selection, trace=None))
+    assert "## Warnings\n\n- Something to know." in card
+    assert "Calibration:" not in card
+
+
+def test_sizes_are_readable() -> None:
+    assert [readable_size(n) for n in (5, 2048, 3 * 2**20, 57 * 2**30)] == ["5 B", "2.00 KiB", "3.00 MiB", "57.00 GiB"]
