@@ -1,0 +1,139 @@
+"""What a user sees: results on stdout, everything else on stderr, progress as fits the place."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from shape_moe.reporting.model_card import readable_size
+
+_PLAIN_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a verb talks: ``as_json`` prints one object and nothing else on stdout."""
+
+    as_json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        level = logging.INFO if self.verbose else logging.ERROR
+        logging.basicConfig(level=level, stream=sys.stderr, format="%(name)s: %(message)s")
+        if not self.verbose:
+            warnings.filterwarnings("ignore")
+            _quiet_libraries()
+
+    @property
+    def err(self) -> Console:
+        """The console of everything that is not a result."""
+        return Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """One line about what is going on."""
+        if not self.quiet:
+            self.err.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """Something that the user should act on."""
+        if not self.quiet:
+            self.err.print(Text("Warning: ", style="yellow") + Text(text))
+
+    def result(self, document: dict[str, Any], show: Callable[[Console], None]) -> None:
+        """The verb's result: as JSON, or shown to a person."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(document, indent=1, default=str) + "\n")
+        else:
+            show(Console(highlight=False))
+
+    @contextmanager
+    def phase(self, title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        """A progress bar on a terminal, plain lines elsewhere, nothing when quiet."""
+        if self.quiet:
+            yield lambda _: None
+        elif self.err.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), _Count(unit), _Rate(unit), TimeRemainingColumn())
+            with Progress(*columns, console=self.err) as bars:
+                bar = bars.add_task(title, total=max(total, 1))
+                yield lambda count: bars.advance(bar, count)
+        else:
+            lines = _PlainLines(self, title, total, unit)
+            yield lines.advance
+            lines.close()
+
+
+def _quiet_libraries() -> None:
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def amount(count: float, unit: str) -> str:
+    """A number of units, readable."""
+    return readable_size(count) if unit == "B" else f"{count:,.0f} {unit}{'' if count == 1 else 's'}"
+
+
+class _Count(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        done = readable_size(task.completed) if self.unit == "B" else f"{task.completed:,.0f}"
+        return Text(f"{done} of {amount(task.total or 0, self.unit)}", style="progress.download")
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{amount(speed, self.unit)}/s", style="progress.data.speed")
+
+
+class _PlainLines:
+    """Progress without a terminal: a line now and then, and one at the end."""
+
+    def __init__(self, output: Output, title: str, total: int, unit: str) -> None:
+        self.output, self.title, self.total, self.unit = output, title, total, unit
+        self.done, self.began, self.said = 0, time.monotonic(), time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self.said >= _PLAIN_SECONDS and 0 < self.done < self.total:
+            rate = self.done / (now - self.began)
+            left = (self.total - self.done) / rate
+            done = f"{amount(self.done, self.unit)} of {amount(self.total, self.unit)}"
+            self.output.note(f"{self.title}: {done}, {amount(rate, self.unit)}/s, {left:.0f} s left")
+            self.said = now
+
+    def close(self) -> None:
+        seconds = time.monotonic() - self.began
+        rate = f", {amount(self.done / seconds, self.unit)}/s" if self.total > 1 and seconds > 0 else ""
+        self.output.note(f"{self.title}: {amount(self.total, self.unit)} in {seconds:.1f} s{rate}")
+
+
+def plain_table(*headings: str, title: str | None = None) -> Table:
+    """An empty table whose first column is text and whose others are numbers."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i == 0 else "right")
+    return table

@@ -1,0 +1,57 @@
+"""``shape-moe demo``: all of it on the embedded model, offline."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from shape_moe.cli.console import plain_table
+from shape_moe.cli.flags import OutputFlags, SeedFlag, with_flags
+from shape_moe.demo.run import CALIBRATION_EXAMPLES, KEEP_RATES, DemoRow, run_demo
+from shape_moe.demo.tasks import TASKS
+from shape_moe.reporting.model_card import readable_size
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("demo")(with_flags(demo))
+
+
+def demo(
+    seed: SeedFlag,
+    output: OutputFlags,
+    task: Annotated[str, typer.Option(help=f"Task to trace: {', '.join(TASKS)}.")] = "addition",
+    rule: Annotated[str, typer.Option(help="How layers share the budget: coverage, uniform, global.")] = "coverage",
+    keep: Annotated[list[float] | None, typer.Option(help="Keep rates; 0.8, 0.6, 0.4 and 0.25 if left out.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Keep the trace and the checkpoints here.")
+    ] = None,
+) -> None:
+    """Prune a small trained model for one of its six tasks, by every scorer, and see what is left of it.
+
+    Example: shape-moe demo --task sorting
+    """
+    talk = output.output()
+    talk.note(f"{TASKS[task].description if task in TASKS else task}: {CALIBRATION_EXAMPLES} examples")
+    rows = run_demo(task, rule=rule, keep_rates=tuple(keep or KEEP_RATES), seed=seed.seed, folder=out, progress=talk)
+    document = {"task": task, "rule": rule, "seed": seed.seed, "rows": [vars(row) for row in rows]}
+    talk.result(document, lambda console: _show(console, rows, task, rule))
+
+
+def _show(console: Console, rows: list[DemoRow], task: str, rule: str) -> None:
+    title = f"Embedded model traced on {task}, rule {rule}: exact match on held-out prompts"
+    table = plain_table("scorer", "keep", "weights", task, "other tasks", title=title)
+    for keep, group in groupby(rows, key=lambda row: round(row.keep, 2)):
+        for row in sorted(group, key=lambda row: (-row.on_task, -row.off_task, row.scorer)):
+            cells = (row.scorer, f"{keep:g}", readable_size(row.size), f"{row.on_task:.0%}", f"{row.off_task:.0%}")
+            table.add_row(*cells, style="bold" if row.scorer in {"dense", "shape"} else None)
+        table.add_section()
+    console.print(table)
+    console.print(
+        "One task is kept, the others fade: that is the bargain. On your own model: "
+        "shape-moe prune MODEL --data TASK.jsonl --keep 0.8 -o SMALLER"
+    )

@@ -1,0 +1,274 @@
+"""Options that mean the same everywhere, in groups: a verb names the groups that it takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import wraps
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from shape_moe.calibration.examples import TokenOptions
+from shape_moe.calibration.records import DataOptions
+from shape_moe.cli.console import Output
+from shape_moe.cli.values import (
+    parse_layers,
+    parse_pairs,
+    parse_protect,
+    parse_routing,
+    parse_template_args,
+)
+from shape_moe.errors import UsageError
+from shape_moe.jobs.select import SelectionJob
+from shape_moe.jobs.trace import TraceOptions
+from shape_moe.scoring.registry import ScoreOptions
+from shape_moe.selection.select import SelectOptions
+from shape_moe.tracing.trace import SegmentWeights
+
+DATA_PANEL = "Calibration data"
+CHOICE_PANEL = "Choosing experts"
+RUN_PANEL = "Running"
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or a model's name on the hub.")]
+
+
+def with_flags(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Expand parameters whose type is a flag group into that group's options, as Typer wants them."""
+    hints = get_type_hints(function, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if isinstance(hint, type) and is_dataclass(hint)}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name not in groups:
+            parameters.append(parameter.replace(annotation=hints[name]))
+            continue
+        types = get_type_hints(groups[name], include_extras=True)
+        for entry in fields(groups[name]):
+            default = inspect.Parameter.empty if entry.default is MISSING else entry.default
+            kind = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(inspect.Parameter(entry.name, kind, default=default, annotation=types[entry.name]))
+
+    @wraps(function)
+    def call(**values: Any) -> Any:
+        built = {
+            name: group(**{entry.name: values.pop(entry.name) for entry in fields(group)})
+            for name, group in groups.items()
+        }
+        return function(**values, **built)
+
+    ordered = sorted(parameters, key=lambda parameter: parameter.kind)
+    call.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]  # what Typer looks at
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
+    return call
+
+
+def changed_flags(group: Any) -> list[str]:
+    """The options of a group that the user set to something else than their default."""
+    return [
+        f"--{entry.name.replace('_', '-')}" for entry in fields(group) if getattr(group, entry.name) != entry.default
+    ]
+
+
+@dataclass
+class OutputFlags:
+    """How a verb talks."""
+
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")] = False
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries have to say.")] = False
+
+    def output(self) -> Output:
+        """The output that these flags describe."""
+        return Output(self.as_json, self.quiet, self.verbose)
+
+
+@dataclass
+class ForceFlag:
+    """Permission to replace things."""
+
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an existing output; accept artifacts of unknown origin.")
+    ] = False
+
+
+@dataclass
+class SeedFlag:
+    """The seed."""
+
+    seed: Annotated[int, typer.Option(help="Draws samples, and the values of scorer random.")] = 0
+
+
+@dataclass
+class DeviceFlags:
+    """Where and in what precision a model runs."""
+
+    device: Annotated[
+        str, typer.Option(help="auto (GPUs where there are some), cpu, cuda, cuda:N.", rich_help_panel=RUN_PANEL)
+    ] = "auto"
+    dtype: Annotated[
+        str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.", rich_help_panel=RUN_PANEL)
+    ] = "auto"
+
+
+@dataclass
+class DataFlags:
+    """The calibration set, and how it becomes tokens."""
+
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="JSONL, JSON, CSV or Parquet file, or a dataset's name: records with text, prompt (+ response) or "
+            "messages.",
+            rich_help_panel=DATA_PANEL,
+        ),
+    ] = None
+    samples: Annotated[
+        int | None, typer.Option(help="Use this many records. Default: see the verb.", rich_help_panel=DATA_PANEL)
+    ] = None
+    stratify: Annotated[
+        str | None, typer.Option(help="Equal numbers of samples per value of this field.", rich_help_panel=DATA_PANEL)
+    ] = None
+    split: Annotated[str, typer.Option(help="Split of a dataset.", rich_help_panel=DATA_PANEL)] = "train"
+    subset: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.", rich_help_panel=DATA_PANEL)] = (
+        None
+    )
+    field_map: Annotated[
+        list[str] | None,
+        typer.Option("--map", help="prompt=YOUR_FIELD where fields have other names.", rich_help_panel=DATA_PANEL),
+    ] = None
+    max_length: Annotated[
+        int | None, typer.Option(help="Cut examples to this many tokens.", rich_help_panel=DATA_PANEL)
+    ] = None
+    max_tokens: Annotated[
+        int, typer.Option(help="Stop adding examples at this many tokens.", rich_help_panel=DATA_PANEL)
+    ] = 100_000
+    no_template: Annotated[
+        bool, typer.Option("--no-template", help="Raw text, no chat template.", rich_help_panel=DATA_PANEL)
+    ] = False
+    template_arg: Annotated[
+        list[str] | None,
+        typer.Option(help="Variable of the chat template, as enable_thinking=false.", rich_help_panel=DATA_PANEL),
+    ] = None
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(help="Length of answers to prompts without a response; 0 for none.", rich_help_panel=DATA_PANEL),
+    ] = 512
+    responses_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="Take answers from this OpenAI-compatible endpoint.", rich_help_panel=DATA_PANEL
+        ),
+    ] = None
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave failing records out, and count them.", rich_help_panel=DATA_PANEL)
+    ] = False
+    batch_size: Annotated[int, typer.Option(help="Examples per forward pass.", rich_help_panel=RUN_PANEL)] = 8
+
+    def options(self, device: DeviceFlags, seed: int, samples: int) -> TraceOptions:
+        """The trace options that these flags describe; ``samples`` is the verb's default."""
+        if self.data is None:
+            raise UsageError("Calibration data is missing: give --data FILE.")
+        if self.samples is not None and self.samples < 1:
+            raise UsageError(f"--samples must be at least 1, not {self.samples}.")
+        data = DataOptions(
+            source=self.data,
+            split=self.split,
+            subset=self.subset,
+            fields=parse_pairs(self.field_map, "--map"),
+            samples=self.samples or samples,
+            stratify=self.stratify,
+            seed=seed,
+        )
+        tokens = TokenOptions(
+            template=not self.no_template,
+            template_args=parse_template_args(self.template_arg),
+            max_length=self.max_length,
+        )
+        return TraceOptions(
+            data=data,
+            tokens=tokens,
+            max_new_tokens=self.max_new_tokens,
+            responses_from=self.responses_from,
+            batch_size=self.batch_size,
+            max_tokens=self.max_tokens,
+            device=device.device,
+            dtype=device.dtype,
+            skip_bad=self.skip_bad,
+        )
+
+
+@dataclass
+class ScoreFlags:
+    """How experts are valued."""
+
+    scorer: Annotated[str, typer.Option(help="How experts are valued.", rich_help_panel=CHOICE_PANEL)] = "shape"
+    prompt_weight: Annotated[
+        float, typer.Option(help="How much a prompt token counts.", rich_help_panel=CHOICE_PANEL)
+    ] = 1.0
+    response_weight: Annotated[
+        float, typer.Option(help="How much a response token counts.", rich_help_panel=CHOICE_PANEL)
+    ] = 1.0
+
+    def options(self, seed: int) -> ScoreOptions:
+        """The scoring options that these flags describe."""
+        return ScoreOptions(SegmentWeights(self.prompt_weight, self.response_weight), seed)
+
+
+@dataclass
+class SelectFlags:
+    """How the budget is spent."""
+
+    rule: Annotated[
+        str,
+        typer.Option(help="How layers share the budget: coverage, uniform, global.", rich_help_panel=CHOICE_PANEL),
+    ] = "coverage"
+    routing: Annotated[
+        str | None,
+        typer.Option(
+            help="drop (router unchanged, pruned slots add nothing) or reroute (pruned experts leave the router). "
+            "Default: drop; reroute for target stock.",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = None
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="ragged (counts differ per layer; the default) or stock (equal counts: loads anywhere).",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = None
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Reproduce the paper's bisection to this keep rate.", rich_help_panel=CHOICE_PANEL),
+    ] = None
+    skip_layers: Annotated[
+        str | None, typer.Option(help="Layers that keep every expert, as 0,1,47.", rich_help_panel=CHOICE_PANEL)
+    ] = None
+    protect: Annotated[
+        list[str] | None,
+        typer.Option(help="Experts to keep in any case, as LAYER:EXPERT,EXPERT.", rich_help_panel=CHOICE_PANEL),
+    ] = None
+    multiple_of: Annotated[
+        int, typer.Option(help="Every pruned layer keeps a multiple of this.", rich_help_panel=CHOICE_PANEL)
+    ] = 1
+    allow_rounding: Annotated[
+        bool,
+        typer.Option("--allow-rounding", help="Take the nearest feasible budget below.", rich_help_panel=CHOICE_PANEL),
+    ] = False
+
+    def job(self, keep: float, score: ScoreFlags, seed: int) -> SelectionJob:
+        """The selection job that these flags describe."""
+        target = self.target or "ragged"
+        options = SelectOptions(
+            keep=keep,
+            rule=self.rule,
+            routing=parse_routing(self.routing, target),
+            target=target,
+            tolerance=self.tolerance,
+            skip_layers=parse_layers(self.skip_layers),
+            protect=parse_protect(self.protect),
+            multiple_of=self.multiple_of,
+            allow_rounding=self.allow_rounding,
+        )
+        return SelectionJob(options, score.scorer, score.options(seed))

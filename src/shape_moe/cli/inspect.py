@@ -1,0 +1,105 @@
+"""``shape-moe inspect``: what a model weighs, and what of it fits."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from shape_moe.cli.console import plain_table
+from shape_moe.cli.flags import ModelArgument, OutputFlags, with_flags
+from shape_moe.cli.values import parse_count, parse_size
+from shape_moe.jobs.inspect import Inspection, inspect_model
+from shape_moe.reporting.model_card import readable_size
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("inspect")(with_flags(inspect))
+
+
+def inspect(
+    model: ModelArgument,
+    output: OutputFlags,
+    fit: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory of your device, as 24GiB: what fits, and how?")
+    ] = None,
+    context: Annotated[str, typer.Option(help="Tokens per sequence in the KV cache, as 16k.")] = "4096",
+    concurrency: Annotated[int, typer.Option(help="Sequences in the KV cache.")] = 1,
+) -> None:
+    """Show a model's MoE layers, bytes per expert and size at each keep rate; no weight is read.
+
+    Example: shape-moe inspect Qwen/Qwen3-30B-A3B --fit 24GiB --context 16k --concurrency 8
+    """
+    talk = output.output()
+    found = inspect_model(
+        model,
+        fit=parse_size(fit) if fit else None,
+        context=parse_count(context),
+        concurrency=concurrency,
+    )
+    talk.result(_document(found), lambda console: _show(console, found))
+
+
+def _document(found: Inspection) -> dict[str, Any]:
+    moe, size = found.snapshot.moe, found.size
+    return {
+        "model": found.snapshot.name,
+        "family": moe.family.model_type,
+        "layers": found.snapshot.moe_layers,
+        "num_experts": moe.num_experts,
+        "top_k": moe.top_k,
+        "bytes": size.total,
+        "bytes_of_experts": size.experts,
+        "bytes_per_expert": size.experts / size.num_experts,
+        "bytes_at_keep": {str(keep): size_at for keep, size_at in found.sizes.items()},
+        "device_bytes": found.device_bytes,
+        "kv_cache_bytes": found.kv_bytes,
+        "fits": [vars(fit) for fit in found.fits],
+    }
+
+
+def _show(console: Console, found: Inspection) -> None:
+    moe, size, layers = found.snapshot.moe, found.size, found.snapshot.moe_layers
+    dense = moe.num_layers - len(layers)
+    console.print(f"[bold]{found.snapshot.name}[/bold]  {moe.family.model_type}")
+    console.print(
+        f"{len(layers)} MoE layers{f' and {dense} dense' if dense else ''}, {moe.num_experts} experts each, "
+        f"{moe.top_k} per token; {readable_size(size.experts / size.num_experts)} per expert"
+    )
+    dtypes = ", ".join(f"{dtype} {readable_size(count)}" for dtype, count in size.dtypes.items())
+    share = size.experts / size.total
+    console.print(f"{readable_size(size.total)} on disk ({dtypes}), {share:.1%} of it routed experts")
+    console.print()
+    table = plain_table("keep", "weights", "saved")
+    for keep, size_at in found.sizes.items():
+        saved = size.total - size_at
+        table.add_row(f"{keep:g}", readable_size(size_at), f"{readable_size(saved)} ({saved / size.total:.1%})")
+    console.print(table)
+    if found.fits:
+        _show_fits(console, found)
+
+
+def _show_fits(console: Console, found: Inspection) -> None:
+    assert found.device_bytes is not None
+    assert found.kv_bytes is not None
+    console.print()
+    device, cache = readable_size(found.device_bytes), readable_size(found.kv_bytes)
+    console.print(f"In {device}, a tenth left to the runtime, KV cache {cache}:")
+    table = plain_table("precision", "dense weights", "dense fits", "largest keep", "weights then")
+    for fit in found.fits:
+        keep = "none" if fit.keep is None else f"{int(fit.keep * 1000) / 1000:g}"
+        then = "" if fit.weights_bytes is None else readable_size(fit.weights_bytes)
+        table.add_row(fit.precision, readable_size(fit.dense_bytes), "yes" if fit.dense_fits else "no", keep, then)
+    console.print(table)
+    whole = [fit.precision for fit in found.fits if fit.dense_fits]
+    if "as stored" in whole:
+        console.print("The model fits as it is: there is no need to prune it.")
+    elif whole:
+        console.print(
+            f"The unpruned model already fits at {whole[0]}: compare that with pruning before you decide "
+            "(estimated from weight counts; the quantised model must exist or be made)."
+        )
+    elif all(fit.keep is None for fit in found.fits):
+        console.print("Nothing of it fits: lower --context or --concurrency, or use a larger device.")

@@ -1,0 +1,34 @@
+"""``shape-moe merge``: tasks or workers put together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shape_moe.cli.flags import ForceFlag, OutputFlags, with_flags
+from shape_moe.cli.trace import document, show
+from shape_moe.jobs.trace import merge as merge_folders
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("merge")(with_flags(merge))
+
+
+def merge(
+    traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Traces of the same model.")],
+    out: Annotated[Path, typer.Option("--output", "-o", metavar="TRACE", help="Folder for the merged trace.")],
+    force: ForceFlag,
+    output: OutputFlags,
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Weight of each trace, in order; all 1 when left out.")
+    ] = None,
+) -> None:
+    """Put several traces of one model together, each with a weight.
+
+    Example: shape-moe merge traces/maths traces/code --weight 1 --weight 2 -o traces/both
+    """
+    result = merge_folders(traces, out, weights=weight, force=force.force)
+    output.output().result(document(result, out), lambda console: show(console, result, out))

@@ -1,0 +1,77 @@
+"""``shape-moe score``: values of experts as a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from shape_moe.cli.console import plain_table
+from shape_moe.cli.flags import OutputFlags, ScoreFlags, SeedFlag, with_flags
+from shape_moe.errors import UsageError
+from shape_moe.jobs import select as job
+from shape_moe.scoring.registry import scorers
+from shape_moe.scoring.scores import Scores
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("score")(with_flags(score))
+
+
+def score(
+    flags: ScoreFlags,
+    seed: SeedFlag,
+    output: OutputFlags,
+    source: Annotated[
+        str | None, typer.Argument(metavar="TRACE", help="A trace, or a table of values (VALUES.csv).")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every value into this CSV file.")] = None,
+    top: Annotated[int, typer.Option(help="Show this many experts per layer.")] = 5,
+    list_scorers: Annotated[bool, typer.Option("--list", help="List the scorers and end.")] = False,
+) -> None:
+    """Show what each expert is worth.
+
+    Example: shape-moe score traces/gsm8k --scorer shape --csv values.csv
+    """
+    talk = output.output()
+    if list_scorers:
+        found = scorers()
+        talk.result({name: entry.summary for name, entry in found.items()}, _show_scorers)
+        return
+    if source is None:
+        raise UsageError("Name a trace or a table of values.")
+    scores = job.score(source, flags.scorer, flags.options(seed.seed))
+    if csv is not None:
+        scores.table().write_csv(csv)
+        talk.note(f"Wrote {csv}")
+    document = {
+        "scorer": scores.scorer,
+        "layers": list(scores.layers),
+        "values": scores.values.tolist(),
+        "activations": scores.activations.tolist(),
+    }
+    talk.result(document, lambda console: _show(console, scores, top))
+
+
+def _show_scorers(console: Console) -> None:
+    table = plain_table("scorer", "value")
+    table.columns[1].justify = "left"
+    for name, entry in scorers().items():
+        table.add_row(name, entry.summary)
+    console.print(table)
+
+
+def _show(console: Console, scores: Scores, top: int) -> None:
+    table = plain_table("layer", "best experts (value)", "never used", title=f"Scorer {scores.scorer}")
+    table.columns[1].justify = "left"
+    rows = scores.table()
+    for layer, values in zip(scores.layers, scores.activations, strict=True):
+        best = rows.filter(rows["Layer"] == layer).head(top)
+        names = "  ".join(
+            f"{expert} ({value:.4g})" for expert, value in best.select("Expert_ID", "Shapley_Value").iter_rows()
+        )
+        table.add_row(str(layer), names, str(int((values <= 0).sum())))
+    console.print(table)

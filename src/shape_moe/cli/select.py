@@ -1,0 +1,75 @@
+"""``shape-moe select``: which experts every layer keeps, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from shape_moe.architectures.moe_config import RoutingFacts
+from shape_moe.cli.console import plain_table
+from shape_moe.cli.flags import ForceFlag, OutputFlags, ScoreFlags, SeedFlag, SelectFlags, with_flags
+from shape_moe.errors import UsageError
+from shape_moe.jobs import select as job
+from shape_moe.selection.selection import Selection
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("select")(with_flags(select))
+
+
+def select(
+    source: Annotated[str, typer.Argument(metavar="TRACE", help="A trace, or a table of values (VALUES.csv).")],
+    keep: Annotated[float, typer.Option(help="Share of the routed experts to keep, over all layers.")],
+    flags: SelectFlags,
+    score: ScoreFlags,
+    seed: SeedFlag,
+    force: ForceFlag,
+    output: OutputFlags,
+    out: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="SELECTION", help="Write the selection to this file.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts per token: a table of values needs it to reroute.")] = None,
+) -> None:
+    """Choose the experts to keep.
+
+    Example: shape-moe select traces/gsm8k --keep 0.6 -o selection.json
+    """
+    talk = output.output()
+    if out is not None and out.exists() and not force.force:
+        raise UsageError(f"{out} exists; choose another output, or replace it with --force.")
+    routing = RoutingFacts(top_k, top_k) if top_k else None
+    selection = job.select(source, flags.job(keep, score, seed.seed), routing=routing)
+    for warning in selection.warnings:
+        talk.warn(warning)
+    if out is not None:
+        selection.save(out)
+        talk.note(f"Wrote {out}")
+    talk.result(selection.to_document(), lambda console: show(console, selection))
+
+
+def show(console: Console, selection: Selection) -> None:
+    """A selection for a person."""
+    table = plain_table("layer", "kept", "of", "share of value kept")
+    for layer, ids in selection.layers.items():
+        share = selection.mass_kept.get(layer)
+        table.add_row(str(layer), str(len(ids)), str(selection.num_experts), "" if share is None else f"{share:.2%}")
+    console.print(table)
+    console.print(summary(selection))
+
+
+def summary(selection: Selection) -> str:
+    """A selection in a few lines."""
+    rate = f"{selection.keep:.4f}; asked {selection.keep_asked:g}"
+    how = f"{selection.scorer}/{selection.rule}, routing {selection.routing}"
+    alpha = f", alpha {selection.alpha:.6f}" if selection.alpha is not None else ""
+    lines = [f"Keeps {selection.kept:,} of {selection.total:,} experts ({rate}) by {how}{alpha}"]
+    if selection.stability is not None:
+        lines.append(
+            f"Two halves of the data agree on {selection.stability['agreement']:.1%} of the kept experts; "
+            f"{selection.stability['undecided']:,.0f} places are undecided"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,69 @@
+"""``shape-moe trace``: one calibration pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from shape_moe.cli.flags import DataFlags, DeviceFlags, ForceFlag, ModelArgument, OutputFlags, SeedFlag, with_flags
+from shape_moe.jobs import trace as job
+from shape_moe.tracing.trace import Trace
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("trace")(with_flags(trace))
+
+
+def trace(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--output", "-o", metavar="TRACE", help="Folder for the trace.")],
+    data: DataFlags,
+    run: DeviceFlags,
+    seed: SeedFlag,
+    force: ForceFlag,
+    output: OutputFlags,
+) -> None:
+    """Record how a model routes a calibration set (at most 128 records unless --samples says otherwise).
+
+    Example: shape-moe trace ./Qwen3-30B-A3B --data gsm8k-train.jsonl -o traces/gsm8k
+    """
+    talk = output.output()
+    options = data.options(run, seed.seed, job.DEFAULT_SAMPLES)
+    result = job.trace(model, options, out, force=force.force, progress=talk)
+    skipped = result.info.source.get("skipped") or {}
+    if skipped:
+        talk.warn(f"{len(skipped)} records were skipped; the first: {next(iter(skipped.values()))}")
+    talk.result(document(result, out), lambda console: show(console, result, out))
+
+
+def document(result: Trace, out: Path) -> dict[str, Any]:
+    """A trace as a JSON object."""
+    info = result.info
+    return {
+        "trace": str(out),
+        "model": info.model,
+        "fingerprint": info.fingerprint,
+        "examples": info.examples,
+        "tokens": info.tokens,
+        "layers": list(info.layers),
+        "num_experts": info.num_experts,
+        "top_k": info.top_k,
+        "skipped": info.source.get("skipped", {}),
+    }
+
+
+def show(console: Console, result: Trace, out: Path) -> None:
+    """A trace for a person."""
+    info = result.info
+    used = (result.sums("tokens") > 0).sum()
+    total = len(info.layers) * info.num_experts
+    console.print(
+        f"[bold]{out}[/bold]  {info.examples} examples, {info.tokens['prompt']:,.0f} prompt and "
+        f"{info.tokens['response']:,.0f} response tokens"
+    )
+    coalitions = sum(len(table.members) for table in result.coalitions.values())
+    console.print(f"{coalitions:,} coalitions in {len(info.layers)} layers; {used:,} of {total:,} experts were used")

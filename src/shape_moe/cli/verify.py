@@ -1,0 +1,44 @@
+"""``shape-moe verify``: is this checkpoint what it claims to be?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from shape_moe.cli.flags import DeviceFlags, OutputFlags, with_flags
+from shape_moe.jobs import verify as job
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("verify")(with_flags(verify))
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned checkpoint.")],
+    run: DeviceFlags,
+    output: OutputFlags,
+    original: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Compare every tensor with this original once more.")
+    ] = None,
+) -> int:
+    """Check a pruned checkpoint: files, config, tensors, tokenizer, and its answers to the canary.
+
+    Example: shape-moe verify ./Qwen3-gsm8k-0.6
+    """
+    talk = output.output()
+    checks = job.verify(folder, original=original, device=run.device, dtype=run.dtype, progress=talk)
+    passed = all(check.passed is not False for check in checks)
+    document = {"checkpoint": str(folder), "passed": passed, "checks": [vars(check) for check in checks]}
+    talk.result(document, lambda console: _show(console, checks))
+    return 0 if passed else 1
+
+
+def _show(console: Console, checks: list[job.Check]) -> None:
+    words = {True: Text("ok    ", "green"), False: Text("FAILED", "bold red"), None: Text("skip  ", "yellow")}
+    for check in checks:
+        console.print(words[check.passed], Text(f"{check.name}: {check.detail}"), soft_wrap=True)
