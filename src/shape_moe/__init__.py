@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from shape_moe.jobs.trace import TraceOptions, merge, trace
     from shape_moe.jobs.verify import verify
     from shape_moe.pruning.masks import masked
+    from shape_moe.pruning.surgery import prune_model
     from shape_moe.scoring.registry import ScoreOptions
     from shape_moe.selection.select import SelectOptions
     from shape_moe.selection.selection import Selection, load_selection
@@ -45,6 +46,7 @@ __all__ = [
     "masked",
     "merge",
     "prune",
+    "prune_model",
     "score",
     "select",
     "trace",
@@ -60,6 +62,7 @@ _HOMES = {
     "jobs.trace": ("TraceOptions", "merge", "trace"),
     "jobs.verify": ("verify",),
     "pruning.masks": ("masked",),
+    "pruning.surgery": ("prune_model",),
     "scoring.registry": ("ScoreOptions",),
     "selection.select": ("SelectOptions",),
     "selection.selection": ("Selection", "load_selection"),

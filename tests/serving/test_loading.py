@@ -16,6 +16,7 @@ from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.jobs.prune import PruneOptions, prune
 from shape_moe.pruning.masks import masked
 from shape_moe.pruning.modeling_shape_moe import pruned_class
+from shape_moe.pruning.surgery import prune_model
 from support.selections import random_selection
 from support.tiny_models import make_model, random_tokens
 
@@ -187,18 +188,19 @@ def test_device_maps_and_offloading(pruned, tmp_path) -> None:
 
 
 def test_surgery_on_a_live_model(checkpoint, tmp_path) -> None:
-    """The class of pruned models built from a config, and filled with a live model's weights."""
-    from shape_moe.pruning.model_config import pruning_description
-    from shape_moe.pruning.modeling_shape_moe import prune_in_place
-
+    """Cut in memory, a model gives the masked model's logits, and saves as a pruned checkpoint."""
     for routing in ("drop", "reroute"):
-        snapshot = open_snapshot(checkpoint("glm4_moe"))
-        selection = random_selection(snapshot, routing, "ragged")
-        model, cut = make_model("glm4_moe"), make_model("glm4_moe")
-        prune_in_place(cut, pruning_description(snapshot.moe, selection))
-        tokens = random_tokens(2, 12)
+        selection = random_selection(open_snapshot(checkpoint("glm4_moe")), routing, "ragged")
+        model, tokens = make_model("glm4_moe"), random_tokens(2, 12)
+        cut = prune_model(make_model("glm4_moe"), selection)
+        cut.save_pretrained(tmp_path / routing)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / routing).eval()
         with masked(model, selection), torch.no_grad():
-            assert (cut(input_ids=tokens).logits - model(input_ids=tokens).logits).abs().max() <= 1e-5
+            expected = model(input_ids=tokens).logits
+        for pruned in (cut, again):
+            assert type(pruned).__name__ == "ShapeGlm4MoeForCausalLM"
+            with torch.no_grad():
+                assert (pruned(input_ids=tokens).logits - expected).abs().max() <= 1e-5
         assert sum(p.numel() for p in cut.parameters()) < 0.8 * sum(p.numel() for p in model.parameters())
 
 

@@ -140,6 +140,34 @@ def open_snapshot(model: str | os.PathLike[str], revision: str | None = None) ->
     return Snapshot(path, config, _read_tensors(path), str(model), commit)
 
 
+def open_headers(model: str | os.PathLike[str], revision: str | None = None) -> Snapshot:
+    """Open a model to look at its configuration and tensor headers; of a hub model nothing else is downloaded.
+
+    The tensors of a hub model that is not on this machine cannot be read from the result.
+
+    Raises:
+        CheckpointError: when there is no such model, or its headers are damaged.
+    """
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError, OfflineModeIsEnabled
+
+    if Path(model).is_dir() or str(model).startswith((".", "/", "~")):
+        return open_snapshot(model, revision)
+    try:
+        metadata = get_safetensors_metadata(str(model), revision=revision)
+        config = read_json(Path(hf_hub_download(str(model), "config.json", revision=revision)))
+    except (OfflineModeIsEnabled, HfHubHTTPError, HFValidationError, OSError):
+        return open_snapshot(model, revision)  # a local copy may be there; if not, it says why
+    except NotASafetensorsRepoError as error:
+        raise CheckpointError(f"{model} has no safetensors files: only safetensors are read.") from error
+    tensors = {}
+    for file, content in metadata.files_metadata.items():
+        for name, info in content.tensors.items():
+            begin, end = info.data_offsets
+            tensors[name] = TensorSlot(name, info.dtype, tuple(info.shape), Path(file), begin, end - begin)
+    return Snapshot(Path(str(model)), config, tensors, str(model), revision)
+
+
 def _download(model: str, revision: str | None) -> tuple[Path, str | None]:
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise CheckpointError(f"There is no model folder {model}.")

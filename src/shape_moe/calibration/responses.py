@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int], None]
 _TIMEOUT_SECONDS = 600.0
+_REQUESTS_AT_A_TIME = 8
 
 
 def generate_answers(
@@ -24,6 +26,8 @@ def generate_answers(
     *,
     max_new_tokens: int,
     batch_size: int,
+    known: Mapping[int, list[int]] | None = None,
+    keep: Callable[[dict[int, list[int]]], None] = lambda _: None,
     progress: Progress = lambda _: None,
 ) -> dict[int, list[int]]:
     """Let the model answer prompts greedily, in batches, with a KV cache.
@@ -31,16 +35,26 @@ def generate_answers(
     Prompts are padded on the left for generation only; the answers are traced later, right-padded, in one
     teacher-forced pass.
 
+    Args:
+        model: the model that answers.
+        tokeniser: turns records into prompts.
+        records: records without a response.
+        max_new_tokens: upper limit of an answer's length.
+        batch_size: prompts per batch.
+        known: answers of an earlier run, which are not made again.
+        keep: called with all answers so far after every batch.
+        progress: called with the number of answers that are new.
+
     Returns:
         Answer tokens (end-of-sequence token included) by record index.
     """
     import torch
 
-    prompts = {record.index: tokeniser.prompt(record) for record in records}
+    answers = dict(known or {})
+    prompts = {record.index: tokeniser.prompt(record) for record in records if record.index not in answers}
     order = sorted(prompts, key=lambda index: (-len(prompts[index]), index))
     pad_id = pad_token_id(model, tokeniser)
     stops = _stop_ids(model)
-    answers: dict[int, list[int]] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         width = max(len(prompts[index]) for index in rows)
@@ -60,6 +74,7 @@ def generate_answers(
             )
         for row, index in enumerate(rows):
             answers[index] = _until_stop(output[row, width:].tolist(), stops)
+        keep(answers)
         progress(len(rows))
     return answers
 
@@ -112,13 +127,12 @@ def fetch_answers(
 
     base = url.rstrip("/")
     base = base if base.endswith("/v1") else f"{base}/v1"
-    answered = []
     with httpx.Client(timeout=_TIMEOUT_SECONDS, trust_env=False) as client:
         model = _call(client, "GET", f"{base}/models")["data"][0]["id"]
-        for record in records:
+
+        def ask(record: Record) -> Record:
             if not record.lacks_response:
-                answered.append(record)
-                continue
+                return record
             body: dict[str, Any] = {"model": model, "max_tokens": max_new_tokens, "temperature": 0}
             if template:
                 body["messages"] = list(record.messages or [{"role": "user", "content": record.prompt}])
@@ -128,9 +142,11 @@ def fetch_answers(
             else:
                 body["prompt"] = record.prompt
                 text = _call(client, "POST", f"{base}/completions", body)["choices"][0]["text"]
-            answered.append(_with_response(record, text))
             progress(1)
-    return answered
+            return _with_response(record, text)
+
+        with ThreadPoolExecutor(_REQUESTS_AT_A_TIME) as pool:
+            return list(pool.map(ask, records))
 
 
 def _call(client: Any, method: str, url: str, body: dict[str, Any] | None = None) -> Any:

@@ -88,6 +88,11 @@ def amount(count: float, unit: str) -> str:
     return readable_size(count) if unit == "B" else f"{count:,.0f} {unit}{'' if count == 1 else 's'}"
 
 
+def speed(rate: float, unit: str) -> str:
+    """Units per second, or seconds per unit where that is the readable way round."""
+    return f"{amount(rate, unit)}/s" if rate >= 1 or unit == "B" else f"{1 / rate:.1f} s per {unit}"
+
+
 class _Count(ProgressColumn):
     def __init__(self, unit: str) -> None:
         super().__init__()
@@ -104,8 +109,8 @@ class _Rate(ProgressColumn):
         self.unit = unit
 
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{amount(speed, self.unit)}/s", style="progress.data.speed")
+        rate = task.finished_speed or task.speed
+        return Text(speed(rate, self.unit) if rate else "", style="progress.data.speed")
 
 
 class _PlainLines:
@@ -122,12 +127,12 @@ class _PlainLines:
             rate = self.done / (now - self.began)
             left = (self.total - self.done) / rate
             done = f"{amount(self.done, self.unit)} of {amount(self.total, self.unit)}"
-            self.output.note(f"{self.title}: {done}, {amount(rate, self.unit)}/s, {left:.0f} s left")
+            self.output.note(f"{self.title}: {done}, {speed(rate, self.unit)}, {left:.0f} s left")
             self.said = now
 
     def close(self) -> None:
         seconds = time.monotonic() - self.began
-        rate = f", {amount(self.done / seconds, self.unit)}/s" if self.total > 1 and seconds > 0 else ""
+        rate = f", {speed(self.done / seconds, self.unit)}" if self.total > 1 and self.done and seconds > 0 else ""
         self.output.note(f"{self.title}: {amount(self.total, self.unit)} in {seconds:.1f} s{rate}")
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from os import PathLike
 
 from shape_moe.architectures.sizes import PRECISION_BITS, USABLE_SHARE, ModelSize, kv_cache_bytes, measure
-from shape_moe.architectures.snapshot import Snapshot, open_snapshot
+from shape_moe.architectures.snapshot import Snapshot, open_headers
 from shape_moe.errors import UsageError
 from shape_moe.selection.rules import budget_for
 
@@ -65,7 +65,7 @@ def inspect_model(
         CheckpointError: when the model is missing or damaged.
         UnsupportedModelError: when it has no experts that could be removed.
     """
-    snapshot = open_snapshot(model)
+    snapshot = open_headers(model)
     size = measure(snapshot)
     sizes = {rate: size.at_keep(budget_for(rate, size.num_experts)) for rate in keep_rates}
     if fit is None:

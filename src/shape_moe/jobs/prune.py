@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -299,14 +300,25 @@ def _write(run: _Run, selection: Selection, canary: Canary | None) -> tuple[list
     total = sum(plan.size for plan in plans)
     hashes: dict[str, str] = {}
     with run.progress.phase("Writing and comparing tensors", 2 * total, "B") as advance:
+        stop = threading.Event()
+
+        def step(count: int) -> None:
+            if stop.is_set():
+                raise ShapeMoeError("Stopped, because another file failed.")
+            advance(count)
 
         def work(plan: ShardPlan) -> None:
-            file = write_shard(plan, run.work, advance)
-            hashes[plan.file_name] = compare_shard(plan, file, advance)
+            file = write_shard(plan, run.work, step)
+            hashes[plan.file_name] = compare_shard(plan, file, step)
 
         with ThreadPoolExecutor(_WORKERS) as pool:
-            for done in [pool.submit(work, plan) for plan in plans]:
-                done.result()
+            try:
+                for done in [pool.submit(work, plan) for plan in plans]:
+                    done.result()
+            except BaseException:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
     write_index(plans, run.work)
     config = pruned_config(run.snapshot.config, run.snapshot.moe, selection, run.options.target)
     write_json(run.work / "config.json", config)

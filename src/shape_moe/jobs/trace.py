@@ -251,21 +251,23 @@ class TraceSession:
 
     def _own_answers(self, silent: list[Record], folder: Path | None) -> dict[int, list[int]]:
         file = folder / "answers.json" if folder is not None else None
+        known: dict[int, list[int]] = {}
         if file is not None and file.is_file():
-            return {int(k): v for k, v in json.loads(file.read_text(encoding="utf-8")).items()}
+            known = {int(k): v for k, v in json.loads(file.read_text(encoding="utf-8")).items()}
+        if len(known) == len(silent):
+            return known
         model = self.model
-        with self.progress.phase("Answering prompts", len(silent), "answer") as advance:
-            answers = generate_answers(
+        with self.progress.phase("Answering prompts", len(silent) - len(known), "answer") as advance:
+            return generate_answers(
                 model,
                 self.tokeniser,
                 silent,
                 max_new_tokens=self.options.max_new_tokens,
                 batch_size=self.options.batch_size,
+                known=known,
+                keep=(lambda answers: write_json(file, answers)) if file is not None else (lambda _: None),
                 progress=advance,
             )
-        if file is not None:
-            write_json(file, answers)
-        return answers
 
     def _check_records(self) -> None:
         """Tokenise what can be tokenised before weights are loaded, so that bad records show at once."""

@@ -44,8 +44,8 @@ class Scorer:
 
     @property
     def summary(self) -> str:
-        """First line of the function's documentation."""
-        return (self.function.__doc__ or "").strip().split("\n")[0]
+        """First line of the function's documentation, without markup."""
+        return (self.function.__doc__ or "").strip().split("\n")[0].replace("``", "")
 
 
 _SCORERS: dict[str, Scorer] = {}

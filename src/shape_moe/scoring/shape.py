@@ -175,7 +175,9 @@ def _remainder(
 
 @register("shape", needs=("coalitions",))
 def shape(trace: Trace, options: ScoreOptions) -> NDArray[np.float64]:
-    """SHAPE values of every layer, see :func:`shape_values`.
+    """SHAPE value: coalitions in which no other expert takes the expert's place (arXiv 2606.09886).
+
+    See :func:`shape_values` for the formula.
 
     Args:
         trace: any trace; only its coalitions are used.

@@ -126,6 +126,11 @@ class Trace:
             coalitions={layer: table.half(half) for layer, table in self.coalitions.items()},
         )
 
+    @staticmethod
+    def merge(traces: Sequence[Trace], weights: Sequence[float] | None = None) -> Trace:
+        """Put traces of one model together, see :func:`merge_traces`."""
+        return merge_traces(traces, weights)
+
     def save(self, folder: Path) -> None:
         """Write the trace into an existing or new folder."""
         from safetensors.numpy import save_file

@@ -1,0 +1,203 @@
+"""From a trace to a selection: budgets, alpha, stability, warnings, and the file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import shape_moe
+from shape_moe.architectures.moe_config import RoutingFacts
+from shape_moe.errors import BudgetError, CheckpointError, UsageError
+from shape_moe.scoring.registry import ScoreOptions
+from shape_moe.scoring.scores import Scores, score_trace
+from shape_moe.selection.guards import super_experts, warn_unstable
+from shape_moe.selection.rules import coverage_priority
+from shape_moe.selection.select import SelectOptions, check_feasible, select_from_scores, select_from_trace
+from shape_moe.selection.stability import stability
+from shape_moe.tracing.trace import SegmentWeights
+from support.data import synthetic_trace
+
+
+@pytest.fixture(scope="module")
+def trace():
+    return synthetic_trace(layers=4, experts=16, top_k=3, tokens=800)
+
+
+@pytest.mark.parametrize("rule", ["coverage", "uniform", "global"])
+@pytest.mark.parametrize("keep", [0.8, 0.5, 0.3])
+def test_budgets_are_exact_under_every_rule(trace, rule, keep) -> None:
+    selection = select_from_trace(trace, SelectOptions(keep=keep, rule=rule))
+    assert selection.kept == int(keep * 64 + 0.5)
+    assert selection.keep == selection.kept / 64
+    assert selection.fingerprint == trace.info.fingerprint
+    if rule == "uniform":
+        counts = [len(ids) for ids in selection.layers.values()]
+        assert max(counts) - min(counts) <= 1
+
+
+def test_alpha_describes_the_selection(trace) -> None:
+    scores = score_trace(trace)
+    selection = select_from_trace(trace, SelectOptions(keep=0.5))
+    tau = coverage_priority(scores.values, scores.activations)
+    assert np.array_equal(tau < selection.alpha, selection.mask())
+    assert select_from_trace(trace, SelectOptions(keep=0.5, rule="uniform")).alpha is None
+    forced = SelectOptions(keep=0.5, protect={0: (int(np.argmin(scores.values[0])),)})
+    assert select_from_trace(trace, forced).alpha is None  # no alpha keeps the worst expert of a layer alone
+
+
+def test_alpha_is_null_when_tied() -> None:
+    scores = Scores("table", (0, 1), np.ones((2, 4)), np.ones((2, 4)))
+    assert select_from_scores(scores, SelectOptions(keep=0.375)).alpha is None
+    assert select_from_scores(scores, SelectOptions(keep=0.5)).alpha == 0.5
+    assert select_from_scores(scores, SelectOptions(keep=1)).alpha is None
+
+
+def test_kept_mass_is_the_share_of_positive_scores() -> None:
+    values = np.array([[4.0, 3.0, 2.0, -5.0], [0.0, 0.0, 0.0, 0.0]])
+    selection = select_from_scores(Scores("table", (3, 7), values, np.ones((2, 4))), SelectOptions(keep=0.5))
+    assert selection.layers == {3: [0, 1], 7: [0, 1]}
+    assert selection.mass_kept == pytest.approx({3: 7 / 9, 7: 1.0})
+
+
+def test_stability_compares_halves(trace) -> None:
+    selection = select_from_trace(trace, SelectOptions(keep=0.5))
+    masks = [select_from_trace(trace.half(h), SelectOptions(keep=0.5)).mask() for h in (0, 1)]
+    assert selection.stability == stability(*masks)
+    shared = (masks[0] & masks[1]).sum()
+    assert selection.stability == {"agreement": shared / 32, "undecided": 32 - shared}
+    assert stability(masks[0], masks[0]) == {"agreement": 1.0, "undecided": 0.0}
+
+
+def test_one_example_has_no_halves() -> None:
+    trace = synthetic_trace(tokens=50)
+    only_even = replace(trace, statistics={**trace.statistics, "layer_tokens": trace.statistics["layer_tokens"].copy()})
+    only_even.statistics["layer_tokens"][:, :, 1::2] = 0
+    assert select_from_trace(only_even, SelectOptions(keep=0.5)).stability is None
+
+
+def test_unstable_selections_are_warned_about() -> None:
+    assert "agree on only 80.0%" in warn_unstable({"agreement": 0.8, "undecided": 3.0})[0]
+    assert warn_unstable({"agreement": 0.95, "undecided": 3.0}) == []
+    assert warn_unstable(None) == []
+
+
+def test_lost_super_experts_are_warned_about(trace) -> None:
+    norms = trace.statistics["largest_norm"].copy()
+    worst = int(np.argmin(score_trace(trace).values[2]))
+    norms[2, 0, 0, worst] = 500.0
+    loud = replace(trace, statistics={**trace.statistics, "largest_norm": norms})
+    selection = select_from_trace(loud, SelectOptions(keep=0.5))
+    assert any(f"layer 2 expert {worst}" in w and f"--protect 2:{worst}" in w for w in selection.warnings)
+    kept = select_from_trace(loud, SelectOptions(keep=0.5, protect={2: (worst,)}))
+    assert not any("outlier" in warning for warning in kept.warnings)
+
+
+def test_super_experts_stand_out_of_their_layer() -> None:
+    norms = np.array([[1.0, 2.0, 1.5, 100.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    assert super_experts(norms).tolist() == [[False, False, False, True, False], [False] * 5]
+
+
+def test_unseen_experts_are_warned_about() -> None:
+    few = synthetic_trace(experts=32, tokens=6)
+    assert any("never routed to in calibration" in w for w in select_from_trace(few, SelectOptions(keep=0.5)).warnings)
+
+
+def test_inflated_gate_weights_are_warned_about(trace) -> None:
+    raw = replace(trace, info=replace(trace.info, routing=RoutingFacts(3, 3, 1, renormalises=False)))
+    reroute = SelectOptions(keep=0.5, routing="reroute")
+    assert any("does not renormalise" in w for w in select_from_trace(raw, reroute).warnings)
+    assert not any("renormalise" in w for w in select_from_trace(raw, SelectOptions(keep=0.5)).warnings)
+    assert not any("renormalise" in w for w in select_from_trace(trace, reroute).warnings)
+
+
+def test_rerouting_keeps_enough_for_the_top_k(trace) -> None:
+    low = SelectOptions(keep=0.2, routing="reroute")
+    assert min(len(ids) for ids in select_from_trace(trace, low).layers.values()) == 3
+    with pytest.raises(BudgetError, match="floor of 3"):
+        select_from_trace(trace, SelectOptions(keep=0.1, routing="reroute"))
+    dropped = select_from_trace(trace, SelectOptions(keep=0.1))
+    assert min(len(ids) for ids in dropped.layers.values()) >= 1
+
+
+def test_router_groups_come_from_the_trace(trace) -> None:
+    grouped = replace(trace, info=replace(trace.info, routing=RoutingFacts(3, 8, groups=4, renormalises=True)))
+    selection = select_from_trace(grouped, SelectOptions(keep=0.625, routing="reroute"))
+    for ids in selection.layers.values():
+        assert len({sum(i // 4 == g for i in ids) for g in range(4)}) == 1
+    free = select_from_trace(grouped, SelectOptions(keep=0.625))
+    assert any(len({sum(i // 4 == g for i in ids) for g in range(4)}) > 1 for ids in free.layers.values())
+
+
+def test_feasibility_is_known_beforehand() -> None:
+    routing = RoutingFacts(4, 4)
+    check_feasible(SelectOptions(keep=0.5), (0, 1), 16, routing)
+    with pytest.raises(BudgetError, match="equal counts"):
+        check_feasible(SelectOptions(keep=0.6, routing="reroute", target="stock"), (0, 1), 16, routing)
+    with pytest.raises(UsageError, match="Layer 5 is not an MoE layer"):
+        check_feasible(SelectOptions(keep=0.5, skip_layers=(5,)), (0, 1), 16, routing)
+
+
+def test_tables_need_the_top_k_to_reroute() -> None:
+    scores = Scores("table", (0,), np.arange(8.0)[None], np.ones((1, 8)))
+    with pytest.raises(UsageError, match="give --top-k"):
+        select_from_scores(scores, SelectOptions(keep=0.5, routing="reroute"))
+    chosen = select_from_scores(scores, SelectOptions(keep=0.5, routing="reroute"), routing=RoutingFacts(2, 2))
+    assert (chosen.layers, chosen.top_k) == ({0: [4, 5, 6, 7]}, 2)
+
+
+def test_segment_weights_change_selections(trace) -> None:
+    plain = select_from_trace(trace, SelectOptions(keep=0.5))
+    only = ScoreOptions(SegmentWeights(prompt=0, response=1))
+    assert select_from_trace(trace, SelectOptions(keep=0.5), scoring=only).layers != plain.layers
+
+
+def test_round_trip(trace, tmp_path) -> None:
+    options = SelectOptions(keep=0.5, protect={1: (2, 3)}, skip_layers=(0,), multiple_of=2)
+    selection = select_from_trace(trace, options)
+    selection.save(tmp_path / "s.json")
+    assert shape_moe.load_selection(tmp_path / "s.json") == selection
+    document = json.loads((tmp_path / "s.json").read_text())
+    assert document["format_version"] == 1
+    assert document["keep_met"] == 0.5
+    assert document["constraints"]["protect"] == {"1": [2, 3]}
+    assert all(ids == sorted(ids) for ids in document["layers"].values())
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"format_version": 9}, "another format version"),
+        ({"layers": {"0": [1, 0]}}, "ascending"),
+        ({"layers": {"0": [0, 99]}}, "between 0 and 15"),
+        ({"layers": {"0": []}}, "keeps no expert"),
+        ({"layers": {}}, "no layers"),
+        ({"layers": {"x": [0]}}, "not a valid selection"),
+        ({"routing": "reroute", "layers": {"0": [1, 2]}}, "fewer than the 3"),
+        ({"routing": "teleport"}, "Routing must be"),
+        ({"surprise": 1}, "not a valid selection"),
+    ],
+)
+def test_damaged_selections_are_refused(trace, tmp_path, change, word) -> None:
+    document = select_from_trace(trace, SelectOptions(keep=0.5)).to_document()
+    (tmp_path / "s.json").write_text(json.dumps({**document, **change}))
+    with pytest.raises(CheckpointError, match=word):
+        shape_moe.load_selection(tmp_path / "s.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"keep": 0}, "above 0"),
+        ({"keep": 0.5, "rule": "best"}, "no rule"),
+        ({"keep": 0.5, "target": "square"}, "ragged or stock"),
+        ({"keep": 0.5, "target": "stock"}, "needs routing reroute"),
+        ({"keep": 0.5, "tolerance": 0.01, "rule": "global"}, "goes with the coverage rule"),
+        ({"keep": 0.5, "tolerance": 2}, "between 0 and 1"),
+    ],
+)
+def test_contradicting_options_are_refused(options, word) -> None:
+    with pytest.raises(UsageError, match=word):
+        SelectOptions(**options)
