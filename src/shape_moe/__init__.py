@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 from shape_moe.serving.transformers_auto import install as _install
 
 if TYPE_CHECKING:
+    from shape_moe.calibration.calibrate import AnswerOptions
     from shape_moe.calibration.examples import TokenOptions
     from shape_moe.calibration.records import DataOptions
     from shape_moe.jobs.inspect import inspect_model
-    from shape_moe.jobs.prune import PruneOptions, prune
-    from shape_moe.jobs.select import SelectionJob, score, select
-    from shape_moe.jobs.trace import TraceOptions, merge, trace
+    from shape_moe.jobs.options import PruneOptions, SelectionJob, TraceOptions
+    from shape_moe.jobs.prune import prune
+    from shape_moe.jobs.select import score, select
+    from shape_moe.jobs.trace import merge, trace
     from shape_moe.jobs.verify import verify
     from shape_moe.pruning.masks import masked
     from shape_moe.pruning.surgery import prune_model
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnswerOptions",
     "DataOptions",
     "PruneOptions",
     "ScoreOptions",
@@ -54,12 +57,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "calibration.calibrate": ("AnswerOptions",),
     "calibration.examples": ("TokenOptions",),
     "calibration.records": ("DataOptions",),
     "jobs.inspect": ("inspect_model",),
-    "jobs.prune": ("PruneOptions", "prune"),
-    "jobs.select": ("SelectionJob", "score", "select"),
-    "jobs.trace": ("TraceOptions", "merge", "trace"),
+    "jobs.options": ("PruneOptions", "SelectionJob", "TraceOptions"),
+    "jobs.prune": ("prune",),
+    "jobs.select": ("score", "select"),
+    "jobs.trace": ("merge", "trace"),
     "jobs.verify": ("verify",),
     "pruning.masks": ("masked",),
     "pruning.surgery": ("prune_model",),

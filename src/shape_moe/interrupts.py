@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
 
 class DeferredInterrupt:
-    """While active, the first Ctrl-C is only noted; :meth:`check` raises it. A second one goes through at once."""
+    """While active, the first Ctrl-C is only noted; :meth:`check` raises it. A second one goes through at once.
 
-    def __init__(self) -> None:
+    Args:
+        on_first: called at the first Ctrl-C, to tell the user what happens.
+    """
+
+    def __init__(self, on_first: Callable[[], None] = lambda: None) -> None:
         self.noted = False
+        self._on_first = on_first
         self._before: Any = None
 
     def __enter__(self) -> DeferredInterrupt:
@@ -30,6 +36,7 @@ class DeferredInterrupt:
         if self.noted:
             raise KeyboardInterrupt
         self.noted = True
+        self._on_first()
 
     def check(self) -> None:
         """Raise the interrupt that was noted, if there was one."""

@@ -18,7 +18,7 @@ from shape_moe.architectures.sizes import kv_cache_bytes, measure
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.errors import CheckpointError, UnsupportedModelError
 from support.mxfp4 import save_mxfp4_model
-from support.tiny_models import make_config, make_model, save_model
+from support.tiny_models import make_config, make_model, moe_block, router_of, save_model
 
 
 def change_config(folder: Path, **changes) -> None:
@@ -29,17 +29,16 @@ def change_config(folder: Path, **changes) -> None:
 def test_layers_and_roles_of_every_family(family, checkpoint) -> None:
     snapshot = open_snapshot(checkpoint(family))
     model = make_model(family)
-    live = [i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")]
+    live = [i for i, layer in enumerate(model.model.layers) if hasattr(moe_block(layer), "experts")]
     assert list(snapshot.moe_layers) == live
     roles = {name: snapshot.role(name) for name in snapshot.tensors}
     bytes_by_role = {"expert": 0, "packed": 0, "router": 0, "other": 0}
     for name, role in roles.items():
         bytes_by_role[role.role] += snapshot.tensors[name].size
-    experts = sum(p.numel() for layer in live for p in model.model.layers[layer].mlp.experts.parameters())
+    experts = sum(p.numel() for layer in live for p in moe_block(model.model.layers[layer]).experts.parameters())
     router = 0
     for layer in live:
-        mlp = model.model.layers[layer].mlp
-        module = mlp.router if hasattr(mlp, "router") else mlp.gate
+        module = router_of(model.model.layers[layer])
         router += sum(t.numel() for t in [*module.parameters(), *module.buffers()])
     assert bytes_by_role["expert"] + bytes_by_role["packed"] == 4 * experts
     assert bytes_by_role["router"] == 4 * router

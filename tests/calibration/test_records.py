@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from shape_moe.calibration.records import DataOptions, content_hash, load_records
-from shape_moe.errors import DataError
+from shape_moe.errors import DataError, UsageError
 
 ROWS = [{"prompt": f"question {i}", "response": f"answer {i}", "kind": "ab"[i % 2]} for i in range(10)]
 
@@ -81,7 +81,7 @@ def test_fields_can_have_other_names(tmp_path) -> None:
         ("{", "not valid JSON"),
         ("[1]", "must be a JSON object"),
         ('{"question": "q"}', "needs one of the fields text, prompt or messages, but has only question; --map"),
-        ('{"text": "a", "prompt": "b"}', "several of them"),
+        ('{"text": "a", "prompt": "b"}', "only one of text and prompt"),
         ('{"prompt": 3}', "'prompt' must be text"),
         ('{"prompt": "a", "response": ["b"]}', "'response' must be text"),
         ('{"text": ""}', "'text' is empty"),
@@ -126,3 +126,37 @@ def test_who_lacks_a_response(tmp_path) -> None:
     ]
     file.write_text("\n".join(json.dumps(row) for row in rows))
     assert [r.lacks_response for r in load_records(DataOptions(str(file)))] == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.csv"])
+def test_other_encodings_name_the_line(tmp_path, name) -> None:
+    lines = {
+        "d.jsonl": '{"text": "a"}\n{"text": "\xe9"}',
+        "d.json": '[{"text": "a"},\n{"text": "\xe9"}]',
+        "d.csv": "text\n\xe9",
+    }
+    (tmp_path / name).write_bytes(lines[name].encode("latin-1"))
+    with pytest.raises(DataError, match=f"{name}, line 2: not UTF-8"):
+        load_records(DataOptions(str(tmp_path / name)))
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + lines[name].encode())
+    assert load_records(DataOptions(str(tmp_path / name)))[-1].text == "\xe9"  # a byte-order mark is no content
+
+
+def test_long_and_broken_csv(tmp_path) -> None:
+    (tmp_path / "long.csv").write_text("text\n" + "x" * 200_000 + "\n")
+    assert len(load_records(DataOptions(str(tmp_path / "long.csv")))[0].text) == 200_000
+    (tmp_path / "broken.csv").write_text('text\n"a"b\n')
+    with pytest.raises(DataError, match=r"broken\.csv, line 2: not valid CSV"):
+        load_records(DataOptions(str(tmp_path / "broken.csv")))
+
+
+def test_ambiguous_records_and_unknown_names(tmp_path) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text('{"text": "a", "prompt": "b"}')
+    with pytest.raises(DataError, match="only one of text and prompt; leave all but one out"):
+        load_records(DataOptions(str(file)))
+    assert load_records(DataOptions(str(file), fields={"text": "none"}))[0].prompt == "b"
+    with pytest.raises(UsageError, match="--map names 'promt'"):
+        DataOptions(str(file), fields={"promt": "question"})
+    with pytest.raises(UsageError, match="samples must be at least 1"):
+        DataOptions(str(file), samples=0)

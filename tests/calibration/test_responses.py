@@ -14,7 +14,7 @@ from shape_moe.calibration.examples import Tokeniser, TokenOptions
 from shape_moe.calibration.records import Record
 from shape_moe.calibration.responses import fetch_answers, generate_answers
 from shape_moe.demo.tasks import examples
-from shape_moe.errors import DataError, ShapeMoeError
+from shape_moe.errors import ShapeMoeError
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +51,24 @@ def test_answers_end_at_the_limit(model, tokeniser) -> None:
     assert len(answers[0]) == 3
 
 
+def test_prompt_and_answer_stay_within_the_limit(model, embedded) -> None:
+    """A short and a long prompt in one batch: each gets the room that is left behind it."""
+    tokenizer = AutoTokenizer.from_pretrained(embedded)
+    tokeniser = Tokeniser(tokenizer, 512, TokenOptions(template=False, max_length=14))
+    records = [
+        Record(0, "r", prompt="words 7777="),
+        Record(1, "r", prompt="sort 12345678="),
+        Record(2, "r", prompt="ab"),
+    ]
+    answers = generate_answers(model, tokeniser, records, max_new_tokens=20, batch_size=3)
+    assert [len(answers[i]) for i in range(3)] == [3, 0, 12]
+
+
 class Handler(BaseHTTPRequestHandler):
     requests: list[tuple[str, dict]] = []  # noqa: RUF012
     reply = "an answer"
+    choices: list | None = None
+    keys: set = set()  # noqa: RUF012
 
     def log_message(self, *args):
         pass
@@ -70,7 +85,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         Handler.requests.append((self.path, body))
-        if self.path.endswith("/chat/completions"):
+        Handler.keys.add(self.headers["Authorization"])
+        if Handler.choices is not None:
+            self.send({"choices": Handler.choices})
+        elif self.path.endswith("/chat/completions"):
             self.send({"choices": [{"message": {"content": Handler.reply}}]})
         else:
             self.send({"choices": [{"text": Handler.reply}]})
@@ -81,7 +99,7 @@ def endpoint():
     server = HTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    Handler.requests, Handler.reply = [], "an answer"
+    Handler.requests, Handler.reply, Handler.choices, Handler.keys = [], "an answer", None, set()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
@@ -90,26 +108,48 @@ def endpoint():
 def test_endpoints_answer_chats_and_raw_prompts(endpoint) -> None:
     records = [
         Record(0, "r", prompt="p"),
-        Record(1, "r", prompt="q", response="given"),
+        Record(1, "r", prompt="q"),
         Record(2, "r", messages=({"role": "user", "content": "u"},)),
     ]
-    found = fetch_answers(endpoint, records, max_new_tokens=9, template=True, template_args={"enable_thinking": False})
-    assert [r.response for r in found[:2]] == ["an answer", "given"]
-    assert found[2].messages[-1] == {"role": "assistant", "content": "an answer"}
+    kept = []
+    found = fetch_answers(
+        endpoint,
+        records,
+        max_new_tokens=9,
+        template=True,
+        template_args={"enable_thinking": False},
+        known={1: "given"},
+        keep=lambda answers: kept.append(dict(answers)),
+    )
+    assert found == {0: "an answer", 1: "given", 2: "an answer"}
+    assert kept[-1] == found
     paths, bodies = zip(*Handler.requests, strict=True)
     assert set(paths) == {"/v1/chat/completions"}
-    assert bodies[0]["messages"] == [{"role": "user", "content": "p"}]
+    asked = sorted(body["messages"][0]["content"] for body in bodies)
+    assert (asked, bodies[0]["messages"][0]["role"]) == (["p", "u"], "user")
     assert (bodies[0]["model"], bodies[0]["max_tokens"]) == ("served", 9)
     assert bodies[0]["chat_template_kwargs"] == {"enable_thinking": False}
     raw = fetch_answers(f"{endpoint}/v1", records[:1], max_new_tokens=9, template=False)
-    assert raw[0].response == "an answer"
+    assert raw == {0: "an answer"}
     assert Handler.requests[-1][0] == "/v1/completions"
     assert Handler.requests[-1][1]["prompt"] == "p"
 
 
+def test_endpoints_get_the_key_from_the_environment(endpoint, monkeypatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    fetch_answers(endpoint, [Record(0, "r", prompt="p")], max_new_tokens=9, template=True)
+    assert Handler.keys == {"Bearer secret"}
+
+
 def test_endpoints_that_do_not_answer(endpoint) -> None:
     Handler.reply = ""
-    with pytest.raises(DataError, match="line 3: the endpoint gave an empty answer"):
-        fetch_answers(endpoint, [Record(0, "line 3", prompt="p")], max_new_tokens=9, template=True)
+    record = Record(0, "line 3", prompt="p")
+    assert fetch_answers(endpoint, [record], max_new_tokens=9, template=True) == {0: ""}
+    Handler.reply = {"no": "text"}
+    Handler.choices = []
+    kept = []
+    with pytest.raises(ShapeMoeError, match=r"did not answer as an OpenAI-compatible server does \(IndexError"):
+        fetch_answers(endpoint, [record], max_new_tokens=9, template=True, known={7: "kept"}, keep=kept.append)
+    assert kept == [{7: "kept"}]  # what had arrived is not lost
     with pytest.raises(ShapeMoeError, match="did not answer as an OpenAI-compatible server"):
         fetch_answers("http://127.0.0.1:9", [Record(0, "r", prompt="p")], max_new_tokens=9, template=True)

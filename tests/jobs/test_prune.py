@@ -16,9 +16,10 @@ from shape_moe.demo.embedded import exact_match
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import CheckpointError, FingerprintError, ShapeMoeError, UsageError
 from shape_moe.jobs import prune as job
-from shape_moe.jobs.prune import PruneOptions, prune
-from shape_moe.jobs.select import SelectionJob, select
-from shape_moe.jobs.trace import TraceOptions, trace
+from shape_moe.jobs.options import PruneOptions, SelectionJob, TraceOptions
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.select import select
+from shape_moe.jobs.trace import trace
 from shape_moe.jobs.verify import verify
 from shape_moe.scoring.scores import score_trace
 from shape_moe.selection.select import SelectOptions
@@ -101,7 +102,7 @@ def test_tables_of_values_can_be_pruned_by(embedded, traced, tmp_path) -> None:
 
 def test_stock_targets_load_anywhere(embedded, traced, tmp_path) -> None:
     chosen = SelectOptions(keep=0.5, routing="reroute", target="stock")
-    result = prune(embedded, tmp_path / "out", options(select=SelectionJob(chosen), target="stock"), trace=traced)
+    result = prune(embedded, tmp_path / "out", options(select=SelectionJob(chosen)), trace=traced)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["Qwen3MoeForCausalLM"]
     assert config["num_local_experts"] == 16
@@ -211,7 +212,7 @@ def test_wrong_keep_rates_and_infeasible_budgets(embedded, traced, tmp_path) -> 
             prune(embedded, tmp_path / "out", options(keep), trace=traced)
     chosen = SelectOptions(keep=0.55, routing="reroute", target="stock")
     with pytest.raises(UsageError, match="equal counts in every layer.*--allow-rounding"):
-        prune(embedded, tmp_path / "out", options(select=SelectionJob(chosen), target="stock"), trace=traced)
+        prune(embedded, tmp_path / "out", options(select=SelectionJob(chosen)), trace=traced)
     with pytest.raises(UsageError, match="floor of 4"):
         low = SelectOptions(keep=0.05, routing="reroute")
         prune(embedded, tmp_path / "out", options(select=SelectionJob(low)), trace=traced)
@@ -231,14 +232,20 @@ def test_outputs_are_not_overwritten_without_force(embedded, traced, tmp_path) -
     with pytest.raises(UsageError, match="not empty; choose another output, or replace it with --force"):
         prune(embedded, tmp_path / "out", options(0.6), trace=traced)
     assert contents(tmp_path / "out") == {"precious.txt": b"mine"}
-    prune(embedded, tmp_path / "out", options(0.6, force=True), trace=traced)
-    assert "precious.txt" not in contents(tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    with pytest.raises(UsageError, match="holds no result of this tool, so --force does not replace it"):
+        prune(embedded, tmp_path / "out", options(0.6, force=True), trace=traced)
+    assert contents(tmp_path / "out") == {"precious.txt": b"mine"}
+    prune(embedded, tmp_path / "ours", options(0.8), trace=traced)
+    with pytest.raises(UsageError, match="not empty; choose another output"):
+        prune(embedded, tmp_path / "ours", options(0.6), trace=traced)
+    prune(embedded, tmp_path / "ours", options(0.6, force=True), trace=traced)
+    assert load_selection(tmp_path / "ours").kept == 77
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "out"]
 
 
 def test_a_failed_replacement_leaves_the_old_result(embedded, traced, tmp_path, monkeypatch) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious.txt").write_text("mine")
+    prune(embedded, tmp_path / "out", options(0.8), trace=traced)
+    before = contents(tmp_path / "out")
 
     def fail(*_args):
         raise ShapeMoeError("stop")
@@ -246,7 +253,33 @@ def test_a_failed_replacement_leaves_the_old_result(embedded, traced, tmp_path, 
     monkeypatch.setattr(job, "write_index", fail)
     with pytest.raises(ShapeMoeError, match="stop"):
         prune(embedded, tmp_path / "out", options(0.6, force=True), trace=traced)
-    assert contents(tmp_path / "out") == {"precious.txt": b"mine"}
+    assert contents(tmp_path / "out") == before
+
+
+def test_inputs_are_never_touched(embedded, traced, tmp_path) -> None:
+    for out in (embedded, embedded / "smaller", traced, traced / "smaller"):
+        with pytest.raises(UsageError, match="overlap; choose an output beside it"):
+            prune(embedded, out, options(0.6, force=True), trace=traced)
+    selection = select(traced, SelectionJob(SelectOptions(keep=0.6)))
+    selection.save(tmp_path / "s.json")
+    with pytest.raises(UsageError, match="overlap"):
+        prune(embedded, tmp_path, options(select=None, force=True), selection=tmp_path / "s.json")
+
+
+def test_damaged_shards_of_an_interrupted_job_are_written_again(embedded, traced, tmp_path, monkeypatch) -> None:
+    def fail(*_args):
+        raise ShapeMoeError("stop")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "write_index", fail)
+        with pytest.raises(ShapeMoeError, match="stop"):
+            prune(embedded, tmp_path / "out", options(0.6), trace=traced)
+    shard = next((tmp_path / "out.partial").glob("*.safetensors"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[-100] ^= 255
+    shard.write_bytes(damaged)
+    prune(embedded, tmp_path / "out", options(0.6), trace=traced)
+    assert all(check.passed for check in verify(tmp_path / "out", original=embedded, device="cpu"))
 
 
 def test_too_little_disk_is_noticed_first(embedded, traced, tmp_path, monkeypatch) -> None:

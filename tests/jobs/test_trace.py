@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -10,14 +12,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shape_moe.architectures.fingerprint import UNVERIFIED
+from shape_moe.calibration import calibrate
+from shape_moe.calibration.calibrate import AnswerOptions
 from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import CheckpointError, DataError, ShapeMoeError, UnsupportedModelError, UsageError
-from shape_moe.jobs import trace as job
-from shape_moe.jobs.trace import TraceOptions, merge, trace
+from shape_moe.jobs import session as job
+from shape_moe.jobs.options import TraceOptions
+from shape_moe.jobs.trace import merge, trace
 from shape_moe.tracing.trace import load_trace, merge_traces
 from shape_moe.tracing.transformers_model import ModelTracer
+from shape_moe.workspace import Workspace
 from support.fp8 import save_fp8_model
 from support.mxfp4 import save_mxfp4_model
 from support.tiny_models import make_model
@@ -34,8 +40,9 @@ def data(tmp_path):
 
 
 def options(source: str, **changes) -> TraceOptions:
-    entries = {"data": DataOptions(source), "device": "cpu", "dtype": "float32", "batch_size": 4}
-    return TraceOptions(**{**entries, **changes})
+    entries = {"data": DataOptions(source), "device": "cpu", "dtype": "float32"}
+    answers = {name: changes.pop(name) for name in list(changes) if name in AnswerOptions.__dataclass_fields__}
+    return TraceOptions(answers=AnswerOptions(**{"batch_size": 4, **answers}), **{**entries, **changes})
 
 
 def assert_same(first, second) -> None:
@@ -137,10 +144,10 @@ def test_a_failing_pass_stops_with_its_record(embedded, data, monkeypatch) -> No
     source = data(examples("sorting", 6, seed=1))
     real = ModelTracer._forward
 
-    def fail(self, batch):
+    def fail(self, batch, *arguments):
         if any(example.index == 3 for example in batch.examples):
             raise RuntimeError("CUDA error: something")
-        return real(self, batch)
+        return real(self, batch, *arguments)
 
     monkeypatch.setattr(ModelTracer, "_forward", fail)
     with pytest.raises(ShapeMoeError, match="line 4.*CUDA error"):
@@ -165,13 +172,10 @@ def test_interrupted_traces_go_on(embedded, data, tmp_path, monkeypatch) -> None
     whole = trace(embedded, chosen)
     real, count = ModelTracer.add, iter(range(100))
 
-    def interrupted(self, batch):
-        import os
-        import signal
-
+    def interrupted(self, batch, **arguments):
         if next(count) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return real(self, batch)
+        return real(self, batch, **arguments)
 
     monkeypatch.setattr(ModelTracer, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -179,8 +183,8 @@ def test_interrupted_traces_go_on(embedded, data, tmp_path, monkeypatch) -> None
     assert not (tmp_path / "t").exists()
     assert json.loads((tmp_path / "t.partial" / "so-far.json").read_text()) == {"batches": 4}
     passes = []
-    monkeypatch.setattr(ModelTracer, "add", lambda self, batch: passes.append(1) or real(self, batch))
-    monkeypatch.setattr(job, "generate_answers", lambda *_a, **_k: pytest.fail("answered again"))
+    monkeypatch.setattr(ModelTracer, "add", lambda self, batch, **more: passes.append(1) or real(self, batch, **more))
+    monkeypatch.setattr(calibrate, "generate_answers", lambda *_a, **_k: pytest.fail("answered again"))
     resumed = trace(embedded, chosen, tmp_path / "t")
     assert len(passes) == 6
     assert_same(resumed, whole)
@@ -193,11 +197,74 @@ def test_another_job_does_not_take_over(embedded, data, tmp_path) -> None:
     source = data(examples("sorting", 4, seed=1))
     (tmp_path / "t.partial").mkdir()
     (tmp_path / "t.partial" / "job.json").write_text('{"digest": "other"}')
+    (tmp_path / "t.partial" / "answers.json").write_text("{}")
     with pytest.raises(UsageError, match="unfinished work of another job"):
         trace(embedded, options(source), tmp_path / "t")
     trace(embedded, options(source), tmp_path / "t", force=True)
     with pytest.raises(UsageError, match="exists and is not empty"):
         trace(embedded, options(source), tmp_path / "t")
+
+
+def test_edited_data_is_another_job(embedded, data, tmp_path, monkeypatch) -> None:
+    """The file's name stays, its content changes: what an interrupted run left must not be mixed in."""
+    source = data(examples("sorting", 8, seed=1))
+    real, count = ModelTracer.add, iter(range(100))
+
+    def interrupted(self, batch, **arguments):
+        if next(count) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, batch, **arguments)
+
+    monkeypatch.setattr(ModelTracer, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trace(embedded, options(source, batch_size=2), tmp_path / "t")
+    monkeypatch.setattr(ModelTracer, "add", real)
+    data(examples("sorting", 8, seed=2))
+    with pytest.raises(UsageError, match="unfinished work of another job"):
+        trace(embedded, options(source, batch_size=2), tmp_path / "t")
+
+
+def test_skipped_records_are_remembered_when_a_job_goes_on(embedded, data, tmp_path, monkeypatch) -> None:
+    source = data(examples("sorting", 8, seed=1))
+    forward, add, count = ModelTracer._forward, ModelTracer.add, iter(range(100))
+
+    def fail(self, batch, *arguments):
+        if any(example.index == 0 for example in batch.examples):
+            raise RuntimeError("broken")
+        return forward(self, batch, *arguments)
+
+    def interrupted(self, batch, **arguments):
+        if next(count) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return add(self, batch, **arguments)
+
+    monkeypatch.setattr(ModelTracer, "_forward", fail)
+    monkeypatch.setattr(ModelTracer, "add", interrupted)
+    chosen = options(source, batch_size=2, skip_bad=True)
+    with pytest.raises(KeyboardInterrupt):
+        trace(embedded, chosen, tmp_path / "t")
+    monkeypatch.setattr(ModelTracer, "add", add)
+    resumed = trace(embedded, chosen, tmp_path / "t")
+    assert (resumed.info.examples, list(resumed.info.source["skipped"].values())) == (7, ["broken"])
+    assert resumed.sums("layer_tokens").max() == 7 * 23
+
+
+def test_outputs_inside_inputs_are_refused(embedded, data, tmp_path) -> None:
+    source = data(examples("sorting", 4, seed=1))
+    for out in (embedded, embedded / "trace", tmp_path):
+        with pytest.raises(UsageError, match="overlap; choose an output beside it"):
+            trace(embedded, options(source), out, force=True)
+    assert not (embedded / "trace").exists()
+
+
+def test_a_lock_keeps_two_runs_apart(embedded, data, tmp_path) -> None:
+    source = data(examples("sorting", 4, seed=1))
+    with (
+        Workspace(tmp_path / "t", {"verb": "other"}),
+        pytest.raises(ShapeMoeError, match="Another run is at work"),
+    ):
+        trace(embedded, options(source), tmp_path / "t", force=True)
+    assert not (tmp_path / ".t.lock").exists()
 
 
 def test_merging_folders(embedded, data, tmp_path) -> None:
@@ -237,7 +304,7 @@ def test_unknown_devices_and_dtypes(embedded, data) -> None:
     with pytest.raises(UsageError, match="dtype must be one of"):
         trace(embedded, options(source, dtype="int3"))
     if not torch.cuda.is_available():
-        with pytest.raises(UsageError, match="torch sees no GPU"):
+        with pytest.raises(UsageError, match="torch sees 0 GPUs"):
             trace(embedded, options(source, device="cuda"))
 
 

@@ -9,7 +9,7 @@ import shape_moe
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.errors import UsageError
 from support.selections import random_selection
-from support.tiny_models import make_model, random_tokens
+from support.tiny_models import make_model, moe_block, random_tokens, router_of
 
 EVERY = [
     "qwen3_moe",
@@ -31,8 +31,8 @@ def logits_of(model, tokens):
 
 def routers(model):
     for layer in model.model.layers:
-        if hasattr(layer.mlp, "experts"):
-            yield layer.mlp.router if hasattr(layer.mlp, "router") else layer.mlp.gate
+        if hasattr(moe_block(layer), "experts"):
+            yield router_of(layer)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -41,7 +41,7 @@ def test_drop_is_the_model_whose_pruned_experts_output_zero(name, checkpoint) ->
     model, zeroed = make_model(name), make_model(name)
     with torch.no_grad():
         for layer, ids in selection.layers.items():
-            experts = zeroed.model.layers[layer].mlp.experts
+            experts = moe_block(zeroed.model.layers[layer]).experts
             dropped = [i for i in range(selection.num_experts) if i not in ids]
             experts.down_proj[dropped] = 0
             if experts.has_bias:
@@ -58,7 +58,7 @@ def test_reroute_never_routes_to_pruned_experts_and_ranks_the_kept_as_before(nam
     model = make_model(name)
     seen: list[tuple[int, torch.Tensor]] = []
     for layer in selection.layers:
-        model.model.layers[layer].mlp.experts.register_forward_pre_hook(
+        moe_block(model.model.layers[layer]).experts.register_forward_pre_hook(
             lambda _m, args, layer=layer: seen.append((layer, args[1]))
         )
     with shape_moe.masked(model, selection):
@@ -69,14 +69,13 @@ def test_reroute_never_routes_to_pruned_experts_and_ranks_the_kept_as_before(nam
         assert all(len(set(row)) == len(row) for row in ids.tolist())
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "gpt_oss", "deepseek_v2"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "gpt_oss", "granitemoe", "deepseek_v2"])
 def test_reroute_equals_logits_of_minus_infinity(name, checkpoint) -> None:
     """For softmax routers without groups, leaving the router is the same as a logit of minus infinity."""
     selection = random_selection(open_snapshot(checkpoint(name)), "reroute", "ragged")
     model, reference = make_model(name), make_model(name)
     for layer, ids in selection.layers.items():
-        mlp = reference.model.layers[layer].mlp
-        router = mlp.router if hasattr(mlp, "router") else mlp.gate
+        router = router_of(reference.model.layers[layer])
         dead = torch.tensor([i for i in range(selection.num_experts) if i not in ids])
         _mask_logits(router, dead)
     tokens = random_tokens(2, 16)
@@ -159,6 +158,13 @@ def test_selections_of_other_models_are_refused(checkpoint) -> None:
         pass
     wrong = replace(selection, layers={**selection.layers, 7: [0]})
     with pytest.raises(UsageError, match="layer 7"), shape_moe.masked(make_model("olmoe"), wrong):
+        pass
+    with pytest.raises(UsageError, match="must be one of drop, reroute, not 'rerout'"):
+        shape_moe.masked(make_model("olmoe"), selection, "rerout").__enter__()
+    few = replace(selection, layers={layer: [3] for layer in selection.layers})
+    with pytest.raises(UsageError, match="keeps 1 experts; routing reroute needs at least"):
+        shape_moe.masked(make_model("olmoe"), few, "reroute").__enter__()
+    with shape_moe.masked(make_model("olmoe"), few, "drop"):
         pass
 
 

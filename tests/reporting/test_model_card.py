@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import yaml
 
-from shape_moe.reporting.model_card import CardFacts, readable_size, render_card
+from shape_moe.reporting.model_card import CardFacts, render_card
 from shape_moe.selection.select import SelectOptions, select_from_trace
+from shape_moe.units import readable_size
 from support.data import synthetic_trace
 
 

@@ -13,7 +13,7 @@ from shape_moe.scoring.scores import read_scores, score_trace
 from shape_moe.tracing.trace import SegmentWeights
 from support.data import make_examples, synthetic_trace, trace_model
 from support.naive_trace import capture, expert_output
-from support.tiny_models import make_model
+from support.tiny_models import make_model, moe_block
 
 OPTIONS = ScoreOptions(SegmentWeights(prompt=0.25, response=2.0))
 
@@ -36,7 +36,7 @@ def naive(traced):
         table = {name: np.zeros(16) for name in rows}
         for batch in batches(examples, 6, 0):
             captured = capture(model, batch)[layer]
-            experts = model.model.layers[layer].mlp.experts
+            experts = moe_block(model.model.layers[layer]).experts
             for token, segment in enumerate(batch.segments.tolist()):
                 if segment < 0:
                     continue
@@ -115,6 +115,20 @@ def test_entry_points_add_scorers(monkeypatch) -> None:
     monkeypatch.setattr(registry, "entry_points", lambda group: [Point()] if group == "shape_moe.scorers" else [])
     registry._load_all.cache_clear()
     assert "from-elsewhere" in scorers()
+    registry._load_all.cache_clear()
+
+
+def test_broken_plugins_do_not_take_the_others_down(monkeypatch, caplog) -> None:
+    class Broken:
+        name, value = "broken", "elsewhere:scorer"
+
+        def load(self):
+            raise ImportError("No module named 'missing'")
+
+    monkeypatch.setattr(registry, "entry_points", lambda group: [Broken()])
+    registry._load_all.cache_clear()
+    assert "shape" in scorers()
+    assert "Scorer broken of elsewhere:scorer cannot be loaded: No module named 'missing'" in caplog.text
     registry._load_all.cache_clear()
 
 

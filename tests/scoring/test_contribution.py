@@ -13,12 +13,12 @@ from shape_moe.scoring.scores import score_trace
 from support import brute_force
 from support.data import make_examples, trace_model
 from support.naive_trace import capture, expert_output
-from support.tiny_models import make_model
+from support.tiny_models import make_model, moe_block
 
 
 def contributions(model, examples, layer: int):
     """Per token: ids, contributions [k, H] and the residual stream, in float64."""
-    experts = model.model.layers[layer].mlp.experts
+    experts = moe_block(model.model.layers[layer]).experts
     for batch in batches(examples, 6, 0):
         captured = capture(model, batch)[layer]
         for token, segment in enumerate(batch.segments.tolist()):
@@ -72,7 +72,7 @@ def test_gram_prices_any_set_of_dropped_experts() -> None:
     rng = np.random.default_rng(0)
     for layer in (0, 2):
         gram = trace.sums("gram")[trace.info.layers.index(layer)]
-        block = model.model.layers[layer].mlp
+        block = moe_block(model.model.layers[layer])
         for size in (1, 4, 9):
             dropped = rng.choice(16, size, replace=False)
             change = 0.0

@@ -136,3 +136,25 @@ def test_large_counts_stay_exact() -> None:
 def test_bad_tables_are_refused(coalitions, counts, experts, word) -> None:
     with pytest.raises(UsageError, match=word):
         shape_values(np.array(coalitions), np.array(counts), experts)
+
+
+@given(tables(), st.randoms(use_true_random=False), st.floats(0.01, 3), st.floats(0, 3))
+@settings(max_examples=100, deadline=None)
+def test_order_and_names_do_not_matter_for_weighted_counts(table, random, prompt, response) -> None:
+    """Bit for bit, also where weights are no fractions: selections must not hang on the order of batches."""
+    members, counts, experts = table
+    weighted = counts * prompt + np.arange(len(counts)) % 3 * response
+    rows, names = list(range(len(members))), list(range(experts))
+    random.shuffle(rows)
+    random.shuffle(names)
+    renamed = np.asarray(names)[members]
+    there = shape_values(renamed[rows], weighted[rows], experts)
+    np.testing.assert_array_equal(shape_values(members, weighted, experts), there[names])
+
+
+def test_weights_that_are_fractions_are_exact() -> None:
+    """Alike coalitions are worth nothing whatever they weigh; 0.1 has no exact binary form."""
+    members = np.array([[0, 1], [0, 2], [1, 2]])
+    whole = shape_values(members, np.array([3, 5, 7]), 4)
+    np.testing.assert_array_equal(shape_values(members, np.array([0.3, 0.5, 0.7]), 4) * 10, whole)
+    assert shape_values(np.array([[0, 1]] * 3), np.array([0.1, 0.1, 0.1]), 4).tolist() == [0, 0, 0, 0]

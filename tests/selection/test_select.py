@@ -59,7 +59,7 @@ def test_kept_mass_is_the_share_of_positive_scores() -> None:
     values = np.array([[4.0, 3.0, 2.0, -5.0], [0.0, 0.0, 0.0, 0.0]])
     selection = select_from_scores(Scores("table", (3, 7), values, np.ones((2, 4))), SelectOptions(keep=0.5))
     assert selection.layers == {3: [0, 1], 7: [0, 1]}
-    assert selection.mass_kept == pytest.approx({3: 7 / 9, 7: 1.0})
+    assert selection.mass_kept == {3: pytest.approx(7 / 9), 7: None}
 
 
 def test_stability_compares_halves(trace) -> None:
@@ -73,8 +73,8 @@ def test_stability_compares_halves(trace) -> None:
 
 def test_one_example_has_no_halves() -> None:
     trace = synthetic_trace(tokens=50)
-    only_even = replace(trace, statistics={**trace.statistics, "layer_tokens": trace.statistics["layer_tokens"].copy()})
-    only_even.statistics["layer_tokens"][:, :, 1::2] = 0
+    only_even = replace(trace, statistics={**trace.statistics, "tokens": trace.statistics["tokens"].copy()})
+    only_even.statistics["tokens"][:, :, 1::2] = 0
     assert select_from_trace(only_even, SelectOptions(keep=0.5)).stability is None
 
 
@@ -201,3 +201,28 @@ def test_damaged_selections_are_refused(trace, tmp_path, change, word) -> None:
 def test_contradicting_options_are_refused(options, word) -> None:
     with pytest.raises(UsageError, match=word):
         SelectOptions(**options)
+
+
+def test_segments_without_tokens_cannot_decide() -> None:
+    prompts = synthetic_trace(layers=2, experts=8, top_k=2, tokens=100)
+    silent = replace(
+        prompts,
+        statistics={
+            name: values * (np.arange(2) < 1)[(None, slice(None)) + (None,) * (values.ndim - 2)]
+            for name, values in prompts.statistics.items()
+        },
+    )
+    only = ScoreOptions(SegmentWeights(prompt=0, response=1))
+    with pytest.raises(UsageError, match="none of them count with --prompt-weight 0 and --response-weight 1"):
+        select_from_trace(silent, SelectOptions(keep=0.5), scoring=only)
+
+
+def test_halves_are_compared_at_the_same_budget(trace) -> None:
+    """With a tolerance the halves' own bisections would end elsewhere."""
+    selection = select_from_trace(trace, SelectOptions(keep=0.5, tolerance=0.1))
+    assert selection.stability["agreement"] <= 1
+    assert selection.stability["undecided"] == round((1 - selection.stability["agreement"]) * selection.kept)
+
+
+def test_random_values_have_no_stability(trace) -> None:
+    assert select_from_trace(trace, SelectOptions(keep=0.5), scorer="random").stability is None

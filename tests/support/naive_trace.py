@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from shape_moe.calibration.batches import FOLDS, PADDING, Batch
+from support.tiny_models import moe_block, router_of
 
 
 @dataclass
@@ -32,14 +33,16 @@ def capture(model, batch: Batch) -> dict[int, Captured]:
     handles = []
     blocks: dict[int, torch.Tensor] = {}
     for number, layer in enumerate(model.model.layers):
-        if not hasattr(layer.mlp, "experts"):
+        block = moe_block(layer)
+        if not hasattr(block, "experts"):
             continue
+        scale = getattr(layer, "residual_multiplier", 1.0)
 
         def keep_inputs(_module, args, number=number):
             found[number] = Captured(*(a.detach().clone() for a in args))
 
-        def keep_block(_module, _args, output, number=number):
-            blocks[number] = output[0] if isinstance(output, tuple) else output
+        def keep_block(_module, _args, output, number=number, scale=scale):
+            blocks[number] = scale * (output[0] if isinstance(output, tuple) else output)
 
         def keep_layer(_module, _args, output, number=number):
             output = output[0] if isinstance(output, tuple) else output
@@ -48,12 +51,11 @@ def capture(model, batch: Batch) -> dict[int, Captured]:
         def keep_logits(_module, _args, output, number=number):
             blocks[-1 - number] = output[0].detach().clone()
 
-        router = layer.mlp.router if hasattr(layer.mlp, "router") else layer.mlp.gate
         handles += [
-            layer.mlp.experts.register_forward_pre_hook(keep_inputs),
-            layer.mlp.register_forward_hook(keep_block),
+            block.experts.register_forward_pre_hook(keep_inputs),
+            block.register_forward_hook(keep_block),
             layer.register_forward_hook(keep_layer),
-            router.register_forward_hook(keep_logits),
+            router_of(layer).register_forward_hook(keep_logits),
         ]
     with torch.no_grad():
         model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
@@ -84,7 +86,8 @@ def naive_statistics(model, batches: list[Batch], num_experts: int, sigmoid: boo
     coalitions: dict[int, Counter] = {}
     for batch in batches:
         for layer, captured in capture(model, batch).items():
-            experts = model.model.layers[layer].mlp.experts
+            experts = moe_block(model.model.layers[layer]).experts
+            scale = getattr(model.model.layers[layer], "residual_multiplier", 1.0)
             if layer not in totals:
                 shapes = {
                     "layer": (2, FOLDS),
@@ -117,7 +120,7 @@ def naive_statistics(model, batches: list[Batch], num_experts: int, sigmoid: boo
                 ids = captured.ids[token].tolist()
                 g = captured.gates[token].double()
                 outputs = [expert_output(experts, i, captured.hidden[token]) for i in ids]
-                a = [weight * output for weight, output in zip(g, outputs, strict=True)]
+                a = [scale * weight * output for weight, output in zip(g, outputs, strict=True)]
                 y = sum(a)
                 cosine = torch.dot(h, h + y) / (h.norm() * (h + y).norm())
                 turned = float(1 - cosine)

@@ -56,6 +56,16 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    "granitemoe": (
+        "GraniteMoeConfig",
+        {
+            "intermediate_size": 24,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "residual_multiplier": 0.6,
+            "attention_multiplier": 0.4,
+        },
+    ),
     "deepseek_v2": ("DeepseekV2Config", {**_DEEPSEEK, "n_group": 1, "topk_group": 1, "topk_method": "greedy"}),
     "deepseek_v2_grouped": (
         "DeepseekV2Config",
@@ -103,6 +113,17 @@ def make_model(
             elif tensor.ndim >= 2 or "bias" in name:
                 tensor.normal_(std=0.2)
     return model.to(dtype).eval()
+
+
+def moe_block(layer: torch.nn.Module) -> torch.nn.Module:
+    """The feed-forward block of a decoder layer, routed or dense, whatever its name is."""
+    return layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
+
+
+def router_of(layer: torch.nn.Module) -> torch.nn.Module:
+    """The router of a decoder layer's MoE block."""
+    block = moe_block(layer)
+    return block.router if hasattr(block, "router") else block.gate
 
 
 def save_model(model: transformers.PreTrainedModel, folder: Path, **options: Any) -> Path:

@@ -26,6 +26,7 @@ class Family:
         disk_block: path of the MoE block inside a decoder layer on disk.
         disk_router: path of the router inside the block on disk.
         router_rows: router tensors on disk with one row per expert, relative to the block on disk.
+        packed: tensors on disk that hold all experts of a layer outside of ``experts``, relative to the block.
         residual_norm: norm in the decoder layer whose input is the residual stream that feeds the block.
         residual_scale_key: config key of the factor on the block's output, None where there is none.
         router_scores: how router logits become probabilities.
@@ -46,6 +47,7 @@ class Family:
     disk_block: str = "mlp"
     disk_router: str = "gate"
     router_rows: tuple[str, ...] = ("gate.weight",)
+    packed: tuple[str, ...] = ()
     residual_norm: str = "post_attention_layernorm"
     residual_scale_key: str | None = None
     router_scores: Literal["softmax", "sigmoid"] = "softmax"
@@ -79,6 +81,19 @@ FAMILIES: dict[str, Family] = {
             router="router",
             disk_router="router",
             router_rows=("router.weight", "router.bias"),
+            renormalises=True,
+        ),
+        Family(
+            "granitemoe",
+            "GraniteMoeForCausalLM",
+            count_keys=("num_local_experts", "num_experts"),
+            block="block_sparse_moe",
+            router="router",
+            disk_block="block_sparse_moe",
+            disk_router="router",
+            router_rows=("router.layer.weight",),
+            packed=("input_linear.weight", "output_linear.weight"),
+            residual_scale_key="residual_multiplier",
             renormalises=True,
         ),
         Family(

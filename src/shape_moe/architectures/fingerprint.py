@@ -31,6 +31,12 @@ def fingerprint(snapshot: Snapshot) -> str:
 
     It survives requantising and resharding, which leave routers alone, and differs for a fine-tune that moved them.
     """
+    if "routers" not in snapshot.hashes:
+        snapshot.hashes["routers"] = _hash_routers(snapshot)
+    return snapshot.hashes["routers"]
+
+
+def _hash_routers(snapshot: Snapshot) -> str:
     digest = hashlib.sha256()
     fields: dict[str, Any] = {key: snapshot.config.get(key) for key in _CONFIG_FIELDS}
     fields |= {"num_experts": snapshot.moe.num_experts, "top_k": snapshot.moe.top_k}
@@ -67,6 +73,6 @@ def check_fingerprint(made_from: str, model: str, what: str, *, force: bool = Fa
             )
     elif made_from != model:
         raise FingerprintError(
-            f"{what} was made from another model: its routers differ "
+            f"{what} was made from another model: its routers differ, or the configuration of their routing "
             f"({made_from[7:19]} is not {model[7:19]}). Trace this model anew."
         )

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from shape_moe.architectures.safetensors_file import DTYPE_BITS
 from shape_moe.architectures.sizes import weight_count
 from shape_moe.architectures.snapshot import Snapshot
-from shape_moe.errors import CheckpointError, UnsupportedModelError, UsageError
+from shape_moe.errors import CheckpointError, ShapeMoeError, UnsupportedModelError, UsageError, first_line
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken", "tekken.json")
 _MEMORY_MARGIN = 1.15
 """Weights may take this share of the free memory at most: activations and the KV cache need the rest."""
 
@@ -41,6 +42,8 @@ def load_model(snapshot: Snapshot, *, device: str = "auto", dtype: str = "auto")
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     options |= _placement(device)
+    if not options.get("device_map") and (reason := why_not_loadable(loaded_bytes(snapshot, dtype), "cpu")):
+        raise ShapeMoeError(f"{snapshot.name} does not fit into memory: {reason}.")
     quantisation = unpacking(snapshot)
     if quantisation is not None:
         options["quantization_config"] = quantisation
@@ -50,8 +53,7 @@ def load_model(snapshot: Snapshot, *, device: str = "auto", dtype: str = "auto")
     except torch.OutOfMemoryError:
         raise
     except (OSError, ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"Transformers could not load {snapshot.name}: {reason}") from error
+        raise CheckpointError(f"Transformers could not load {snapshot.name}: {first_line(error)}") from error
     return model.eval()
 
 
@@ -69,8 +71,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} has no tokenizer that can be loaded: {reason}") from error
+        raise CheckpointError(f"{path} has no tokenizer that can be loaded: {first_line(error)}") from error
     return tokenizer
 
 
@@ -89,8 +90,7 @@ def unpacking(snapshot: Snapshot) -> Any:
     if method == "mxfp4":
         return transformers.Mxfp4Config(dequantize=True)
     if method == "fp8":
-        block = config.get("weight_block_size") or (128, 128)
-        return transformers.FineGrainedFP8Config(dequantize=True, weight_block_size=tuple(block))
+        return transformers.FineGrainedFP8Config(dequantize=True)  # the block size is the checkpoint's own
     raise UnsupportedModelError(
         f"Experts quantised with {method!r} cannot be observed in Transformers. Trace the unquantised model of the "
         "same routers instead, and prune this one with --trace."
@@ -106,8 +106,8 @@ def _placement(device: str) -> dict[str, Any]:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise UsageError(f"There is no device {device!r}; use auto, cpu, cuda or cuda:N.") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"Device {device} was asked for, but torch sees no GPU; use --device cpu.")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"Device {device} was asked for, but torch sees {torch.cuda.device_count()} GPUs.")
     return {} if kind == "cpu" else {"device_map": {"": device}}
 
 
@@ -125,6 +125,14 @@ def _without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go: with the embeddings, or to the CPU where those are offloaded."""
+    import torch
+
+    device: torch.device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def loaded_bytes(snapshot: Snapshot, dtype: str = "auto") -> int:
     """Bytes that the weights take once loaded, quantised experts unpacked to bfloat16."""
     bits = {"float32": 32, "bfloat16": 16, "float16": 16}.get(dtype)
@@ -140,6 +148,7 @@ def free_memory(device: str = "auto") -> int:
     import psutil
     import torch
 
+    _placement(device)
     if device == "cpu" or not torch.cuda.is_available():
         return int(psutil.virtual_memory().available)
     chosen = range(torch.cuda.device_count()) if device in ("auto", "cuda") else [torch.device(device).index or 0]

@@ -14,8 +14,27 @@ from typing import Any
 from shape_moe.architectures.moe_config import MoeConfig, read_moe_config
 from shape_moe.architectures.safetensors_file import TensorSlot, read_header
 from shape_moe.architectures.tensor_names import TensorRole, is_router_part, tensor_role
-from shape_moe.errors import CheckpointError, UnsupportedModelError
+from shape_moe.errors import CheckpointError, UnsupportedModelError, first_line
 
+ROOT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "tekken.json",
+    "*.tiktoken",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USAGE_POLICY*",
+)
+"""Files of a model besides its weights and configuration that loaders, servers and lawyers need."""
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
@@ -47,6 +66,7 @@ class Snapshot:
         tensors: every tensor by name, shard by shard in file order.
         name: what the user asked for: a hub id or the folder.
         revision: the commit of a hub model, None for a local folder.
+        hashes: fingerprints that were computed once.
     """
 
     path: Path
@@ -55,6 +75,7 @@ class Snapshot:
     name: str
     revision: str | None = None
     _roles: dict[str, TensorRole] = field(default_factory=dict, repr=False, compare=False)
+    hashes: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def moe(self) -> MoeConfig:
@@ -174,14 +195,14 @@ def _download(model: str, revision: str | None) -> tuple[Path, str | None]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "*.tiktoken"]
+    patterns = ["config.json", "*.safetensors", INDEX_FILE, *ROOT_FILES]
     try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except HFValidationError as error:
         raise CheckpointError(f"{model!r} is neither a model folder nor a valid hub id.") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"There is no folder {model}, and the hub could not provide it: {reason}") from error
+        message = f"There is no folder {model}, and the hub could not provide it: {first_line(error)}"
+        raise CheckpointError(message) from error
     return folder, folder.name if folder.parent.name == "snapshots" else None
 
 

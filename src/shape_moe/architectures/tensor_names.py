@@ -46,7 +46,11 @@ def tensor_role(family: Family, name: str) -> TensorRole:
     if match := packed.match(name):
         return TensorRole("packed", int(match[2]))
     if match := inside.match(name):
-        role: Role = "router" if match[3] in family.router_rows else "other"
+        role: Role = "other"
+        if match[3] in family.router_rows:
+            role = "router"
+        elif match[3] in family.packed:
+            role = "packed"
         return TensorRole(role, int(match[2]))
     if match := re.match(r"^model\.layers\.(\d+)\.", name):
         return TensorRole("other", int(match[1]))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from shape_moe.calibration.records import Message, Record
-from shape_moe.errors import DataError
+from shape_moe.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,11 +22,18 @@ class TokenOptions:
         template: apply the tokenizer's chat template where it has one.
         template_args: extra variables of the template, such as ``enable_thinking=False``.
         max_length: cut examples to this many tokens; None refuses what is longer than the context.
+
+    Raises:
+        UsageError: for a ``max_length`` below 1.
     """
 
     template: bool = True
     template_args: Mapping[str, Any] = field(default_factory=dict)
     max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 1:
+            raise UsageError(f"max-length must be at least 1, not {self.max_length}.")
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,16 @@ class Tokeniser:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int | None, options: TokenOptions) -> None:
         self.tokenizer, self.context, self.options = tokenizer, context, options
         self.uses_template = options.template and bool(tokenizer.chat_template)
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens of an example: ``max_length`` or the context, whichever is smaller; None for no limit."""
+        limits = [limit for limit in (self.options.max_length, self.context) if limit is not None]
+        return min(limits) if limits else None
+
+    def room(self, prompt_length: int, wanted: int) -> int:
+        """How many of ``wanted`` answer tokens fit behind a prompt."""
+        return wanted if self.limit is None else max(0, min(wanted, self.limit - prompt_length))
 
     @property
     def template_hash(self) -> str | None:
@@ -98,13 +115,12 @@ class Tokeniser:
         tokens = (*prompt, *answer)
         if not tokens:
             raise DataError(f"{record.where}: the record has no tokens.")
-        limit = self.options.max_length
-        if limit is None and self.context is not None and len(tokens) > self.context:
+        if self.options.max_length is None and self.context is not None and len(tokens) > self.context:
             raise DataError(
                 f"{record.where}: {len(tokens):,} tokens are more than the model's context of {self.context:,}; "
                 f"--max-length {self.context} cuts such records."
             )
-        cut = tokens if limit is None else tokens[:limit]
+        cut = tokens[: self.limit]
         return Example(record.index, record.where, cut, min(len(prompt), len(cut)), len(cut) < len(tokens))
 
     def _messages(self, record: Record) -> list[Message] | None:

@@ -8,13 +8,15 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from shape_moe.errors import DataError
+from shape_moe.errors import DataError, UsageError, first_line
 
 FIELDS = ("text", "prompt", "response", "messages")
+_LARGEST_FIELD = 2**31 - 1  # Python's own limit of 128 KiB is less than a long document
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 Message = dict[str, Any]
 
@@ -59,6 +61,9 @@ class DataOptions:
         samples: how many records to use, None for all.
         stratify: field whose values get equal numbers of samples.
         seed: draws the samples when the source has more.
+
+    Raises:
+        UsageError: for an unknown field name, and for fewer than one sample.
     """
 
     source: str
@@ -68,6 +73,13 @@ class DataOptions:
     samples: int | None = None
     stratify: str | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.fields or ()) - set(FIELDS))
+        if unknown:
+            raise UsageError(f"--map names {unknown[0]!r}, which is not one of {', '.join(FIELDS)}.")
+        if self.samples is not None and self.samples < 1:
+            raise UsageError(f"samples must be at least 1, not {self.samples}.")
 
 
 def load_records(options: DataOptions) -> list[Record]:
@@ -102,10 +114,12 @@ def make_record(row: Mapping[str, Any], index: int, where: str, options: DataOpt
     values = {name: row.get(source) for name, source in names.items()}
     kinds = [name for name in ("text", "prompt", "messages") if values[name] is not None]
     if len(kinds) != 1:
-        found = "several of them" if kinds else f"only {', '.join(map(str, row)) or 'nothing'}"
+        if kinds:
+            advice = f"leave all but one out, or hide one with --map {kinds[-1]}=NO_SUCH_FIELD"
+            raise DataError(f"{where}: a record must have only one of {' and '.join(kinds)}; {advice}.")
         raise DataError(
-            f"{where}: a record needs one of the fields text, prompt or messages, but has {found}; "
-            "--map prompt=YOUR_FIELD names another field."
+            f"{where}: a record needs one of the fields text, prompt or messages, but has only "
+            f"{', '.join(map(str, row)) or 'nothing'}; --map prompt=YOUR_FIELD names another field."
         )
     for name in ("text", "prompt", "response"):
         if values[name] is not None and not isinstance(values[name], str):
@@ -161,8 +175,28 @@ def _rows(options: DataOptions) -> Iterator[tuple[str, Mapping[str, Any]]]:
     return _dataset(options)
 
 
+@contextmanager
+def _text(path: Path) -> Iterator[TextIO]:
+    """Open a text file; a byte-order mark is skipped, another encoding is an error that says where it begins."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            yield stream
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, line {_undecodable_line(path)}: not UTF-8 text; save the file as UTF-8.") from error
+
+
+def _undecodable_line(path: Path) -> int:
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 1
+
+
 def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8") as stream:
+    with _text(path) as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
                 yield f"{path}, line {number}", _as_object(line, f"{path}, line {number}")
@@ -180,7 +214,8 @@ def _as_object(text: str, where: str) -> dict[str, Any]:
 
 def _json(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        with _text(path) as stream:
+            rows = json.load(stream)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
     if not isinstance(rows, list):
@@ -192,13 +227,20 @@ def _json(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8", newline="") as stream:
-        reader = csv.DictReader(stream)
-        for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            if None in row or None in row.values():
-                raise DataError(f"{where}: the row has another number of columns than the header.")
-            yield where, {key: value for key, value in row.items() if value != ""}
+    before = csv.field_size_limit(_LARGEST_FIELD)
+    try:
+        with _text(path) as stream:
+            reader = csv.DictReader(stream, strict=True)
+            try:
+                for row in reader:
+                    where = f"{path}, line {reader.line_num}"
+                    if None in row or None in row.values():
+                        raise DataError(f"{where}: the row has another number of columns than the header.")
+                    yield where, {key: value for key, value in row.items() if value != ""}
+            except csv.Error as error:
+                raise DataError(f"{path}, line {reader.line_num + 1}: not valid CSV ({first_line(error)}).") from error
+    finally:
+        csv.field_size_limit(before)
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -227,7 +269,8 @@ def _dataset(options: DataOptions) -> Iterator[tuple[str, Mapping[str, Any]]]:
     except KeyError as error:
         raise DataError(f"{source} has no split {options.split!r}.") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(f"There is no file {source}, and no dataset of that name could be loaded: {reason}") from error
+        raise DataError(
+            f"There is no file {source}, and no dataset of that name could be loaded: {first_line(error)}"
+        ) from error
     for i, row in enumerate(data):
         yield f"{source} ({options.split}), row {i + 1}", row

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from shape_moe.architectures.loading import input_device
 from shape_moe.calibration.examples import Tokeniser
 from shape_moe.calibration.records import Record
-from shape_moe.errors import DataError, ShapeMoeError
+from shape_moe.errors import ShapeMoeError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +41,7 @@ def generate_answers(
         model: the model that answers.
         tokeniser: turns records into prompts.
         records: records without a response.
-        max_new_tokens: upper limit of an answer's length.
+        max_new_tokens: upper limit of an answer's length; ``tokeniser.limit`` for prompt and answer holds as well.
         batch_size: prompts per batch.
         known: answers of an earlier run, which are not made again.
         keep: called with all answers so far after every batch.
@@ -54,35 +56,38 @@ def generate_answers(
     prompts = {record.index: tokeniser.prompt(record) for record in records if record.index not in answers}
     order = sorted(prompts, key=lambda index: (-len(prompts[index]), index))
     pad_id = pad_token_id(model, tokeniser)
-    stops = _stop_ids(model)
+    stops, device = _stop_ids(model), input_device(model)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         width = max(len(prompts[index]) for index in rows)
+        room = {index: tokeniser.room(len(prompts[index]), max_new_tokens) for index in rows}
         ids = torch.full((len(rows), width), pad_id)
         mask = torch.zeros((len(rows), width), dtype=torch.int64)
         for row, index in enumerate(rows):
             ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
             mask[row, width - len(prompts[index]) :] = 1
-        with torch.no_grad():
-            output = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                use_cache=True,
-                pad_token_id=pad_id,
-            )
+        longest = max(room.values())
+        if longest:
+            with torch.no_grad():
+                ids = model.generate(
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
+                    max_new_tokens=longest,
+                    do_sample=False,
+                    use_cache=True,
+                    pad_token_id=pad_id,
+                )
         for row, index in enumerate(rows):
-            answers[index] = _until_stop(output[row, width:].tolist(), stops)
+            answers[index] = _until_stop(ids[row, width : width + room[index]].tolist(), stops)
         keep(answers)
         progress(len(rows))
     return answers
 
 
 def pad_token_id(model: PreTrainedModel, tokeniser: Tokeniser) -> int:
-    """A token id to pad with; its value never matters, because padding is masked."""
+    """A token id to pad with: which one does not matter, because padding is masked, but the model must embed it."""
     for value in (tokeniser.tokenizer.pad_token_id, model.config.pad_token_id, tokeniser.tokenizer.eos_token_id):
-        if isinstance(value, int):
+        if isinstance(value, int) and 0 <= value < model.config.vocab_size:
             return value
     return 0
 
@@ -108,17 +113,24 @@ def fetch_answers(
     max_new_tokens: int,
     template: bool,
     template_args: dict[str, Any] | None = None,
+    known: Mapping[int, str] | None = None,
+    keep: Callable[[dict[int, str]], None] = lambda _: None,
     progress: Progress = lambda _: None,
-) -> list[Record]:
+) -> dict[int, str]:
     """Take the answers from an OpenAI-compatible server (``URL`` up to and including ``/v1``).
 
     Args:
-        url: base address of the server.
-        records: the records; those that have a response are passed through.
+        url: base address of the server; a key in the environment variable ``OPENAI_API_KEY`` is sent to it.
+        records: records without a response.
         max_new_tokens: upper limit of an answer's length.
         template: use the chat endpoint; otherwise plain completions of the raw prompt.
         template_args: handed to the server's chat template.
+        known: answers of an earlier run, which are not asked for again.
+        keep: called with all answers so far, now and then and at the end, also when the server fails.
         progress: called with the number of answers that arrived.
+
+    Returns:
+        Texts by record index; an empty one where the server gave none.
 
     Raises:
         ShapeMoeError: when the server cannot be reached or does not answer as the protocol says.
@@ -127,44 +139,66 @@ def fetch_answers(
 
     base = url.rstrip("/")
     base = base if base.endswith("/v1") else f"{base}/v1"
-    with httpx.Client(timeout=_TIMEOUT_SECONDS, trust_env=False) as client:
-        model = _call(client, "GET", f"{base}/models")["data"][0]["id"]
-
-        def ask(record: Record) -> Record:
-            if not record.lacks_response:
-                return record
-            body: dict[str, Any] = {"model": model, "max_tokens": max_new_tokens, "temperature": 0}
-            if template:
-                body["messages"] = list(record.messages or [{"role": "user", "content": record.prompt}])
-                if template_args:
-                    body["chat_template_kwargs"] = template_args
-                text = _call(client, "POST", f"{base}/chat/completions", body)["choices"][0]["message"]["content"]
-            else:
-                body["prompt"] = record.prompt
-                text = _call(client, "POST", f"{base}/completions", body)["choices"][0]["text"]
-            progress(1)
-            return _with_response(record, text)
-
+    answers = dict(known or {})
+    missing = [record for record in records if record.index not in answers]
+    if not missing:
+        return answers
+    key = os.environ.get("OPENAI_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with httpx.Client(timeout=_TIMEOUT_SECONDS, trust_env=False, headers=headers) as client:
+        model = _call(client, "GET", f"{base}/models", None, lambda reply: str(reply["data"][0]["id"]))
+        request = _Request(client, base, model, max_new_tokens, template, template_args or {})
         with ThreadPoolExecutor(_REQUESTS_AT_A_TIME) as pool:
-            return list(pool.map(ask, records))
+            waiting = {pool.submit(request.ask, record): record.index for record in missing}
+            try:
+                for count, done in enumerate(as_completed(waiting), start=1):
+                    answers[waiting[done]] = done.result()
+                    progress(1)
+                    if count % _REQUESTS_AT_A_TIME == 0:
+                        keep(answers)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+                keep(answers)
+    return answers
 
 
-def _call(client: Any, method: str, url: str, body: dict[str, Any] | None = None) -> Any:
+@dataclass(frozen=True)
+class _Request:
+    client: Any
+    base: str
+    model: str
+    max_new_tokens: int
+    template: bool
+    template_args: dict[str, Any]
+
+    def ask(self, record: Record) -> str:
+        body: dict[str, Any] = {"model": self.model, "max_tokens": self.max_new_tokens, "temperature": 0}
+        if not self.template:
+            body["prompt"] = record.prompt
+            return _call(
+                self.client, "POST", f"{self.base}/completions", body, lambda reply: reply["choices"][0]["text"] or ""
+            )
+        body["messages"] = list(record.messages or [{"role": "user", "content": record.prompt}])
+        if self.template_args:
+            body["chat_template_kwargs"] = self.template_args
+        return _call(
+            self.client,
+            "POST",
+            f"{self.base}/chat/completions",
+            body,
+            lambda reply: reply["choices"][0]["message"]["content"] or "",
+        )
+
+
+def _call(client: Any, method: str, url: str, body: dict[str, Any] | None, read: Callable[[Any], str]) -> str:
     import httpx
 
     try:
         reply = client.request(method, url, json=body)
         reply.raise_for_status()
-        return reply.json()
-    except (httpx.HTTPError, ValueError) as error:
+        return str(read(reply.json()))
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, IndexError, TypeError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}" if isinstance(error, LookupError) else first_line(error)
         raise ShapeMoeError(
-            f"The endpoint {url} did not answer as an OpenAI-compatible server does: {error}"
+            f"The endpoint {url} did not answer as an OpenAI-compatible server does ({reason})."
         ) from error
-
-
-def _with_response(record: Record, text: str | None) -> Record:
-    if not text:
-        raise DataError(f"{record.where}: the endpoint gave an empty answer.")
-    if record.messages is not None:
-        return replace(record, messages=(*record.messages, {"role": "assistant", "content": text}))
-    return replace(record, response=text)

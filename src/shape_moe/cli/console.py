@@ -17,9 +17,10 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
-from shape_moe.reporting.model_card import readable_size
+from shape_moe.units import readable_size
 
 _PLAIN_SECONDS = 10.0
+_WIDE = 200
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,16 @@ class Output:
             self.err.print(text, markup=False)
 
     def warn(self, text: str) -> None:
-        """Something that the user should act on."""
-        if not self.quiet:
-            self.err.print(Text("Warning: ", style="yellow") + Text(text))
+        """Something that the user should act on; shown also when quiet."""
+        self.err.print(Text("Warning: ", style="yellow") + Text(text))
 
     def result(self, document: dict[str, Any], show: Callable[[Console], None]) -> None:
         """The verb's result: as JSON, or shown to a person."""
         if self.as_json:
             sys.stdout.write(json.dumps(document, indent=1, default=str) + "\n")
         else:
-            show(Console(highlight=False))
+            width = None if sys.stdout.isatty() else _WIDE  # a file or a pipe has no width to fold at
+            show(Console(highlight=False, soft_wrap=True, width=width))
 
     @contextmanager
     def phase(self, title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:

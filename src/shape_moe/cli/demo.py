@@ -10,10 +10,10 @@ import typer
 from rich.console import Console
 
 from shape_moe.cli.console import plain_table
-from shape_moe.cli.flags import OutputFlags, SeedFlag, with_flags
+from shape_moe.cli.flags import ForceFlag, OutputFlags, SeedFlag, with_flags
 from shape_moe.demo.run import CALIBRATION_EXAMPLES, KEEP_RATES, DemoRow, run_demo
 from shape_moe.demo.tasks import TASKS
-from shape_moe.reporting.model_card import readable_size
+from shape_moe.units import readable_size
 
 
 def add_to(app: typer.Typer) -> None:
@@ -23,6 +23,7 @@ def add_to(app: typer.Typer) -> None:
 
 def demo(
     seed: SeedFlag,
+    force: ForceFlag,
     output: OutputFlags,
     task: Annotated[str, typer.Option(help=f"Task to trace: {', '.join(TASKS)}.")] = "addition",
     rule: Annotated[str, typer.Option(help="How layers share the budget: coverage, uniform, global.")] = "coverage",
@@ -36,8 +37,10 @@ def demo(
     Example: shape-moe demo --task sorting
     """
     talk = output.output()
-    talk.note(f"{TASKS[task].description if task in TASKS else task}: {CALIBRATION_EXAMPLES} examples")
-    rows = run_demo(task, rule=rule, keep_rates=tuple(keep or KEEP_RATES), seed=seed.seed, folder=out, progress=talk)
+    if task in TASKS:
+        talk.note(f"{TASKS[task].description}: {CALIBRATION_EXAMPLES} examples")
+    rates = tuple(keep or KEEP_RATES)
+    rows = run_demo(task, rule=rule, keep_rates=rates, seed=seed.seed, folder=out, force=force.force, progress=talk)
     document = {"task": task, "rule": rule, "seed": seed.seed, "rows": [vars(row) for row in rows]}
     talk.result(document, lambda console: _show(console, rows, task, rule))
 

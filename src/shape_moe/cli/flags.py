@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from shape_moe.calibration.calibrate import AnswerOptions
 from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.console import Output
@@ -21,8 +22,7 @@ from shape_moe.cli.values import (
     parse_template_args,
 )
 from shape_moe.errors import UsageError
-from shape_moe.jobs.select import SelectionJob
-from shape_moe.jobs.trace import TraceOptions
+from shape_moe.jobs.options import SelectionJob, TraceOptions
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.select import SelectOptions
 from shape_moe.tracing.trace import SegmentWeights
@@ -75,7 +75,7 @@ class OutputFlags:
     """How a verb talks."""
 
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes; warnings stay.")] = False
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries have to say.")] = False
 
     def output(self) -> Output:
@@ -88,7 +88,7 @@ class ForceFlag:
     """Permission to replace things."""
 
     force: Annotated[
-        bool, typer.Option("--force", help="Replace an existing output; accept artifacts of unknown origin.")
+        bool, typer.Option("--force", help="Replace an earlier result; accept artifacts of unknown origin.")
     ] = False
 
 
@@ -169,14 +169,12 @@ class DataFlags:
         """The trace options that these flags describe; ``samples`` is the verb's default."""
         if self.data is None:
             raise UsageError("Calibration data is missing: give --data FILE.")
-        if self.samples is not None and self.samples < 1:
-            raise UsageError(f"--samples must be at least 1, not {self.samples}.")
         data = DataOptions(
             source=self.data,
             split=self.split,
             subset=self.subset,
             fields=parse_pairs(self.field_map, "--map"),
-            samples=self.samples or samples,
+            samples=samples if self.samples is None else self.samples,
             stratify=self.stratify,
             seed=seed,
         )
@@ -185,17 +183,14 @@ class DataFlags:
             template_args=parse_template_args(self.template_arg),
             max_length=self.max_length,
         )
-        return TraceOptions(
-            data=data,
-            tokens=tokens,
+        answers = AnswerOptions(
             max_new_tokens=self.max_new_tokens,
             responses_from=self.responses_from,
             batch_size=self.batch_size,
             max_tokens=self.max_tokens,
-            device=device.device,
-            dtype=device.dtype,
             skip_bad=self.skip_bad,
         )
+        return TraceOptions(data=data, tokens=tokens, answers=answers, device=device.device, dtype=device.dtype)
 
 
 @dataclass

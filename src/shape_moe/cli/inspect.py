@@ -6,12 +6,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from shape_moe.cli.console import plain_table
 from shape_moe.cli.flags import ModelArgument, OutputFlags, with_flags
 from shape_moe.cli.values import parse_count, parse_size
 from shape_moe.jobs.inspect import Inspection, inspect_model
-from shape_moe.reporting.model_card import readable_size
+from shape_moe.units import readable_size
 
 
 def add_to(app: typer.Typer) -> None:
@@ -63,7 +64,7 @@ def _document(found: Inspection) -> dict[str, Any]:
 def _show(console: Console, found: Inspection) -> None:
     moe, size, layers = found.snapshot.moe, found.size, found.snapshot.moe_layers
     dense = moe.num_layers - len(layers)
-    console.print(f"[bold]{found.snapshot.name}[/bold]  {moe.family.model_type}")
+    console.print(f"[bold]{escape(found.snapshot.name)}[/bold]  {moe.family.model_type}")
     console.print(
         f"{len(layers)} MoE layers{f' and {dense} dense' if dense else ''}, {moe.num_experts} experts each, "
         f"{moe.top_k} per token; {readable_size(size.experts / size.num_experts)} per expert"

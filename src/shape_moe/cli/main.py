@@ -16,8 +16,8 @@ from shape_moe.cli import demo, inspect, merge, prune, score, select, trace, ver
 from shape_moe.errors import ShapeMoeError
 
 _INTERRUPTED = 130  # what Typer makes of Ctrl-C
-_GO_ON = "Interrupted. The same command goes on where it stopped."
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+_GO_ON = "Interrupted; what is complete was kept, and the same command goes on from there."
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 # Typer brings its own copy of click or uses the installed one; this is the base class of whichever it is.
 _USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
@@ -87,7 +87,7 @@ def _sentence(error: BaseException) -> str | None:
         return _GO_ON
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return "The device ran out of memory; lower --batch-size or --max-length, or use --device auto."
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+    if isinstance(error, OSError) and error.errno and (error.filename or error.errno in _DISK_ERRORS):
         return f"{error.strerror}: {error.filename or 'the output'}."
     return None
 

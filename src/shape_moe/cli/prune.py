@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.cli.flags import (
@@ -26,8 +28,10 @@ from shape_moe.cli.values import parse_count, parse_size
 from shape_moe.errors import UsageError
 from shape_moe.jobs import prune as job
 from shape_moe.jobs.inspect import keep_that_fits
-from shape_moe.reporting.model_card import readable_size
-from shape_moe.selection.selection import load_selection
+from shape_moe.jobs.options import PAPER_SAMPLES, PruneOptions
+from shape_moe.progress import Progress
+from shape_moe.selection.selection import Selection, load_selection
+from shape_moe.units import readable_size
 
 
 def add_to(app: typer.Typer) -> None:
@@ -53,6 +57,7 @@ def prune(
     concurrency: Annotated[int, typer.Option(help="With --fit: sequences in the KV cache.")] = 1,
     trace: Annotated[Path | None, typer.Option(help="Start from this trace instead of --data.")] = None,
     selection: Annotated[Path | None, typer.Option(help="Start from this selection instead of --data.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     preset: Annotated[
         str, typer.Option(help="paper: shape, coverage, drop, ragged, 25 samples; other options override it.")
     ] = "paper",
@@ -67,27 +72,28 @@ def prune(
     talk = output.output()
     if preset != "paper":
         raise UsageError(f"There is no preset {preset!r}; there is paper.")
-    rate = _keep_rate(model, keep, fit, context, concurrency, selection)
+    _check_rate_options(keep, fit, selection)
     _refuse_ignored(data, select, score, trace, selection)
-    chosen = load_selection(selection) if selection is not None else None
-    options = job.PruneOptions(
-        select=select.job(rate, score, seed.seed) if rate is not None else None,
-        trace=data.options(run, seed.seed, job.PAPER_SAMPLES) if trace is None and selection is None else None,
-        target=select.target or (chosen.constraints.get("target", "ragged") if chosen else "ragged"),
+    if fit is not None:
+        keep = _keep_that_fits(model, revision, (fit, context, concurrency), talk)
+        select = replace(select, allow_rounding=True)
+    if selection is not None:
+        _check_target(select.target, load_selection(selection))
+    options = PruneOptions(
+        select=select.job(keep, score, seed.seed) if keep is not None else None,
+        trace=data.options(run, seed.seed, PAPER_SAMPLES) if trace is None and selection is None else None,
         device=run.device,
         dtype=run.dtype,
         check_logits=not no_logits,
         force=force.force,
     )
-    result = job.prune(model, out, options, trace=trace, selection=chosen, progress=talk)
+    result = job.prune(model, out, options, trace=trace, selection=selection, revision=revision, progress=talk)
     for note in result.notes:
         talk.warn(note)
-    talk.result(_document(result), lambda console: _show(console, result, options.target))
+    talk.result(_document(result), lambda console: _show(console, result))
 
 
-def _keep_rate(
-    model: str, keep: float | None, fit: str | None, context: str, concurrency: int, selection: Path | None
-) -> float | None:
+def _check_rate_options(keep: float | None, fit: str | None, selection: Path | None) -> None:
     given = [option for option, value in (("--keep", keep), ("--fit", fit), ("--selection", selection)) if value]
     if keep == 0:
         raise UsageError("The keep rate must be above 0 and at most 1, not 0; 0.6 keeps 60 % of the experts.")
@@ -95,9 +101,22 @@ def _keep_rate(
         raise UsageError("No keep rate is safe for every model: give --keep (such as 0.8) or --fit (such as 24GiB).")
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} exclude each other; give one of them.")
-    if fit is not None:
-        return keep_that_fits(open_snapshot(model), parse_size(fit), parse_count(context), concurrency)
+
+
+def _keep_that_fits(model: str, revision: str | None, device: tuple[str, str, int], progress: Progress) -> float:
+    fit, context, concurrency = device
+    keep = keep_that_fits(open_snapshot(model, revision), parse_size(fit), parse_count(context), concurrency)
+    if keep >= 1:
+        progress.note(f"The unpruned model already fits {fit}: nothing has to be removed.")
+    else:
+        progress.note(f"Keep {keep:.4f} is the most that fits {fit}.")
     return keep
+
+
+def _check_target(target: str | None, selection: Selection) -> None:
+    made_for = selection.constraints.get("target", "ragged")
+    if target is not None and target != made_for:
+        raise UsageError(f"The selection was made for target {made_for}; select again with --target {target}.")
 
 
 def _refuse_ignored(
@@ -129,24 +148,23 @@ def _document(result: job.PruneResult) -> dict[str, Any]:
         "tensors": "equal",
         "logits": vars(result.logits) if result.logits else None,
         "logits_skipped": result.logits_skipped,
+        "target": result.target,
         "warnings": list(result.notes),
     }
 
 
-def _show(console: Console, result: job.PruneResult, target: str) -> None:
+def _show(console: Console, result: job.PruneResult) -> None:
     console.print(summary(result.selection))
     share = result.bytes_after / result.bytes_before
-    console.print(
-        f"[bold]{result.path}[/bold]  {readable_size(result.bytes_before)} -> {readable_size(result.bytes_after)} "
-        f"({share:.1%})"
-    )
+    sizes = f"{readable_size(result.bytes_before)} -> {readable_size(result.bytes_after)} ({share:.1%})"
+    console.print(f"[bold]{escape(str(result.path))}[/bold]  {sizes}")
     console.print("Every tensor equals its slice of the original.")
     if result.logits is not None:
         console.print(
             f"Logits equal those of the masked original: KL {result.logits.mean_kl:.1e}, top-1 agreement "
             f"{result.logits.top1_agreement:.1%} over {result.logits.positions:,} positions."
         )
-    if target == "stock":
+    if result.target == "stock":
         console.print("Loads in any tool that loads the original.")
     else:
         console.print(

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from shape_moe.cli.console import plain_table
-from shape_moe.cli.flags import OutputFlags, ScoreFlags, SeedFlag, with_flags
+from shape_moe.cli.flags import ForceFlag, OutputFlags, ScoreFlags, SeedFlag, changed_flags, with_flags
 from shape_moe.errors import UsageError
 from shape_moe.jobs import select as job
 from shape_moe.scoring.registry import scorers
@@ -24,6 +24,7 @@ def add_to(app: typer.Typer) -> None:
 def score(
     flags: ScoreFlags,
     seed: SeedFlag,
+    force: ForceFlag,
     output: OutputFlags,
     source: Annotated[
         str | None, typer.Argument(metavar="TRACE", help="A trace, or a table of values (VALUES.csv).")
@@ -43,6 +44,10 @@ def score(
         return
     if source is None:
         raise UsageError("Name a trace or a table of values.")
+    if csv is not None and csv.exists() and not force.force:
+        raise UsageError(f"{csv} exists; choose another file, or replace it with --force.")
+    if job.is_table(source) and changed_flags(flags):
+        raise UsageError(f"{source} holds values already: leave {', '.join(changed_flags(flags))} out.")
     scores = job.score(source, flags.scorer, flags.options(seed.seed))
     if csv is not None:
         scores.table().write_csv(csv)

@@ -10,7 +10,15 @@ from rich.console import Console
 
 from shape_moe.architectures.moe_config import RoutingFacts
 from shape_moe.cli.console import plain_table
-from shape_moe.cli.flags import ForceFlag, OutputFlags, ScoreFlags, SeedFlag, SelectFlags, with_flags
+from shape_moe.cli.flags import (
+    ForceFlag,
+    OutputFlags,
+    ScoreFlags,
+    SeedFlag,
+    SelectFlags,
+    changed_flags,
+    with_flags,
+)
 from shape_moe.errors import UsageError
 from shape_moe.jobs import select as job
 from shape_moe.selection.selection import Selection
@@ -41,6 +49,8 @@ def select(
     talk = output.output()
     if out is not None and out.exists() and not force.force:
         raise UsageError(f"{out} exists; choose another output, or replace it with --force.")
+    if job.is_table(source) and changed_flags(score):
+        raise UsageError(f"{source} holds values already: leave {', '.join(changed_flags(score))} out.")
     routing = RoutingFacts(top_k, top_k) if top_k else None
     selection = job.select(source, flags.job(keep, score, seed.seed), routing=routing)
     for warning in selection.warnings:

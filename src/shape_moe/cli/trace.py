@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from shape_moe.cli.flags import DataFlags, DeviceFlags, ForceFlag, ModelArgument, OutputFlags, SeedFlag, with_flags
 from shape_moe.jobs import trace as job
+from shape_moe.jobs.options import DEFAULT_SAMPLES
 from shape_moe.tracing.trace import Trace
 
 
@@ -32,7 +34,7 @@ def trace(
     Example: shape-moe trace ./Qwen3-30B-A3B --data gsm8k-train.jsonl -o traces/gsm8k
     """
     talk = output.output()
-    options = data.options(run, seed.seed, job.DEFAULT_SAMPLES)
+    options = data.options(run, seed.seed, DEFAULT_SAMPLES)
     result = job.trace(model, options, out, force=force.force, progress=talk)
     skipped = result.info.source.get("skipped") or {}
     if skipped:
@@ -62,7 +64,7 @@ def show(console: Console, result: Trace, out: Path) -> None:
     used = (result.sums("tokens") > 0).sum()
     total = len(info.layers) * info.num_experts
     console.print(
-        f"[bold]{out}[/bold]  {info.examples} examples, {info.tokens['prompt']:,.0f} prompt and "
+        f"[bold]{escape(str(out))}[/bold]  {info.examples} examples, {info.tokens['prompt']:,.0f} prompt and "
         f"{info.tokens['response']:,.0f} response tokens"
     )
     coalitions = sum(len(table.members) for table in result.coalitions.values())

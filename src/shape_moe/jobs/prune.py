@@ -10,59 +10,32 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shape_moe.architectures.fingerprint import check_fingerprint, fingerprint, layout_fingerprint
-from shape_moe.architectures.loading import load_model, loaded_bytes, why_not_loadable
+from shape_moe.architectures.loading import free_memory, load_model, loaded_bytes, why_not_loadable
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.records import DataOptions
 from shape_moe.errors import CheckpointError, ShapeMoeError, UsageError
-from shape_moe.jobs.select import SelectionJob, as_selection_job, make_selection
-from shape_moe.jobs.trace import TraceOptions, TraceSession, as_trace_options
+from shape_moe.jobs.options import PAPER_SAMPLES, PruneOptions, TraceOptions, as_selection_job, as_trace_options
+from shape_moe.jobs.select import check_job
+from shape_moe.jobs.session import TraceSession
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import Canary, CanaryResult, compare_canary, random_tokens, record_canary
 from shape_moe.pruning.checkpoint import ShardPlan, plan_checkpoint, write_index, write_shard
-from shape_moe.pruning.compare import compare_shard
+from shape_moe.pruning.compare import compare_shard, file_hash
 from shape_moe.pruning.masks import masked
 from shape_moe.pruning.model_config import pruned_config
 from shape_moe.reporting.model_card import CardFacts, write_card
-from shape_moe.selection.select import check_feasible
+from shape_moe.selection.select import select_from_trace
 from shape_moe.selection.selection import Selection, load_selection
 from shape_moe.serving.bundle import copy_code, copy_root_files
 from shape_moe.serving.manifest import write_manifest
 from shape_moe.tracing.trace import Trace, load_trace
 from shape_moe.workspace import Workspace, check_output, write_json
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-PAPER_SAMPLES = 25
-"""Calibration examples of the published experiments."""
 _WORKERS = 2
 _DISK_MARGIN = 64 * 2**20
-
-
-@dataclass(frozen=True)
-class PruneOptions:
-    """What is asked of a pruned checkpoint.
-
-    Attributes:
-        select: how experts are chosen; None when a finished selection is given.
-        trace: the calibration set and how to trace; None when a trace or a selection is given.
-        target: ``ragged`` or ``stock``.
-        device: where to run the logit check.
-        dtype: in which dtype.
-        check_logits: compare the pruned model's logits with the masked original's, where both fit in memory.
-        force: replace an existing output, accept artifacts of unknown origin.
-    """
-
-    select: SelectionJob | None = None
-    trace: TraceOptions | None = None
-    target: str = "ragged"
-    device: str = "auto"
-    dtype: str = "auto"
-    check_logits: bool = True
-    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +45,7 @@ class PruneResult:
     Attributes:
         path: its folder.
         selection: what it keeps.
+        target: ``ragged`` or ``stock``.
         bytes_before: size of the original's tensors.
         bytes_after: size of its tensors.
         logits: comparison of logits, None where it was not made.
@@ -81,6 +55,7 @@ class PruneResult:
 
     path: Path
     selection: Selection
+    target: str
     bytes_before: int
     bytes_after: int
     logits: CanaryResult | None
@@ -98,6 +73,7 @@ class _Run:
     progress: Progress
     session: TraceSession | None = None
     trace: Trace | None = None
+    logits_skipped: str | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -114,6 +90,7 @@ def prune(
     keep: float | None = None,
     trace: str | PathLike[str] | None = None,
     selection: str | PathLike[str] | Selection | None = None,
+    revision: str | None = None,
     progress: Progress = SILENT,
 ) -> PruneResult:
     """Write a pruned checkpoint.
@@ -130,61 +107,104 @@ def prune(
         keep: keep rate.
         trace: a trace folder; skips tracing.
         selection: a selection; skips tracing and selecting.
+        revision: of a hub model.
         progress: where to show progress.
 
     Raises:
         ShapeMoeError: when something is wrong; the message says what to do, and nothing stands under ``out``.
     """
-    options = options or PruneOptions()
-    if data is not None:
-        options = replace(options, trace=as_trace_options(data, PAPER_SAMPLES))
-    if keep is not None:
-        options = replace(options, select=as_selection_job(keep))
+    options = _complete_options(options or PruneOptions(), data, keep)
     if sum(given is not None for given in (options.trace, trace, selection)) != 1:
         raise UsageError(
             "Give exactly one of: calibration data (--data), a trace (--trace), a selection (--selection)."
         )
-    check_output(Path(out).absolute(), force=options.force)
-    snapshot = open_snapshot(model)
+    if (options.select is None) != (selection is not None):
+        raise UsageError("Give a keep rate (--keep or --fit) with data or a trace, and none with a selection.")
+    inputs = [path for path in (model, trace, selection) if isinstance(path, str | PathLike)]
+    inputs += [options.trace.data.source] if options.trace else []
+    check_output(Path(out).absolute(), force=options.force, inputs=inputs)
+    free_memory(options.device)
+    snapshot = open_snapshot(model, revision)
     chosen = _given_selection(snapshot, selection, force=options.force)
     if options.select is not None:
-        check_feasible(options.select.options, snapshot.moe_layers, snapshot.moe.num_experts, snapshot.moe.routing)
+        moe = snapshot.moe
+        check_job(options.select, snapshot.moe_layers, moe.num_experts, moe.routing)
+    target = _target(options, chosen)
+    _check_writable(snapshot, chosen, target)
     traced = _given_trace(snapshot, trace, progress, force=options.force)
-    session = TraceSession.open(model, options.trace, None, progress) if options.trace else None
-    job = _job(snapshot, options, trace, chosen)
-    with Workspace(out, job, force=options.force) as work:
+    session = TraceSession.open(snapshot, options.trace, None, progress) if options.trace else None
+    job = _job(snapshot, options, session, trace, chosen)
+    with Workspace(out, job, force=options.force, inputs=inputs) as work:
         _check_disk(snapshot, options, chosen, work.path)
         run = _Run(snapshot, options, work.path, progress, session, traced)
-        run.artifacts.mkdir(exist_ok=True)
-        if session is not None:
-            run.trace = _traced(run, session)
-        final = _completed(chosen if chosen is not None else _selected(run), snapshot)
-        run.notes += final.warnings
-        canary, skipped = _canary(run, final)
-        plans, hashes = _write(run, final, canary)
-        result = None
-        if canary is not None:
-            result = _check_logits(run, canary)
-        facts = CardFacts(
-            snapshot.name, snapshot.total_bytes, sum(p.size for p in plans), final, options.target, run.trace
-        )
-        write_card(work.path, facts)
-        write_manifest(work.path, snapshot, options.target, hashes)
-        path = work.complete()
-    return PruneResult(path, final, snapshot.total_bytes, facts.bytes_after, result, skipped, tuple(run.notes))
+        return _carry_out(run, chosen, target, work)
+
+
+def _carry_out(run: _Run, chosen: Selection | None, target: str, work: Workspace) -> PruneResult:
+    run.artifacts.mkdir(exist_ok=True)
+    if run.session is not None:
+        run.trace = _traced(run, run.session)
+    elif run.trace is not None:
+        run.trace.save(run.artifacts / "trace")
+    selection = _completed(chosen if chosen is not None else _selected(run), run.snapshot)
+    run.notes += selection.warnings
+    canary = _canary(run, selection)
+    plans, hashes = _write(run, selection, target, canary)
+    logits = _check_logits(run, canary) if canary is not None else None
+    before, after = run.snapshot.total_bytes, sum(plan.size for plan in plans)
+    write_card(run.work, CardFacts(run.snapshot.name, before, after, selection, target, run.trace))
+    write_manifest(run.work, run.snapshot, target, hashes, canary_missing=run.logits_skipped)
+    path = work.complete()
+    return PruneResult(path, selection, target, before, after, logits, run.logits_skipped, tuple(run.notes))
+
+
+def _complete_options(
+    options: PruneOptions, data: TraceOptions | DataOptions | str | PathLike[str] | None, keep: float | None
+) -> PruneOptions:
+    if data is not None:
+        options = replace(options, trace=as_trace_options(data, PAPER_SAMPLES))
+    if keep is not None:
+        options = replace(options, select=as_selection_job(keep))
+    if options.trace is not None:
+        options = replace(options, trace=replace(options.trace, device=options.device, dtype=options.dtype))
+    return options
+
+
+def _target(options: PruneOptions, chosen: Selection | None) -> str:
+    """The target that the selection is made for."""
+    if options.select is not None:
+        return options.select.options.target
+    assert chosen is not None
+    return str(chosen.constraints.get("target", "ragged"))
+
+
+def _check_writable(snapshot: Snapshot, chosen: Selection | None, target: str) -> None:
+    """Find out before the work whether this model's configuration can be rewritten."""
+    if chosen is not None:
+        plan_checkpoint(snapshot, chosen)
+        pruned_config(snapshot.config, snapshot.moe, chosen, target)
+        return
+    everything = {layer: list(range(snapshot.moe.num_experts)) for layer in snapshot.moe_layers}
+    whole = Selection(None, None, None, "", "", "drop", snapshot.moe.num_experts, None, everything, 1.0)
+    pruned_config(snapshot.config, snapshot.moe, whole, "ragged")
 
 
 def _job(
-    snapshot: Snapshot, options: PruneOptions, trace: str | PathLike[str] | None, chosen: Selection | None
+    snapshot: Snapshot,
+    options: PruneOptions,
+    session: TraceSession | None,
+    trace: str | PathLike[str] | None,
+    chosen: Selection | None,
 ) -> Mapping[str, Any]:
-    """What decides the result: the model, the artifacts that enter, and the options."""
+    """What decides the result, by its content: the model, the artifacts that enter, and the options."""
     description = asdict(options)
     description.pop("force")
+    files = sorted(path for path in Path(trace).rglob("*") if path.is_file()) if trace else []
     return {
         "verb": "prune",
-        "model": layout_fingerprint(snapshot),
-        "routers": fingerprint(snapshot),
-        "trace": str(trace) if trace else None,
+        "model": fingerprint(snapshot),
+        "layout": layout_fingerprint(snapshot),
+        "traced": session.job() if session else [file_hash(file) for file in files],
         "selection": chosen.to_document() if chosen else None,
         **description,
     }
@@ -228,23 +248,23 @@ def _check_disk(snapshot: Snapshot, options: PruneOptions, chosen: Selection | N
 
 
 def _traced(run: _Run, session: TraceSession) -> Trace:
-    folder = run.artifacts / "trace"
+    """The trace of the calibration set: made now, or found where an interrupted run left it."""
+    folder, unfinished = run.artifacts / "trace", run.work / "trace.partial"
     if (folder / "trace.json").is_file():
         run.progress.note("Going on with the trace of the interrupted run.")
-        return load_trace(folder)
-    unfinished = run.artifacts / "trace.partial"
-    unfinished.mkdir(exist_ok=True)
-    session.run(unfinished).save(folder.with_name("trace.new"))
-    folder.with_name("trace.new").rename(folder)
-    shutil.rmtree(unfinished)
+    else:
+        unfinished.mkdir(exist_ok=True)
+        session.run(unfinished).save(run.work / "trace.new")
+        (run.work / "trace.new").rename(folder)
+    shutil.rmtree(unfinished, ignore_errors=True)
     return load_trace(folder)
 
 
 def _selected(run: _Run) -> Selection:
     assert run.trace is not None
-    if run.options.select is None:
-        raise UsageError("A trace needs a keep rate: give --keep or --fit.")
-    return make_selection(run.trace, run.options.select)
+    assert run.options.select is not None
+    job = run.options.select
+    return select_from_trace(run.trace, job.options, scorer=job.scorer, scoring=job.scoring)
 
 
 def _completed(selection: Selection, snapshot: Snapshot) -> Selection:
@@ -260,18 +280,22 @@ def _completed(selection: Selection, snapshot: Snapshot) -> Selection:
     )
 
 
-def _canary(run: _Run, selection: Selection) -> tuple[Canary | None, str | None]:
-    """The masked original's answers, while the full model is (or can be) loaded; and why there are none."""
-    skipped = None
+def _canary(run: _Run, selection: Selection) -> Canary | None:
+    """The masked original's answers, while the full model is (or can be) loaded; None, with the reason noted."""
     if not run.options.check_logits:
-        skipped = "--no-logits was given"
+        run.logits_skipped = "--no-logits was given"
     elif run.session is None:
         reason = why_not_loadable(loaded_bytes(run.snapshot, run.options.dtype), run.options.device)
-        skipped = f"the original was not loaded: {reason}" if reason else None
-    if skipped is not None:
-        run.notes.append(f"Logits were not compared: {skipped}.")
-        return None, skipped
-    model = run.session.model if run.session else _load_original(run)
+        run.logits_skipped = f"the original was not loaded: {reason}" if reason else None
+    if run.logits_skipped is not None:
+        run.notes.append(f"Logits were not compared: {run.logits_skipped}.")
+        return None
+    if run.session is not None:
+        model = run.session.model
+    else:
+        with run.progress.phase("Loading the model", 1, "model") as advance:
+            model = load_model(run.snapshot, device=run.options.device, dtype=run.options.dtype)
+            advance(1)
     tokens = run.trace.info.canary if run.trace else []
     with run.progress.phase("Recording the canary", 1, "step") as advance, masked(model, selection):
         canary = record_canary(model, tokens or random_tokens(run.snapshot.config["vocab_size"]))
@@ -280,26 +304,20 @@ def _canary(run: _Run, selection: Selection) -> tuple[Canary | None, str | None]
         run.session.unload()
     del model
     gc.collect()
-    return canary, None
+    return canary
 
 
-def _load_original(run: _Run) -> PreTrainedModel:
-    with run.progress.phase("Loading the model", 1, "model") as advance:
-        model = load_model(run.snapshot, device=run.options.device, dtype=run.options.dtype)
-        advance(1)
-    return model
-
-
-def _write(run: _Run, selection: Selection, canary: Canary | None) -> tuple[list[ShardPlan], dict[str, str]]:
+def _write(
+    run: _Run, selection: Selection, target: str, canary: Canary | None
+) -> tuple[list[ShardPlan], dict[str, str]]:
     """Write shards and compare every tensor with the original; then everything that is small.
 
     Returns:
         The shards, and the sha256 of each file.
     """
     plans = plan_checkpoint(run.snapshot, selection)
-    total = sum(plan.size for plan in plans)
     hashes: dict[str, str] = {}
-    with run.progress.phase("Writing and comparing tensors", 2 * total, "B") as advance:
+    with run.progress.phase("Writing and comparing tensors", 2 * sum(plan.size for plan in plans), "B") as advance:
         stop = threading.Event()
 
         def step(count: int) -> None:
@@ -309,7 +327,11 @@ def _write(run: _Run, selection: Selection, canary: Canary | None) -> tuple[list
 
         def work(plan: ShardPlan) -> None:
             file = write_shard(plan, run.work, step)
-            hashes[plan.file_name] = compare_shard(plan, file, step)
+            try:
+                hashes[plan.file_name] = compare_shard(plan, file, step)
+            except CheckpointError:  # left by an interrupted run and damaged since
+                file.unlink()
+                hashes[plan.file_name] = compare_shard(plan, write_shard(plan, run.work), lambda _: None)
 
         with ThreadPoolExecutor(_WORKERS) as pool:
             try:
@@ -320,9 +342,8 @@ def _write(run: _Run, selection: Selection, canary: Canary | None) -> tuple[list
                 pool.shutdown(cancel_futures=True)
                 raise
     write_index(plans, run.work)
-    config = pruned_config(run.snapshot.config, run.snapshot.moe, selection, run.options.target)
-    write_json(run.work / "config.json", config)
-    if run.options.target == "ragged":
+    write_json(run.work / "config.json", pruned_config(run.snapshot.config, run.snapshot.moe, selection, target))
+    if target == "ragged":
         copy_code(run.work)
     copy_root_files(run.snapshot.path, run.work)
     selection.save(run.artifacts / "selection.json")

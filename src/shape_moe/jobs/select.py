@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
 from shape_moe.architectures.moe_config import RoutingFacts
-from shape_moe.scoring.registry import ScoreOptions
+from shape_moe.errors import UsageError
+from shape_moe.jobs.options import SelectionJob, as_selection_job
+from shape_moe.scoring.registry import ScoreOptions, get_scorer
 from shape_moe.scoring.scores import Scores, read_scores, score_trace
-from shape_moe.selection.select import SelectOptions, select_from_scores, select_from_trace
+from shape_moe.selection.select import SelectOptions, check_feasible, select_from_scores, select_from_trace
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import Trace, load_trace
-
-
-@dataclass(frozen=True)
-class SelectionJob:
-    """How experts are scored and selected.
-
-    Attributes:
-        options: keep rate, rule, routing, target and constraints.
-        scorer: name of the scorer.
-        scoring: segment weights and seed.
-    """
-
-    options: SelectOptions
-    scorer: str = "shape"
-    scoring: ScoreOptions = field(default_factory=ScoreOptions)
 
 
 def score(source: str | PathLike[str] | Trace, scorer: str = "shape", options: ScoreOptions | None = None) -> Scores:
@@ -37,7 +23,7 @@ def score(source: str | PathLike[str] | Trace, scorer: str = "shape", options: S
     """
     if isinstance(source, Trace):
         return score_trace(source, scorer, options)
-    if Path(source).suffix.lower() == ".csv":
+    if is_table(source):
         return read_scores(source)
     return score_trace(load_trace(source), scorer, options)
 
@@ -60,22 +46,26 @@ def select(
         ShapeMoeError: when source, scorer and options do not fit each other.
     """
     job = as_selection_job(job)
-    if isinstance(source, Trace):
-        return make_selection(source, job)
     if isinstance(source, Scores):
         return select_from_scores(source, job.options, routing=routing)
-    if Path(source).suffix.lower() == ".csv":
+    if not isinstance(source, Trace) and is_table(source):
         return select_from_scores(read_scores(source), job.options, routing=routing)
-    return make_selection(load_trace(source), job)
-
-
-def as_selection_job(job: SelectionJob | SelectOptions | float) -> SelectionJob:
-    """A selection job from options, or from a keep rate alone."""
-    if isinstance(job, SelectionJob):
-        return job
-    return SelectionJob(job if isinstance(job, SelectOptions) else SelectOptions(keep=job))
-
-
-def make_selection(trace: Trace, job: SelectionJob) -> Selection:
-    """Score a trace and select."""
+    trace = source if isinstance(source, Trace) else load_trace(source)
     return select_from_trace(trace, job.options, scorer=job.scorer, scoring=job.scoring)
+
+
+def is_table(source: str | PathLike[str]) -> bool:
+    """Whether a source is a table of values rather than a trace."""
+    return Path(source).suffix.lower() == ".csv"
+
+
+def check_job(job: SelectionJob, layers: tuple[int, ...], experts: int, routing: RoutingFacts) -> None:
+    """Check a selection job against a model, before anything is traced.
+
+    Raises:
+        UsageError: for an unknown scorer, one that cannot value this model's experts, or contradicting options.
+        BudgetError: when the budget cannot be met under the constraints.
+    """
+    if get_scorer(job.scorer).name == "shape" and routing.top_k == 1:
+        raise UsageError("Scorer shape needs top-2 routing or more: with top-1 every value is 0; use --scorer reap.")
+    check_feasible(job.options, layers, experts, routing)

@@ -12,7 +12,7 @@ from shape_moe.architectures.loading import load_model, load_tokenizer, loaded_b
 from shape_moe.architectures.moe_config import PRUNING_KEY, MoeConfig, read_moe_config
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.architectures.tensor_names import tensor_role
-from shape_moe.errors import CheckpointError, ShapeMoeError
+from shape_moe.errors import CheckpointError, ShapeMoeError, first_line
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import compare_canary, load_canary
 from shape_moe.pruning.checkpoint import plan_checkpoint
@@ -20,6 +20,9 @@ from shape_moe.pruning.compare import compare_shard, file_hash
 from shape_moe.pruning.model_config import pruning_description
 from shape_moe.selection.selection import Selection, load_selection
 from shape_moe.serving.manifest import read_manifest
+
+_DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError, RuntimeError)
+"""What a damaged file can make the libraries raise."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ def _guard(name: str, check: Callable[[], tuple[bool | None, str]]) -> Check:
         passed, detail = check()
     except ShapeMoeError as error:
         passed, detail = False, str(error)
+    except _DAMAGE as error:
+        passed, detail = False, f"cannot be read ({type(error).__name__}: {first_line(error)})"
     return Check(name, passed, detail)
 
 
@@ -160,7 +165,8 @@ def _check_original(path: Path, original: str | PathLike[str], progress: Progres
 def _check_canary(path: Path, device: str, dtype: str) -> tuple[bool | None, str]:
     file = path / "shape" / "canary.json"
     if not file.is_file():
-        return None, "the checkpoint has none: the original did not fit into memory when it was made"
+        reason = read_manifest(path).canary_missing
+        return None, f"the checkpoint has none: {reason or 'it was made without one'}"
     snapshot, canary = open_snapshot(path), load_canary(file)
     reason = why_not_loadable(loaded_bytes(snapshot, dtype), device)
     if reason is not None:

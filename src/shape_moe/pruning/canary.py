@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shape_moe.architectures.loading import input_device
 from shape_moe.architectures.snapshot import read_json
 from shape_moe.errors import CheckpointError
 
@@ -76,10 +77,18 @@ def random_tokens(vocabulary: int) -> list[list[int]]:
 
 
 def record_canary(model: PreTrainedModel, tokens: list[list[int]]) -> Canary:
-    """Run a model over sequences and keep its best next tokens at every position."""
+    """Run a model over sequences and keep its best next tokens at every position.
+
+    Raises:
+        CheckpointError: when the model's logits are not finite.
+    """
     sequences = []
     for row in tokens:
         logprobs = _logprobs(model, row)
+        if not bool(logprobs.isfinite().all()):
+            raise CheckpointError(
+                "The original's logits under the mask are not finite: it has NaN or infinite weights."
+            )
         best = logprobs.topk(min(TOP, logprobs.shape[-1]), dim=-1)
         values = [[round(value, 6) for value in position] for position in best.values.tolist()]
         sequences.append(CanarySequence(list(row), best.indices.tolist(), values))
@@ -89,9 +98,9 @@ def record_canary(model: PreTrainedModel, tokens: list[list[int]]) -> Canary:
 def _logprobs(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
     import torch
 
-    device = model.get_input_embeddings().weight.device
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits[0]
+        ids = torch.tensor([tokens], device=input_device(model))
+        logits = model(input_ids=ids, use_cache=False).logits[0]
     logprobs: torch.Tensor = logits.float().log_softmax(-1).cpu()
     return logprobs
 

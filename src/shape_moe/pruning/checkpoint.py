@@ -17,7 +17,7 @@ from shape_moe.architectures.safetensors_file import TensorSlot, make_header, re
 from shape_moe.architectures.snapshot import INDEX_FILE, SINGLE_FILE, Snapshot
 from shape_moe.architectures.tensor_names import renumbered
 from shape_moe.errors import CheckpointError, ShapeMoeError, UsageError
-from shape_moe.selection.selection import Selection
+from shape_moe.selection.selection import Selection, check_against_model
 
 Progress = Callable[[int], None]
 _BLOCK = 64 * 2**20
@@ -66,25 +66,10 @@ def check_fits(snapshot: Snapshot, selection: Selection) -> None:
     Raises:
         UsageError: when it does not.
     """
-    if selection.num_experts != snapshot.moe.num_experts:
-        raise UsageError(
-            f"The selection is for {selection.num_experts} experts per layer; the model has {snapshot.moe.num_experts}."
-        )
-    if set(selection.layers) != set(snapshot.moe_layers):
-        odd = min(set(selection.layers) ^ set(snapshot.moe_layers))
-        raise UsageError(f"The selection does not fit the model's MoE layers; layer {odd} is in only one of them.")
-    facts = snapshot.moe.routing
-    for layer, ids in selection.layers.items():
-        if selection.routing == "reroute" and len(ids) < facts.floor:
-            raise UsageError(f"Layer {layer} keeps {len(ids)} experts; routing reroute needs at least {facts.floor}.")
-        if selection.routing == "reroute" and facts.groups > 1:
-            size = snapshot.moe.num_experts // facts.groups
-            counts = {sum(1 for expert in ids if expert // size == group) for group in range(facts.groups)}
-            if len(counts) > 1:
-                raise UsageError(
-                    f"Layer {layer} keeps different numbers of experts in its {facts.groups} router groups, which "
-                    "routing reroute cannot serve; use routing drop, or select with this model's trace."
-                )
+    check_against_model(selection, snapshot.moe, snapshot.moe_layers, selection.routing)
+    missing = set(snapshot.moe_layers) - set(selection.layers)
+    if missing:
+        raise UsageError(f"The selection does not name layer {min(missing)}, which is an MoE layer of the model.")
 
 
 def plan_checkpoint(snapshot: Snapshot, selection: Selection) -> list[ShardPlan]:
@@ -172,8 +157,8 @@ def _matches(file: Path, plan: ShardPlan) -> bool:
         slots, _ = read_header(file)
     except CheckpointError:
         return False
-    found = [(slot.name, slot.dtype, slot.shape) for slot in slots.values()]
-    return sorted(found) == sorted((t.name, t.source.dtype, t.shape) for t in plan.tensors)
+    found = [(slot.name, slot.dtype, slot.shape) for slot in sorted(slots.values(), key=lambda slot: slot.start)]
+    return found == [(tensor.name, tensor.source.dtype, tensor.shape) for tensor in plan.tensors]
 
 
 def _joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

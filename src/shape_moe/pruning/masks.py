@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shape_moe.architectures.sites import MoeSite, find_sites
-from shape_moe.errors import UsageError
-from shape_moe.selection.selection import Routing, Selection
+from shape_moe.architectures.sites import MoeSite, find_sites, live_moe_config
+from shape_moe.selection.selection import Routing, Selection, check_against_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +28,7 @@ def masked(model: PreTrainedModel, selection: Selection, routing: Routing | None
         UsageError: when the selection does not fit the model.
     """
     routing = routing or selection.routing
-    sites = matching_sites(model, selection)
+    sites = matching_sites(model, selection, routing)
     handles: list[Any] = []
     try:
         for site, ids in sites:
@@ -44,19 +43,16 @@ def masked(model: PreTrainedModel, selection: Selection, routing: Routing | None
             handle.remove()
 
 
-def matching_sites(model: PreTrainedModel, selection: Selection) -> list[tuple[MoeSite, list[int]]]:
+def matching_sites(
+    model: PreTrainedModel, selection: Selection, routing: Routing | None = None
+) -> list[tuple[MoeSite, list[int]]]:
     """The MoE layers of a model with the ids that a selection keeps in each.
 
     Raises:
-        UsageError: when the selection names other layers or another number of experts than the model has.
+        UsageError: when the selection does not fit the model, or the routing cannot serve it.
     """
     sites = find_sites(model)
-    experts = int(sites[0].experts.num_experts)  # type: ignore[arg-type]  # a plain number on every experts module
-    if experts != selection.num_experts:
-        raise UsageError(f"The selection is for {selection.num_experts} experts per layer; the model has {experts}.")
-    unknown = set(selection.layers) - {site.layer for site in sites}
-    if unknown:
-        raise UsageError(f"The selection names layer {min(unknown)}, which is not an MoE layer of the model.")
+    check_against_model(selection, live_moe_config(model), [site.layer for site in sites], routing or selection.routing)
     return [(site, selection.layers[site.layer]) for site in sites if site.layer in selection.layers]
 
 

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from shape_moe.architectures.families import FAMILIES
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import Trace
+from shape_moe.units import readable_size
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ def render_card(facts: CardFacts) -> str:
         "the same; a pruned expert's slot adds nothing" if selection.routing == "drop" else "the same, among kept ones"
     )
     return environment.get_template("model_card.md.jinja").render(
-        title=f"{Path(facts.model).name}, pruned to {selection.keep:.0%} of its experts",
-        model=facts.model if is_hub_id else Path(facts.model).name,
+        title=f"{_name(facts.model)}, pruned to {selection.keep:.0%} of its experts",
+        model=facts.model if is_hub_id else _name(facts.model),
         base_model=facts.model if is_hub_id else None,
         selection=selection,
         counts=str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}",
@@ -74,10 +75,6 @@ def render_card(facts: CardFacts) -> str:
     )
 
 
-def readable_size(size: float) -> str:
-    """Bytes in the largest binary unit that keeps the number above one."""
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
+def _name(model: str) -> str:
+    """The last part of a path or hub id."""
+    return Path(model).resolve().name

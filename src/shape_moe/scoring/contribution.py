@@ -4,6 +4,8 @@ Per token, ``v_t(S) = |y_t|^2 - |y_t - sum_{i in S} a[t,i]|^2`` says how much of
 account for. Expanding the square shows that ``v_t`` is a sum of one- and two-player games, so the Shapley value needs
 no sampling: it is the inner product ``<a[t,i], y_t>``. Summed over tokens it is a row sum of the layer's Gram matrix
 ``G = sum_t a_t a_t^T``, and ``sum_{i,j in R} G[i,j]`` is the squared output change when the set ``R`` is dropped.
+
+Source: this project; docs/method.md derives it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Baseline EAN: expert activation norm."""
+"""Baseline EAN: expert activation norm.
+
+Source: arXiv 2504.05586, "Finding Fantastic Experts in MoEs: A Unified Study for Expert Dropping Strategies and
+Observations"; a baseline of arXiv 2510.13999 as well.
+"""
 
 from __future__ import annotations
 

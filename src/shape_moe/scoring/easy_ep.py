@@ -1,5 +1,6 @@
 """Baseline EASY-EP: output-aware importance times the turn that the routed experts give the residual stream.
 
+Source: arXiv 2504.06792, "Domain-Specific Pruning of Large Mixture-of-Experts Models with Few-shot Demonstrations".
 The similarity is that of the residual stream before and after the routed experts, shared experts left out.
 """
 

@@ -1,4 +1,7 @@
-"""Baseline: how often an expert is routed to."""
+"""Baseline: how often an expert is routed to.
+
+Source: the usage-frequency criterion that arXiv 2504.05586 and 2510.13999 compare with.
+"""
 
 from __future__ import annotations
 

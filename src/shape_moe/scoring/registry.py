@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,9 +13,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from shape_moe.errors import UsageError
+from shape_moe.errors import UsageError, first_line
 from shape_moe.tracing.trace import SegmentWeights, Trace
 
+_LOG = logging.getLogger(__name__)
 ENTRY_POINT_GROUP = "shape_moe.scorers"
 _BUILT_IN = ("shape", "contribution", "frequency", "gating", "reap", "ean", "easy_ep", "random")
 
@@ -84,7 +86,12 @@ def _load_all() -> None:
     for module in _BUILT_IN:
         import_module(f"shape_moe.scoring.{module}")
     for point in entry_points(group=ENTRY_POINT_GROUP):
-        point.load()
+        try:
+            point.load()
+        except UsageError:
+            raise
+        except Exception as error:  # noqa: BLE001 -- other packages' code, which must not break the scorers that work
+            _LOG.warning("Scorer %s of %s cannot be loaded: %s", point.name, point.value, first_line(error))
 
 
 def scorers() -> dict[str, Scorer]:

@@ -18,6 +18,8 @@ from shape_moe.tracing.trace import Trace
 Counts = NDArray[Any]
 """int64 or float64: sums of whole numbers stay whole."""
 _INT64_MAX = 2**63 - 1
+_LARGEST_UNIT = 1000
+"""Weighted counts are computed in whole units of a token divided by something up to this, where they are such."""
 _ROUNDING = 1e-12
 """Values of weighted (float) counts below this share of an expert's tokens are rounding, and count as zero."""
 
@@ -31,7 +33,8 @@ def shape_values(coalitions: NDArray[np.integer], counts: Counts, num_experts: i
         phi_i   = (k-1)! (E-k)! / E!  *  sum over A containing i of  [ v(A) - alpha_i N(A \ {i}) ]
 
     over the observed coalitions ``A``. Experts that were never routed to get 0; no value is negative. The sums are
-    exact for whole-number counts, so the result does not depend on the order of rows or on the names of experts.
+    exact for counts that are whole multiples of a token's ``1/n`` (``n`` up to 1000); whatever the counts are, the
+    result does not depend on the order of rows or on the names of experts.
 
     Args:
         coalitions: int [C, k], the experts of each coalition, in any order; equal rows add.
@@ -44,7 +47,7 @@ def shape_values(coalitions: NDArray[np.integer], counts: Counts, num_experts: i
     Raises:
         UsageError: for ``k = 1``, where every value would be 0, and for malformed tables.
     """
-    members, totals = _checked(coalitions, counts, num_experts)
+    members, totals, unit = _checked(coalitions, counts, num_experts)
     top_k = members.shape[1]
     if len(members) == 0:
         return np.zeros(num_experts)
@@ -54,12 +57,14 @@ def shape_values(coalitions: NDArray[np.integer], counts: Counts, num_experts: i
     share = worth / rest
     alpha_at = _first_minimum(flat, share, num_experts)
     sums = _sum_by(flat, worth, num_experts), _sum_by(flat, rest, num_experts)
-    factor = 1.0 / (top_k * math.comb(num_experts, top_k))
+    factor = 1.0 / (unit * top_k * math.comb(num_experts, top_k))
     return np.asarray(factor * _remainder(sums, worth, rest, alpha_at))
 
 
-def _checked(coalitions: NDArray[np.integer], counts: Counts, num_experts: int) -> tuple[NDArray[np.int64], Counts]:
-    """Rows sorted and each once, without coalitions of weight zero; counts int64 or float64."""
+def _checked(
+    coalitions: NDArray[np.integer], counts: Counts, num_experts: int
+) -> tuple[NDArray[np.int64], Counts, int]:
+    """Rows sorted and each once, without coalitions of weight zero; counts int64 or float64, times a unit."""
     members = np.sort(np.asarray(coalitions, dtype=np.int64), axis=1)
     counts = np.asarray(counts)
     totals = counts.astype(np.float64 if np.issubdtype(counts.dtype, np.floating) else np.int64)
@@ -74,9 +79,22 @@ def _checked(coalitions: NDArray[np.integer], counts: Counts, num_experts: int) 
     observed = totals > 0
     members, totals = members[observed], totals[observed]
     if len(members) == 0:
-        return members, totals
+        return members, totals, 1
+    totals, unit = _in_whole_units(totals)
     group, first = _group_ids(members, num_experts)
-    return members[first], _sum_by(group, totals, len(first))
+    return members[first], _sum_by(group, totals, len(first)), unit
+
+
+def _in_whole_units(totals: Counts) -> tuple[Counts, int]:
+    """Counts times the smallest unit that makes them whole numbers, and that unit; as they are if none does."""
+    if totals.dtype == np.int64:
+        return totals, 1
+    different = np.unique(totals)
+    for unit in range(1, _LARGEST_UNIT + 1):
+        scaled = different * unit
+        if (np.abs(scaled - np.rint(scaled)) <= _ROUNDING * scaled).all():
+            return np.rint(totals * unit).astype(np.int64), unit
+    return totals, 1
 
 
 def _containing(members: NDArray[np.int64], totals: Counts, num_experts: int) -> Counts:
@@ -138,9 +156,11 @@ def _group_sorted(keys: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[n
 
 
 def _sum_by(index: NDArray[np.int64], values: Counts, size: int) -> Counts:
-    """Sum by index; exact for whole numbers (whose float64 sums stay below 2^53)."""
-    sums = np.bincount(index, weights=values, minlength=size)
-    return np.rint(sums).astype(np.int64) if values.dtype == np.int64 else sums
+    """Sum by index; exact for whole numbers (whose float64 sums stay below 2^53), in ascending order for others."""
+    if values.dtype == np.int64:
+        return np.rint(np.bincount(index, weights=values, minlength=size)).astype(np.int64)
+    order = np.argsort(values, kind="stable")
+    return np.bincount(index[order], weights=values[order], minlength=size)
 
 
 def _first_minimum(index: NDArray[np.int64], values: NDArray[np.float64], size: int) -> NDArray[np.int64]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.architectures.moe_config import RoutingFacts
 from shape_moe.errors import UsageError
-from shape_moe.scoring.registry import ScoreOptions
+from shape_moe.scoring.registry import ScoreOptions, get_scorer
 from shape_moe.scoring.scores import Scores, score_trace
 from shape_moe.selection import guards
 from shape_moe.selection.budget import Constraints, choose
@@ -64,6 +65,11 @@ class _Choice:
     asked: int
 
 
+class _Chooser(Protocol):
+    def __call__(self, scores: Scores, budget: int | None = None) -> _Choice:
+        """Choose by scores; ``budget`` overrules what the options ask for."""
+
+
 def select_from_trace(
     trace: Trace, options: SelectOptions, *, scorer: str = "shape", scoring: ScoreOptions | None = None
 ) -> Selection:
@@ -77,21 +83,29 @@ def select_from_trace(
 
     Raises:
         BudgetError: when the budget cannot be met under the constraints.
-        UsageError: for options that contradict each other, the trace or the model.
+        UsageError: for options that contradict each other, the trace or the model, and when the segments that count
+            hold no tokens.
     """
     scoring = scoring or ScoreOptions()
+    tokens = trace.sums("tokens", scoring.weights)
+    if not tokens.any():
+        raise UsageError(
+            f"The trace holds {_counted(trace.info.tokens)}, and none of them count with --prompt-weight "
+            f"{scoring.weights.prompt:g} and --response-weight {scoring.weights.response:g}."
+        )
     scores = score_trace(trace, scorer, scoring)
     routing = trace.info.routing
     pick = _chooser(options, trace.info.layers, routing)
     choice = pick(scores)
-    halves = [trace.half(half) for half in (0, 1)]
     agreement = None
-    if all(half.sums("layer_tokens").min() > 0 for half in halves if "layer_tokens" in trace.statistics):
-        masks = [pick(score_trace(half, scorer, scoring)).mask for half in halves]
+    halves = [trace.half(half) for half in (0, 1)]
+    if get_scorer(scorer).needs and all(half.sums("tokens", scoring.weights).any(axis=1).all() for half in halves):
+        masks = [pick(score_trace(half, scorer, scoring), choice.asked).mask for half in halves]
         agreement = stability(*masks)
-    warnings = guards.warn_unseen(trace.sums("tokens"))
+    warnings = guards.warn_unseen(tokens)
     if "largest_norm" in trace.statistics:
-        warnings += guards.warn_lost_super_experts(trace.info.layers, trace.sums("largest_norm"), choice.mask)
+        largest = trace.sums("largest_norm", scoring.weights)
+        warnings += guards.warn_lost_super_experts(trace.info.layers, largest, choice.mask)
     warnings += guards.warn_unstable(agreement)
     warnings += guards.warn_inflation(options.routing, routing.renormalises)
     selection = _selection(scores, choice, options, routing.top_k)
@@ -128,6 +142,10 @@ def select_from_scores(scores: Scores, options: SelectOptions, *, routing: Routi
     return replace(selection, warnings=tuple(guards.warn_unseen(scores.activations)))
 
 
+def _counted(tokens: Mapping[str, float]) -> str:
+    return " and ".join(f"{count:,.0f} {segment} tokens" for segment, count in tokens.items())
+
+
 def check_feasible(options: SelectOptions, layers: tuple[int, ...], experts: int, routing: RoutingFacts) -> None:
     """Check that a budget can be met, before anything is traced.
 
@@ -139,9 +157,7 @@ def check_feasible(options: SelectOptions, layers: tuple[int, ...], experts: int
         _chooser(options, layers, routing)(Scores("none", layers, *2 * [np.zeros((len(layers), experts))]))
 
 
-def _chooser(
-    options: SelectOptions, layers: tuple[int, ...], routing: RoutingFacts | None
-) -> Callable[[Scores], _Choice]:
+def _chooser(options: SelectOptions, layers: tuple[int, ...], routing: RoutingFacts | None) -> _Chooser:
     row_of = {layer: row for row, layer in enumerate(layers)}
     unknown = (set(options.skip_layers) | set(options.protect)) - set(layers)
     if unknown:
@@ -157,11 +173,12 @@ def _chooser(
         allow_rounding=options.allow_rounding,
     )
 
-    def pick(scores: Scores) -> _Choice:
+    def pick(scores: Scores, budget: int | None = None) -> _Choice:
         priority = get_rule(options.rule)(scores.values, scores.activations)
-        budget = budget_for(options.keep, priority.size)
-        if options.tolerance is not None:
+        if budget is None and options.tolerance is not None:
             budget = bisection_budget(priority, options.keep, options.tolerance)
+        elif budget is None:
+            budget = budget_for(options.keep, priority.size)
         ranks = layer_ranks(scores.values, scores.activations)
         return _Choice(choose(priority, budget, constraints, ranks=ranks), priority, budget)
 
@@ -170,9 +187,8 @@ def _chooser(
 
 def _selection(scores: Scores, choice: _Choice, options: SelectOptions, top_k: int | None) -> Selection:
     mass = np.maximum(scores.values, 0)
-    kept_mass = (mass * choice.mask).sum(axis=1)
-    layer_mass = mass.sum(axis=1)
-    share = np.divide(kept_mass, layer_mass, out=np.ones_like(layer_mass), where=layer_mass > 0)
+    kept_mass, layer_mass = (mass * choice.mask).sum(axis=1), mass.sum(axis=1)
+    shares = [float(kept / whole) if whole > 0 else None for kept, whole in zip(kept_mass, layer_mass, strict=True)]
     constraints = {
         "target": options.target,
         "tolerance": options.tolerance,
@@ -194,7 +210,7 @@ def _selection(scores: Scores, choice: _Choice, options: SelectOptions, top_k: i
         keep_asked=options.keep,
         alpha=reached_alpha(choice.priority, choice.mask) if options.rule == "coverage" else None,
         constraints=constraints,
-        mass_kept=dict(zip(scores.layers, share.tolist(), strict=True)),
+        mass_kept=dict(zip(scores.layers, shares, strict=True)),
     )
     check_selection(selection)
     return selection

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from shape_moe.architectures.moe_config import MoeConfig
 from shape_moe.architectures.snapshot import read_json
 from shape_moe.errors import CheckpointError, UsageError
 
@@ -37,7 +39,7 @@ class Selection:
         alpha: smallest dropped priority under the coverage rule: keeping ``tau < alpha`` gives this selection.
             None under other rules, when constraints decided, or when it is tied with a kept one.
         constraints: what else was asked for.
-        mass_kept: share of each layer's non-negative score mass that is kept.
+        mass_kept: share of each layer's non-negative score mass that is kept, None for a layer without mass.
         stability: agreement of the two halves of the data, see :mod:`shape_moe.selection.stability`.
         options: segment weights and seed used for scoring.
         warnings: what a user should know before pruning.
@@ -55,7 +57,7 @@ class Selection:
     keep_asked: float
     alpha: float | None = None
     constraints: dict[str, Any] = field(default_factory=dict)
-    mass_kept: dict[int, float] = field(default_factory=dict)
+    mass_kept: dict[int, float | None] = field(default_factory=dict)
     stability: dict[str, float] | None = None
     options: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -152,3 +154,36 @@ def check_selection(selection: Selection) -> None:
                     f"Layer {layer} keeps {len(ids)} experts, fewer than the {selection.top_k} that a token needs; "
                     "use routing drop or keep more."
                 )
+
+
+def check_against_model(selection: Selection, moe: MoeConfig, layers: Iterable[int], routing: Routing) -> None:
+    """Check that a selection describes a model's layers and experts, and that its routing can serve it.
+
+    Args:
+        selection: the selection.
+        moe: the model's routed experts.
+        layers: the model's MoE layers, of which the selection may name some.
+        routing: how the selection is to be routed.
+
+    Raises:
+        UsageError: naming what does not fit.
+    """
+    if routing not in ROUTINGS:
+        raise UsageError(f"Routing must be one of {', '.join(ROUTINGS)}, not {routing!r}.")
+    if selection.num_experts != moe.num_experts:
+        raise UsageError(
+            f"The selection is for {selection.num_experts} experts per layer; the model has {moe.num_experts}."
+        )
+    unknown = set(selection.layers) - set(layers)
+    if unknown:
+        raise UsageError(f"The selection names layer {min(unknown)}, which is not an MoE layer of the model.")
+    facts = moe.routing
+    for layer, ids in selection.layers.items() if routing == "reroute" else ():
+        if len(ids) < facts.floor:
+            raise UsageError(f"Layer {layer} keeps {len(ids)} experts; routing reroute needs at least {facts.floor}.")
+        size = moe.num_experts // facts.groups
+        if len({sum(expert // size == group for expert in ids) for group in range(facts.groups)}) > 1:
+            raise UsageError(
+                f"Layer {layer} keeps different numbers of experts in its {facts.groups} router groups, which "
+                "routing reroute cannot serve; use routing drop, or select with this model's trace."
+            )

@@ -6,28 +6,9 @@ import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
+from shape_moe.architectures.snapshot import ROOT_FILES
 from shape_moe.pruning import modeling_shape_moe
 from shape_moe.pruning.model_config import CODE_MODULE
-
-ROOT_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "*.tiktoken",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "USAGE_POLICY*",
-)
-"""Files of the original that a pruned checkpoint keeps; everything else in its folder is left behind."""
 
 
 def copy_root_files(source: Path, folder: Path) -> list[str]:

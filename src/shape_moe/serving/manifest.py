@@ -28,6 +28,7 @@ class Manifest:
         target: ``ragged`` or ``stock``.
         shape_moe: version that wrote the checkpoint.
         files: sha256 by path relative to the checkpoint.
+        canary_missing: why the checkpoint has no canary, None where it has one.
     """
 
     model: str
@@ -37,14 +38,17 @@ class Manifest:
     target: str
     shape_moe: str
     files: dict[str, str]
+    canary_missing: str | None = None
 
 
-def write_manifest(folder: Path, snapshot: Snapshot, target: str, known: dict[str, str]) -> Manifest:
+def write_manifest(
+    folder: Path, snapshot: Snapshot, target: str, known: dict[str, str], *, canary_missing: str | None = None
+) -> Manifest:
     """Hash every file of a finished checkpoint (``known`` hashes are taken over) and write the manifest."""
     files = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = file.relative_to(folder).as_posix()
-        if name not in (JOB_FILE, ".lock", MANIFEST.as_posix()):
+        if name not in (JOB_FILE, MANIFEST.as_posix()):
             files[name] = known.get(name) or file_hash(file)
     manifest = Manifest(
         model=snapshot.name,
@@ -54,6 +58,7 @@ def write_manifest(folder: Path, snapshot: Snapshot, target: str, known: dict[st
         target=target,
         shape_moe=version("shape-moe"),
         files=files,
+        canary_missing=canary_missing,
     )
     write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, **asdict(manifest)})
     return manifest

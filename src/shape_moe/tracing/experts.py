@@ -70,7 +70,7 @@ def expert_outputs(module: Any, hidden: torch.Tensor, ids: torch.Tensor) -> torc
     value = project(hidden[order // top_k], first)
     value = module._apply_gate(value) if module.has_gate else module.act_fn(value)  # noqa: SLF001  # interface
     value = project(value, "down_proj")
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):  # newer than the oldest supported Transformers
         value = module.post_expert_norm(value)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)

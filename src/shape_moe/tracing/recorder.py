@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -137,7 +137,8 @@ class LayerRecorder:
         context, residual = self._check_call(hidden)
         sums = self._accumulators(outputs.device)
         home = sums["slots"].device
-        products, with_residual, residual_square = (t.to(home) for t in _inner_products(outputs, residual))
+        found = _inner_products(outputs, residual)
+        products, with_residual, residual_square = (t.to(home).double() for t in found)
         ids, gates = ids.to(home), gates.to(home, torch.float64)
         cell, half_cell = context.cells(home)
 
@@ -277,25 +278,30 @@ def one_minus_cosine(residual_square: torch.Tensor, output_square: torch.Tensor,
 
 
 def _inner_products(outputs: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``<E_i, E_j>`` [T, k, k], ``<E_i, h>`` [T, k] and ``|h|^2`` [T] as float64, from float32 products."""
+    """``<E_i, E_j>`` [T, k, k], ``<E_i, h>`` [T, k] and ``|h|^2`` [T] in full float32."""
     tokens, top_k, hidden = outputs.shape
     step = max(1, _CHUNK_BYTES // (4 * top_k * hidden))
     pairs, with_residual, squares = [], [], []
-    with _full_float32_products():
+    with _full_float32_products(outputs.device):
         for start in range(0, tokens, step):
             chunk = outputs[start : start + step].float()
             stream = residual[start : start + step].float()
             pairs.append(torch.bmm(chunk, chunk.transpose(1, 2)))
             with_residual.append(torch.bmm(chunk, stream.unsqueeze(2)).squeeze(2))
             squares.append((stream * stream).sum(1))
-    return torch.cat(pairs).double(), torch.cat(with_residual).double(), torch.cat(squares).double()
+    return torch.cat(pairs), torch.cat(with_residual), torch.cat(squares)
 
 
 @contextmanager
-def _full_float32_products() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+def _full_float32_products(device: torch.device) -> Iterator[None]:
+    """Keep matrix products out of TF32 and bfloat16, whatever the user allows elsewhere."""
+    backend: Any = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device.type)
+    if backend is None:
+        yield
+        return
+    before = backend.matmul.fp32_precision
+    backend.matmul.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        backend.matmul.fp32_precision = before

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from shape_moe.architectures.loading import input_device
 from shape_moe.architectures.sites import MoeSite, find_sites, live_moe_config
-from shape_moe.errors import ShapeMoeError
+from shape_moe.errors import ShapeMoeError, first_line
 from shape_moe.tracing.experts import (
     RECORDER_ATTRIBUTE,
     TRACED_GROUPED,
@@ -60,7 +61,8 @@ class ModelTracer:
     @contextmanager
     def attached(self) -> Iterator[ModelTracer]:
         """Install the hooks and the traced experts; give the model back as it was."""
-        before, training = self.model.get_experts_implementation(), self.model.training
+        before = self.model.config._experts_implementation  # noqa: SLF001  # no public name
+        training = [module for module in self.model.modules() if module.training]
         hooks: list[Any] = []
         try:
             for site, recorder in zip(self.sites, self.recorders, strict=True):
@@ -75,7 +77,8 @@ class ModelTracer:
             yield self
         finally:
             self.model.set_experts_implementation(before)
-            self.model.train(training)
+            for module in training:
+                module.training = True
             for hook in hooks:
                 hook.remove()
             for site in self.sites:
@@ -83,8 +86,12 @@ class ModelTracer:
                     delattr(site.experts, RECORDER_ATTRIBUTE)
 
     @torch.no_grad()
-    def add(self, batch: Batch) -> torch.Tensor:
+    def add(self, batch: Batch, *, logits_to_keep: int = 0) -> torch.Tensor:
         """Trace one batch.
+
+        Args:
+            batch: the batch.
+            logits_to_keep: compute logits for this many last positions only; 0 for all.
 
         Returns:
             The logits [B, T, V] of the traced forward pass.
@@ -96,7 +103,7 @@ class ModelTracer:
         try:
             for recorder in self.recorders:
                 recorder.start(context)
-            logits = self._forward(batch)
+            logits = self._forward(batch, logits_to_keep)
             for recorder in self.recorders:
                 recorder.finish()
         except BaseException:
@@ -111,16 +118,23 @@ class ModelTracer:
     def failure(self, batch: Batch) -> str | None:
         """Why a batch cannot be traced, found by running it unrecorded; None when it can."""
         try:
-            logits = self._forward(batch)
+            logits = self._forward(batch, 0)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            return str(error).strip().splitlines()[0]
+            return first_line(error)
         real = (batch.attention_mask > 0).to(logits.device)
         return None if bool(torch.isfinite(logits[real]).all()) else "its logits are not finite"
 
-    def _forward(self, batch: Batch) -> torch.Tensor:
-        device = self.model.get_input_embeddings().weight.device
-        ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
-        logits: torch.Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    def _forward(self, batch: Batch, logits_to_keep: int) -> torch.Tensor:
+        device = input_device(self.model)
+        output = self.model(
+            input_ids=batch.input_ids.to(device),
+            attention_mask=batch.attention_mask.to(device),
+            use_cache=False,
+            logits_to_keep=logits_to_keep,
+        )
+        logits: torch.Tensor = output.logits
         return logits
 
     def run(self, batches: Iterable[Batch]) -> None:

@@ -1,0 +1,210 @@
+"""A calibration set on its way from records to tokenised examples, with answers where they are missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shape_moe.calibration.examples import Example, Tokeniser
+from shape_moe.calibration.records import DataOptions, Record, content_hash
+from shape_moe.calibration.responses import fetch_answers, generate_answers
+from shape_moe.errors import DataError, UsageError
+from shape_moe.progress import Progress
+from shape_moe.workspace import write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ANSWERS_FILE = "answers.json"
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """What happens to prompts without a response, and to records that cannot be used.
+
+    Attributes:
+        max_new_tokens: length of answers; 0 gives none.
+        responses_from: take answers from this OpenAI-compatible endpoint instead of the model itself.
+        batch_size: prompts per batch.
+        max_tokens: stop adding examples once this many tokens are there.
+        skip_bad: leave records that fail out, and count them.
+    """
+
+    max_new_tokens: int = 512
+    responses_from: str | None = None
+    batch_size: int = 8
+    max_tokens: int = 100_000
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("max_tokens", 1), ("max_new_tokens", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}.")
+
+
+class Calibrator:
+    """Turns the records of one source into examples.
+
+    Args:
+        records: the records; they are tokenised at once, so that bad ones show before any weight is loaded.
+        tokeniser: for the model's tokenizer.
+        data: where the records come from, for the provenance.
+        options: see :class:`AnswerOptions`.
+        progress: where to show progress.
+
+    Attributes:
+        skipped: why records were left out, by their place.
+        examples: what :meth:`run` made.
+
+    Raises:
+        DataError: for a record that cannot be used, unless such are skipped.
+    """
+
+    def __init__(
+        self,
+        records: list[Record],
+        tokeniser: Tokeniser,
+        data: DataOptions,
+        options: AnswerOptions,
+        progress: Progress,
+    ) -> None:
+        self.tokeniser, self.data, self.options, self.progress = tokeniser, data, options, progress
+        self.skipped: dict[str, str] = {}
+        self.examples: list[Example] = []
+        self.content_hash = content_hash(records)
+        usable = [record for record in records if self._attempt(record, [] if record.lacks_response else None)]
+        self.records = usable
+        self.open = [record for record in usable if record.lacks_response]
+
+    def run(self, model: Callable[[], PreTrainedModel], folder: Path | None) -> list[Example]:
+        """Answer and tokenise.
+
+        Args:
+            model: gives the model; called only when it has to answer.
+            folder: where answers are kept for a later run, None for nowhere.
+
+        Raises:
+            DataError: when no record can be used.
+        """
+        records, answers = self._answered(model, folder)
+        tokens = 0
+        for record in records:
+            if tokens >= self.options.max_tokens:
+                self.progress.note(
+                    f"Stopped adding examples at {tokens:,} tokens ({len(self.examples)} of {len(records)} records); "
+                    "--max-tokens raises the limit."
+                )
+                break
+            example = self._attempt(record, answers.get(record.index))
+            if example is not None:
+                self.examples.append(example)
+                tokens += len(example.tokens)
+        if not self.examples:
+            raise DataError(f"No record of {self.data.source} could be used.")
+        return self.examples
+
+    def _answered(
+        self, model: Callable[[], PreTrainedModel], folder: Path | None
+    ) -> tuple[list[Record], Mapping[int, list[int]]]:
+        """The records with texts from an endpoint in them, and the tokens that the model itself answered."""
+        if not self.open or not self.options.max_new_tokens:
+            return self.records, {}
+        file = folder / ANSWERS_FILE if folder is not None else None
+        known: dict[int, Any] = {}
+        if file is not None and file.is_file():
+            known = {int(key): value for key, value in json.loads(file.read_text(encoding="utf-8")).items()}
+
+        def keep(answers: dict[int, Any]) -> None:
+            if file is not None:
+                write_json(file, answers)
+
+        missing = len(self.open) - len(known)
+        if self.options.responses_from:
+            with self.progress.phase("Fetching answers", missing, "answer") as advance:
+                texts = self._fetch(known, keep, advance)
+            return [self._with_text(record, texts) for record in self.records if self._has_text(record, texts)], {}
+        if not missing:
+            return self.records, known
+        live = model()
+        with self.progress.phase("Answering prompts", missing, "answer") as advance:
+            answers = generate_answers(
+                live,
+                self.tokeniser,
+                self.open,
+                max_new_tokens=self.options.max_new_tokens,
+                batch_size=self.options.batch_size,
+                known=known,
+                keep=keep,
+                progress=advance,
+            )
+        return self.records, answers
+
+    def _fetch(
+        self, known: dict[int, str], keep: Callable[[dict[int, Any]], None], advance: Callable[[int], None]
+    ) -> dict[int, str]:
+        assert self.options.responses_from is not None
+        return fetch_answers(
+            self.options.responses_from,
+            self.open,
+            max_new_tokens=self.options.max_new_tokens,
+            template=self.tokeniser.uses_template,
+            template_args=dict(self.tokeniser.options.template_args),
+            known=known,
+            keep=keep,
+            progress=advance,
+        )
+
+    def _has_text(self, record: Record, texts: Mapping[int, str]) -> bool:
+        if not record.lacks_response or texts[record.index]:
+            return True
+        message = f"{record.where}: the endpoint gave an empty answer."
+        if not self.options.skip_bad:
+            raise DataError(message)
+        self.skipped[record.where] = message
+        return False
+
+    def _with_text(self, record: Record, texts: Mapping[int, str]) -> Record:
+        if not record.lacks_response:
+            return record
+        text = texts[record.index]
+        if record.messages is not None:
+            return replace(record, messages=(*record.messages, {"role": "assistant", "content": text}))
+        return replace(record, response=text)
+
+    def _attempt(self, record: Record, answer: list[int] | None) -> Example | None:
+        try:
+            return self.tokeniser.example(record, answer)
+        except DataError as error:
+            if not self.options.skip_bad:
+                raise
+            self.skipped[record.where] = str(error)
+            return None
+
+    def source(self) -> dict[str, Any]:
+        """Where the examples come from and how they were made, for the trace."""
+        data, options = self.data, self.options
+        answered = "none"
+        if self.open and options.max_new_tokens:
+            answered = options.responses_from or "the model"
+        return {
+            "data": data.source,
+            "split": data.split,
+            "subset": data.subset,
+            "seed": data.seed,
+            "samples": data.samples,
+            "stratify": data.stratify,
+            "content_hash": self.content_hash,
+            "records": [example.index for example in self.examples],
+            "truncated": sum(example.truncated for example in self.examples),
+            "skipped": dict(self.skipped),
+            "answers_missing": len(self.open),
+            "answers_from": answered,
+            "max_new_tokens": options.max_new_tokens,
+            "template": self.tokeniser.uses_template,
+            "template_hash": self.tokeniser.template_hash,
+            "template_args": dict(self.tokeniser.options.template_args),
+            "max_length": self.tokeniser.options.max_length,
+        }

@@ -1,0 +1,94 @@
+"""What can be asked of the jobs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from os import PathLike
+from typing import Any
+
+from shape_moe.calibration.calibrate import AnswerOptions
+from shape_moe.calibration.examples import TokenOptions
+from shape_moe.calibration.records import DataOptions
+from shape_moe.scoring.registry import ScoreOptions
+from shape_moe.selection.select import SelectOptions
+
+DEFAULT_SAMPLES = 128
+"""Records that are used when nothing else is said."""
+PAPER_SAMPLES = 25
+"""Calibration examples of the published experiments."""
+
+
+@dataclass(frozen=True)
+class TraceOptions:
+    """How a model is traced.
+
+    Attributes:
+        data: the calibration set.
+        tokens: how its records become tokens.
+        answers: what happens to prompts without a response; batch size and limits.
+        device: where to run.
+        dtype: in which dtype, ``auto`` for the checkpoint's.
+    """
+
+    data: DataOptions
+    tokens: TokenOptions = field(default_factory=TokenOptions)
+    answers: AnswerOptions = field(default_factory=AnswerOptions)
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def job(self) -> dict[str, Any]:
+        """What decides the trace, for the job file."""
+        return asdict(self)
+
+
+def as_trace_options(data: TraceOptions | DataOptions | str | PathLike[str], samples: int) -> TraceOptions:
+    """Trace options from a file name or data options alone; ``samples`` is for the former."""
+    if isinstance(data, TraceOptions):
+        return data
+    if isinstance(data, DataOptions):
+        return TraceOptions(data)
+    return TraceOptions(DataOptions(str(data), samples=samples))
+
+
+@dataclass(frozen=True)
+class SelectionJob:
+    """How experts are scored and selected.
+
+    Attributes:
+        options: keep rate, rule, routing, target and constraints.
+        scorer: name of the scorer.
+        scoring: segment weights and seed.
+    """
+
+    options: SelectOptions
+    scorer: str = "shape"
+    scoring: ScoreOptions = field(default_factory=ScoreOptions)
+
+
+def as_selection_job(job: SelectionJob | SelectOptions | float) -> SelectionJob:
+    """A selection job from options, or from a keep rate alone."""
+    if isinstance(job, SelectionJob):
+        return job
+    return SelectionJob(job if isinstance(job, SelectOptions) else SelectOptions(keep=job))
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """What is asked of a pruned checkpoint.
+
+    Attributes:
+        select: how experts are chosen; None when a finished selection is given.
+        trace: the calibration set and how to trace; None when a trace or a selection is given. Its device and dtype
+            are overruled by those below.
+        device: where to trace and to compare logits.
+        dtype: in which dtype.
+        check_logits: compare the pruned model's logits with the masked original's, where both fit in memory.
+        force: replace an existing result, accept artifacts of unknown origin.
+    """
+
+    select: SelectionJob | None = None
+    trace: TraceOptions | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    check_logits: bool = True
+    force: bool = False

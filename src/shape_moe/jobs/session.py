@@ -1,0 +1,213 @@
+"""One traced model: loaded when it is first needed, and kept for what follows (the canary)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import torch
+
+from shape_moe.architectures.fingerprint import UNVERIFIED, fingerprint, layout_fingerprint
+from shape_moe.architectures.loading import free_memory, load_model, load_tokenizer, unpacking
+from shape_moe.architectures.sites import live_moe_config
+from shape_moe.architectures.snapshot import Snapshot, open_snapshot
+from shape_moe.calibration.batches import Batch, batches
+from shape_moe.calibration.calibrate import Calibrator
+from shape_moe.calibration.examples import Tokeniser
+from shape_moe.calibration.records import load_records
+from shape_moe.calibration.responses import pad_token_id
+from shape_moe.errors import DataError, ShapeMoeError, UsageError, first_line
+from shape_moe.interrupts import DeferredInterrupt
+from shape_moe.jobs.options import TraceOptions
+from shape_moe.progress import Progress
+from shape_moe.pruning.canary import canary_tokens
+from shape_moe.tracing.trace import Trace, TraceInfo, load_trace, merge_traces
+from shape_moe.tracing.transformers_model import ModelTracer
+from shape_moe.workspace import write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SAVE_SECONDS = 120.0
+_PACKAGES = ("shape-moe", "torch", "transformers", "tokenizers", "numpy")
+
+
+class TraceSession:
+    """Traces one model over one calibration set.
+
+    Args:
+        snapshot: the model on disk, None for a live model of unknown origin.
+        model: the live model, None to load it from the snapshot.
+        tokenizer: its tokenizer.
+        options: how to trace.
+        progress: where to show progress.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot | None,
+        model: PreTrainedModel | None,
+        tokenizer: PreTrainedTokenizerBase,
+        options: TraceOptions,
+        progress: Progress,
+    ) -> None:
+        self.snapshot, self._model, self.options, self.progress = snapshot, model, options, progress
+        config = snapshot.config if snapshot else model.config.to_dict()  # type: ignore[union-attr]  # one is there
+        tokeniser = Tokeniser(tokenizer, config.get("max_position_embeddings"), options.tokens)
+        self.calibrator = Calibrator(load_records(options.data), tokeniser, options.data, options.answers, progress)
+
+    @classmethod
+    def open(
+        cls,
+        model: str | PathLike[str] | PreTrainedModel | Snapshot,
+        options: TraceOptions,
+        tokenizer: PreTrainedTokenizerBase | None,
+        progress: Progress,
+    ) -> TraceSession:
+        """Check everything that can be checked before weights are loaded.
+
+        Raises:
+            ShapeMoeError: when the model, its tokenizer or the data cannot be used.
+        """
+        free_memory(options.device)
+        if isinstance(model, str | PathLike):
+            model = open_snapshot(model)
+        if isinstance(model, Snapshot):
+            _ = model.moe_layers, unpacking(model)
+            return cls(model, None, tokenizer or load_tokenizer(model.path), options, progress)
+        if tokenizer is None:
+            raise UsageError("A live model needs its tokenizer: trace(model, data, tokenizer=...).")
+        live_moe_config(model)
+        return cls(None, model, tokenizer, options, progress)
+
+    def job(self) -> dict[str, Any]:
+        """What decides the trace: the model and the records by their content, and the options."""
+        model = fingerprint(self.snapshot) if self.snapshot else f"live {uuid4()}"  # a live model never resumes
+        layout = layout_fingerprint(self.snapshot) if self.snapshot else UNVERIFIED
+        return {"model": model, "layout": layout, "records": self.calibrator.content_hash, **self.options.job()}
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The full model, loaded when it is first needed."""
+        if self._model is None:
+            assert self.snapshot is not None
+            with self.progress.phase("Loading the model", 1, "model") as advance:
+                self._model = load_model(self.snapshot, device=self.options.device, dtype=self.options.dtype)
+                advance(1)
+        return self._model
+
+    def unload(self) -> None:
+        """Let go of the model."""
+        self._model = None
+
+    def run(self, folder: Path | None) -> Trace:
+        """Answer, tokenise and trace; intermediate results go to ``folder`` and are found there again.
+
+        Raises:
+            ShapeMoeError: when a batch cannot be traced; the message names the record.
+            DataError: when no record could be traced.
+        """
+        examples = self.calibrator.run(lambda: self.model, folder)
+        tracer = ModelTracer(self.model)
+        earlier, done = self._load_so_far(folder)
+        pad_id = pad_token_id(self.model, self.calibrator.tokeniser)
+        todo = list(batches(examples, self.options.answers.batch_size, pad_id))[done:]
+        tokens = sum(len(example.tokens) for batch in todo for example in batch.examples)
+        saved = time.monotonic()
+        with self.progress.phase("Tracing", tokens, "token") as advance, tracer.attached(), self._stop() as stop:
+            for number, batch in enumerate(todo, start=done + 1):
+                self._trace_batch(tracer, batch)
+                advance(sum(len(example.tokens) for example in batch.examples))
+                due = stop.noted or time.monotonic() - saved > _SAVE_SECONDS
+                if folder is not None and due and (tracer.batches or earlier):
+                    _save_so_far(folder, self._result(tracer, earlier), number)
+                    saved = time.monotonic()
+                stop.check()
+        return self._result(tracer, earlier)
+
+    def _stop(self) -> DeferredInterrupt:
+        return DeferredInterrupt(
+            lambda: self.progress.note("Stopping after this batch; press Ctrl-C again to stop at once.")
+        )
+
+    def _trace_batch(self, tracer: ModelTracer, batch: Batch) -> None:
+        healthy = self._without_bad(tracer, batch) if self.options.answers.skip_bad else batch
+        if healthy is None:
+            return
+        try:
+            tracer.add(healthy, logits_to_keep=1)
+        except torch.OutOfMemoryError:
+            raise
+        except (ShapeMoeError, RuntimeError) as error:
+            bad = [row for row in range(len(healthy.examples)) if tracer.failure(healthy.rows([row])) is not None]
+            names = [healthy.examples[row].where for row in bad] or [example.where for example in healthy.examples]
+            raise ShapeMoeError(f"Tracing failed at {', '.join(names)}: {first_line(error)}") from error
+
+    def _without_bad(self, tracer: ModelTracer, batch: Batch) -> Batch | None:
+        """The batch without the examples whose forward pass fails, found by running them unrecorded first."""
+        if tracer.failure(batch) is None:
+            return batch
+        good = []
+        for row, example in enumerate(batch.examples):
+            reason = tracer.failure(batch.rows([row]))
+            if reason is None:
+                good.append(row)
+            else:
+                self.calibrator.skipped[example.where] = reason
+        return batch.rows(good) if good else None
+
+    def _result(self, tracer: ModelTracer, earlier: Trace | None) -> Trace:
+        traced = [earlier] if earlier is not None else []
+        info = self._info(tracer)
+        if tracer.batches:
+            traced.append(Trace(info, tracer.statistics(), tracer.coalitions()))
+        if not traced:
+            raise DataError(f"No record of {self.options.data.source} could be traced.")
+        return replace(merge_traces(traced) if len(traced) > 1 else traced[0], info=info)
+
+    def _info(self, tracer: ModelTracer) -> TraceInfo:
+        snapshot, calibrator = self.snapshot, self.calibrator
+        examples = [example for example in calibrator.examples if example.where not in calibrator.skipped]
+        prompt = sum(example.prompt_length for example in examples)
+        total = sum(len(example.tokens) for example in examples)
+        return TraceInfo(
+            fingerprint=fingerprint(snapshot) if snapshot else UNVERIFIED,
+            layout_fingerprint=layout_fingerprint(snapshot) if snapshot else UNVERIFIED,
+            model=snapshot.name if snapshot else str(self.model.name_or_path or type(self.model).__name__),
+            revision=snapshot.revision if snapshot else None,
+            family=tracer.moe.family.model_type,
+            num_experts=tracer.moe.num_experts,
+            routing=tracer.moe.routing,
+            layers=tracer.layers,
+            tokens={"prompt": prompt, "response": total - prompt},
+            examples=len(examples),
+            implementation=tracer.implementation,
+            dtype=tracer.dtype,
+            source=calibrator.source(),
+            versions={name: version(name) for name in _PACKAGES},
+            canary=canary_tokens([example.tokens for example in examples]),
+        )
+
+    def _load_so_far(self, folder: Path | None) -> tuple[Trace | None, int]:
+        if folder is None or not (folder / "so-far.json").is_file():
+            return None, 0
+        done = int(json.loads((folder / "so-far.json").read_text(encoding="utf-8"))["batches"])
+        kept = load_trace(folder / f"so-far-{done}")
+        self.calibrator.skipped |= kept.info.source["skipped"]
+        return kept, done
+
+
+def _save_so_far(folder: Path, kept: Trace, done: int) -> None:
+    """Save an unfinished trace; ``so-far.json`` names the folder that is complete."""
+    kept.save(folder / f"so-far-{done}")
+    write_json(folder / "so-far.json", {"batches": done})
+    for old in folder.glob("so-far-*"):
+        if old.name != f"so-far-{done}":
+            shutil.rmtree(old)
