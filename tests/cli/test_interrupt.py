@@ -1,0 +1,48 @@
+"""A real Ctrl-C to a real process, and the same command again."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from shape_moe.cli.main import run
+from shape_moe.demo.tasks import examples
+
+EXAMPLES = 250
+
+
+def test_ctrl_c_and_resume(embedded, tmp_path) -> None:
+    """The resumed trace is that of an undisturbed run."""
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in examples("words", EXAMPLES, seed=1)))
+
+    def command(out: Path) -> list[str]:
+        options = ["--samples", str(EXAMPLES), "--batch-size", "1", "--device", "cpu", "-o", str(out)]
+        return [sys.executable, "-m", "shape_moe", "trace", str(embedded), "--data", str(file), *options]
+
+    with subprocess.Popen(
+        command(tmp_path / "t"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as process:
+        for line in process.stderr:
+            if line.startswith("Loading the model"):
+                break
+        time.sleep(0.5)  # some batches pass
+        process.send_signal(signal.SIGINT)
+        err = process.stderr.read()
+    assert process.returncode == 1
+    assert "Stopping after this batch" in err
+    assert "Interrupted; what is complete was kept, and the same command goes on from there." in " ".join(err.split())
+    assert "Traceback" not in err
+    assert not (tmp_path / "t").exists()
+    done = json.loads((tmp_path / "t.partial" / "so-far.json").read_text())["batches"]
+    assert 0 < done < EXAMPLES
+    again = subprocess.run(command(tmp_path / "t"), capture_output=True, text=True, timeout=240, check=False)
+    assert again.returncode == 0, again.stderr
+    assert run([*command(tmp_path / "whole")[3:], "-q"]) == 0
+    for layer in range(4):
+        parts = [tmp_path / name / "coalitions" / f"layer-{layer:03d}.parquet" for name in ("t", "whole")]
+        assert parts[0].read_bytes() == parts[1].read_bytes()
