@@ -1,0 +1,1 @@
+"""The embedded model, its tasks, and the demonstration that runs on them."""

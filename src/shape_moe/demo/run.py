@@ -1,0 +1,142 @@
+"""The demonstration: trace one task of the embedded model, prune by every scorer, and see what is left."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+
+from shape_moe.architectures.loading import load_model, load_tokenizer
+from shape_moe.architectures.snapshot import open_snapshot
+from shape_moe.calibration.calibrate import AnswerOptions
+from shape_moe.calibration.records import DataOptions
+from shape_moe.demo.embedded import embedded_model_path, exact_match
+from shape_moe.demo.tasks import TASKS, examples
+from shape_moe.errors import UsageError
+from shape_moe.jobs.options import PruneOptions, TraceOptions
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.trace import trace
+from shape_moe.progress import SILENT, Progress
+from shape_moe.scoring.registry import ScoreOptions, scorers
+from shape_moe.scoring.scores import score_trace
+from shape_moe.selection.controls import inverted_selection
+from shape_moe.selection.select import SelectOptions, select_from_trace
+from shape_moe.selection.selection import Selection
+from shape_moe.tracing.trace import Trace
+from shape_moe.workspace import Workspace, write_json
+
+KEEP_RATES = (0.8, 0.6, 0.4, 0.25)
+CALIBRATION_EXAMPLES = 25
+EVALUATION_PROMPTS = 50
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One model of the table.
+
+    Attributes:
+        scorer: how experts were valued; ``dense`` for the unpruned model.
+        keep: keep rate met.
+        size: bytes of weights on disk.
+        on_task: exact match on the traced task, as a share.
+        off_task: mean exact match over the other tasks.
+    """
+
+    scorer: str
+    keep: float
+    size: int
+    on_task: float
+    off_task: float
+
+
+def run_demo(
+    task: str = "addition",
+    *,
+    rule: str = "coverage",
+    keep_rates: tuple[float, ...] = KEEP_RATES,
+    seed: int = 0,
+    folder: Path | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> list[DemoRow]:
+    """Prune the embedded model for one task, by every scorer and at every keep rate, and judge each result.
+
+    Checkpoints are really written, and loaded again from disk.
+
+    Args:
+        task: the task to trace, a key of :data:`shape_moe.demo.tasks.TASKS`.
+        rule: how layers share the budget.
+        keep_rates: keep rates.
+        seed: draws the calibration examples, and the values of scorer random.
+        folder: keep trace, checkpoints and the table (``demo.json``) here; None throws them away.
+        force: replace an earlier demonstration in ``folder``.
+        progress: where to show progress.
+
+    Returns:
+        The unpruned model first, then by keep rate and scorer.
+
+    Raises:
+        UsageError: for an unknown task or rule, a keep rate outside (0, 1], and an output that exists.
+    """
+    if task not in TASKS:
+        raise UsageError(f"There is no task {task!r}; there are {', '.join(TASKS)}.")
+    for keep in keep_rates:
+        SelectOptions(keep=keep, rule=rule)
+    with ExitStack() as stack:
+        if folder is None:
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            return _run(task, rule, keep_rates, seed, work, progress)
+        job = {"verb": "demo", "task": task, "rule": rule, "keep_rates": keep_rates, "seed": seed}
+        space = stack.enter_context(Workspace(folder, job, force=force))
+        rows = _run(task, rule, keep_rates, seed, space.path, progress)
+        write_json(space.path / "demo.json", {**job, "rows": [asdict(row) for row in rows]})
+        space.complete()
+        return rows
+
+
+def _run(
+    task: str, rule: str, keep_rates: tuple[float, ...], seed: int, work: Path, progress: Progress
+) -> list[DemoRow]:
+    traced = _trace_task(task, seed, work, progress)
+    chosen = list(_selections(traced, rule, keep_rates, seed))
+    rows = [_judge("dense", 1.0, embedded_model_path(), task)]
+    with progress.phase("Pruning, reloading and judging", len(chosen), "model") as advance:
+        for selection in chosen:
+            name = f"{task}-{selection.scorer}-{selection.keep_asked:g}".replace(", ", "-")
+            options = PruneOptions(check_logits=False, device="cpu", force=True)
+            result = prune(embedded_model_path(), work / name, options, selection=selection)
+            rows.append(_judge(selection.scorer, selection.keep, result.path, task))
+            advance(1)
+    return rows
+
+
+def _trace_task(task: str, seed: int, work: Path, progress: Progress) -> Trace:
+    file = work / f"{task}.jsonl"
+    records = examples(task, CALIBRATION_EXAMPLES, seed=seed)
+    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    answers = AnswerOptions(batch_size=CALIBRATION_EXAMPLES)
+    options = TraceOptions(DataOptions(str(file)), answers=answers, device="cpu")
+    return trace(embedded_model_path(), options, work / f"{task}-trace", force=True, progress=progress)
+
+
+def _selections(traced: Trace, rule: str, keep_rates: tuple[float, ...], seed: int) -> Iterator[Selection]:
+    scoring = ScoreOptions(seed=seed)
+    for keep in keep_rates:
+        options = SelectOptions(keep=keep, rule=rule)
+        for scorer in scorers():
+            selection = select_from_trace(traced, options, scorer=scorer, scoring=scoring)
+            yield selection
+            if scorer == "shape":
+                yield inverted_selection(selection, score_trace(traced, scorer, scoring))
+
+
+def _judge(scorer: str, keep: float, path: Path, task: str) -> DemoRow:
+    snapshot = open_snapshot(path)
+    model = load_model(snapshot, device="cpu")
+    scores = exact_match(model, load_tokenizer(path), count=EVALUATION_PROMPTS)
+    others = [score for name, score in scores.items() if name != task]
+    return DemoRow(scorer, keep, snapshot.total_bytes, scores[task], fmean(others))
