@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -11,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 from shape_moe.architectures.loading import input_device
 from shape_moe.calibration.examples import Tokeniser
 from shape_moe.calibration.records import Record
-from shape_moe.errors import ShapeMoeError, first_line
+from shape_moe.openai_server import OpenAIServer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Progress = Callable[[int], None]
-_TIMEOUT_SECONDS = 600.0
 _REQUESTS_AT_A_TIME = 8
 
 
@@ -135,19 +133,12 @@ def fetch_answers(
     Raises:
         ShapeMoeError: when the server cannot be reached or does not answer as the protocol says.
     """
-    import httpx
-
-    base = url.rstrip("/")
-    base = base if base.endswith("/v1") else f"{base}/v1"
     answers = dict(known or {})
     missing = [record for record in records if record.index not in answers]
     if not missing:
         return answers
-    key = os.environ.get("OPENAI_API_KEY")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    with httpx.Client(timeout=_TIMEOUT_SECONDS, trust_env=False, headers=headers) as client:
-        model = _call(client, "GET", f"{base}/models", None, lambda reply: str(reply["data"][0]["id"]))
-        request = _Request(client, base, model, max_new_tokens, template, template_args or {})
+    with OpenAIServer(url) as server:
+        request = _Request(server, server.model(), max_new_tokens, template, template_args or {})
         with ThreadPoolExecutor(_REQUESTS_AT_A_TIME) as pool:
             waiting = {pool.submit(request.ask, record): record.index for record in missing}
             try:
@@ -164,8 +155,7 @@ def fetch_answers(
 
 @dataclass(frozen=True)
 class _Request:
-    client: Any
-    base: str
+    server: OpenAIServer
     model: str
     max_new_tokens: int
     template: bool
@@ -175,30 +165,10 @@ class _Request:
         body: dict[str, Any] = {"model": self.model, "max_tokens": self.max_new_tokens, "temperature": 0}
         if not self.template:
             body["prompt"] = record.prompt
-            return _call(
-                self.client, "POST", f"{self.base}/completions", body, lambda reply: reply["choices"][0]["text"] or ""
-            )
+            return self.server.post("completions", body, lambda reply: str(reply["choices"][0]["text"] or ""))
         body["messages"] = list(record.messages or [{"role": "user", "content": record.prompt}])
         if self.template_args:
             body["chat_template_kwargs"] = self.template_args
-        return _call(
-            self.client,
-            "POST",
-            f"{self.base}/chat/completions",
-            body,
-            lambda reply: reply["choices"][0]["message"]["content"] or "",
+        return self.server.post(
+            "chat/completions", body, lambda reply: str(reply["choices"][0]["message"]["content"] or "")
         )
-
-
-def _call(client: Any, method: str, url: str, body: dict[str, Any] | None, read: Callable[[Any], str]) -> str:
-    import httpx
-
-    try:
-        reply = client.request(method, url, json=body)
-        reply.raise_for_status()
-        return str(read(reply.json()))
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, IndexError, TypeError) as error:
-        reason = f"{type(error).__name__}: {first_line(error)}" if isinstance(error, LookupError) else first_line(error)
-        raise ShapeMoeError(
-            f"The endpoint {url} did not answer as an OpenAI-compatible server does ({reason})."
-        ) from error

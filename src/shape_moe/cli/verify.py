@@ -25,13 +25,27 @@ def verify(
     original: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Compare every tensor with this original once more.")
     ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="Ask the canary of this OpenAI-compatible server.")
+    ] = None,
+    served_as: Annotated[
+        str | None, typer.Option(help="The checkpoint's name there; its first model if left out.")
+    ] = None,
 ) -> int:
     """Check a pruned checkpoint: files, config, tensors, tokenizer, and its answers to the canary.
 
     Example: shape-moe verify ./Qwen3-gsm8k-0.6
     """
     talk = output.output()
-    checks = job.verify(folder, original=original, device=run.device, dtype=run.dtype, progress=talk)
+    checks = job.verify(
+        folder,
+        original=original,
+        endpoint=endpoint,
+        served_as=served_as,
+        device=run.device,
+        dtype=run.dtype,
+        progress=talk,
+    )
     passed = all(check.passed is not False for check in checks)
     document = {"checkpoint": str(folder), "passed": passed, "checks": [vars(check) for check in checks]}
     talk.result(document, lambda console: _show(console, checks))
@@ -42,3 +56,6 @@ def _show(console: Console, checks: list[job.Check]) -> None:
     words = {True: Text("ok    ", "green"), False: Text("FAILED", "bold red"), None: Text("skip  ", "yellow")}
     for check in checks:
         console.print(words[check.passed], Text(f"{check.name}: {check.detail}"), soft_wrap=True)
+    console.print(
+        Text("PASS", "bold green") if all(check.passed is not False for check in checks) else Text("FAIL", "bold red")
+    )

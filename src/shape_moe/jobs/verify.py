@@ -13,12 +13,14 @@ from shape_moe.architectures.moe_config import PRUNING_KEY, MoeConfig, read_moe_
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.architectures.tensor_names import tensor_role
 from shape_moe.errors import CheckpointError, ShapeMoeError, first_line
+from shape_moe.openai_server import OpenAIServer
 from shape_moe.progress import SILENT, Progress
-from shape_moe.pruning.canary import compare_canary, load_canary
+from shape_moe.pruning.canary import CanaryResult, compare_canary, load_canary
 from shape_moe.pruning.checkpoint import plan_checkpoint
 from shape_moe.pruning.compare import compare_shard, file_hash
 from shape_moe.pruning.model_config import pruning_description
 from shape_moe.selection.selection import Selection, load_selection
+from shape_moe.serving.endpoint import ask_canary, compare_tokens
 from shape_moe.serving.manifest import read_manifest
 
 _DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError, RuntimeError)
@@ -44,6 +46,8 @@ def verify(
     folder: str | PathLike[str],
     *,
     original: str | PathLike[str] | None = None,
+    endpoint: str | None = None,
+    served_as: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress = SILENT,
@@ -53,6 +57,9 @@ def verify(
     Args:
         folder: the checkpoint.
         original: the model that it was made from; compares every tensor with its slice once more.
+        endpoint: address of an OpenAI-compatible server that serves the checkpoint; the canary is asked there instead
+            of here.
+        served_as: the name under which it serves the checkpoint, None for its first model.
         device: where to run the canary.
         dtype: in which dtype.
         progress: where to show progress.
@@ -72,7 +79,11 @@ def verify(
     checks.append(_guard("tokenizer", lambda: _check_tokenizer(path)))
     if original is not None:
         checks.append(_guard("original", lambda: _check_original(path, original, progress)))
-    checks.append(_guard("canary", lambda: _check_canary(path, device, dtype)))
+    if endpoint is None:
+        checks.append(_guard("canary", lambda: _check_canary(path, device, dtype)))
+    else:
+        checks.append(_guard("endpoint's tokens", lambda: _check_endpoint_tokens(path, endpoint, served_as)))
+        checks.append(_guard("endpoint's canary", lambda: _check_endpoint(path, endpoint, served_as)))
     return checks
 
 
@@ -172,8 +183,29 @@ def _check_canary(path: Path, device: str, dtype: str) -> tuple[bool | None, str
     if reason is not None:
         return None, reason
     result = compare_canary(load_model(snapshot, device=device, dtype=dtype), canary)
-    detail = (
+    return result.passed, _detail(result)
+
+
+def _detail(result: CanaryResult) -> str:
+    return (
         f"KL {result.mean_kl:.2e}, top-1 agreement {result.top1_agreement:.1%}, largest difference "
         f"{result.largest_difference:.2e} over {result.positions:,} positions"
     )
-    return result.passed, detail
+
+
+def _check_endpoint(path: Path, endpoint: str, served_as: str | None) -> tuple[bool, str]:
+    canary = load_canary(path / "shape" / "canary.json")
+    with OpenAIServer(endpoint) as server:
+        result = ask_canary(server, served_as or server.model(), canary)
+    if result.passed:
+        return True, _detail(result)
+    return False, f"{_detail(result)}: another model answers there, or experts are not served as they are on disk"
+
+
+def _check_endpoint_tokens(path: Path, endpoint: str, served_as: str | None) -> tuple[bool, str]:
+    canary = load_canary(path / "shape" / "canary.json")
+    with OpenAIServer(endpoint) as server:
+        sent, different = compare_tokens(server, served_as or server.model(), canary, load_tokenizer(path))
+    if different:
+        return False, f"{different} of {sent} texts become other tokens there: another tokenizer is in use"
+    return True, f"{sent} texts become the same tokens"
