@@ -12,7 +12,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shape_moe.architectures.fingerprint import UNVERIFIED
-from shape_moe.calibration import calibrate
 from shape_moe.calibration.calibrate import AnswerOptions
 from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.records import DataOptions
@@ -184,7 +183,7 @@ def test_interrupted_traces_go_on(embedded, data, tmp_path, monkeypatch) -> None
     assert json.loads((tmp_path / "t.partial" / "so-far.json").read_text()) == {"batches": 4}
     passes = []
     monkeypatch.setattr(ModelTracer, "add", lambda self, batch, **more: passes.append(1) or real(self, batch, **more))
-    monkeypatch.setattr(calibrate, "generate_answers", lambda *_a, **_k: pytest.fail("answered again"))
+    monkeypatch.setattr(job, "generate_answers", lambda *_a, **_k: pytest.fail("answered again"))
     resumed = trace(embedded, chosen, tmp_path / "t")
     assert len(passes) == 6
     assert_same(resumed, whole)

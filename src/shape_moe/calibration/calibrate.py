@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from shape_moe.calibration.examples import Example, Tokeniser
 from shape_moe.calibration.records import DataOptions, Record, content_hash
-from shape_moe.calibration.responses import fetch_answers, generate_answers
+from shape_moe.calibration.responses import fetch_answers
 from shape_moe.errors import DataError, UsageError
 from shape_moe.progress import Progress
 from shape_moe.workspace import write_json
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 ANSWERS_FILE = "answers.json"
+
+
+class Answerer(Protocol):
+    """Lets a model answer prompts; see :func:`shape_moe.calibration.responses.generate_answers`."""
+
+    def __call__(
+        self,
+        tokeniser: Tokeniser,
+        records: Sequence[Record],
+        *,
+        max_new_tokens: int,
+        known: Mapping[int, list[int]],
+        keep: Callable[[dict[int, list[int]]], None],
+        progress: Callable[[int], None],
+    ) -> dict[int, list[int]]:
+        """Answer tokens by record index."""
 
 
 @dataclass(frozen=True)
@@ -79,17 +92,17 @@ class Calibrator:
         self.records = usable
         self.open = [record for record in usable if record.lacks_response]
 
-    def run(self, model: Callable[[], PreTrainedModel], folder: Path | None) -> list[Example]:
+    def run(self, answer: Answerer, folder: Path | None) -> list[Example]:
         """Answer and tokenise.
 
         Args:
-            model: gives the model; called only when it has to answer.
+            answer: lets the model answer; called only when it has to.
             folder: where answers are kept for a later run, None for nowhere.
 
         Raises:
             DataError: when no record can be used.
         """
-        records, answers = self._answered(model, folder)
+        records, answers = self._answered(answer, folder)
         tokens = 0
         for record in records:
             if tokens >= self.options.max_tokens:
@@ -106,9 +119,7 @@ class Calibrator:
             raise DataError(f"No record of {self.data.source} could be used.")
         return self.examples
 
-    def _answered(
-        self, model: Callable[[], PreTrainedModel], folder: Path | None
-    ) -> tuple[list[Record], Mapping[int, list[int]]]:
+    def _answered(self, answer: Answerer, folder: Path | None) -> tuple[list[Record], Mapping[int, list[int]]]:
         """The records with texts from an endpoint in them, and the tokens that the model itself answered."""
         if not self.open or not self.options.max_new_tokens:
             return self.records, {}
@@ -128,14 +139,11 @@ class Calibrator:
             return [self._with_text(record, texts) for record in self.records if self._has_text(record, texts)], {}
         if not missing:
             return self.records, known
-        live = model()
         with self.progress.phase("Answering prompts", missing, "answer") as advance:
-            answers = generate_answers(
-                live,
+            answers = answer(
                 self.tokeniser,
                 self.open,
                 max_new_tokens=self.options.max_new_tokens,
-                batch_size=self.options.batch_size,
                 known=known,
                 keep=keep,
                 progress=advance,
@@ -182,6 +190,19 @@ class Calibrator:
                 raise
             self.skipped[record.where] = str(error)
             return None
+
+    def longest(self) -> int:
+        """The most tokens that an example can have, an answer that is still missing included."""
+        if self.examples:
+            return max(len(example.tokens) for example in self.examples)
+        lengths = []
+        for record in self.records:
+            missing = record.lacks_response and self.options.max_new_tokens
+            example = self._attempt(record, [] if record.lacks_response else None)
+            if example is not None:
+                length = len(example.tokens)
+                lengths.append(length + (self.tokeniser.room(length, self.options.max_new_tokens) if missing else 0))
+        return max(lengths, default=1)
 
     def source(self) -> dict[str, Any]:
         """Where the examples come from and how they were made, for the trace."""

@@ -19,7 +19,7 @@ from shape_moe.cli.values import (
     parse_pairs,
     parse_protect,
     parse_routing,
-    parse_template_args,
+    parse_values,
 )
 from shape_moe.errors import UsageError
 from shape_moe.jobs.options import SelectionJob, TraceOptions
@@ -180,7 +180,7 @@ class DataFlags:
         )
         tokens = TokenOptions(
             template=not self.no_template,
-            template_args=parse_template_args(self.template_arg),
+            template_args=parse_values(self.template_arg, "--template-arg"),
             max_length=self.max_length,
         )
         answers = AnswerOptions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,17 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from shape_moe.cli.flags import DataFlags, DeviceFlags, ForceFlag, ModelArgument, OutputFlags, SeedFlag, with_flags
+from shape_moe.cli.flags import (
+    RUN_PANEL,
+    DataFlags,
+    DeviceFlags,
+    ForceFlag,
+    ModelArgument,
+    OutputFlags,
+    SeedFlag,
+    with_flags,
+)
+from shape_moe.cli.values import parse_values
 from shape_moe.jobs import trace as job
 from shape_moe.jobs.options import DEFAULT_SAMPLES
 from shape_moe.tracing.trace import Trace
@@ -28,13 +39,25 @@ def trace(
     seed: SeedFlag,
     force: ForceFlag,
     output: OutputFlags,
+    engine: Annotated[
+        str,
+        typer.Option(help="transformers (all statistics) or vllm (coalitions and counts).", rich_help_panel=RUN_PANEL),
+    ] = "transformers",
+    engine_arg: Annotated[
+        list[str] | None,
+        typer.Option(help="With --engine vllm: NAME=VALUE, as tensor_parallel_size=2.", rich_help_panel=RUN_PANEL),
+    ] = None,
 ) -> None:
     """Record how a model routes a calibration set (at most 128 records unless --samples says otherwise).
 
     Example: shape-moe trace ./Qwen3-30B-A3B --data gsm8k-train.jsonl -o traces/gsm8k
     """
     talk = output.output()
-    options = data.options(run, seed.seed, DEFAULT_SAMPLES)
+    options = replace(
+        data.options(run, seed.seed, DEFAULT_SAMPLES),
+        engine=engine,
+        engine_args=parse_values(engine_arg, "--engine-arg"),
+    )
     result = job.trace(model, options, out, force=force.force, progress=talk)
     skipped = result.info.source.get("skipped") or {}
     if skipped:

@@ -52,10 +52,10 @@ def parse_pairs(items: list[str] | None, option: str) -> dict[str, str]:
     return pairs
 
 
-def parse_template_args(items: list[str] | None) -> dict[str, Any]:
-    """Template variables; values are read as JSON where they are JSON (``false``, ``3``), else as text."""
+def parse_values(items: list[str] | None, option: str) -> dict[str, Any]:
+    """``NAME=VALUE`` items; values are read as JSON where they are JSON (``false``, ``3``), else as text."""
     values: dict[str, Any] = {}
-    for name, value in parse_pairs(items, "--template-arg").items():
+    for name, value in parse_pairs(items, option).items():
         try:
             values[name] = json.loads(value)
         except json.JSONDecodeError:

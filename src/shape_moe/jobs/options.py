@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 from shape_moe.calibration.calibrate import AnswerOptions
 from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.records import DataOptions
+from shape_moe.errors import UsageError
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.select import SelectOptions
 
 DEFAULT_SAMPLES = 128
 """Records that are used when nothing else is said."""
+ENGINES = ("transformers", "vllm")
 PAPER_SAMPLES = 25
 """Calibration examples of the published experiments."""
 
@@ -28,6 +31,11 @@ class TraceOptions:
         answers: what happens to prompts without a response; batch size and limits.
         device: where to run.
         dtype: in which dtype, ``auto`` for the checkpoint's.
+        engine: ``transformers`` (every statistic) or ``vllm`` (coalitions and counts; for models of several GPUs).
+        engine_args: further arguments of ``vllm.LLM``, such as ``tensor_parallel_size``.
+
+    Raises:
+        UsageError: for an unknown engine, and for arguments of one that takes none.
     """
 
     data: DataOptions
@@ -35,6 +43,14 @@ class TraceOptions:
     answers: AnswerOptions = field(default_factory=AnswerOptions)
     device: str = "auto"
     dtype: str = "auto"
+    engine: str = "transformers"
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise UsageError(f"There is no engine {self.engine!r}; there are {' and '.join(ENGINES)}.")
+        if self.engine != "vllm" and self.engine_args:
+            raise UsageError("Engine arguments go with --engine vllm.")
 
     def job(self) -> dict[str, Any]:
         """What decides the trace, for the job file."""

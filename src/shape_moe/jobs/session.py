@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from os import PathLike
@@ -16,13 +17,14 @@ import torch
 
 from shape_moe.architectures.fingerprint import UNVERIFIED, fingerprint, layout_fingerprint
 from shape_moe.architectures.loading import free_memory, load_model, load_tokenizer, unpacking
+from shape_moe.architectures.moe_config import MoeConfig
 from shape_moe.architectures.sites import live_moe_config
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.batches import Batch, batches
 from shape_moe.calibration.calibrate import Calibrator
 from shape_moe.calibration.examples import Tokeniser
-from shape_moe.calibration.records import load_records
-from shape_moe.calibration.responses import pad_token_id
+from shape_moe.calibration.records import Record, load_records
+from shape_moe.calibration.responses import generate_answers, pad_token_id
 from shape_moe.errors import DataError, ShapeMoeError, UsageError, first_line
 from shape_moe.interrupts import DeferredInterrupt
 from shape_moe.jobs.options import TraceOptions
@@ -114,7 +116,7 @@ class TraceSession:
             ShapeMoeError: when a batch cannot be traced; the message names the record.
             DataError: when no record could be traced.
         """
-        examples = self.calibrator.run(lambda: self.model, folder)
+        examples = self.calibrator.run(self._answer, folder)
         tracer = ModelTracer(self.model)
         earlier, done = self._load_so_far(folder)
         pad_id = pad_token_id(self.model, self.calibrator.tokeniser)
@@ -131,6 +133,10 @@ class TraceSession:
                     saved = time.monotonic()
                 stop.check()
         return self._result(tracer, earlier)
+
+    def _answer(self, tokeniser: Tokeniser, records: Sequence[Record], **options: Any) -> dict[int, list[int]]:
+        batch_size = self.options.answers.batch_size
+        return generate_answers(self.model, tokeniser, records, batch_size=batch_size, **options)
 
     def _stop(self) -> DeferredInterrupt:
         return DeferredInterrupt(
@@ -165,14 +171,17 @@ class TraceSession:
 
     def _result(self, tracer: ModelTracer, earlier: Trace | None) -> Trace:
         traced = [earlier] if earlier is not None else []
-        info = self._info(tracer)
+        info = self.info(tracer.moe, tracer.layers, tracer.implementation, tracer.dtype)
         if tracer.batches:
             traced.append(Trace(info, tracer.statistics(), tracer.coalitions()))
         if not traced:
             raise DataError(f"No record of {self.options.data.source} could be traced.")
         return replace(merge_traces(traced) if len(traced) > 1 else traced[0], info=info)
 
-    def _info(self, tracer: ModelTracer) -> TraceInfo:
+    def info(
+        self, moe: MoeConfig, layers: tuple[int, ...], implementation: str, dtype: str, engine: str = "transformers"
+    ) -> TraceInfo:
+        """Where the trace comes from, once the calibration set is known."""
         snapshot, calibrator = self.snapshot, self.calibrator
         examples = [example for example in calibrator.examples if example.where not in calibrator.skipped]
         prompt = sum(example.prompt_length for example in examples)
@@ -182,14 +191,15 @@ class TraceSession:
             layout_fingerprint=layout_fingerprint(snapshot) if snapshot else UNVERIFIED,
             model=snapshot.name if snapshot else str(self.model.name_or_path or type(self.model).__name__),
             revision=snapshot.revision if snapshot else None,
-            family=tracer.moe.family.model_type,
-            num_experts=tracer.moe.num_experts,
-            routing=tracer.moe.routing,
-            layers=tracer.layers,
+            family=moe.family.model_type,
+            num_experts=moe.num_experts,
+            routing=moe.routing,
+            layers=layers,
             tokens={"prompt": prompt, "response": total - prompt},
             examples=len(examples),
-            implementation=tracer.implementation,
-            dtype=tracer.dtype,
+            engine=engine,
+            implementation=implementation,
+            dtype=dtype,
             source=calibrator.source(),
             versions={name: version(name) for name in _PACKAGES},
             canary=canary_tokens([example.tokens for example in examples]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from shape_moe.calibration.calibrate import ANSWERS_FILE
 from shape_moe.calibration.records import DataOptions
 from shape_moe.jobs.options import DEFAULT_SAMPLES, TraceOptions, as_trace_options
 from shape_moe.jobs.session import TraceSession
+from shape_moe.jobs.vllm_session import trace_with_vllm
 from shape_moe.progress import SILENT, Progress
 from shape_moe.tracing.trace import Trace, load_trace, merge_traces
 from shape_moe.workspace import Workspace
@@ -44,11 +46,12 @@ def trace(
     """
     options = as_trace_options(data, DEFAULT_SAMPLES)
     session = TraceSession.open(model, options, tokenizer, progress)
+    run = partial(trace_with_vllm, session) if options.engine == "vllm" else session.run
     if out is None:
-        return session.run(None)
+        return run(None)
     inputs: list[str | PathLike[str]] = [options.data.source, *([session.snapshot.path] if session.snapshot else [])]
     with Workspace(out, {"verb": "trace", **session.job()}, force=force, inputs=inputs) as work:
-        result = session.run(work.path)
+        result = run(work.path)
         result.save(work.path)
         remove_unfinished(work.path)
         return load_trace(work.complete())
