@@ -99,16 +99,17 @@ def draw(results: dict) -> None:
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"svg.hashsalt": "shape-moe", "font.size": 11})
-    figure, axes = plt.subplots(figsize=(7.2, 4.2))
+    figure, axes = plt.subplots(figsize=(8.8, 4.2))
     colours = {
         "contribution": "#0b6e4f",
         "shape": "#1f4e9e",
+        "easy-ep": "#d4a017",
         "reap": "#b3541e",
         "frequency": "#7a6c9d",
         "random": "#8a8a8a",
     }
-    labels = {"contribution": "contribution (ours)", "shape, inverted": "SHAPE, highest values removed"}
-    shown = [("contribution", "global"), ("reap", "uniform"), ("shape", "coverage"), ("frequency", "uniform")]
+    labels = {"contribution": "contribution (ours)", "shape, inverted": "SHAPE, highest\nvalues removed"}
+    shown = [("easy-ep", "uniform"), ("contribution", "global"), ("reap", "uniform"), ("shape", "coverage"), ("frequency", "uniform")]
     shown += [("random", "uniform"), ("shape, inverted", "coverage")]
     for scorer, rule in shown:
         rows = [row for row in results["rows"] if (row["scorer"], row["rule"]) == (scorer, rule)]
@@ -129,7 +130,7 @@ def draw(results: dict) -> None:
     axes.set_ylabel("exact match on the task (%)")
     axes.set_title("Embedded model, pruned for one task (mean of 6 tasks, 10 calibration seeds)", fontsize=10.5)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="lower left", fontsize=9.5)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9.5)
     figure.tight_layout()
     target = RESULTS.parent.parent / "docs" / "images"
     target.mkdir(parents=True, exist_ok=True)

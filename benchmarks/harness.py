@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +21,12 @@ def seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process in bytes, without what a parent had before it started this one."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
 def paired(first: Callable[[], object], second: Callable[[], object], pairs: int, *, warmup: int = 1) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import paired, write
+from benchmarks.harness import paired, peak_memory, write
 from shape_moe.architectures.safetensors_file import make_header
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.pruning.checkpoint import plan_checkpoint, write_index, write_shard
@@ -93,9 +92,9 @@ def copy(source: Path, out: Path) -> None:
 
 def memory(source: str, out: str) -> None:
     """Peak memory above that of an interpreter that has imported what is needed."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     prune(Path(source), Path(out), verify=True)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+    print((peak_memory() - before) / 2**20)
 
 
 def main() -> None:

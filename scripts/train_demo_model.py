@@ -1,11 +1,14 @@
 """Train the embedded demo model from scratch and write it as package data.
 
-    python scripts/train_demo_model.py --out src/shape_moe/demo/model
+    python scripts/train_demo_model.py --seed 1 --out trained
+    python scripts/train_demo_model.py --start trained --rate 0.1 --steps 400 --seed 101 --out src/shape_moe/demo/model
 
+The second run polishes the first with a tenth of its learning rate: tasks that are not quite learned get there, and
+routing hardly moves.
 A Qwen3-MoE of 3.4 M parameters learns the six tasks of ``shape_moe.demo.tasks`` and a little source code and
 English (taken from the standard library of the running Python). Muon trains attention and expert matrices, AdamW
 the rest; a load-balancing loss over the mixed batch makes the experts specialise without dying. On one CPU thread
-it takes about a quarter of an hour.
+the first run takes about half an hour, the second four minutes.
 """
 
 from __future__ import annotations
@@ -243,6 +246,8 @@ def exact_match(model: Qwen3MoeForCausalLM, task: str, count: int, seed: int) ->
 def train(args: argparse.Namespace) -> Qwen3MoeForCausalLM:
     torch.manual_seed(args.seed)
     model = make_model()
+    if args.start is not None:
+        model.load_state_dict(Qwen3MoeForCausalLM.from_pretrained(args.start, dtype=torch.float32).state_dict())
     tap, batches, optimisers = RouterTap(model), Batches(args.rows, args.seed, args.window), make_optimisers(model)
     base = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
     started = time.time()
@@ -259,7 +264,7 @@ def train(args: argparse.Namespace) -> Qwen3MoeForCausalLM:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser, rates in zip(optimisers, base, strict=True):
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
-                group["lr"] = rate * learning_rate(step, args.steps)
+                group["lr"] = args.rate * rate * learning_rate(step, args.steps)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         if step % 50 == 0:
@@ -289,6 +294,8 @@ def write(model: Qwen3MoeForCausalLM, out: Path, args: argparse.Namespace, secon
         "exact_match_held_out_percent": scores,
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": args.steps,
+        "learning_rate_factor": args.rate,
+        "started_from": started_from(args.start),
         "rows_per_step": args.rows,
         "row_length": ROW,
         "text_window": args.window,
@@ -305,14 +312,21 @@ def write(model: Qwen3MoeForCausalLM, out: Path, args: argparse.Namespace, secon
     print(json.dumps(record, indent=2))
 
 
+def started_from(folder: Path | None) -> dict[str, object] | None:
+    """The record of the run that this one went on from."""
+    return None if folder is None else json.loads((folder / "training.json").read_text())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
+    parser.add_argument("--start", type=Path, help="go on from this model instead of a random one")
+    parser.add_argument("--rate", type=float, default=1.0, help="factor on all learning rates")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--rows", type=int, default=24, help="packed rows of 128 tokens in a step")
     parser.add_argument("--window", type=int, default=64, help="tokens in a window of text")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--slot-dropout", type=float, default=0.05, help="share of expert slots that add nothing")
+    parser.add_argument("--slot-dropout", type=float, default=0.02, help="share of expert slots that add nothing")
     parser.add_argument("--balance", type=float, default=0.03, help="coefficient of the load-balancing loss")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

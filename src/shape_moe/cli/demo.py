@@ -52,7 +52,7 @@ def _show(console: Console, rows: list[DemoRow], task: str, rule: str) -> None:
         for row in sorted(group, key=lambda row: (-row.on_task, -row.off_task, row.scorer)):
             cells = (row.scorer, f"{keep:g}", readable_size(row.size), f"{row.on_task:.0%}", f"{row.off_task:.0%}")
             table.add_row(*cells, style="bold" if row.scorer in {"dense", "shape"} else None)
-        table.add_section()
+        table.add_row()
     console.print(table)
     console.print(
         "One task is kept, the others fade: that is the bargain. On your own model: "

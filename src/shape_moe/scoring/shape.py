@@ -6,6 +6,7 @@ Source: arXiv 2606.09886, "Coalition-Aware Expert Pruning for Sparse Mixture-of-
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -48,14 +49,13 @@ def shape_values(coalitions: NDArray[np.integer], counts: Counts, num_experts: i
         UsageError: for ``k = 1``, where every value would be 0, and for malformed tables.
     """
     members, totals, unit = _checked(coalitions, counts, num_experts)
-    top_k = members.shape[1]
-    if len(members) == 0:
+    columns = np.ascontiguousarray(members.T)
+    top_k, width = columns.shape
+    if width == 0:
         return np.zeros(num_experts)
-    rest = _containing(members, totals, num_experts)
-    flat = members.ravel()
-    worth = np.repeat(totals, top_k)
-    share = worth / rest
-    alpha_at = _first_minimum(flat, share, num_experts)
+    flat, worth = columns.ravel(), np.tile(totals, top_k)
+    rest = _containing(columns, worth, num_experts)
+    alpha_at = _first_minimum(flat, worth / rest, num_experts)
     sums = _sum_by(flat, worth, num_experts), _sum_by(flat, rest, num_experts)
     factor = 1.0 / (unit * top_k * math.comb(num_experts, top_k))
     return np.asarray(factor * _remainder(sums, worth, rest, alpha_at))
@@ -65,24 +65,31 @@ def _checked(
     coalitions: NDArray[np.integer], counts: Counts, num_experts: int
 ) -> tuple[NDArray[np.int64], Counts, int]:
     """Rows sorted and each once, without coalitions of weight zero; counts int64 or float64, times a unit."""
-    members = np.sort(np.asarray(coalitions, dtype=np.int64), axis=1)
+    members = np.asarray(coalitions, dtype=np.int64)
     counts = np.asarray(counts)
     totals = counts.astype(np.float64 if np.issubdtype(counts.dtype, np.floating) else np.int64)
     if members.ndim != 2 or totals.shape != members.shape[:1]:
         raise UsageError("Coalitions must be a table [C, k] with one count per row.")
     if members.shape[1] == 1:
         raise UsageError("SHAPE needs coalitions of at least two experts; with top-1 routing every value would be 0.")
-    if len(members) and (members.min() < 0 or members.max() >= num_experts or (np.diff(members) <= 0).any()):
+    if (members[:, 1:] <= members[:, :-1]).any():
+        members = np.sort(members, axis=1)
+    outside = len(members) and (members[:, 0].min() < 0 or members[:, -1].max() >= num_experts)
+    if outside or (members[:, 1:] <= members[:, :-1]).any():
         raise UsageError(f"Every coalition must hold different experts between 0 and {num_experts - 1}.")
     if not (np.isfinite(totals).all() and (totals >= 0).all()):
         raise UsageError("Counts of coalitions must be finite and not negative.")
     observed = totals > 0
-    members, totals = members[observed], totals[observed]
+    if not observed.all():
+        members, totals = members[observed], totals[observed]
     if len(members) == 0:
         return members, totals, 1
     totals, unit = _in_whole_units(totals)
-    group, first = _group_ids(members, num_experts)
-    return members[first], _sum_by(group, totals, len(first)), unit
+    keys = _keys(np.ascontiguousarray(members.T), num_experts)
+    order, starts = _runs(keys, _key_limit(num_experts, members.shape[1]))
+    if len(starts) == len(members):
+        return members, totals, unit
+    return members[order[starts]], _sum_runs(totals[order], starts), unit
 
 
 def _in_whole_units(totals: Counts) -> tuple[Counts, int]:
@@ -97,62 +104,91 @@ def _in_whole_units(totals: Counts) -> tuple[Counts, int]:
     return totals, 1
 
 
-def _containing(members: NDArray[np.int64], totals: Counts, num_experts: int) -> Counts:
-    r"""``N(A \ {i})`` for every (coalition, member), flat in row order."""
-    top_k = members.shape[1]
-    if math.comb(num_experts, top_k - 1) <= _INT64_MAX:
-        keys = _keys_without_one(members, num_experts).ravel()
-        group, first = _group_sorted(keys)
-    else:
-        rows = np.stack([np.delete(members, i, axis=1) for i in range(top_k)], axis=1)
-        group, first = _group_ids(rows.reshape(-1, top_k - 1), num_experts)
-    sums = _sum_by(group, np.repeat(totals, top_k), len(first))
-    return sums[group]
+def _containing(columns: NDArray[np.int64], worth: Counts, num_experts: int) -> Counts:
+    r"""``N(A \ {i})`` for every (member, coalition), flat in the order of ``columns`` [k, C]."""
+    order, starts = _runs(_keys_without_one(columns, num_experts), _key_limit(num_experts, len(columns) - 1))
+    sums = _sum_runs(worth[order], starts)
+    rest = np.empty_like(worth)
+    rest[order] = np.repeat(sums, np.diff(starts, append=len(order)))
+    return rest
 
 
+def _key_limit(num_experts: int, size: int) -> int | None:
+    """How many keys there can be, None where they are compared as bytes."""
+    limit = math.comb(num_experts, size)
+    return limit if limit <= _INT64_MAX else None
+
+
+@cache
 def _rank_table(num_experts: int, size: int) -> NDArray[np.int64]:
-    """``C(n, j)`` for ``n < E`` and ``j <= size``: terms of the combinatorial number system."""
-    table = np.zeros((num_experts, size + 1), dtype=np.int64)
-    for j in range(size + 1):
-        table[:, j] = [min(math.comb(n, j), _INT64_MAX) for n in range(num_experts)]
+    """``C(n, j)`` [size + 1, E] for ``j <= size`` and ``n < E``: terms of the combinatorial number system."""
+    table = np.array([[min(math.comb(n, j), _INT64_MAX) for n in range(num_experts)] for j in range(size + 1)])
+    table.flags.writeable = False
     return table
 
 
-def _keys_without_one(members: NDArray[np.int64], num_experts: int) -> NDArray[np.int64]:
-    r"""A key of ``A \ {i}`` for every member, [C, k]: its rank among all sets of that size, hence free of collisions.
+def _keys(columns: NDArray[np.int64], num_experts: int) -> NDArray[Any]:
+    """A key of every set ``c_0 < c_1 < ...`` [size, C], free of collisions.
 
-    A set ``c_0 < c_1 < ...`` has rank ``sum_j C(c_j, j + 1)``. Leaving member ``p`` out keeps the terms before it and
-    moves those behind it down by one place, so all k keys come from two running sums.
+    It is the set's rank ``sum_j C(c_j, j + 1)`` among all sets of that size, or its bytes where ranks exceed 64 bits.
     """
-    top_k = members.shape[1]
+    size = len(columns)
+    if _key_limit(num_experts, size) is None:
+        packed = np.ascontiguousarray(columns.T.astype(np.uint16))
+        return packed.view(np.dtype((np.void, 2 * size))).ravel()
+    table = _rank_table(num_experts, size)
+    return np.asarray(sum(table[j + 1][column] for j, column in enumerate(columns)))
+
+
+def _keys_without_one(columns: NDArray[np.int64], num_experts: int) -> NDArray[Any]:
+    r"""A key of ``A \ {i}`` for every member, flat in the order of ``columns`` [k, C].
+
+    Leaving member ``p`` out keeps the rank's terms before it and moves those behind it down by one place, so all k keys
+    come from two running sums.
+    """
+    top_k = len(columns)
+    if _key_limit(num_experts, top_k - 1) is None:
+        return np.concatenate([_keys(np.delete(columns, p, axis=0), num_experts) for p in range(top_k)])
     table = _rank_table(num_experts, top_k)
-    place = np.arange(top_k)
-    kept = table[members, place + 1]
-    moved = table[members, place]
-    before = np.cumsum(kept, axis=1) - kept
-    behind = moved.sum(axis=1, keepdims=True) - np.cumsum(moved, axis=1)
-    return np.asarray(before + behind)
+    keys = np.empty(columns.shape, dtype=np.int64)
+    before = np.zeros(columns.shape[1], dtype=np.int64)
+    for place in range(top_k):
+        keys[place] = before
+        if place < top_k - 1:
+            before += table[place + 1][columns[place]]
+    behind = np.zeros_like(before)
+    for place in range(top_k - 1, 0, -1):
+        behind += table[place][columns[place]]
+        keys[place - 1] += behind
+    return keys.ravel()
 
 
-def _group_ids(rows: NDArray[np.int64], num_experts: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Number equal rows alike: group of every row, and the first row of every group."""
-    size = rows.shape[1]
-    if math.comb(num_experts, size) <= _INT64_MAX:
-        return _group_sorted(_rank_table(num_experts, size)[rows, np.arange(1, size + 1)].sum(axis=1))
-    packed = np.ascontiguousarray(rows.astype(np.uint16)).view(np.dtype((np.void, 2 * size))).ravel()
-    _, first, group = np.unique(packed, return_index=True, return_inverse=True)
-    return group, first
+def _runs(keys: NDArray[Any], limit: int | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """An order that brings equal keys together, and where in it each run of equal keys begins.
+
+    Where key and position fit into 64 bits, they are sorted as one number, which is faster than sorting positions.
+    """
+    place_bits = len(keys).bit_length()
+    if limit is not None and limit.bit_length() + place_bits <= 63:
+        ordered = np.sort(keys << place_bits | np.arange(len(keys)))
+        order = ordered & ((1 << place_bits) - 1)
+        ordered >>= place_bits
+    elif limit is not None:
+        order = np.argsort(keys)
+        ordered = keys[order]
+    else:
+        _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+        order = np.argsort(group, kind="stable")
+        return order, np.searchsorted(group[order], np.arange(len(first)))
+    return order, np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
 
 
-def _group_sorted(keys: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    order = np.argsort(keys)
-    ordered = keys[order]
-    starts = np.empty(len(keys), dtype=bool)
-    starts[0] = True
-    np.not_equal(ordered[1:], ordered[:-1], out=starts[1:])
-    group = np.empty(len(keys), dtype=np.int64)
-    group[order] = np.cumsum(starts) - 1
-    return group, order[starts]
+def _sum_runs(ordered: Counts, starts: NDArray[np.int64]) -> Counts:
+    """Sum every run; exact for whole numbers, in ascending order for others."""
+    if ordered.dtype != np.int64:
+        run = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(ordered)))
+        ordered = ordered[np.lexsort((ordered, run))]
+    return np.add.reduceat(ordered, starts)
 
 
 def _sum_by(index: NDArray[np.int64], values: Counts, size: int) -> Counts:
