@@ -109,7 +109,13 @@ def draw(results: dict) -> None:
         "random": "#8a8a8a",
     }
     labels = {"contribution": "contribution (ours)", "shape, inverted": "SHAPE, highest\nvalues removed"}
-    shown = [("easy-ep", "uniform"), ("contribution", "global"), ("reap", "uniform"), ("shape", "coverage"), ("frequency", "uniform")]
+    shown = [
+        ("easy-ep", "uniform"),
+        ("contribution", "global"),
+        ("reap", "uniform"),
+        ("shape", "coverage"),
+        ("frequency", "uniform"),
+    ]
     shown += [("random", "uniform"), ("shape, inverted", "coverage")]
     for scorer, rule in shown:
         rows = [row for row in results["rows"] if (row["scorer"], row["rule"]) == (scorer, rule)]

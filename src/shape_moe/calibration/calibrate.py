@@ -92,17 +92,17 @@ class Calibrator:
         self.records = usable
         self.open = [record for record in usable if record.lacks_response]
 
-    def run(self, answer: Answerer, folder: Path | None) -> list[Example]:
+    def run(self, answerer: Callable[[], Answerer], folder: Path | None) -> list[Example]:
         """Answer and tokenise.
 
         Args:
-            answer: lets the model answer; called only when it has to.
+            answerer: gives what lets the model answer; called only when it has to.
             folder: where answers are kept for a later run, None for nowhere.
 
         Raises:
             DataError: when no record can be used.
         """
-        records, answers = self._answered(answer, folder)
+        records, answers = self._answered(answerer, folder)
         tokens = 0
         for record in records:
             if tokens >= self.options.max_tokens:
@@ -119,7 +119,9 @@ class Calibrator:
             raise DataError(f"No record of {self.data.source} could be used.")
         return self.examples
 
-    def _answered(self, answer: Answerer, folder: Path | None) -> tuple[list[Record], Mapping[int, list[int]]]:
+    def _answered(
+        self, answerer: Callable[[], Answerer], folder: Path | None
+    ) -> tuple[list[Record], Mapping[int, list[int]]]:
         """The records with texts from an endpoint in them, and the tokens that the model itself answered."""
         if not self.open or not self.options.max_new_tokens:
             return self.records, {}
@@ -139,6 +141,7 @@ class Calibrator:
             return [self._with_text(record, texts) for record in self.records if self._has_text(record, texts)], {}
         if not missing:
             return self.records, known
+        answer = answerer()
         with self.progress.phase("Answering prompts", missing, "answer") as advance:
             answers = answer(
                 self.tokeniser,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 import warnings
@@ -34,6 +35,7 @@ class Output:
     def __post_init__(self) -> None:
         level = logging.INFO if self.verbose else logging.ERROR
         logging.basicConfig(level=level, stream=sys.stderr, format="%(name)s: %(message)s")
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for results
         if not self.verbose:
             warnings.filterwarnings("ignore")
             _quiet_libraries()
@@ -77,11 +79,10 @@ class Output:
 
 
 def _quiet_libraries() -> None:
-    import os
-
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
 def amount(count: float, unit: str) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
@@ -21,9 +21,9 @@ from shape_moe.architectures.moe_config import MoeConfig
 from shape_moe.architectures.sites import live_moe_config
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.batches import Batch, batches
-from shape_moe.calibration.calibrate import Calibrator
+from shape_moe.calibration.calibrate import Answerer, Calibrator
 from shape_moe.calibration.examples import Tokeniser
-from shape_moe.calibration.records import Record, load_records
+from shape_moe.calibration.records import load_records
 from shape_moe.calibration.responses import generate_answers, pad_token_id
 from shape_moe.errors import DataError, ShapeMoeError, UsageError, first_line
 from shape_moe.interrupts import DeferredInterrupt
@@ -116,7 +116,7 @@ class TraceSession:
             ShapeMoeError: when a batch cannot be traced; the message names the record.
             DataError: when no record could be traced.
         """
-        examples = self.calibrator.run(self._answer, folder)
+        examples = self.calibrator.run(self._answerer, folder)
         tracer = ModelTracer(self.model)
         earlier, done = self._load_so_far(folder)
         pad_id = pad_token_id(self.model, self.calibrator.tokeniser)
@@ -134,9 +134,8 @@ class TraceSession:
                 stop.check()
         return self._result(tracer, earlier)
 
-    def _answer(self, tokeniser: Tokeniser, records: Sequence[Record], **options: Any) -> dict[int, list[int]]:
-        batch_size = self.options.answers.batch_size
-        return generate_answers(self.model, tokeniser, records, batch_size=batch_size, **options)
+    def _answerer(self) -> Answerer:
+        return partial(generate_answers, self.model, batch_size=self.options.answers.batch_size)
 
     def _stop(self) -> DeferredInterrupt:
         return DeferredInterrupt(

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from shape_moe.calibration.examples import Tokeniser
-from shape_moe.calibration.records import Record
 from shape_moe.errors import UsageError
 from shape_moe.jobs.session import TraceSession
 from shape_moe.tracing.trace import Trace
@@ -29,7 +25,7 @@ def trace_with_vllm(session: TraceSession, folder: Path | None) -> Trace:
     if snapshot is None:
         raise UsageError("--engine vllm loads a model from disk; give its folder or name.")
     engine = _Engine(session)
-    examples = session.calibrator.run(engine.answer, folder)
+    examples = session.calibrator.run(lambda: engine.tracer.answer, folder)
     tracer = engine.tracer
     with session.progress.phase("Tracing", sum(len(example.tokens) for example in examples), "token") as advance:
         tracer.trace(examples, advance)
@@ -55,6 +51,3 @@ class _Engine:
                 self._tracer = VllmTracer(session.snapshot, longest, options.dtype, options.engine_args)
                 advance(1)
         return self._tracer
-
-    def answer(self, tokeniser: Tokeniser, records: Sequence[Record], **options: Any) -> dict[int, list[int]]:
-        return self.tracer.answer(tokeniser, records, **options)
