@@ -1,0 +1,1 @@
+"""Files of other tools: responses of inference servers, and the files of the method's reference implementation."""
