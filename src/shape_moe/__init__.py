@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from shape_moe.calibration.calibrate import AnswerOptions
     from shape_moe.calibration.examples import TokenOptions
     from shape_moe.calibration.records import DataOptions
+    from shape_moe.jobs.convert import convert
     from shape_moe.jobs.inspect import inspect_model
     from shape_moe.jobs.options import PruneOptions, SelectionJob, TraceOptions
     from shape_moe.jobs.prune import prune
@@ -43,6 +44,7 @@ __all__ = [
     "Trace",
     "TraceOptions",
     "__version__",
+    "convert",
     "inspect_model",
     "load_selection",
     "load_trace",
@@ -60,6 +62,7 @@ _HOMES = {
     "calibration.calibrate": ("AnswerOptions",),
     "calibration.examples": ("TokenOptions",),
     "calibration.records": ("DataOptions",),
+    "jobs.convert": ("convert",),
     "jobs.inspect": ("inspect_model",),
     "jobs.options": ("PruneOptions", "SelectionJob", "TraceOptions"),
     "jobs.prune": ("prune",),

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from shape_moe.cli.main import run
 from shape_moe.demo.tasks import examples
 
-VERBS = ("inspect", "trace", "merge", "score", "select", "prune", "verify", "demo")
+VERBS = ("inspect", "trace", "convert", "merge", "score", "select", "prune", "verify", "demo")
 
 
 @pytest.fixture(scope="module")
