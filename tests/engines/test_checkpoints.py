@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from shape_moe.jobs.options import PruneOptions
 from shape_moe.jobs.prune import prune
 from shape_moe.pruning.masks import masked
 from shape_moe.serving.vllm import overrides
-from support.engines import assert_same_answers, engine_options, needs_vllm, run_engine, start_engine
+from support.engines import assert_same_answers, engine_options, environment, needs_vllm, run_engine, start_engine
 from support.mxfp4 import save_mxfp4_model
 from support.selections import random_selection
 from support.served_models import CHANGES
@@ -64,14 +67,44 @@ def test_a_stock_target_needs_no_plugin(tmp_path) -> None:
         assert_same_answers(model, result.answers)
 
 
-@pytest.mark.parametrize("trust", [False, True])
-def test_without_the_plugin_a_ragged_checkpoint_is_refused(tmp_path, trust) -> None:
-    original = save_model(make_model("qwen3_moe", **CHANGES["qwen3_moe"]), tmp_path / "original")
+@pytest.fixture(scope="module")
+def ragged(tmp_path_factory) -> Path:
+    """A ragged checkpoint with an odd count in one layer."""
+    folder = tmp_path_factory.mktemp("ragged")
+    original = save_model(make_model("qwen3_moe", **CHANGES["qwen3_moe"]), folder / "original")
     selection = random_selection(open_snapshot(original), "drop", "ragged")
-    prune(original, tmp_path / "out", QUICK, selection=selection)
+    prune(original, folder / "out", QUICK, selection=selection)
+    return folder / "out"
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_without_the_plugin_a_ragged_checkpoint_is_refused(tmp_path, ragged, trust) -> None:
     options = {**engine_options("qwen3_moe"), "trust_remote_code": trust}
-    refused = start_engine(tmp_path, tmp_path / "out", options, VLLM_PLUGINS="")
+    refused = start_engine(tmp_path, ragged, options, VLLM_PLUGINS="")
     assert refused.returncode != 0
     assert not (tmp_path / "result.json").exists()
     if not trust:
         assert "ShapeQwen3MoeForCausalLM" in refused.stdout + refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "options", "message"),
+    [
+        ("9.9.0", [], "with vLLM 0.32.0, and this is 9.9.0"),
+        ("0.32.0", ["--tensor-parallel-size", "2", "--enable-expert-parallel"], "Layer 2 keeps 9 experts"),
+    ],
+)
+def test_the_server_refuses_in_one_sentence(ragged, version, options, message) -> None:
+    code = (
+        "import sys, vllm\n"
+        f"vllm.__version__ = {version!r}\n"
+        "from vllm.entrypoints.cli.main import main\n"
+        f"sys.argv = ['vllm', 'serve', {str(ragged)!r}, '--max-model-len', '128', *{options!r}]\n"
+        "main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 1
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Qwen3MoeForCausalLM
 
 from shape_moe.architectures.families import FAMILIES
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.errors import FingerprintError, ServingError, UsageError
 from shape_moe.jobs.options import PruneOptions
 from shape_moe.jobs.prune import prune
+from shape_moe.pruning.modeling_shape_moe import pruned_class
 from shape_moe.serving.vllm import overrides
 from shape_moe.serving.vllm.building import layer_index
 from shape_moe.serving.vllm.families import VLLM_FAMILIES, architectures
@@ -184,6 +186,16 @@ def test_groups_that_vllm_would_ignore_are_refused(checkpoint) -> None:
             check_startup(read_plan(make_config("deepseek_v3", shape_pruning=broken)), vllm_config(config))
     dropping = served_config(checkpoint, "deepseek_v3", "drop")
     check_startup(read_plan(dropping), vllm_config(dropping))  # the router stays whole
+
+
+def test_servers_without_the_plugin_cannot_build_a_pruned_model(monkeypatch) -> None:
+    """vLLM builds foreign models of Transformers around its own kernels if the class says that it may."""
+    served = pruned_class(Qwen3MoeForCausalLM)
+    assert Qwen3MoeForCausalLM.is_backend_compatible()
+    assert not served.is_backend_compatible()
+    assert served._can_set_attn_implementation()
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace())
+    assert not served._can_set_attn_implementation()
 
 
 def test_layers_are_found_in_names() -> None:
