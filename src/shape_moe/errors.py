@@ -29,6 +29,10 @@ class CheckpointError(ShapeMoeError):
     """A model folder or one of its files is missing, damaged or not what it claims to be."""
 
 
+class ServingError(ShapeMoeError):
+    """A server would not give the pruned model's answers, so it must not start."""
+
+
 class DataError(ShapeMoeError):
     """A calibration record or file cannot be used."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,9 +27,9 @@ def pack(weight: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor
     return blocks, scales
 
 
-def save_mxfp4_model(folder: Path, *, seed: int = 0) -> Path:
-    """Write the checkpoint."""
-    model = make_model("gpt_oss", seed=seed, dtype=torch.bfloat16)
+def save_mxfp4_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """Write the checkpoint; ``changes`` override entries of its configuration."""
+    model = make_model("gpt_oss", seed=seed, dtype=torch.bfloat16, **changes)
     save_model(model, folder)
     generator = torch.Generator().manual_seed(seed)
     tensors = load_file(folder / "model.safetensors")

@@ -15,6 +15,7 @@ experts get weight zero. The experts keep their class, and with it Transformers'
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any
 
 import torch
@@ -112,6 +113,17 @@ def pruned_class(stock: type[transformers.PreTrainedModel]) -> type[transformers
             if pruning is None:
                 raise ValueError(f"{name} loads pruned checkpoints, but this configuration has no shape_pruning.")
             prune_in_place(self, pruning)
+
+        @classmethod
+        def is_backend_compatible(cls) -> bool:
+            """Servers that build models of Transformers around their own kernels give all layers one count."""
+            return False
+
+        @classmethod
+        def _can_set_attn_implementation(cls) -> bool:
+            # vLLM asks this too before it does so: it would serve garbage without an error.
+            settable: bool = super()._can_set_attn_implementation()
+            return settable and "vllm" not in sys.modules
 
     Pruned.__name__ = Pruned.__qualname__ = name
     Pruned.__doc__ = f"{stock.__name__} with the experts that ``config.shape_pruning`` keeps."
