@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,21 +15,14 @@ from shape_moe.demo.embedded import EVALUATION_SEED, exact_match
 from shape_moe.demo.tasks import TASKS, examples
 from shape_moe.jobs.options import PruneOptions
 from shape_moe.jobs.prune import prune
+from shape_moe.jobs.verify import verify
 from shape_moe.pruning.masks import masked
-from shape_moe.selection.selection import Selection
 from support.engines import needs_vllm, server
+from support.selections import seven_of_eight
 
 pytestmark = [needs_vllm, pytest.mark.timeout(900)]
 COUNT = 25
 NAME = "served"
-
-
-@pytest.fixture(scope="module")
-def selection() -> Selection:
-    """Seven of eight experts: the model still knows some tasks, and forgets others."""
-    layers = {layer: [expert for expert in range(32) if (expert + layer) % 8] for layer in range(4)}
-    layers[0] = layers[0][:-1]
-    return Selection(None, None, "qwen3_moe", "random", "uniform", "drop", 32, 4, layers, 0.875)
 
 
 def served_exact_match(address: str) -> dict[str, float]:
@@ -47,13 +42,35 @@ def served_exact_match(address: str) -> dict[str, float]:
     return scores
 
 
-def test_task_accuracy_is_that_of_transformers(tmp_path, embedded, selection) -> None:
+def test_task_accuracy_is_that_of_transformers(tmp_path, embedded) -> None:
+    selection = seven_of_eight()
     model = AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.float32).eval()
     with masked(model, selection):
         expected = exact_match(model, AutoTokenizer.from_pretrained(embedded), count=COUNT)
     assert 0 < min(expected.values()) < max(expected.values())
-    prune(embedded, tmp_path / "out", PruneOptions(device="cpu", check_logits=False), selection=selection)
+    prune(embedded, tmp_path / "out", PruneOptions(device="cpu", dtype="float32"), selection=selection)
     vllm = str(Path(sys.executable).with_name("vllm"))
     small = ["--dtype", "float32", "--max-model-len", "256", "--served-model-name", NAME]
     with server([vllm, "serve", str(tmp_path / "out"), *small], tmp_path / "log.txt") as address:
         assert served_exact_match(address) == expected
+        checks = {check.name: check for check in verify(tmp_path / "out", endpoint=address)}
+        assert all(check.passed for check in checks.values()), checks
+        assert "top-1 agreement 100.0%" in checks["endpoint's canary"].detail
+
+
+def test_the_dense_model_under_the_pruned_name_is_caught(tmp_path, embedded) -> None:
+    """Another vocabulary of the server's tokenizer as well: both checks fail, each for its reason."""
+    prune(embedded, tmp_path / "out", PruneOptions(device="cpu", dtype="float32"), selection=seven_of_eight())
+    tokenizer = shutil.copytree(embedded, tmp_path / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
+    document = json.loads((tokenizer / "tokenizer.json").read_text())
+    vocabulary = document["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (tokenizer / "tokenizer.json").write_text(json.dumps(document))
+    vllm = str(Path(sys.executable).with_name("vllm"))
+    small = ["--dtype", "float32", "--max-model-len", "256", "--served-model-name", NAME, "--enforce-eager"]
+    command = [vllm, "serve", str(embedded), *small, "--tokenizer", str(tokenizer)]
+    with server(command, tmp_path / "log.txt") as address:
+        checks = {check.name: check for check in verify(tmp_path / "out", endpoint=address)}
+    assert checks["endpoint's canary"].passed is False
+    assert checks["endpoint's tokens"].passed is False
+    assert checks["files"].passed is True
