@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +19,8 @@ from shape_moe.jobs.prune import prune
 from shape_moe.jobs.verify import Check, verify
 from shape_moe.pruning.compare import file_hash
 from shape_moe.selection.select import SelectOptions
+from shape_moe.selection.selection import load_selection
+from shape_moe.tracing.trace import load_trace
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +107,11 @@ def test_foreign_tokenizers(copy) -> None:
 
 
 def test_swapped_experts_are_noticed_by_the_canary_and_the_original(copy, embedded) -> None:
+    used = load_trace(copy / "shape" / "trace").sums("tokens")[3][load_selection(copy).layers[3]]
+    busiest = np.argsort(-used)[:2]
     tensors = load_file(copy / "model.safetensors")
     for part in ("gate_proj", "up_proj", "down_proj"):
-        first, second = (f"model.layers.3.mlp.experts.{i}.{part}.weight" for i in (0, 1))
+        first, second = (f"model.layers.3.mlp.experts.{i}.{part}.weight" for i in busiest)
         tensors[first], tensors[second] = tensors[second], tensors[first]
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     accept_hashes(copy)
