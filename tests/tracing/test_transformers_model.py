@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from shape_moe.architectures import sites
 from shape_moe.architectures.sites import find_sites
 from shape_moe.calibration.batches import batches, make_batch
 from shape_moe.errors import ShapeMoeError, UnsupportedModelError
@@ -158,6 +159,13 @@ def test_experts_without_the_interface_are_refused() -> None:
     model.model.layers[0].mlp.experts = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
     with pytest.raises(UnsupportedModelError, match="use_experts_implementation"):
         find_sites(model)
+
+
+def test_families_name_the_transformers_that_they_need(monkeypatch) -> None:
+    monkeypatch.setattr(sites, "version", lambda _name: "5.19.0")
+    assert find_sites(make_model("qwen3_moe"))
+    with pytest.raises(UnsupportedModelError, match=r"granitemoe needs Transformers 5\.23 or newer.*this is 5\.19\.0"):
+        find_sites(make_model("granitemoe"))
 
 
 def test_dense_and_unknown_models_are_refused() -> None:

@@ -33,6 +33,8 @@ class Family:
         renormalises: config key (or a constant) that says whether gate weights sum to one over the top-k.
         group_keys: config keys of the number of router groups and of the groups a token may use; None without.
         group_minimum: experts that a group must keep for the router's group score to be defined.
+        transformers: oldest version of Transformers whose router and experts have the interface, where that is newer
+            than the oldest that this package takes.
         has_mtp_layers: whether checkpoints may carry multi-token-prediction layers after the decoder layers.
         mtp_count_key: config key that counts those layers.
     """
@@ -54,6 +56,7 @@ class Family:
     renormalises: str | bool = "norm_topk_prob"
     group_keys: tuple[str, str] | None = None
     group_minimum: int = 1
+    transformers: str | None = None
     has_mtp_layers: bool = False
     mtp_count_key: str = "num_nextn_predict_layers"
 
@@ -95,6 +98,7 @@ FAMILIES: dict[str, Family] = {
             packed=("input_linear.weight", "output_linear.weight"),
             residual_scale_key="residual_multiplier",
             renormalises=True,
+            transformers="5.23",
         ),
         Family(
             "deepseek_v2",

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from packaging.version import Version
+
+from shape_moe.architectures.families import Family
 from shape_moe.architectures.moe_config import MoeConfig, read_moe_config
 from shape_moe.errors import UnsupportedModelError
 
@@ -47,6 +51,7 @@ def find_sites(model: PreTrainedModel) -> list[MoeSite]:
     """
     moe = live_moe_config(model)
     family = moe.family
+    _check_transformers(family)
     if getattr(model, "use_kernels", False) or getattr(model, "_use_kernels", False):
         raise UnsupportedModelError(
             "The model was loaded with use_kernels=True, whose fused blocks bypass the experts interface; "
@@ -73,6 +78,15 @@ def find_sites(model: PreTrainedModel) -> list[MoeSite]:
     if not sites:
         raise UnsupportedModelError(f"No MoE layer was found in {type(model).__name__}: the model is dense.")
     return sorted(sites, key=lambda site: site.layer)
+
+
+def _check_transformers(family: Family) -> None:
+    found = version("transformers")
+    if family.transformers is not None and Version(found) < Version(family.transformers):
+        raise UnsupportedModelError(
+            f"{family.model_type} needs Transformers {family.transformers} or newer, whose router gives its results in the "
+            f"order that all families use; this is {found}."
+        )
 
 
 def _child(module: nn.Module, path: str) -> nn.Module | None:
