@@ -84,8 +84,8 @@ def _check_transformers(family: Family) -> None:
     found = version("transformers")
     if family.transformers is not None and Version(found) < Version(family.transformers):
         raise UnsupportedModelError(
-            f"{family.model_type} needs Transformers {family.transformers} or newer, whose router gives its results in the "
-            f"order that all families use; this is {found}."
+            f"{family.model_type} needs Transformers {family.transformers} or newer, whose router gives its results in "
+            f"the order that all families use; this is {found}."
         )
 
 
