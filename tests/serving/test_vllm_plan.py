@@ -16,7 +16,7 @@ from transformers import Qwen3MoeForCausalLM
 
 from shape_moe.architectures.families import FAMILIES
 from shape_moe.architectures.snapshot import open_snapshot
-from shape_moe.errors import FingerprintError, ServingError, UsageError
+from shape_moe.errors import FingerprintError, ServingError, UnsupportedModelError, UsageError
 from shape_moe.jobs.options import PruneOptions
 from shape_moe.jobs.prune import prune
 from shape_moe.pruning.modeling_shape_moe import pruned_class
@@ -28,6 +28,7 @@ from shape_moe.serving.vllm.plan import expert_count, read_plan
 from shape_moe.serving.vllm.startup import ANY_VERSION, TESTED_VERSIONS, check_startup, check_version
 from shape_moe.serving.vllm.weights import kept_weights, load_kept
 from support.selections import random_selection
+from support.tiny_models import FAMILIES as TINY
 from support.tiny_models import make_config
 
 
@@ -65,12 +66,16 @@ def test_the_entry_point_is_installed_and_light() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_every_family_is_served_under_its_pruned_name() -> None:
-    assert VLLM_FAMILIES.keys() == FAMILIES.keys()
+def test_families_are_served_under_their_pruned_names(checkpoint) -> None:
+    assert FAMILIES.keys() - VLLM_FAMILIES.keys() == {"granitemoe"}
     assert architectures()["ShapeQwen3MoeForCausalLM"] == "qwen3_moe"
-    assert len(architectures()) == len(FAMILIES)
+    assert len(architectures()) == len(VLLM_FAMILIES)
+    snapshot = open_snapshot(checkpoint("granitemoe"))
+    with pytest.raises(UnsupportedModelError, match="does not serve granitemoe; it serves deepseek_v2"):
+        overrides(snapshot.path, random_selection(snapshot, "drop", "ragged"))
 
 
+@pytest.mark.parametrize("family", [name for name in TINY if name != "granitemoe"])
 @pytest.mark.parametrize("routing", ["drop", "reroute"])
 def test_kept_weights_are_those_of_the_pruned_checkpoint(checkpoint, tmp_path, family, routing) -> None:
     snapshot = open_snapshot(checkpoint(family))

@@ -23,7 +23,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "olmoe": {**_COMMON, "intermediate_size": 64},
     "mixtral": {**_COMMON, "intermediate_size": 64},
     "gpt_oss": {**_COMMON, "intermediate_size": 64, "head_dim": 32},
-    "granitemoe": {**_COMMON, "intermediate_size": 64},
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v2_grouped": _DEEPSEEK,
     "deepseek_v3": {**_DEEPSEEK, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},

@@ -30,7 +30,6 @@ VLLM_FAMILIES: dict[str, VllmFamily] = {
     "olmoe": VllmFamily("olmoe", "OlmoeMoE"),
     "mixtral": VllmFamily("mixtral", "MixtralMoE"),
     "gpt_oss": VllmFamily("gpt_oss", "MLPBlock", counts_packed_rows=True),
-    "granitemoe": VllmFamily("granitemoe", "GraniteMoeMoE"),
     "deepseek_v2": VllmFamily("deepseek_v2", "DeepseekV2MoE"),
     "deepseek_v3": VllmFamily("deepseek_v2", "DeepseekV2MoE"),
     "glm4_moe": VllmFamily("glm4_moe", "Glm4MoE"),

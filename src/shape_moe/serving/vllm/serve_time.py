@@ -25,8 +25,10 @@ def config_overrides(
 ) -> dict[str, Any]:
     """See :func:`shape_moe.serving.vllm.overrides`."""
     snapshot = open_snapshot(model, revision)
-    if snapshot.moe.family.model_type not in VLLM_FAMILIES:
-        raise UnsupportedModelError(f"The vLLM plugin serves {', '.join(sorted(VLLM_FAMILIES))}.")
+    family = snapshot.moe.family.model_type
+    if family not in VLLM_FAMILIES:
+        served = ", ".join(sorted(VLLM_FAMILIES))
+        raise UnsupportedModelError(f"The vLLM plugin does not serve {family}; it serves {served}.")
     chosen = selection if isinstance(selection, Selection) else load_selection(selection)
     if chosen.fingerprint is not None:
         what = "The selection" if isinstance(selection, Selection) else f"The selection {selection}"
