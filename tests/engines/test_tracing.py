@@ -28,6 +28,7 @@ def test_counts_equal_those_of_transformers(tmp_path, embedded) -> None:
     rows = [row for task in TASKS for row in examples(task, 8, seed=5)]
     for row in rows[::3]:
         del row["response"]
+    rows.append({"text": "".join(chr(33 + (7 * i) % 90) for i in range(512))})  # fills the context
     file = tmp_path / "tasks.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -316,3 +317,22 @@ def test_nan_weights_name_the_layer(tmp_path, embedded, data) -> None:
     AutoTokenizer.from_pretrained(embedded).save_pretrained(tmp_path / "nan")
     with pytest.raises(ShapeMoeError, match="Layer 2.*not finite.*NaN"):
         trace(tmp_path / "nan", options(data([{"text": "some text to route"}])))
+
+
+def test_engines_and_their_arguments(embedded, data) -> None:
+    source = data([{"text": "abc"}])
+    with pytest.raises(UsageError, match="no engine 'sglang'; there are transformers and vllm"):
+        options(source, engine="sglang")
+    with pytest.raises(UsageError, match="go with --engine vllm"):
+        options(source, engine_args={"tensor_parallel_size": 2})
+    with pytest.raises(UsageError, match="enforce_eager is decided by the tracer"):
+        trace(embedded, options(source, engine="vllm", engine_args={"enforce_eager": False}))
+    model = AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.float32)
+    with pytest.raises(UsageError, match="loads a model from disk"):
+        trace(model, options(source, engine="vllm"), tokenizer=AutoTokenizer.from_pretrained(embedded))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_engine_vllm_needs_vllm(embedded, data) -> None:
+    with pytest.raises(ShapeMoeError, match=r"needs vLLM in this environment: install shape-moe\[vllm\]"):
+        trace(embedded, options(data([{"text": "abc"}]), engine="vllm"))

@@ -6,6 +6,7 @@ teacher-forced pass of the Transformers tracer.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.batches import FOLDS
 from shape_moe.calibration.examples import Example, Tokeniser
 from shape_moe.calibration.records import Record
-from shape_moe.errors import ShapeMoeError, UnsupportedModelError, first_line
+from shape_moe.errors import ShapeMoeError, UnsupportedModelError, UsageError, first_line
 from shape_moe.tracing.coalitions import CoalitionTable
 from shape_moe.tracing.vllm_worker import from_bytes
 
@@ -40,20 +41,11 @@ class VllmTracer:
         implementation: engine and version, for the trace.
 
     Raises:
+        UsageError: for an engine argument that the tracer decides.
         ShapeMoeError: when vLLM is not installed or cannot load the model.
     """
 
     def __init__(self, snapshot: Snapshot, longest: int, dtype: str, engine: Mapping[str, Any]) -> None:
-        try:
-            import vllm
-        except ImportError as error:
-            raise ShapeMoeError(
-                "--engine vllm needs vLLM in this environment: install shape-moe[vllm], or use --engine transformers."
-            ) from error
-        self.snapshot, self.longest = snapshot, longest
-        self.implementation = f"vllm {vllm.__version__}"
-        self.statistics: dict[str, NDArray[Any]] = {}
-        self.coalitions: dict[int, CoalitionTable] = {}
         wanted = {
             "dtype": dtype,
             "max_model_len": longest + 1,
@@ -66,7 +58,19 @@ class VllmTracer:
         }
         fixed = sorted(set(engine) & (set(wanted) - {"max_num_batched_tokens"}))
         if fixed:
-            raise ShapeMoeError(f"The engine argument {fixed[0]} is decided by the tracer; leave it out.")
+            raise UsageError(f"The engine argument {fixed[0]} is decided by the tracer; leave it out.")
+        try:
+            import vllm
+        except ImportError as error:
+            raise ShapeMoeError(
+                "--engine vllm needs vLLM in this environment: install shape-moe[vllm], or use --engine transformers."
+            ) from error
+        # an example that fills the context needs room for one token more, which is sampled but never run
+        os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+        self.snapshot = snapshot
+        self.implementation = f"vllm {vllm.__version__}"
+        self.statistics: dict[str, NDArray[Any]] = {}
+        self.coalitions: dict[int, CoalitionTable] = {}
         try:
             self.engine = vllm.LLM(model=str(snapshot.path), **{**wanted, **engine})
         except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:

@@ -117,9 +117,13 @@ class RoutingTraceExtension:
 
     def shape_moe_begin(self, layers: list[int], num_experts: int, sequences: list[Any]) -> str | None:
         """Count every forward pass from now on; the reason where this worker's routers cannot be observed."""
-        from vllm.model_executor.layers.fused_moe.layer import MoERunner
-        from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
-
+        try:
+            from vllm.model_executor.layers.fused_moe.layer import MoERunner
+            from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+        except ImportError:
+            return (
+                "This version of vLLM keeps its routers elsewhere; docs/serving.md names the versions that were tested."
+            )
         parallel = self.vllm_config.parallel_config
         if parallel.pipeline_parallel_size > 1 or parallel.data_parallel_size > 1 or parallel.enable_expert_parallel:
             return "Tracing with vLLM works with tensor parallelism alone: no pipeline, data or expert parallelism."
