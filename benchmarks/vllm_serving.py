@@ -22,7 +22,7 @@ from shape_moe.selection.selection import Selection
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, WIDTH, VOCABULARY = 3, 128, 8, 2048, 768, 4096
 SURVIVING = {0.8: 7.94, 0.6: 7.53}
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS, PAIRS = 16, 64, 32, 5
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS, PAIRS = 16, 64, 24, 7
 ROUTER_DEVIATION = 1.5
 """Of router logits: how sharply tokens choose."""
 
@@ -120,12 +120,13 @@ def _bfloat16(values: np.ndarray) -> bytes:
 class Engine:
     """A vLLM engine with a fixed workload."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, eager: bool = False) -> None:
         from vllm import LLM
 
         self.llm = LLM(
             str(folder),
             skip_tokenizer_init=True,
+            enforce_eager=eager,
             max_model_len=256,
             max_num_seqs=PROMPTS,
             enable_prefix_caching=False,
@@ -143,35 +144,37 @@ class Engine:
         wanted = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
         self.llm.generate(self.prompts, wanted, use_tqdm=False)
 
-    def parameter_bytes(self) -> dict[str, int]:
-        """Bytes of parameters that the worker has allocated: of experts, and of the rest."""
-        return self.llm.collective_rpc("parameter_bytes")[0]
+    def expert_bytes(self) -> int:
+        """Bytes of expert parameters that the worker has allocated."""
+        return self.llm.collective_rpc("expert_bytes")[0]
 
-    def surviving_slots(self, kept: dict[int, list[int]]) -> float:
-        """Slots per token that fall on kept experts in the dense model, mean over layers."""
+    def count_slots(self) -> np.ndarray:
+        """How often each layer routes to each expert during the workload; the engine must be eager."""
         self.llm.collective_rpc("count_slots", args=(EXPERTS,))
         self.work()
-        counts = np.asarray(self.llm.collective_rpc("slot_counts")[0], dtype=np.float64)
-        return float(np.mean([TOP_K * counts[layer][ids].sum() / counts[layer].sum() for layer, ids in kept.items()]))
+        return np.asarray(self.llm.collective_rpc("slot_counts")[0], dtype=np.float64)
 
     def close(self) -> None:
         """Stop the engine."""
         self.llm.llm_engine.engine_core.shutdown()
 
 
-def measure(folder: Path, dense: Engine, keep: float, routing: str, kept: dict[int, list[int]]) -> dict[str, Any]:
+def measure(
+    folder: Path, dense: Engine, slots: np.ndarray, keep: float, routing: str, kept: dict[int, list[int]]
+) -> dict[str, Any]:
     """One pruned checkpoint beside the dense model."""
     selection = Selection(None, None, "qwen3_moe", "none", "none", routing, EXPERTS, TOP_K, kept, keep)  # type: ignore[arg-type]
     out = folder / f"{routing}-{keep}"
     prune(folder / "dense", out, PruneOptions(check_logits=False), selection=selection)
     engine = Engine(out)
     result = paired(dense.work, engine.work, PAIRS)
+    surviving = float(np.mean([TOP_K * slots[layer][ids].sum() / slots[layer].sum() for layer, ids in kept.items()]))
     found = {
         "keep": keep,
         "routing": routing,
         "experts_kept": [len(ids) for ids in kept.values()],
-        "surviving_slots_per_token": dense.surviving_slots(kept) if routing == "drop" else float(TOP_K),
-        "parameter_bytes": engine.parameter_bytes(),
+        "surviving_slots_per_token": surviving if routing == "drop" else float(TOP_K),
+        "expert_bytes": engine.expert_bytes(),
         "throughput_against_dense": result,
         "tokens_per_second": PROMPTS * NEW_TOKENS / result["second_seconds"],
         "tokens_per_second_dense": PROMPTS * NEW_TOKENS / result["first_seconds"],
@@ -186,15 +189,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make_checkpoint(folder / "dense", kept)
+        counting = Engine(folder / "dense", eager=True)
+        slots = counting.count_slots()
+        counting.close()
         dense = Engine(folder / "dense")
         rows = [
-            measure(folder, dense, keep, routing, kept[keep]) for keep in SURVIVING for routing in ("drop", "reroute")
+            measure(folder, dense, slots, keep, routing, kept[keep])
+            for keep in SURVIVING
+            for routing in ("drop", "reroute")
         ]
         results = {
             "model": f"Qwen3-MoE, {LAYERS} layers of {EXPERTS} experts, top-{TOP_K}, hidden {HIDDEN}, width {WIDTH}, "
             "bfloat16",
             "workload": f"{PROMPTS} prompts of {PROMPT_TOKENS} tokens, {NEW_TOKENS} new tokens each",
-            "dense_parameter_bytes": dense.parameter_bytes(),
+            "dense_expert_bytes": dense.expert_bytes(),
             "rows": rows,
         }
         dense.close()

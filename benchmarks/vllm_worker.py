@@ -10,12 +10,13 @@ class Measuring:
 
     model_runner: Any
 
-    def parameter_bytes(self) -> dict[str, int]:
-        """Bytes of allocated parameters: of routed experts, and of the rest."""
-        sizes = {"experts": 0, "rest": 0}
-        for name, parameter in self.model_runner.model.named_parameters():
-            sizes["experts" if ".experts." in name else "rest"] += parameter.numel() * parameter.element_size()
-        return sizes
+    def expert_bytes(self) -> int:
+        """Bytes of allocated parameters of routed experts."""
+        return sum(
+            parameter.numel() * parameter.element_size()
+            for name, parameter in self.model_runner.model.named_parameters()
+            if ".experts." in name
+        )
 
     def count_slots(self, experts: int) -> None:
         """Count from now on how often each expert is routed to."""
