@@ -8,15 +8,15 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 from shape_moe.architectures.safetensors_file import TensorSlot, make_header, read_header
 from shape_moe.architectures.snapshot import INDEX_FILE, SINGLE_FILE, Snapshot
-from shape_moe.architectures.tensor_names import renumbered
 from shape_moe.errors import CheckpointError, ShapeMoeError, UsageError
+from shape_moe.pruning.kept import Keeping
 from shape_moe.selection.selection import Selection, check_against_model
 
 Progress = Callable[[int], None]
@@ -79,9 +79,10 @@ def plan_checkpoint(snapshot: Snapshot, selection: Selection) -> list[ShardPlan]
         UsageError: when the selection does not fit the model.
     """
     check_fits(snapshot, selection)
+    keeping = Keeping(snapshot.moe.family, snapshot.moe.num_layers, selection.layers, selection.routing)
     shards = []
     for source, slots in snapshot.files():
-        tensors = tuple(tensor for slot in slots if (tensor := _slice(snapshot, selection, slot)) is not None)
+        tensors = tuple(tensor for slot in slots if (tensor := _slice(keeping, slot)) is not None)
         if tensors:
             shards.append((source, tensors))
     if len(shards) == 1:
@@ -92,26 +93,19 @@ def plan_checkpoint(snapshot: Snapshot, selection: Selection) -> list[ShardPlan]
     ]
 
 
-def _slice(snapshot: Snapshot, selection: Selection, slot: TensorSlot) -> SlicedTensor | None:
-    role = snapshot.role(slot.name)
-    whole = SlicedTensor(slot.name, slot.shape, slot, ((slot.start, slot.size),))
-    if role.layer >= snapshot.moe.num_layers:
-        return None  # multi-token-prediction layers: their experts were not traced and no loader needs them
-    if role.role == "expert":
-        kept = selection.layers[role.layer]
-        if role.expert not in kept:
-            return None
-        name = renumbered(snapshot.moe.family, slot.name, kept.index(role.expert))
-        return SlicedTensor(name, slot.shape, slot, whole.ranges)
-    if role.role == "packed" or (role.role == "router" and selection.routing == "reroute"):
-        kept = selection.layers[role.layer]
-        row = slot.size // slot.shape[0]
-        ranges = tuple((slot.start + first * row, count * row) for first, count in _runs(kept))
-        return SlicedTensor(slot.name, (len(kept), *slot.shape[1:]), slot, ranges)
-    return whole
+def _slice(keeping: Keeping, slot: TensorSlot) -> SlicedTensor | None:
+    found = keeping.tensor(slot.name)
+    if found is None:
+        return None
+    name, rows = found
+    if rows is None:
+        return SlicedTensor(name, slot.shape, slot, ((slot.start, slot.size),))
+    row = slot.size // slot.shape[0]
+    ranges = tuple((slot.start + first * row, count * row) for first, count in _runs(rows))
+    return SlicedTensor(name, (len(rows), *slot.shape[1:]), slot, ranges)
 
 
-def _runs(ids: list[int]) -> Iterator[tuple[int, int]]:
+def _runs(ids: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Maximal runs of consecutive ids as (first, count)."""
     starts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(ids)) if b != a + 1), len(ids)]
     for begin, end in pairwise(starts):

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from typing import Any
 
-from shape_moe.architectures.tensor_names import renumbered, tensor_role
+from shape_moe.architectures.tensor_names import tensor_role
+from shape_moe.pruning.kept import Keeping
 from shape_moe.serving.vllm.plan import ServingPlan, expert_count
 
 Weight = tuple[str, Any]
@@ -25,21 +26,12 @@ def kept_weights(weights: Iterable[Weight], plan: ServingPlan) -> Iterator[Weigh
     Yields:
         Names and tensors of the pruned checkpoint.
     """
-    new_ids = {layer: {old: new for new, old in enumerate(ids)} for layer, ids in plan.layers.items()}
+    keeping = Keeping(plan.family, plan.num_layers, plan.layers, plan.routing)
     for name, tensor in weights:
-        role = tensor_role(plan.family, name)
-        if role.layer >= plan.num_layers:
-            continue  # multi-token-prediction layers: their experts were not traced, so they are not served
-        ids = new_ids.get(role.layer)
-        if ids is None:
-            yield name, tensor
-        elif role.role == "expert":
-            if role.expert in ids:
-                yield renumbered(plan.family, name, ids[role.expert]), tensor
-        elif role.role == "packed" or (role.role == "router" and plan.routing == "reroute"):
-            yield name, tensor[list(ids)]
-        else:
-            yield name, tensor
+        found = keeping.tensor(name)
+        if found is not None:
+            new_name, rows = found
+            yield new_name, tensor if rows is None else tensor[list(rows)]
 
 
 def load_kept(
