@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -48,23 +48,49 @@ def generate_answers(
     Returns:
         Answer tokens (end-of-sequence token included) by record index.
     """
-    import torch
-
     answers = dict(known or {})
     prompts = {record.index: tokeniser.prompt(record) for record in records if record.index not in answers}
-    order = sorted(prompts, key=lambda index: (-len(prompts[index]), index))
-    pad_id = pad_token_id(model, tokeniser)
-    stops, device = _stop_ids(model), input_device(model)
+    room = {index: tokeniser.room(len(prompt), max_new_tokens) for index, prompt in prompts.items()}
+    for batch in greedy_answers(model, prompts, room, batch_size=batch_size, pad_id=pad_token_id(model, tokeniser)):
+        answers |= batch
+        keep(answers)
+        progress(len(batch))
+    return answers
+
+
+def greedy_answers(
+    model: PreTrainedModel,
+    prompts: Mapping[int, Sequence[int]],
+    room: Mapping[int, int],
+    *,
+    batch_size: int,
+    pad_id: int,
+) -> Iterator[dict[int, list[int]]]:
+    """Continue prompts greedily, longest first, in left-padded batches with a KV cache.
+
+    Args:
+        model: the model that answers.
+        prompts: token ids by any key.
+        room: the most tokens of each answer.
+        batch_size: prompts per batch.
+        pad_id: token id of the padding.
+
+    Yields:
+        The answers of one batch by key, end-of-sequence token included.
+    """
+    import torch
+
+    order = sorted(prompts, key=lambda key: (-len(prompts[key]), key))
+    stops, device = stop_ids(model), input_device(model)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        width = max(len(prompts[index]) for index in rows)
-        room = {index: tokeniser.room(len(prompts[index]), max_new_tokens) for index in rows}
+        width = max(len(prompts[key]) for key in rows)
         ids = torch.full((len(rows), width), pad_id)
         mask = torch.zeros((len(rows), width), dtype=torch.int64)
-        for row, index in enumerate(rows):
-            ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
-            mask[row, width - len(prompts[index]) :] = 1
-        longest = max(room.values())
+        for row, key in enumerate(rows):
+            ids[row, width - len(prompts[key]) :] = torch.tensor(prompts[key])
+            mask[row, width - len(prompts[key]) :] = 1
+        longest = max(room[key] for key in rows)
         if longest:
             with torch.no_grad():
                 ids = model.generate(
@@ -75,11 +101,7 @@ def generate_answers(
                     use_cache=True,
                     pad_token_id=pad_id,
                 )
-        for row, index in enumerate(rows):
-            answers[index] = _until_stop(ids[row, width : width + room[index]].tolist(), stops)
-        keep(answers)
-        progress(len(rows))
-    return answers
+        yield {key: until_stop(ids[row, width : width + room[key]].tolist(), stops) for row, key in enumerate(rows)}
 
 
 def pad_token_id(model: PreTrainedModel, tokeniser: Tokeniser) -> int:
@@ -90,18 +112,20 @@ def pad_token_id(model: PreTrainedModel, tokeniser: Tokeniser) -> int:
     return 0
 
 
-def _stop_ids(model: PreTrainedModel) -> set[int]:
+def stop_ids(model: PreTrainedModel) -> frozenset[int]:
+    """Ids of the tokens that end an answer."""
     stop = getattr(model.generation_config, "eos_token_id", None)
     if stop is None:
-        return set()
-    return set(stop) if isinstance(stop, list) else {stop}
+        return frozenset()
+    return frozenset(stop) if isinstance(stop, list) else frozenset([stop])
 
 
-def _until_stop(tokens: list[int], stops: set[int]) -> list[int]:
+def until_stop(tokens: Sequence[int], stops: frozenset[int]) -> list[int]:
+    """Tokens up to and with the first that ends an answer."""
     for i, token in enumerate(tokens):
         if token in stops:
-            return tokens[: i + 1]
-    return tokens
+            return list(tokens[: i + 1])
+    return list(tokens)
 
 
 def fetch_answers(

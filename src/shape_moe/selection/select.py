@@ -70,6 +70,80 @@ class _Chooser(Protocol):
         """Choose by scores; ``budget`` overrules what the options ask for."""
 
 
+class TraceSelector:
+    """Selects from one trace many times: by several scorers and rules, at several keep rates.
+
+    What does not depend on the keep rate is computed once: the scores of every scorer, and those of the two halves.
+
+    Args:
+        trace: the trace.
+        scoring: segment weights and seed.
+
+    Raises:
+        UsageError: when the segments that count hold no tokens.
+    """
+
+    def __init__(self, trace: Trace, scoring: ScoreOptions | None = None) -> None:
+        self.trace, self.scoring = trace, scoring or ScoreOptions()
+        weights = self.scoring.weights
+        self._tokens = trace.sums("tokens", weights)
+        if not self._tokens.any():
+            raise UsageError(
+                f"The trace holds {_counted(trace.info.tokens)}, and none of them count with --prompt-weight "
+                f"{weights.prompt:g} and --response-weight {weights.response:g}."
+            )
+        halves = [trace.half(half) for half in (0, 1)]
+        self._halves = halves if all(half.sums("tokens", weights).any(axis=1).all() for half in halves) else []
+        self._scores: dict[str, tuple[Scores, list[Scores]]] = {}
+
+    def scores(self, scorer: str) -> Scores:
+        """The scores of the whole trace.
+
+        Raises:
+            UsageError: for an unknown scorer, or one that needs what the trace does not hold.
+        """
+        return self._scored(scorer)[0]
+
+    def _scored(self, scorer: str) -> tuple[Scores, list[Scores]]:
+        if scorer not in self._scores:
+            whole = score_trace(self.trace, scorer, self.scoring)
+            halves = self._halves if get_scorer(scorer).needs else []
+            self._scores[scorer] = whole, [score_trace(half, scorer, self.scoring) for half in halves]
+        return self._scores[scorer]
+
+    def select(self, options: SelectOptions, scorer: str = "shape") -> Selection:
+        """Select experts.
+
+        Args:
+            options: what is asked for.
+            scorer: name of the scorer.
+
+        Raises:
+            BudgetError: when the budget cannot be met under the constraints.
+            UsageError: for options that contradict each other, the trace or the model.
+        """
+        info, weights = self.trace.info, self.scoring.weights
+        scores, halves = self._scored(scorer)
+        pick = _chooser(options, info.layers, info.routing)
+        choice = pick(scores)
+        agreement = stability(*(pick(half, choice.asked).mask for half in halves)) if halves else None
+        warnings = guards.warn_unseen(self._tokens)
+        if "largest_norm" in self.trace.statistics:
+            largest = self.trace.sums("largest_norm", weights)
+            warnings += guards.warn_lost_super_experts(info.layers, largest, choice.mask)
+        warnings += guards.warn_unstable(agreement)
+        warnings += guards.warn_inflation(options.routing, info.routing.renormalises)
+        return replace(
+            _selection(scores, choice, options, info.routing.top_k),
+            fingerprint=info.fingerprint,
+            model=info.model,
+            family=info.family,
+            stability=agreement,
+            options={"prompt": weights.prompt, "response": weights.response, "seed": self.scoring.seed},
+            warnings=tuple(warnings),
+        )
+
+
 def select_from_trace(
     trace: Trace, options: SelectOptions, *, scorer: str = "shape", scoring: ScoreOptions | None = None
 ) -> Selection:
@@ -86,38 +160,7 @@ def select_from_trace(
         UsageError: for options that contradict each other, the trace or the model, and when the segments that count
             hold no tokens.
     """
-    scoring = scoring or ScoreOptions()
-    tokens = trace.sums("tokens", scoring.weights)
-    if not tokens.any():
-        raise UsageError(
-            f"The trace holds {_counted(trace.info.tokens)}, and none of them count with --prompt-weight "
-            f"{scoring.weights.prompt:g} and --response-weight {scoring.weights.response:g}."
-        )
-    scores = score_trace(trace, scorer, scoring)
-    routing = trace.info.routing
-    pick = _chooser(options, trace.info.layers, routing)
-    choice = pick(scores)
-    agreement = None
-    halves = [trace.half(half) for half in (0, 1)]
-    if get_scorer(scorer).needs and all(half.sums("tokens", scoring.weights).any(axis=1).all() for half in halves):
-        masks = [pick(score_trace(half, scorer, scoring), choice.asked).mask for half in halves]
-        agreement = stability(*masks)
-    warnings = guards.warn_unseen(tokens)
-    if "largest_norm" in trace.statistics:
-        largest = trace.sums("largest_norm", scoring.weights)
-        warnings += guards.warn_lost_super_experts(trace.info.layers, largest, choice.mask)
-    warnings += guards.warn_unstable(agreement)
-    warnings += guards.warn_inflation(options.routing, routing.renormalises)
-    selection = _selection(scores, choice, options, routing.top_k)
-    return replace(
-        selection,
-        fingerprint=trace.info.fingerprint,
-        model=trace.info.model,
-        family=trace.info.family,
-        stability=agreement,
-        options={"prompt": scoring.weights.prompt, "response": scoring.weights.response, "seed": scoring.seed},
-        warnings=tuple(warnings),
-    )
+    return TraceSelector(trace, scoring).select(options, scorer)
 
 
 def select_from_scores(scores: Scores, options: SelectOptions, *, routing: RoutingFacts | None = None) -> Selection:

@@ -1,0 +1,1 @@
+"""What pruning costs: quality beside the dense model, generation health, memory and speed."""

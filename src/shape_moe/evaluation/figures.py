@@ -1,0 +1,151 @@
+"""Figures with intervals, as they are shown and written: quality, change to the dense model, generation health."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import exp
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shape_moe.evaluation.generation import Generated
+from shape_moe.evaluation.held_out import HeldOutSet
+from shape_moe.evaluation.intervals import Bootstrap, Estimate
+from shape_moe.evaluation.teacher_forced import TeacherForced
+
+Figures = dict[str, Estimate]
+HEALTH_LIMIT = 0.02
+"""Largest accepted increase of the share of answers that loop, or that do not end, over the dense model's."""
+LENGTH_LIMIT = 0.25
+"""Largest accepted relative change of the mean length of answers."""
+
+
+def quality(result: TeacherForced, draws: Bootstrap, answered: list[int]) -> Figures:
+    """Figures of one model over a set.
+
+    Args:
+        result: its sums by example.
+        draws: resamples of the set's examples.
+        answered: positions of the examples with a response, for exact match.
+
+    Returns:
+        ``nll`` (nats per scored token), ``perplexity``, ``kl`` (nats per token to the dense model), ``top1`` (share of
+        tokens at which both find the same one most likely) and ``exact_match`` (share of answered examples).
+    """
+    nll = draws.ratio(result.nll, result.tokens)
+    figures = {
+        "nll": nll,
+        "perplexity": nll.mapped(exp),
+        "kl": draws.ratio(result.kl, result.tokens),
+        "top1": draws.ratio(result.agree, result.tokens),
+    }
+    if answered:
+        figures["exact_match"] = _draws_for(answered, draws).share(result.exact[answered])
+    return figures
+
+
+def change(result: TeacherForced, dense: TeacherForced, draws: Bootstrap, answered: list[int]) -> Figures:
+    """Paired differences of a model to the dense one: ``nll``, ``perplexity`` as a ratio, ``exact_match``."""
+    nll = draws.ratio(result.nll - dense.nll, dense.tokens)
+    figures = {"nll": nll, "perplexity": nll.mapped(exp)}
+    if answered:
+        pairs = _draws_for(answered, draws)
+        figures["exact_match"] = pairs.share_difference(result.exact[answered], dense.exact[answered])
+    return figures
+
+
+def _draws_for(chosen: list[int], draws: Bootstrap) -> Bootstrap:
+    return draws if len(chosen) == draws.weights.shape[1] else Bootstrap(len(chosen))
+
+
+@dataclass(frozen=True)
+class Health:
+    """Whether free-running answers are like the dense model's.
+
+    Attributes:
+        figures: ``loop_rate``, ``no_end_rate``, ``length`` (mean tokens) and ``exact_match`` with intervals.
+        change: ``exact_match`` as a paired difference to the dense model.
+        limit: the most tokens that an answer could have.
+        complaints: what is wrong, empty for a healthy model.
+    """
+
+    figures: Figures
+    change: Figures
+    limit: int
+    complaints: tuple[str, ...] = ()
+
+    def to_document(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            **document(self.figures),
+            "change": document(self.change),
+            "limit": self.limit,
+            "complaints": list(self.complaints),
+        }
+
+
+def health(made: Generated, dense: Generated | None = None) -> Health:
+    """Judge free-running answers beside the dense model's to the same prompts."""
+    draws = Bootstrap(len(made.positions))
+    figures = {
+        "loop_rate": draws.share(made.looped),
+        "no_end_rate": draws.share(~made.ended),
+        "length": draws.ratio(made.lengths, np.ones(len(made.answers))),
+        "exact_match": draws.share(made.exact),
+    }
+    if dense is None:
+        return Health(figures, {}, made.limit)
+    complaints = []
+    for what, ours, theirs in (("loop", made.looped, dense.looped), ("do not end", ~made.ended, ~dense.ended)):
+        if ours.mean() > theirs.mean() + HEALTH_LIMIT:
+            complaints.append(f"{ours.mean():.1%} of the answers {what} ({theirs.mean():.1%} of the dense model's)")
+    before, after = float(dense.lengths.mean()), float(made.lengths.mean())
+    if abs(after - before) > LENGTH_LIMIT * max(before, 1.0):
+        complaints.append(f"answers have {after:.1f} tokens on average ({before:.1f} the dense model's)")
+    return Health(
+        figures, {"exact_match": draws.share_difference(made.exact, dense.exact)}, made.limit, tuple(complaints)
+    )
+
+
+def by_group(
+    held_out: HeldOutSet, result: TeacherForced, dense: TeacherForced, *, seed: int = 0
+) -> dict[str, dict[str, Figures]]:
+    """Quality and change of every class of examples, by the class's name."""
+    answered = set(held_out.answered())
+    found: dict[str, dict[str, Figures]] = {}
+    for group in sorted({str(group) for group in held_out.groups if group is not None}):
+        rows = [i for i, name in enumerate(held_out.groups) if name == group and result.tokens[i] > 0]
+        if not rows:
+            continue
+        local = [k for k, i in enumerate(rows) if i in answered]
+        draws, ours, theirs = Bootstrap(len(rows), seed), _rows(result, rows), _rows(dense, rows)
+        found[group] = {"quality": quality(ours, draws, local), "change": change(ours, theirs, draws, local)}
+    return found
+
+
+def worst_group(groups: Mapping[str, Mapping[str, Figures]]) -> str | None:
+    """The class that lost most: by exact match where all have it, else by likelihood."""
+    if not groups:
+        return None
+    if all("exact_match" in group["change"] for group in groups.values()):
+        return min(groups, key=lambda name: (groups[name]["change"]["exact_match"].value, name))
+    return max(groups, key=lambda name: (groups[name]["change"]["nll"].value, name))
+
+
+def _rows(result: TeacherForced, rows: list[int]) -> TeacherForced:
+    index: NDArray[np.int64] = np.array(rows, dtype=np.int64)
+    return TeacherForced(
+        result.tokens[index], result.nll[index], result.kl[index], result.agree[index], result.exact[index]
+    )
+
+
+def document(figures: Mapping[str, Estimate]) -> dict[str, Any]:
+    """Figures for JSON."""
+    return {name: estimate.to_document() for name, estimate in figures.items()}
+
+
+def from_document(found: Mapping[str, Any]) -> Figures:
+    """Figures that :func:`document` described."""
+    return {name: Estimate.from_document(entry) for name, entry in found.items()}

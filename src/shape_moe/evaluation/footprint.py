@@ -1,0 +1,193 @@
+"""What a model takes: memory, loading time and speed, measured in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shape_moe.errors import ShapeMoeError, UsageError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_WARM_UPS = 1
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The fixed workload of a speed measurement.
+
+    Attributes:
+        batch_size: sequences at once.
+        prompt_tokens: tokens of each prompt (prefill).
+        new_tokens: tokens written after it (decode).
+        repeats: how often both are timed; medians count.
+
+    Raises:
+        UsageError: for numbers below 1.
+    """
+
+    batch_size: int = 4
+    prompt_tokens: int = 128
+    new_tokens: int = 32
+    repeats: int = 3
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise UsageError(f"{name.replace('_', '-')} must be at least 1, not {value}.")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A model's needs on one machine.
+
+    Attributes:
+        device: where it ran.
+        dtype: in which dtype.
+        load_seconds: from files to a model that answers, files in the page cache or not.
+        peak_bytes: largest memory in use while loading and running: on a GPU what torch allocated, on the CPU the
+            process's largest resident size less that before loading.
+        prefill_tokens_per_second: prompt tokens, median.
+        decode_tokens_per_second: new tokens, all sequences together, median.
+        workload: what was timed.
+    """
+
+    device: str
+    dtype: str
+    load_seconds: float
+    peak_bytes: int
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    workload: dict[str, int]
+
+    def to_document(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def measure_footprint(
+    path: Path, *, device: str = "auto", dtype: str = "auto", workload: Workload | None = None
+) -> Footprint:
+    """Load a checkpoint in a new process and time a fixed workload there.
+
+    Args:
+        path: the checkpoint.
+        device: where to run.
+        dtype: in which dtype.
+        workload: what to time.
+
+    Raises:
+        ShapeMoeError: when the process fails; the message carries its last line.
+    """
+    job = {
+        "path": str(path),
+        "device": device,
+        "dtype": dtype,
+        "workload": asdict(workload or Workload()),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "shape_moe.evaluation.footprint"],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise ShapeMoeError(f"Memory and speed of {path} could not be measured: {last}")
+    return Footprint(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _measure(job: dict[str, Any]) -> Footprint:
+    import torch
+    import transformers  # noqa: F401 -- imported before memory is read, as every model needs it
+
+    from shape_moe.architectures.loading import input_device, load_model
+    from shape_moe.architectures.snapshot import open_snapshot
+
+    snapshot, workload = open_snapshot(job["path"]), Workload(**job["workload"])
+    before, began = _peak_resident(), time.perf_counter()
+    model = load_model(snapshot, device=job["device"], dtype=job["dtype"])
+    device = input_device(model)
+    load_seconds = time.perf_counter() - began
+    prefill, decode = _time(model, workload)
+    on_gpu = device.type == "cuda"
+    peak = (
+        sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
+        if on_gpu
+        else _peak_resident() - before
+    )
+    name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
+    return Footprint(
+        name, str(model.dtype).removeprefix("torch."), load_seconds, peak, prefill, decode, asdict(workload)
+    )
+
+
+def _time(model: PreTrainedModel, workload: Workload) -> tuple[float, float]:
+    """Prompt tokens and new tokens per second: medians over the repeats, after a warm-up."""
+    from statistics import median
+
+    import torch
+
+    from shape_moe.architectures.loading import input_device
+
+    device = input_device(model)
+    generator = torch.Generator().manual_seed(0)
+    shape = (workload.batch_size, workload.prompt_tokens)
+    ids = torch.randint(0, model.config.vocab_size, shape, generator=generator).to(device)
+    prefills, decodes = [], []
+    for repeat in range(_WARM_UPS + workload.repeats):
+        prefill, decode = _run_once(model, ids, workload.new_tokens)
+        if repeat >= _WARM_UPS:
+            prefills.append(ids.numel() / prefill)
+            decodes.append(workload.batch_size * workload.new_tokens / decode)
+    return median(prefills), median(decodes)
+
+
+def _run_once(model: PreTrainedModel, ids: Any, new_tokens: int) -> tuple[float, float]:
+    """Seconds of one prefill, and of ``new_tokens`` greedy steps after it."""
+    import torch
+
+    began = _now(ids.device)
+    with torch.no_grad():
+        out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        between = _now(ids.device)
+        for _ in range(new_tokens):
+            token = out.logits[:, -1:].argmax(-1)
+            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+    return between - began, _now(ids.device) - between
+
+
+def _now(device: Any) -> float:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _peak_resident() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _main() -> int:
+    try:
+        found = _measure(json.loads(sys.stdin.read()))
+    except (ShapeMoeError, RuntimeError, OSError, MemoryError) as error:
+        sys.stderr.write(f"{first_line(error)}\n")
+        return 1
+    sys.stdout.write(json.dumps(found.to_document()) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

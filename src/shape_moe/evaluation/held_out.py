@@ -1,0 +1,74 @@
+"""Held-out examples: which tokens of them are scored, and what answers are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shape_moe.calibration.batches import PROMPT, RESPONSE, Batch, make_batch
+from shape_moe.calibration.examples import Example
+from shape_moe.calibration.responses import until_stop
+from shape_moe.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class HeldOutSet:
+    """Examples to judge a model by.
+
+    Attributes:
+        name: what to call the set.
+        examples: the examples.
+        groups: class of each example, None where none was asked for.
+        batch_size: examples per forward pass.
+        pad_id: token id of the padding.
+        stops: ids of the tokens that end an answer.
+    """
+
+    name: str
+    examples: tuple[Example, ...]
+    groups: tuple[str | None, ...]
+    batch_size: int
+    pad_id: int = 0
+    stops: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not any(_scored_count(example) for example in self.examples):
+            raise DataError(f"{self.name} holds no token that could be scored: a response, or a text of two tokens.")
+
+    def batches(self) -> Iterator[tuple[list[int], Batch]]:
+        """Batches of examples of like length, longest first, with the positions of their rows in the set."""
+        scored = [i for i, example in enumerate(self.examples) if _scored_count(example)]
+        order = sorted(scored, key=lambda i: (-len(self.examples[i].tokens), i))
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            yield rows, make_batch([self.examples[i] for i in rows], rows, self.pad_id)
+
+    def answered(self) -> list[int]:
+        """Positions of the examples that have a prompt and a response."""
+        return [i for i, e in enumerate(self.examples) if 0 < e.prompt_length < len(e.tokens)]
+
+    def response(self, position: int) -> list[int]:
+        """Tokens of an example's response up to and with the first one that ends it."""
+        example = self.examples[position]
+        return until_stop(example.tokens[example.prompt_length :], self.stops)
+
+
+def _scored_count(example: Example) -> int:
+    if example.prompt_length < len(example.tokens):
+        return len(example.tokens) - max(example.prompt_length, 1)
+    return len(example.tokens) - 1
+
+
+def scored_positions(batch: Batch) -> torch.Tensor:
+    """Bool [B, T - 1]: whether the token after each position is scored.
+
+    Scored are the tokens of responses; of an example without a response (a plain text) all but the first.
+    """
+    segments = batch.segments.view(batch.input_ids.shape)
+    targets = segments[:, 1:] == RESPONSE
+    plain = ~(segments == RESPONSE).any(dim=1, keepdim=True)
+    return targets | (plain & (segments[:, 1:] == PROMPT))

@@ -1,0 +1,91 @@
+"""Estimates with 95 % intervals: a paired bootstrap over examples, widened where it cannot see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from math import sqrt
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+RESAMPLES = 2000
+_TAILS = (0.025, 0.975)
+_Z = 1.959964
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_document(self) -> dict[str, float]:
+        """The three numbers by name."""
+        return asdict(self)
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any]) -> Estimate:
+        """The estimate that :meth:`to_document` described."""
+        return cls(float(document["value"]), float(document["low"]), float(document["high"]))
+
+    def mapped(self, function: Callable[[float], float]) -> Estimate:
+        """The estimate of an increasing function of the figure."""
+        return Estimate(function(self.value), function(self.low), function(self.high))
+
+
+class Bootstrap:
+    """Resamples of a set of examples; the same resamples serve every figure, which pairs all of them.
+
+    Args:
+        examples: how many examples.
+        seed: draws the resamples.
+    """
+
+    def __init__(self, examples: int, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.weights = rng.multinomial(examples, np.full(examples, 1 / examples), size=RESAMPLES).astype(np.float64)
+
+    def ratio(self, numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
+        """``sum(numerators) / sum(denominators)``; resamples whose denominator is zero are left out.
+
+        Differences of two models over the same tokens are ratios as well: give the differences as numerators.
+        """
+        above, below = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
+        drawn_below = self.weights @ below
+        drawn = (self.weights @ above)[drawn_below > 0] / drawn_below[drawn_below > 0]
+        low, high = np.quantile(drawn, _TAILS) if drawn.size else (np.nan, np.nan)
+        return Estimate(float(above.sum() / below.sum()), float(low), float(high))
+
+    def share(self, hits: ArrayLike) -> Estimate:
+        """Share of examples with a property.
+
+        The bootstrap of a share near 0 or 1 is too narrow (of no hits it makes certainty), so that the interval is
+        the wider one of the bootstrap's and Wilson's.
+        """
+        found = np.asarray(hits, dtype=np.float64)
+        estimate, count = self.ratio(found, np.ones(found.shape)), found.size
+        centre = (found.sum() + _Z**2 / 2) / (count + _Z**2)
+        half = _Z / (count + _Z**2) * sqrt(found.sum() * (count - found.sum()) / count + _Z**2 / 4)
+        return _wider(estimate, centre - half, centre + half)
+
+    def share_difference(self, hits: ArrayLike, baseline: ArrayLike) -> Estimate:
+        """Difference of two shares over the same examples.
+
+        The wider interval of the paired bootstrap's and that of Agresti and Min (2005), which adds half an example to
+        each of the four cells: where two models agree on every example seen, they may still differ on the next.
+        """
+        ours, theirs = np.asarray(hits, dtype=bool), np.asarray(baseline, dtype=bool)
+        estimate = self.ratio(ours.astype(np.float64) - theirs, np.ones(ours.shape))
+        gained, lost, count = int((ours & ~theirs).sum()) + 0.5, int((theirs & ~ours).sum()) + 0.5, ours.size + 2
+        centre = (gained - lost) / count
+        half = _Z * sqrt(gained + lost - (gained - lost) ** 2 / count) / count
+        return _wider(estimate, centre - half, centre + half)
+
+
+def _wider(estimate: Estimate, low: float, high: float) -> Estimate:
+    return Estimate(estimate.value, min(estimate.low, low), max(estimate.high, high))

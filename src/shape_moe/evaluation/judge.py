@@ -1,0 +1,125 @@
+"""One judge per held-out set: the dense model's answers, and every other model's beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from shape_moe.evaluation import figures
+from shape_moe.evaluation.figures import Figures, Health
+from shape_moe.evaluation.generation import Generated, GenerationOptions, generate
+from shape_moe.evaluation.held_out import HeldOutSet
+from shape_moe.evaluation.intervals import Bootstrap
+from shape_moe.evaluation.teacher_forced import DenseReference, TeacherForced, compare_with_dense, record_dense
+from shape_moe.pruning.masks import masked
+from shape_moe.selection.selection import Selection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Figures of one model over one set.
+
+    Attributes:
+        quality: see :func:`shape_moe.evaluation.figures.quality`.
+        change: paired differences to the dense model, empty for the dense model itself.
+        health: free-running answers, None where none were made.
+        groups: quality and change by class.
+    """
+
+    quality: Figures
+    change: Figures = field(default_factory=dict)
+    health: Health | None = None
+    groups: dict[str, dict[str, Figures]] = field(default_factory=dict)
+
+    def to_document(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "quality": figures.document(self.quality),
+            "change": figures.document(self.change) or None,
+            "generation": self.health.to_document() if self.health else None,
+        }
+
+
+class Judge:
+    """Judges models beside the dense one over one set of held-out examples.
+
+    Args:
+        model: the dense model; its answers are recorded at once.
+        tokenizer: its tokenizer.
+        held_out: the examples.
+        generation: how to let models answer freely, None for not at all.
+        seed: draws the resamples of all intervals.
+        advance: called with the number of examples that the dense model has done.
+
+    Raises:
+        ShapeMoeError: when the dense model's logits are not finite.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        held_out: HeldOutSet,
+        *,
+        generation: GenerationOptions | None = None,
+        seed: int = 0,
+        advance: Advance = lambda _: None,
+    ) -> None:
+        self.tokenizer, self.held_out, self.generation, self.seed = tokenizer, held_out, generation, seed
+        self.reference = DenseReference()
+        self.dense = record_dense(model, held_out, self.reference, advance)
+        self.answered = held_out.answered()
+        self.draws = Bootstrap(len(held_out.examples), seed)
+        self._dense_answers: Generated | None = None
+
+    def close(self) -> None:
+        """Let go of the dense model's log-probabilities."""
+        self.reference.__exit__(None, None, None)
+
+    def compare(self, model: PreTrainedModel, advance: Advance = lambda _: None) -> TeacherForced:
+        """Teacher-forced sums of another model."""
+        return compare_with_dense(model, self.held_out, self.reference, advance)
+
+    def compare_masked(self, model: PreTrainedModel, selection: Selection) -> TeacherForced:
+        """Teacher-forced sums of the dense model with a selection applied as a mask."""
+        with masked(model, selection):
+            return self.compare(model)
+
+    def answer_as_dense(self, model: PreTrainedModel) -> Generated | None:
+        """Let the dense model answer, once; None where nothing is generated."""
+        if self._dense_answers is None and self.generation is not None and self.answered:
+            self._dense_answers = generate(model, self.tokenizer, self.held_out, self.generation)
+        return self._dense_answers
+
+    def answer(self, model: PreTrainedModel) -> Generated | None:
+        """Let another model answer; None where nothing is generated."""
+        if self.generation is None or not self.answered:
+            return None
+        return generate(model, self.tokenizer, self.held_out, self.generation)
+
+    def answer_masked(self, model: PreTrainedModel, selection: Selection) -> Generated | None:
+        """Let the dense model with a selection applied as a mask answer."""
+        with masked(model, selection):
+            return self.answer(model)
+
+    def dense_verdict(self) -> Verdict:
+        """Figures of the dense model itself."""
+        made = self._dense_answers
+        return Verdict(
+            figures.quality(self.dense, self.draws, self.answered), health=figures.health(made) if made else None
+        )
+
+    def verdict(self, sums: TeacherForced, made: Generated | None = None) -> Verdict:
+        """Figures of another model, beside the dense one."""
+        return Verdict(
+            figures.quality(sums, self.draws, self.answered),
+            figures.change(sums, self.dense, self.draws, self.answered),
+            figures.health(made, self._dense_answers) if made else None,
+            figures.by_group(self.held_out, sums, self.dense, seed=self.seed),
+        )
