@@ -92,7 +92,7 @@ def load_records(options: DataOptions) -> list[Record]:
     records = [make_record(row, i, where, options) for i, (where, row) in enumerate(rows)]
     if not records:
         raise DataError(f"{options.source} holds no records: at least one task example is needed.")
-    return _sample(records, options)
+    return sample_records(records, options)
 
 
 def content_hash(records: Iterable[Record]) -> str:
@@ -148,7 +148,8 @@ def _check_messages(messages: Any, where: str) -> tuple[Message, ...] | None:
     return tuple(messages)
 
 
-def _sample(records: list[Record], options: DataOptions) -> list[Record]:
+def sample_records(records: list[Record], options: DataOptions) -> list[Record]:
+    """Draw as many records as the options ask for, in equal numbers per class where they stratify."""
     if options.samples is None or options.samples >= len(records):
         return records
     rng = random.Random(options.seed)

@@ -36,7 +36,7 @@ class Limit:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UsageError(f"A limit is one of {', '.join(KINDS)}, not {self.kind!r}.")
-        if not (0 < self.value and (self.value < 1 or self.kind == "max_kl")):
+        if not (self.value > 0 and (self.value < 1 or self.kind == "max_kl")):
             raise UsageError(f"--{self.kind.replace('_', '-')} must be above 0 (1% or 0.01), not {self.value:g}.")
 
     def figure(self, verdict: Verdict) -> Estimate:

@@ -23,7 +23,7 @@ from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.batches import Batch, batches
 from shape_moe.calibration.calibrate import Answerer, Calibrator
 from shape_moe.calibration.examples import Tokeniser
-from shape_moe.calibration.records import load_records
+from shape_moe.calibration.records import Record, load_records
 from shape_moe.calibration.responses import generate_answers, pad_token_id
 from shape_moe.errors import DataError, ShapeMoeError, UsageError, first_line
 from shape_moe.interrupts import DeferredInterrupt
@@ -50,6 +50,7 @@ class TraceSession:
         tokenizer: its tokenizer.
         options: how to trace.
         progress: where to show progress.
+        records: the calibration records, None to load those that the options name.
     """
 
     def __init__(
@@ -59,11 +60,14 @@ class TraceSession:
         tokenizer: PreTrainedTokenizerBase,
         options: TraceOptions,
         progress: Progress,
+        records: list[Record] | None = None,
     ) -> None:
         self.snapshot, self._model, self.options, self.progress = snapshot, model, options, progress
         config = snapshot.config if snapshot else model.config.to_dict()  # type: ignore[union-attr]  # one is there
         tokeniser = Tokeniser(tokenizer, config.get("max_position_embeddings"), options.tokens)
-        self.calibrator = Calibrator(load_records(options.data), tokeniser, options.data, options.answers, progress)
+        self.tokenizer = tokenizer
+        records = load_records(options.data) if records is None else records
+        self.calibrator = Calibrator(records, tokeniser, options.data, options.answers, progress)
 
     @classmethod
     def open(
@@ -72,6 +76,7 @@ class TraceSession:
         options: TraceOptions,
         tokenizer: PreTrainedTokenizerBase | None,
         progress: Progress,
+        records: list[Record] | None = None,
     ) -> TraceSession:
         """Check everything that can be checked before weights are loaded.
 
@@ -83,11 +88,11 @@ class TraceSession:
             model = open_snapshot(model)
         if isinstance(model, Snapshot):
             _ = model.moe_layers, unpacking(model)
-            return cls(model, None, tokenizer or load_tokenizer(model.path), options, progress)
+            return cls(model, None, tokenizer or load_tokenizer(model.path), options, progress, records)
         if tokenizer is None:
             raise UsageError("A live model needs its tokenizer: trace(model, data, tokenizer=...).")
         live_moe_config(model)
-        return cls(None, model, tokenizer, options, progress)
+        return cls(None, model, tokenizer, options, progress, records)
 
     def job(self) -> dict[str, Any]:
         """What decides the trace: the model and the records by their content, and the options."""
@@ -116,7 +121,7 @@ class TraceSession:
             ShapeMoeError: when a batch cannot be traced; the message names the record.
             DataError: when no record could be traced.
         """
-        examples = self.calibrator.run(self._answerer, folder)
+        examples = self.calibrator.run(self.answerer, folder)
         tracer = ModelTracer(self.model)
         earlier, done = self._load_so_far(folder)
         pad_id = pad_token_id(self.model, self.calibrator.tokeniser)
@@ -134,7 +139,8 @@ class TraceSession:
                 stop.check()
         return self._result(tracer, earlier)
 
-    def _answerer(self) -> Answerer:
+    def answerer(self) -> Answerer:
+        """What lets the model answer prompts."""
         return partial(generate_answers, self.model, batch_size=self.options.answers.batch_size)
 
     def _stop(self) -> DeferredInterrupt:

@@ -1,0 +1,83 @@
+"""Held-out examples for a model: drawn, answered where they lack a response, and never those that it was traced on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+from shape_moe.calibration.calibrate import Calibrator
+from shape_moe.calibration.records import DataOptions, Record, load_records, prompt_hash, sample_records
+from shape_moe.calibration.responses import pad_token_id, stop_ids
+from shape_moe.calibration.split import without_prompts
+from shape_moe.errors import DataError
+from shape_moe.evaluation.held_out import HeldOutSet
+from shape_moe.jobs.session import TraceSession
+from shape_moe.tracing.trace import Trace
+
+HELD_OUT_SAMPLES = 200
+"""Records to judge by when nothing else is said."""
+
+
+def held_out_set(
+    session: TraceSession,
+    records: list[Record],
+    data: DataOptions,
+    name: str,
+    folder: Path | None = None,
+) -> HeldOutSet:
+    """Tokenise records as the session's are, with answers of the dense model where they lack one.
+
+    Args:
+        session: gives the model, its tokenizer and the options.
+        records: the records.
+        data: where they come from.
+        name: what to call the set.
+        folder: where answers are kept for a later run, None for nowhere.
+
+    Raises:
+        DataError: when no record can be used, or none has a token to score.
+    """
+    answers = session.options.answers
+    calibrator = Calibrator(records, session.calibrator.tokeniser, data, answers, session.progress)
+    examples = calibrator.run(session.answerer, folder)
+    group_of = {record.index: record.group for record in records}
+    return HeldOutSet(
+        name=name,
+        examples=tuple(examples),
+        groups=tuple(group_of[example.index] for example in examples),
+        batch_size=answers.batch_size,
+        pad_id=pad_token_id(session.model, session.calibrator.tokeniser),
+        stops=stop_ids(session.model),
+    )
+
+
+def known_prompts(trace: Trace) -> frozenset[str]:
+    """Hashes of the prompts that a trace was made from; empty for a trace that does not name them."""
+    return frozenset(trace.info.source.get("prompts", ()))
+
+
+def fresh_records(data: DataOptions, known: Collection[str], samples: int) -> tuple[list[Record], int]:
+    """Records of a source that were not used for calibration, at most ``samples`` of them.
+
+    Args:
+        data: the source; its own number of samples is not looked at.
+        known: hashes of calibration prompts.
+        samples: how many to use.
+
+    Returns:
+        The records, and how many were left out because calibration has seen their prompts.
+
+    Raises:
+        DataError: when none is left.
+    """
+    records = load_records(replace(data, samples=None))
+    fresh = without_prompts(records, known)
+    if not fresh:
+        raise DataError(f"Calibration has seen every example of {data.source}: give other held-out examples.")
+    return sample_records(fresh, replace(data, samples=samples)), len(records) - len(fresh)
+
+
+def overlap(records: Collection[Record], known: Collection[str]) -> int:
+    """How many records ask what a calibration set has asked."""
+    return sum(prompt_hash(record) in known for record in records)
