@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from shape_moe.calibration import calibrate
 from shape_moe.calibration.calibrate import ANSWERS_FILE, AnswerOptions, Calibrator
 from shape_moe.calibration.examples import Tokeniser, TokenOptions
-from shape_moe.calibration.records import DataOptions, Record
+from shape_moe.calibration.records import DataOptions, Record, prompt_hash
 from shape_moe.errors import DataError
 from shape_moe.progress import SILENT
 
@@ -147,3 +147,12 @@ def test_known_answers_are_found_again(calibrator, tmp_path) -> None:
     again = calibrator()
     again.run(NOBODY, tmp_path)
     assert texts(again)[2] == ("abc", "xy")
+
+
+def test_the_source_names_the_prompts_that_were_used(calibrator, monkeypatch) -> None:
+    monkeypatch.setattr(calibrate, "fetch_answers", fetched({2: "", 9: "z"}))
+    chosen = calibrator(responses_from="http://127.0.0.1:1", skip_bad=True)
+    chosen.run(NOBODY, None)
+    source = chosen.source()
+    assert source["records"] == [5, 7, 9]
+    assert source["prompts"] == [prompt_hash(Record(0, "elsewhere", prompt=text)) for text in ("de", "ijkl", "m")]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shape_moe.calibration.examples import Example, Tokeniser
-from shape_moe.calibration.records import DataOptions, Record, content_hash
+from shape_moe.calibration.records import DataOptions, Record, content_hash, prompt_hash
 from shape_moe.calibration.responses import fetch_answers
 from shape_moe.errors import DataError, UsageError
 from shape_moe.progress import Progress
@@ -215,6 +215,7 @@ class Calibrator:
         answered = "none"
         if self.open and options.max_new_tokens:
             answered = options.responses_from or "the model"
+        by_index = {record.index: record for record in self.records}
         return {
             "data": data.source,
             "split": data.split,
@@ -224,6 +225,7 @@ class Calibrator:
             "stratify": data.stratify,
             "content_hash": self.content_hash,
             "records": [example.index for example in self.examples],
+            "prompts": [prompt_hash(by_index[example.index]) for example in self.examples],
             "truncated": sum(example.truncated for example in self.examples),
             "skipped": dict(self.skipped),
             "answers_missing": len(self.open),
