@@ -8,7 +8,7 @@ import datasets
 import polars as pl
 import pytest
 
-from shape_moe.calibration.records import DataOptions, content_hash, load_records
+from shape_moe.calibration.records import DataOptions, Record, content_hash, load_records, prompt_hash
 from shape_moe.errors import DataError, UsageError
 
 ROWS = [{"prompt": f"question {i}", "response": f"answer {i}", "kind": "ab"[i % 2]} for i in range(10)]
@@ -160,3 +160,50 @@ def test_ambiguous_records_and_unknown_names(tmp_path) -> None:
         DataOptions(str(file), fields={"promt": "question"})
     with pytest.raises(UsageError, match="samples must be at least 1"):
         DataOptions(str(file), samples=0)
+
+
+def prompt_hashes(tmp_path, name: str, rows: list[dict[str, str]]) -> list[str]:
+    file = tmp_path / name
+    if name.endswith(".csv"):
+        pl.DataFrame(rows).write_csv(file)
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [prompt_hash(record) for record in load_records(DataOptions(str(file)))]
+
+
+def test_prompt_hashes_do_not_depend_on_the_format_or_the_response(tmp_path) -> None:
+    hashes = prompt_hashes(tmp_path, "d.jsonl", ROWS)
+    assert len(set(hashes)) == len(ROWS)
+    assert all(len(value) == 16 and int(value, 16) >= 0 for value in hashes)
+    assert prompt_hashes(tmp_path, "d.csv", ROWS) == hashes
+    assert prompt_hashes(tmp_path, "other.jsonl", [{**row, "response": "another"} for row in ROWS]) == hashes
+    assert prompt_hashes(tmp_path, "open.jsonl", [{"prompt": row["prompt"]} for row in ROWS]) == hashes
+    assert prompt_hashes(tmp_path, "text.jsonl", [{"text": row["prompt"]} for row in ROWS]) == hashes
+    assert not set(prompt_hashes(tmp_path, "new.jsonl", [{"prompt": row["prompt"] + "?"} for row in ROWS])) & set(
+        hashes
+    )
+
+
+def test_prompt_hashes_do_not_see_whitespace() -> None:
+    for kind in ("prompt", "text"):
+        first, second, joined = (Record(i, "r", **{kind: t}) for i, t in enumerate(("a b c", " a  b\r\n\tc\n", "a bc")))
+        assert prompt_hash(first) == prompt_hash(second) != prompt_hash(joined)
+
+
+def test_prompt_hashes_of_conversations() -> None:
+    def hashed(*turns: str) -> str:
+        messages = (dict(zip(("role", "content"), turn.split(": "), strict=True)) for turn in turns)
+        return prompt_hash(Record(0, "r", messages=tuple(messages)))
+
+    asked = hashed("user: a", "assistant: b", "user:  c ")
+    assert asked == hashed("user: a", "assistant: b", "user: c", "assistant: d")
+    assert asked == hashed("user: a", "assistant: b", "user: c", "assistant: e")
+    assert hashed("user: a") == hashed("user: a", "assistant: b") == prompt_hash(Record(0, "r", prompt="a"))
+    others = [
+        hashed("user: a"),
+        hashed("user: c"),
+        hashed("user: a", "assistant: x", "user: c"),
+        hashed("system: a", "assistant: b", "user: c"),
+        hashed("user: a b c"),
+    ]
+    assert len({asked, *others}) == 6

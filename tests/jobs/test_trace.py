@@ -61,6 +61,7 @@ def test_a_trace_says_where_it_comes_from(embedded, data, tmp_path) -> None:
     assert (info.examples, info.family, info.num_experts, info.top_k) == (12, "qwen3_moe", 32, 4)
     assert info.tokens == {"prompt": 12 * 14, "response": 12 * 9}
     assert info.source["data"] == source
+    assert len(set(info.source["prompts"])) == len(info.source["records"]) == 12
     assert info.source["template"] is True
     assert info.source["template_hash"].startswith("sha256:")
     assert info.versions["torch"] == torch.__version__.split("+")[0] or torch.__version__.startswith(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shape_moe.calibration.examples import Example, Tokeniser
-from shape_moe.calibration.records import DataOptions, Record, content_hash
+from shape_moe.calibration.records import DataOptions, Record, content_hash, prompt_hash
 from shape_moe.calibration.responses import fetch_answers
 from shape_moe.errors import DataError, UsageError
 from shape_moe.progress import Progress
@@ -88,9 +88,13 @@ class Calibrator:
         self.skipped: dict[str, str] = {}
         self.examples: list[Example] = []
         self.content_hash = content_hash(records)
-        usable = [record for record in records if self._attempt(record, [] if record.lacks_response else None)]
-        self.records = usable
-        self.open = [record for record in usable if record.lacks_response]
+        self._checked: dict[int, Example] = {}
+        for record in records:
+            example = self._attempt(record, [] if record.lacks_response else None)
+            if example is not None:
+                self._checked[record.index] = example
+        self.records = [record for record in records if record.index in self._checked]
+        self.open = [record for record in self.records if record.lacks_response]
 
     def run(self, answerer: Callable[[], Answerer], folder: Path | None) -> list[Example]:
         """Answer and tokenise.
@@ -111,7 +115,7 @@ class Calibrator:
                     "--max-tokens raises the limit."
                 )
                 break
-            example = self._attempt(record, answers.get(record.index))
+            example = self._example(record, answers.get(record.index))
             if example is not None:
                 self.examples.append(example)
                 tokens += len(example.tokens)
@@ -121,8 +125,8 @@ class Calibrator:
 
     def _answered(
         self, answerer: Callable[[], Answerer], folder: Path | None
-    ) -> tuple[list[Record], Mapping[int, list[int]]]:
-        """The records with texts from an endpoint in them, and the tokens that the model itself answered."""
+    ) -> tuple[list[Record], Mapping[int, list[int] | str]]:
+        """The records that can go on, and answers by index: tokens from the model itself, texts from an endpoint."""
         if not self.open or not self.options.max_new_tokens:
             return self.records, {}
         file = folder / ANSWERS_FILE if folder is not None else None
@@ -138,7 +142,7 @@ class Calibrator:
         if self.options.responses_from:
             with self.progress.phase("Fetching answers", missing, "answer") as advance:
                 texts = self._fetch(known, keep, advance)
-            return [self._with_text(record, texts) for record in self.records if self._has_text(record, texts)], {}
+            return [record for record in self.records if self._has_text(record, texts)], texts
         if not missing:
             return self.records, known
         answer = answerer()
@@ -177,13 +181,13 @@ class Calibrator:
         self.skipped[record.where] = message
         return False
 
-    def _with_text(self, record: Record, texts: Mapping[int, str]) -> Record:
-        if not record.lacks_response:
-            return record
-        text = texts[record.index]
-        if record.messages is not None:
-            return replace(record, messages=(*record.messages, {"role": "assistant", "content": text}))
-        return replace(record, response=text)
+    def _example(self, record: Record, answer: list[int] | str | None) -> Example | None:
+        """The record's tokens: those of the check, unless an answer has come to them."""
+        if answer is None:
+            return self._checked[record.index]
+        if isinstance(answer, str):
+            return self._attempt(_with_response(record, answer), None)
+        return self._attempt(record, answer)
 
     def _attempt(self, record: Record, answer: list[int] | None) -> Example | None:
         try:
@@ -200,11 +204,9 @@ class Calibrator:
             return max(len(example.tokens) for example in self.examples)
         lengths = []
         for record in self.records:
+            length = len(self._checked[record.index].tokens)
             missing = record.lacks_response and self.options.max_new_tokens
-            example = self._attempt(record, [] if record.lacks_response else None)
-            if example is not None:
-                length = len(example.tokens)
-                lengths.append(length + (self.tokeniser.room(length, self.options.max_new_tokens) if missing else 0))
+            lengths.append(length + (self.tokeniser.room(length, self.options.max_new_tokens) if missing else 0))
         return max(lengths, default=1)
 
     def source(self) -> dict[str, Any]:
@@ -213,6 +215,7 @@ class Calibrator:
         answered = "none"
         if self.open and options.max_new_tokens:
             answered = options.responses_from or "the model"
+        by_index = {record.index: record for record in self.records}
         return {
             "data": data.source,
             "split": data.split,
@@ -222,6 +225,7 @@ class Calibrator:
             "stratify": data.stratify,
             "content_hash": self.content_hash,
             "records": [example.index for example in self.examples],
+            "prompts": [prompt_hash(by_index[example.index]) for example in self.examples],
             "truncated": sum(example.truncated for example in self.examples),
             "skipped": dict(self.skipped),
             "answers_missing": len(self.open),
@@ -232,3 +236,9 @@ class Calibrator:
             "template_args": dict(self.tokeniser.options.template_args),
             "max_length": self.tokeniser.options.max_length,
         }
+
+
+def _with_response(record: Record, text: str) -> Record:
+    if record.messages is not None:
+        return replace(record, messages=(*record.messages, {"role": "assistant", "content": text}))
+    return replace(record, response=text)

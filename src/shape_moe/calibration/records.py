@@ -104,6 +104,26 @@ def content_hash(records: Iterable[Record]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def prompt_hash(record: Record) -> str:
+    """The first 16 hex digits of a sha256 over what a record asks, whatever file format held it.
+
+    A trace keeps these hashes of its calibration set, so that later steps can tell whether an example that should be
+    held out was used for calibration. Responses do not count, and runs of whitespace are one space. A prompt, a text
+    and a conversation of one user message are the same question when their words are.
+
+    Args:
+        record: the record; of messages, a final one of the assistant is the response, and of each only role and
+            content are looked at.
+    """
+    if record.messages is not None:
+        asked = record.messages if record.lacks_response else record.messages[:-1]
+        turns = [(str(message["role"]), str(message["content"])) for message in asked]
+    else:
+        turns = [("user", str(record.prompt if record.text is None else record.text))]
+    content = json.dumps([(role, " ".join(text.split())) for role, text in turns])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
 def make_record(row: Mapping[str, Any], index: int, where: str, options: DataOptions) -> Record:
     """Check one raw row and turn it into a record.
 
