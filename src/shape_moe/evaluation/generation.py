@@ -96,9 +96,9 @@ def generate(
     limit = answer_limit(held_out, options)
     prompts = {i: held_out.examples[i].tokens[: held_out.examples[i].prompt_length] for i in positions}
     answers: dict[int, list[int]] = {}
-    for batch in greedy_answers(
-        model, prompts, dict.fromkeys(positions, limit), batch_size=held_out.batch_size, pad_id=held_out.pad_id
-    ):
+    size = held_out.rows_of(limit + max(len(prompt) for prompt in prompts.values()))
+    room = dict.fromkeys(positions, limit)
+    for batch in greedy_answers(model, prompts, room, batch_size=size, pad_id=held_out.pad_id):
         answers |= batch
         advance(len(batch))
     written = [tuple(answers[i]) for i in positions]

@@ -14,6 +14,8 @@ from shape_moe.errors import DataError
 if TYPE_CHECKING:
     import torch
 
+_TOKENS_AT_A_TIME = 2048
+
 
 @dataclass(frozen=True)
 class HeldOutSet:
@@ -23,7 +25,7 @@ class HeldOutSet:
         name: what to call the set.
         examples: the examples.
         groups: class of each example, None where none was asked for.
-        batch_size: examples per forward pass.
+        batch_size: examples per forward pass; short ones go in larger batches.
         pad_id: token id of the padding.
         stops: ids of the tokens that end an answer.
     """
@@ -43,9 +45,14 @@ class HeldOutSet:
         """Batches of examples of like length, longest first, with the positions of their rows in the set."""
         scored = [i for i, example in enumerate(self.examples) if _scored_count(example)]
         order = sorted(scored, key=lambda i: (-len(self.examples[i].tokens), i))
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
+        while order:
+            size = self.rows_of(len(self.examples[order[0]].tokens))
+            rows, order = order[:size], order[size:]
             yield rows, make_batch([self.examples[i] for i in rows], rows, self.pad_id)
+
+    def rows_of(self, length: int) -> int:
+        """How many examples of a length go into one pass: ``batch_size``, or more of them while they are short."""
+        return max(self.batch_size, _TOKENS_AT_A_TIME // length)
 
     def answered(self) -> list[int]:
         """Positions of the examples that have a prompt and a response."""

@@ -3,116 +3,25 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from shape_moe.architectures.fingerprint import check_fingerprint, fingerprint
-from shape_moe.architectures.sizes import ModelSize, measure
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
-from shape_moe.calibration.records import DataOptions, Record, load_records
+from shape_moe.calibration.records import DataOptions, load_records, prompt_hash
 from shape_moe.calibration.split import split_records
-from shape_moe.errors import BudgetError, UsageError
-from shape_moe.evaluation.figures import Health, health
-from shape_moe.evaluation.generation import GenerationOptions
-from shape_moe.evaluation.judge import Judge
-from shape_moe.evaluation.sweep import Combination, Limit, Recommendation, SweepPoint, bisect, grid, recommend
-from shape_moe.evaluation.teacher_forced import TeacherForced
-from shape_moe.jobs.held_out import HELD_OUT_SAMPLES, fresh_records, held_out_set, known_prompts
+from shape_moe.errors import UsageError
+from shape_moe.jobs.held_out import fresh_records, known_prompts
 from shape_moe.jobs.options import DEFAULT_SAMPLES, TraceOptions, as_trace_options
+from shape_moe.jobs.search import Plan, Search, SweepOptions, SweepResult
 from shape_moe.jobs.session import TraceSession
 from shape_moe.progress import SILENT, Progress
-from shape_moe.scoring.registry import ScoreOptions
-from shape_moe.selection.select import SelectOptions, TraceSelector
-from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import Trace, load_trace
 from shape_moe.workspace import Workspace, write_json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-FORMAT_VERSION = 1
-KEEP_RATES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25)
-DEFAULT_LIMIT = Limit("max_kl", 0.02)
-_PACKAGES = ("shape-moe", "torch", "transformers")
-"""What a recommendation keeps to when no limit is given."""
-
-
-@dataclass(frozen=True)
-class SweepOptions:
-    """What is swept.
-
-    Attributes:
-        keep_rates: the grid; None looks for the smallest keep rate within the limit by bisection where a limit is
-            given, and takes :data:`KEEP_RATES` where none is.
-        limit: what a pruned model may lose.
-        scorers: how experts are valued.
-        rules: how layers share the budget.
-        routings: ``drop``, ``reroute`` or both.
-        target: ``ragged`` or ``stock``.
-        scoring: segment weights, and the seed of everything that is drawn.
-        held_out: examples to judge by.
-        generation: how points answer freely before they are recommended.
-        most_keep: the largest keep rate that fits the memory at hand, None for no such limit.
-    """
-
-    keep_rates: tuple[float, ...] | None = None
-    limit: Limit | None = None
-    scorers: tuple[str, ...] = ("shape",)
-    rules: tuple[str, ...] = ("coverage",)
-    routings: tuple[str, ...] = ("drop",)
-    target: str = "ragged"
-    scoring: ScoreOptions = field(default_factory=ScoreOptions)
-    held_out: int = HELD_OUT_SAMPLES
-    generation: GenerationOptions = field(default_factory=GenerationOptions)
-    most_keep: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("scorers", "rules", "routings"):
-            if not getattr(self, name):
-                raise UsageError(f"Name at least one of the {name}.")
-        if self.held_out < 1:
-            raise UsageError(f"At least one example must be held out, not {self.held_out}.")
-        for combination in self.combinations():
-            SelectOptions(0.5, combination.rule, combination.routing, combination.target)
-        for keep in self.keep_rates or ():
-            SelectOptions(keep)
-
-    def combinations(self) -> list[Combination]:
-        """Every scorer with every rule and routing."""
-        return [
-            Combination(scorer, rule, routing, self.target)  # type: ignore[arg-type]  # checked with the others
-            for scorer in self.scorers
-            for rule in self.rules
-            for routing in self.routings
-        ]
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """A sweep's answer.
-
-    Attributes:
-        document: what ``sweep.json`` holds.
-        recommendation: the points and the operating point.
-        limit: what the recommendation keeps to.
-    """
-
-    document: dict[str, Any]
-    recommendation: Recommendation
-    limit: Limit
-
-    @property
-    def chosen(self) -> SweepPoint | None:
-        """The operating point, None where no point is safe."""
-        index = self.recommendation.chosen
-        return None if index is None else self.recommendation.points[index]
 
 
 def sweep(
@@ -181,25 +90,6 @@ def _trace_options(
     return TraceOptions(DataOptions(str(source.get("data")), source.get("split") or "train", source.get("subset")))
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a search for a keep rate works with.
-
-    Attributes:
-        session: the model, and the calibration records where they are still to be traced.
-        trace: the finished trace, None where it is still to be made.
-        records: the held-out records.
-        data: where they come from.
-        sentence: how calibration and held-out examples were told apart.
-    """
-
-    session: TraceSession
-    trace: Trace | None
-    records: list[Record]
-    data: DataOptions
-    sentence: str
-
-
 def _plan(
     snapshot: Snapshot,
     options: SweepOptions,
@@ -221,8 +111,6 @@ def _plan(
     else:
         traced = None
         session_records = load_records(tracing.data)
-        from shape_moe.calibration.records import prompt_hash
-
         known = frozenset(prompt_hash(record) for record in session_records)
     source = other or tracing.data
     records, seen = fresh_records(source, known, options.held_out)
@@ -276,181 +164,6 @@ class _Sweep:
         return load_trace(kept)
 
 
-class Search:
-    """Judges selections from one trace on one loaded model.
-
-    Args:
-        snapshot: the model on disk.
-        plan: the session and the held-out records.
-        trace: the trace to select from.
-        options: what to search.
-        progress: where to show progress.
-        folder: where answers and finished points are kept for a later run, None for nowhere.
-    """
-
-    def __init__(
-        self,
-        snapshot: Snapshot,
-        plan: Plan,
-        trace: Trace,
-        options: SweepOptions,
-        progress: Progress,
-        folder: Path | None = None,
-    ) -> None:
-        self.options, self.plan, self.trace, self.progress = options, plan, trace, progress
-        self.selector = TraceSelector(trace, options.scoring)
-        self.size: ModelSize = measure(snapshot)
-        self.snapshot = snapshot
-        self.limit = options.limit or DEFAULT_LIMIT
-        held_out = held_out_set(plan.session, plan.records, plan.data, "The held-out set", folder)
-        self.model: PreTrainedModel = plan.session.model
-        count = len(held_out.examples)
-        with progress.phase("Judging the dense model", count, "example") as advance:
-            self.judge = Judge(
-                self.model,
-                plan.session.tokenizer,
-                held_out,
-                generation=options.generation,
-                seed=options.scoring.seed,
-                advance=advance,
-            )
-        self.known = _KnownSums(folder)
-        self._advance: Any = lambda _: None
-
-    def run(self) -> SweepResult:
-        """Judge all points, and recommend one."""
-        options, combinations = self.options, self.options.combinations()
-        self._check_limit()
-        if options.keep_rates is None and options.limit is not None:
-            with self.progress.phase("Looking for the smallest safe keep rate", 7 * len(combinations), "point") as step:
-                self._advance = step
-                most = options.most_keep or 1.0
-                points = [p for c in combinations for p in bisect(c, self.point, self.limit, most=most)]
-        else:
-            rates = options.keep_rates or KEEP_RATES
-            with self.progress.phase("Sweeping", len(combinations) * len(rates), "point") as step:
-                self._advance = step
-                points = grid(combinations, rates, self.point)
-        if not points:
-            raise UsageError("No keep rate of the sweep can be met under the constraints; try larger ones.")
-        advice = recommend(points, self.limit, self._health)
-        return SweepResult(self._document(advice), advice, self.limit)
-
-    def point(self, combination: Combination, keep: float) -> SweepPoint | None:
-        """Judge one selection; None where none meets the budget."""
-        asked = SelectOptions(
-            keep, combination.rule, combination.routing, combination.target, allow_rounding=combination.target == "stock"
-        )
-        try:
-            selection = self.selector.select(asked, combination.scorer)
-        except BudgetError as error:
-            self.progress.note(f"{combination} at keep {keep:g} is left out: {error}")
-            return None
-        finally:
-            self._advance(1)
-        sums = self.known.get(selection)
-        if sums is None:
-            sums = self.judge.compare_masked(self.model, selection)
-            self.known.put(selection, sums)
-        verdict = self.judge.verdict(self._with_exact(selection, sums))
-        most = self.options.most_keep
-        return SweepPoint(
-            combination,
-            selection,
-            round(self.size.at_keep(selection.kept)),
-            verdict,
-            meets=self.limit.met(verdict),
-            fits=None if most is None else selection.kept <= round(most * selection.total),
-        )
-
-    def _with_exact(self, selection: Selection, sums: TeacherForced) -> TeacherForced:
-        """The sums, with exact match of written answers where only a part of them is the answer."""
-        if self.options.generation.answer_pattern is None or self.limit.kind != "max_drop":
-            return sums
-        made = self.judge.answer_masked(self.model, selection)
-        return sums if made is None else replace(sums, exact=_scattered(made.positions, made.exact, len(sums.exact)))
-
-    def _check_limit(self) -> None:
-        """Refuse a limit on exact match where the dense model itself has none to lose."""
-        if self.limit.kind != "max_drop":
-            return
-        if self.options.generation.answer_pattern is not None:
-            made = self.judge.answer_as_dense(self.model)
-            if made is not None:
-                exact = _scattered(made.positions, made.exact, len(self.judge.dense.exact))
-                self.judge.dense = replace(self.judge.dense, exact=exact)
-        answered = self.judge.answered
-        right = float(self.judge.dense.exact[answered].mean()) if answered else 0.0
-        if right < 0.5:
-            raise UsageError(
-                f"The dense model gives the exact response to only {right:.0%} of the held-out examples, so a fall of "
-                "that share says little: name the part that must be right with --answer-pattern REGEX, or use --max-kl."
-            )
-
-    def _health(self, point: SweepPoint) -> Health | None:
-        dense = self.judge.answer_as_dense(self.model)
-        made = self.judge.answer_masked(self.model, point.selection)
-        return health(made, dense) if made is not None else None
-
-    def _document(self, advice: Recommendation) -> dict[str, Any]:
-        self.judge.answer_as_dense(self.model)
-        return {
-            "format_version": FORMAT_VERSION,
-            "verb": "sweep",
-            "model": self.snapshot.name,
-            "fingerprint": fingerprint(self.snapshot),
-            "split": self.plan.sentence,
-            "calibration": self.trace.info.source,
-            "held_out": {"data": self.plan.data.source, "examples": len(self.judge.held_out.examples)},
-            "limit": {"kind": self.limit.kind, "value": self.limit.value},
-            "dense": {**self.judge.dense_verdict().to_document(), "bytes": self.size.total - self.size.dropped},
-            "points": [point.to_document() for point in advice.points],
-            "recommended": advice.chosen,
-            "smallest_within_limit": advice.smallest,
-            "reason": advice.reason,
-            "seed": self.options.scoring.seed,
-            "versions": {name: version(name) for name in _PACKAGES},
-            "command": " ".join(["shape-moe", *sys.argv[1:]]),
-        }
-
-
-class _KnownSums:
-    """Sums of selections that were judged already, in memory and in a file for the next run."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self.file = folder / "points.jsonl" if folder is not None else None
-        self.sums: dict[str, TeacherForced] = {}
-        if self.file is not None and self.file.is_file():
-            for line in self.file.read_text(encoding="utf-8").splitlines():
-                entry = json.loads(line)
-                self.sums[entry["key"]] = TeacherForced(**{k: np.array(v) for k, v in entry["sums"].items()})
-
-    def get(self, selection: Selection) -> TeacherForced | None:
-        """What is known of a selection."""
-        return self.sums.get(_key(selection))
-
-    def put(self, selection: Selection, sums: TeacherForced) -> None:
-        """Remember a selection's sums."""
-        self.sums[_key(selection)] = sums
-        if self.file is not None:
-            entry = {"key": _key(selection), "sums": {name: value.tolist() for name, value in vars(sums).items()}}
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(entry) + "\n")
-
-
-def _key(selection: Selection) -> str:
-    import hashlib
-
-    content = json.dumps([selection.routing, sorted(selection.layers.items())])
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _scattered(positions: Sequence[int], values: Any, count: int) -> Any:
-    found = np.zeros(count, dtype=bool)
-    found[list(positions)] = values
-    return found
-
-
 def _write(result: SweepResult, folder: Path) -> None:
     """Write the answer, and remove what only an unfinished sweep needs."""
     write_json(folder / "sweep.json", result.document)
@@ -462,8 +175,6 @@ def _write(result: SweepResult, folder: Path) -> None:
 
 
 def _remove_partial(folder: Path) -> None:
-    import shutil
-
     shutil.rmtree(folder / "trace.partial", ignore_errors=True)
 
 
