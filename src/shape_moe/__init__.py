@@ -15,11 +15,16 @@ if TYPE_CHECKING:
     from shape_moe.calibration.calibrate import AnswerOptions
     from shape_moe.calibration.examples import TokenOptions
     from shape_moe.calibration.records import DataOptions
+    from shape_moe.evaluation.generation import GenerationOptions
+    from shape_moe.evaluation.sweep import Limit
     from shape_moe.jobs.convert import convert
+    from shape_moe.jobs.evaluate import EvaluateOptions, evaluate
     from shape_moe.jobs.inspect import inspect_model
     from shape_moe.jobs.options import PruneOptions, SelectionJob, TraceOptions
     from shape_moe.jobs.prune import prune
+    from shape_moe.jobs.search import SweepOptions
     from shape_moe.jobs.select import score, select
+    from shape_moe.jobs.sweep import sweep
     from shape_moe.jobs.trace import merge, trace
     from shape_moe.jobs.verify import verify
     from shape_moe.pruning.masks import masked
@@ -34,17 +39,22 @@ __version__ = "0.1.0"
 __all__ = [
     "AnswerOptions",
     "DataOptions",
+    "EvaluateOptions",
+    "GenerationOptions",
+    "Limit",
     "PruneOptions",
     "ScoreOptions",
     "SegmentWeights",
     "SelectOptions",
     "Selection",
     "SelectionJob",
+    "SweepOptions",
     "TokenOptions",
     "Trace",
     "TraceOptions",
     "__version__",
     "convert",
+    "evaluate",
     "inspect_model",
     "load_selection",
     "load_trace",
@@ -54,6 +64,7 @@ __all__ = [
     "prune_model",
     "score",
     "select",
+    "sweep",
     "trace",
     "verify",
 ]
@@ -62,11 +73,16 @@ _HOMES = {
     "calibration.calibrate": ("AnswerOptions",),
     "calibration.examples": ("TokenOptions",),
     "calibration.records": ("DataOptions",),
+    "evaluation.generation": ("GenerationOptions",),
+    "evaluation.sweep": ("Limit",),
     "jobs.convert": ("convert",),
+    "jobs.evaluate": ("EvaluateOptions", "evaluate"),
     "jobs.inspect": ("inspect_model",),
     "jobs.options": ("PruneOptions", "SelectionJob", "TraceOptions"),
     "jobs.prune": ("prune",),
+    "jobs.search": ("SweepOptions",),
     "jobs.select": ("score", "select"),
+    "jobs.sweep": ("sweep",),
     "jobs.trace": ("merge", "trace"),
     "jobs.verify": ("verify",),
     "pruning.masks": ("masked",),

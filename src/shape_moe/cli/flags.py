@@ -19,9 +19,12 @@ from shape_moe.cli.values import (
     parse_pairs,
     parse_protect,
     parse_routing,
+    parse_share,
     parse_values,
 )
 from shape_moe.errors import UsageError
+from shape_moe.evaluation.generation import GenerationOptions
+from shape_moe.evaluation.sweep import Limit
 from shape_moe.jobs.options import SelectionJob, TraceOptions
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.select import SelectOptions
@@ -30,6 +33,8 @@ from shape_moe.tracing.trace import SegmentWeights
 DATA_PANEL = "Calibration data"
 CHOICE_PANEL = "Choosing experts"
 RUN_PANEL = "Running"
+LIMIT_PANEL = "What may be lost"
+GENERATION_PANEL = "Free answers"
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or a model's name on the hub.")]
 
@@ -191,6 +196,62 @@ class DataFlags:
             skip_bad=self.skip_bad,
         )
         return TraceOptions(data=data, tokens=tokens, answers=answers, device=device.device, dtype=device.dtype)
+
+
+@dataclass
+class LimitFlags:
+    """What a pruned model may lose."""
+
+    max_kl: Annotated[
+        float | None,
+        typer.Option(help="Limit on the KL divergence to the dense model, nats per token.", rich_help_panel=LIMIT_PANEL),
+    ] = None
+    max_drop: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE", help="Limit on the fall of exact match, as 1% or 0.01.", rich_help_panel=LIMIT_PANEL
+        ),
+    ] = None
+
+    def limit(self) -> Limit | None:
+        """The limit that these flags describe, None for none."""
+        if self.max_kl is not None and self.max_drop is not None:
+            raise UsageError("--max-kl and --max-drop exclude each other; give one of them.")
+        if self.max_kl is not None:
+            return Limit("max_kl", self.max_kl)
+        return Limit("max_drop", parse_share(self.max_drop, "--max-drop")) if self.max_drop is not None else None
+
+
+@dataclass
+class GenerationFlags:
+    """How models answer freely."""
+
+    generate: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="Let models answer N examples freely; 0 for none.", rich_help_panel=GENERATION_PANEL
+        ),
+    ] = 64
+    answer_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest answer; default: a quarter more than the longest response.", rich_help_panel=GENERATION_PANEL
+        ),
+    ] = None
+    answer_pattern: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGEX",
+            help="What of an answer must be right, as '#### (.*)'; default: all of it.",
+            rich_help_panel=GENERATION_PANEL,
+        ),
+    ] = None
+
+    def options(self) -> GenerationOptions | None:
+        """The generation options that these flags describe, None for no free answers."""
+        if self.generate == 0:
+            return None
+        return GenerationOptions(self.generate, self.answer_tokens, self.answer_pattern)
 
 
 @dataclass

@@ -37,6 +37,18 @@ def parse_count(text: str) -> int:
     return int(match[1]) * (1024 if match[2] else 1)
 
 
+def parse_share(text: str, option: str) -> float:
+    """A share from ``1%`` or ``0.01``.
+
+    Raises:
+        UsageError: for anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(%?)\s*", text)
+    if match is None:
+        raise UsageError(f"{option} takes a share as 1% or 0.01, not {text!r}.")
+    return float(match[1]) / (100 if match[2] else 1)
+
+
 def parse_pairs(items: list[str] | None, option: str) -> dict[str, str]:
     """``NAME=VALUE`` items as a dictionary.
 

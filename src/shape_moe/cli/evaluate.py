@@ -1,0 +1,180 @@
+"""``shape-moe evaluate``: what pruning cost, beside the dense model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from shape_moe.calibration.records import DataOptions
+from shape_moe.cli.console import plain_table
+from shape_moe.cli.flags import (
+    DataFlags,
+    DeviceFlags,
+    ForceFlag,
+    GenerationFlags,
+    ModelArgument,
+    OutputFlags,
+    SeedFlag,
+    with_flags,
+)
+from shape_moe.evaluation.faithfulness import Faithfulness
+from shape_moe.evaluation.figures import worst_group
+from shape_moe.evaluation.footprint import Workload
+from shape_moe.evaluation.intervals import Estimate
+from shape_moe.jobs import evaluate as job
+from shape_moe.units import readable_size
+from shape_moe.workspace import check_output_file, write_json
+
+ALSO_SAMPLES = 100
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("evaluate")(with_flags(evaluate))
+
+
+def evaluate(
+    model: ModelArgument,
+    data: DataFlags,
+    generation: GenerationFlags,
+    run: DeviceFlags,
+    seed: SeedFlag,
+    force: ForceFlag,
+    output: OutputFlags,
+    candidates: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PRUNED]...", help="Pruned checkpoints, and selections to judge as masks on MODEL."),
+    ] = None,
+    also: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Examples of something else: what is lost off the task.")
+    ] = None,
+    by: Annotated[str | None, typer.Option(metavar="FIELD", help="Judge every value of this field by itself.")] = None,
+    faithfulness: Annotated[
+        int, typer.Option(metavar="N", help="Compare each selection with its inversion and N random ones (3 or more).")
+    ] = 0,
+    trace: Annotated[Path | None, typer.Option(help="The trace that selections were made from.")] = None,
+    no_footprint: Annotated[bool, typer.Option("--no-footprint", help="Leave memory and speed out.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write every figure into this JSON file.")
+    ] = None,
+) -> None:
+    """Judge pruned models on held-out examples: likelihood, distance to the dense model, answers, memory and speed.
+
+    Example: shape-moe evaluate ./Qwen3-30B-A3B ./Qwen3-gsm8k-0.6 --data gsm8k-test.jsonl --samples 200
+    """
+    talk = output.output()
+    if out is not None:
+        check_output_file(out, force=force.force)
+    options = job.EvaluateOptions(
+        also=DataOptions(also, samples=ALSO_SAMPLES, seed=seed.seed) if also else None,
+        by=by,
+        generation=generation.options(),
+        footprint=None if no_footprint else Workload(),
+        faithfulness=faithfulness,
+        trace=str(trace) if trace else None,
+        seed=seed.seed,
+    )
+    tracing = data.options(run, seed.seed, job.EVALUATION_SAMPLES)
+    result = job.evaluate(model, candidates or [], data=tracing, options=options, progress=talk)
+    for note in result.notes:
+        talk.warn(note)
+    if out is not None:
+        write_json(out, result.document)
+        talk.note(f"Wrote {out}")
+    talk.result(result.document, lambda console: _show(console, result))
+
+
+def _show(console: Console, result: job.Evaluation) -> None:
+    for name in result.models[0].sets:
+        _show_set(console, result, name)
+    _show_footprints(console, result)
+    for found in result.models:
+        groups = found.sets[job.TASK].groups
+        worst = worst_group(groups)
+        if worst is not None:
+            lost = groups[worst]["change"]
+            key = "exact_match" if "exact_match" in lost else "nll"
+            console.print(f"{escape(found.name)}: worst class is {worst!r} ({key.replace('_', ' ')} {signed(lost[key])})")
+    for check in result.faithfulness:
+        _show_faithfulness(console, check)
+
+
+def _show_set(console: Console, result: job.Evaluation, name: str) -> None:
+    source = result.document["data"] if name == job.TASK else result.document["also"]
+    title = f"{source}: figures with 95 % intervals"
+    columns = ("model", "nll", "perplexity", "KL to dense", "same top-1", "exact match", "change", "loops", "no end")
+    table = plain_table(*columns, title=title)
+    for found in result.models:
+        verdict = found.sets[name]
+        health = verdict.health.figures if verdict.health else {}
+        exact, change = verdict.quality.get("exact_match"), verdict.change.get("exact_match")
+        table.add_row(
+            found.name,
+            number(verdict.quality["nll"], 4),
+            number(verdict.quality["perplexity"], 3),
+            number(verdict.quality["kl"], 4) if verdict.change else "",
+            share(verdict.quality["top1"]) if verdict.change else "",
+            share(exact) if exact else "",
+            signed(change) if change else "",
+            f"{health['loop_rate'].value:.1%}" if health else "",
+            f"{health['no_end_rate'].value:.1%}" if health else "",
+        )
+    console.print(table)
+    for found in result.models:
+        health_of = found.sets[name].health
+        for complaint in health_of.complaints if health_of else ():
+            console.print(f"[yellow]{escape(found.name)}: {escape(complaint)}[/yellow]")
+
+
+def _show_footprints(console: Console, result: job.Evaluation) -> None:
+    table = plain_table("model", "on disk", "peak memory", "load", "prefill", "decode", title="Memory and speed")
+    for found in result.models:
+        taken = found.footprint
+        if taken is None:
+            size = readable_size(found.size)
+            table.add_row(found.name, f"({size})" if found.kind == "mask" else size, "", "", "", "")
+            continue
+        table.add_row(
+            found.name,
+            readable_size(found.size),
+            readable_size(taken.peak_bytes),
+            f"{taken.load_seconds:.1f} s",
+            f"{taken.prefill_tokens_per_second:,.0f} token/s",
+            f"{taken.decode_tokens_per_second:,.0f} token/s",
+        )
+    console.print(table)
+    if any(found.kind == "mask" for found in result.models):
+        console.print("Sizes in brackets are what a checkpoint would have; a mask itself saves nothing.")
+
+
+def _show_faithfulness(console: Console, check: Faithfulness) -> None:
+    table = plain_table("experts kept", "KL to dense", "nll", title=f"Faithfulness of {check.name}")
+    rows = [("the selection", check.kept), ("its inversion", check.inverted)]
+    rows += [(f"random {i + 1}", verdict) for i, verdict in enumerate(check.random)]
+    for name, verdict in rows:
+        table.add_row(name, number(verdict.quality["kl"], 4), number(verdict.quality["nll"], 4))
+    console.print(table)
+    console.print(
+        "Better than every random selection, and those better than the inversion: the values mean something."
+        if check.faithful
+        else "[yellow]Not better than random, or random not better than the inversion: do not trust the values.[/yellow]"
+    )
+
+
+def number(estimate: Estimate, digits: int) -> str:
+    """A figure with its interval."""
+    return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+
+
+def share(estimate: Estimate) -> str:
+    """A share with its interval, in percent."""
+    return f"{estimate.value:.1%} [{estimate.low:.1%}, {estimate.high:.1%}]"
+
+
+def signed(estimate: Estimate) -> str:
+    """A difference with its interval, in percent."""
+    return f"{estimate.value:+.1%} [{estimate.low:+.1%}, {estimate.high:+.1%}]"

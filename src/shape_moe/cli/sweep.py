@@ -1,0 +1,160 @@
+"""``shape-moe sweep``: which keep rate is safe."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from shape_moe.architectures.snapshot import open_snapshot
+from shape_moe.calibration.records import DataOptions
+from shape_moe.cli.console import plain_table
+from shape_moe.cli.evaluate import number, share, signed
+from shape_moe.cli.flags import (
+    DataFlags,
+    DeviceFlags,
+    ForceFlag,
+    GenerationFlags,
+    LimitFlags,
+    ModelArgument,
+    OutputFlags,
+    SeedFlag,
+    with_flags,
+)
+from shape_moe.cli.values import parse_count, parse_size
+from shape_moe.errors import UsageError
+from shape_moe.evaluation.generation import GenerationOptions
+from shape_moe.evaluation.sweep import SweepPoint
+from shape_moe.jobs import sweep as job
+from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
+from shape_moe.jobs.inspect import keep_that_fits
+from shape_moe.jobs.options import DEFAULT_SAMPLES
+from shape_moe.jobs.search import SweepOptions, SweepResult
+from shape_moe.scoring.registry import ScoreOptions
+from shape_moe.scoring.registry import scorers as known_scorers
+from shape_moe.tracing.trace import SegmentWeights
+from shape_moe.units import readable_size
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("sweep")(with_flags(sweep))
+
+
+def sweep(
+    model: ModelArgument,
+    data: DataFlags,
+    limits: LimitFlags,
+    generation: GenerationFlags,
+    run: DeviceFlags,
+    seed: SeedFlag,
+    force: ForceFlag,
+    output: OutputFlags,
+    out: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for the curve and the recommendation.")
+    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="Start from this trace; its own examples are never judged by.")] = None,
+    held_out: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Judge by these examples; default: a share of --data.")
+    ] = None,
+    held_out_samples: Annotated[int, typer.Option(help="Judge by this many examples.")] = HELD_OUT_SAMPLES,
+    keep: Annotated[
+        list[float] | None,
+        typer.Option(help="A keep rate to judge; repeat it. Default: bisection to a given limit, else 0.9 to 0.25."),
+    ] = None,
+    scorer: Annotated[list[str] | None, typer.Option(help="How experts are valued; repeat it, or say all.")] = None,
+    rule: Annotated[list[str] | None, typer.Option(help="How layers share the budget; repeat it.")] = None,
+    routing: Annotated[list[str] | None, typer.Option(help="drop or reroute; repeat it for both.")] = None,
+    target: Annotated[str, typer.Option(help="ragged, or stock (equal counts, rerouted).")] = "ragged",
+    prompt_weight: Annotated[float, typer.Option(help="How much a prompt token counts.")] = 1.0,
+    response_weight: Annotated[float, typer.Option(help="How much a response token counts.")] = 1.0,
+    fit: Annotated[str | None, typer.Option(metavar="SIZE", help="Recommend only what fits this memory.")] = None,
+    context: Annotated[str, typer.Option(help="With --fit: tokens per sequence in the KV cache.")] = "4096",
+    concurrency: Annotated[int, typer.Option(help="With --fit: sequences in the KV cache.")] = 1,
+) -> None:
+    """Find out which keep rate is safe: quality over keep rates from one trace and one loaded model.
+
+    Example: shape-moe sweep ./Qwen3-30B-A3B --data gsm8k-train.jsonl --max-kl 0.02 -o sweeps/gsm8k
+    """
+    talk = output.output()
+    default = "reroute" if target == "stock" else "drop"
+    options = SweepOptions(
+        keep_rates=tuple(keep) if keep else None,
+        limit=limits.limit(),
+        scorers=_scorers(scorer),
+        rules=tuple(rule or ["coverage"]),
+        routings=tuple(routing or [default]),
+        target=target,
+        scoring=ScoreOptions(SegmentWeights(prompt_weight, response_weight), seed.seed),
+        held_out=held_out_samples,
+        generation=generation.options() or GenerationOptions(),
+        most_keep=_most_keep(model, fit, context, concurrency),
+    )
+    if trace is None and data.data is None:
+        raise UsageError("Give examples (--data), a trace (--trace), or both.")
+    given = data.options(run, seed.seed, DEFAULT_SAMPLES) if data.data is not None else None
+    judged_by = DataOptions(held_out, split=data.split, seed=seed.seed) if held_out else None
+    result = job.sweep(
+        model, options, out, data=given, trace=trace, held_out=judged_by, force=force.force, progress=talk
+    )
+    talk.result(result.document, lambda console: _show(console, result, model, out))
+
+
+def _scorers(named: list[str] | None) -> tuple[str, ...]:
+    if named == ["all"]:
+        return tuple(known_scorers())
+    return tuple(named or ["shape"])
+
+
+def _most_keep(model: str, fit: str | None, context: str, concurrency: int) -> float | None:
+    if fit is None:
+        return None
+    return keep_that_fits(open_snapshot(model), parse_size(fit), parse_count(context), concurrency)
+
+
+def _show(console: Console, result: SweepResult, model: str, out: Path | None) -> None:
+    console.print(f"{result.document['split']}.")
+    dense = result.document["dense"]
+    quality = dense["quality"]
+    exact = f", exact match {quality['exact_match']['value']:.1%}" if "exact_match" in quality else ""
+    console.print(f"Dense model: {readable_size(dense['bytes'])}, nll {quality['nll']['value']:.4f}{exact}")
+    marks = {result.recommendation.chosen: "recommended"}
+    places = list(enumerate(result.recommendation.points))
+    for combination, group in groupby(places, key=lambda place: place[1].combination):
+        table = plain_table(
+            "keep", "weights", "KL to dense", "same top-1", "exact match", "change", "limit", "", title=str(combination)
+        )
+        for i, point in sorted(group, key=lambda place: -place[1].selection.kept):
+            table.add_row(*_row(point), marks.get(i, ""), style="bold green" if i in marks else None)
+        console.print(table)
+        console.print()
+    console.print(result.recommendation.reason, markup=False)
+    if result.chosen is not None and out is not None:
+        chosen = result.chosen.selection
+        console.print(
+            f"shape-moe prune {model} --selection {out / 'recommended.json'} -o SMALLER  writes it "
+            f"({chosen.kept:,} of {chosen.total:,} experts).",
+            markup=False,
+        )
+
+
+def _row(point: SweepPoint) -> tuple[str, ...]:
+    quality, change = point.verdict.quality, point.verdict.change
+    exact = quality.get("exact_match")
+    words = {True: "within", False: "beyond", None: ""}[point.meets]
+    if point.fits is False:
+        words += ", too large"
+    if point.healthy is False:
+        words += ", unhealthy"
+    return (
+        f"{point.selection.keep:.3f}",
+        readable_size(point.size),
+        number(quality["kl"], 4),
+        share(quality["top1"]),
+        f"{exact.value:.1%}" if exact else "",
+        signed(change["exact_match"]) if exact else "",
+        words,
+    )

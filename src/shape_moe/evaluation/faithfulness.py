@@ -1,0 +1,95 @@
+"""Do the values mean anything? The selection beside its inversion and random ones, at the same counts per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from shape_moe.errors import UsageError
+from shape_moe.evaluation import figures
+from shape_moe.evaluation.judge import Judge, Verdict
+from shape_moe.scoring.scores import Scores
+from shape_moe.selection.controls import inverted_selection, random_selection
+from shape_moe.selection.selection import Selection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FEWEST_RANDOM = 3
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Faithfulness:
+    """Verdicts at the same counts per layer.
+
+    Attributes:
+        name: the selection.
+        kept: the selection itself.
+        inverted: the highest-valued experts removed instead.
+        random: experts removed at random, by seed.
+    """
+
+    name: str
+    kept: Verdict
+    inverted: Verdict
+    random: tuple[Verdict, ...]
+
+    @property
+    def faithful(self) -> bool:
+        """Whether the selection is closer to the dense model than every random one, and those than its inversion."""
+        kept, inverted = self.kept.quality["kl"].value, self.inverted.quality["kl"].value
+        drawn = [verdict.quality["kl"].value for verdict in self.random]
+        return kept < min(drawn) and sum(drawn) / len(drawn) < inverted
+
+    def to_document(self) -> dict[str, Any]:
+        """For JSON."""
+
+        def entry(verdict: Verdict) -> dict[str, Any]:
+            return {"quality": figures.document(verdict.quality), "change": figures.document(verdict.change)}
+
+        return {
+            "selection": self.name,
+            "kept": entry(self.kept),
+            "inverted": entry(self.inverted),
+            "random": [entry(verdict) for verdict in self.random],
+            "faithful": self.faithful,
+        }
+
+
+def faithfulness(
+    model: PreTrainedModel,
+    judge: Judge,
+    selection: Selection,
+    scores: Scores,
+    *,
+    name: str,
+    draws: int = FEWEST_RANDOM,
+    seed: int = 0,
+    advance: Advance = lambda _: None,
+) -> Faithfulness:
+    """Judge a selection, its inversion and random selections as masks.
+
+    Args:
+        model: the dense model.
+        judge: has recorded that model's answers.
+        selection: what to check.
+        scores: the values that it was made from.
+        name: what to call it.
+        draws: how many random selections, at least 3.
+        seed: draws the first of them; the others follow.
+        advance: called with 1 for every selection judged.
+
+    Raises:
+        UsageError: for fewer than three random selections.
+    """
+    if draws < FEWEST_RANDOM:
+        raise UsageError(f"Faithfulness needs at least {FEWEST_RANDOM} random selections, not {draws}.")
+    controls = [inverted_selection(selection, scores)]
+    controls += [random_selection(selection, seed + i) for i in range(draws)]
+    verdicts = []
+    for chosen in (selection, *controls):
+        verdicts.append(judge.verdict(judge.compare_masked(model, chosen)))
+        advance(1)
+    return Faithfulness(name, verdicts[0], verdicts[1], tuple(verdicts[2:]))
