@@ -228,7 +228,14 @@ def test_contradictions(call, embedded, traced, data, tmp_path) -> None:
     refused(call(*selection, "--scorer", "reap", "--rule", "global"), 2, "leave --scorer, --rule out")
     refused(call(*selection, "--trace", traced), 2, "exclude each other")
     refused(call(*base, "--trace", traced, "--preset", "best"), 2, "no preset 'best'")
-    refused(call("select", traced, "--keep", "0.6", "-o", tmp_path / "s.json"), 2, "exists", "--force")
+    for job in (("select", traced, "--keep", "0.6", "-o"), ("score", traced, "--csv")):
+        refused(call(*job, tmp_path / "s.json"), 2, "exists; choose another output, or replace it with --force")
+        refused(call(*job, tmp_path, "--force"), 2, "is a folder; choose a file")
+        refused(call(*job, tmp_path / "none" / "s"), 2, "There is no folder", "make it")
+    before = (tmp_path / "s.json").read_text()
+    assert call("select", traced, "--keep", "0.5", "-o", tmp_path / "s.json", "-q", "--force")[0] == 0
+    assert (tmp_path / "s.json").read_text() != before
+    assert [path.name for path in tmp_path.iterdir()] == ["s.json"]
 
 
 def test_values_that_cannot_be_read(call, embedded, traced, data, tmp_path) -> None:
