@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import torch
 
-from shape_moe.architectures.fingerprint import UNVERIFIED, fingerprint, layout_fingerprint
+from shape_moe.architectures.fingerprint import UNVERIFIED, Origin, fingerprint, layout_fingerprint, origin
 from shape_moe.architectures.loading import free_memory, load_model, load_tokenizer, unpacking
 from shape_moe.architectures.moe_config import MoeConfig
 from shape_moe.architectures.sites import live_moe_config
@@ -181,15 +181,12 @@ class TraceSession:
         self, moe: MoeConfig, layers: tuple[int, ...], implementation: str, dtype: str, engine: str = "transformers"
     ) -> TraceInfo:
         """Where the trace comes from, once the calibration set is known."""
-        snapshot, calibrator = self.snapshot, self.calibrator
+        calibrator = self.calibrator
         examples = [example for example in calibrator.examples if example.where not in calibrator.skipped]
         prompt = sum(example.prompt_length for example in examples)
         total = sum(len(example.tokens) for example in examples)
         return TraceInfo(
-            fingerprint=fingerprint(snapshot) if snapshot else UNVERIFIED,
-            layout_fingerprint=layout_fingerprint(snapshot) if snapshot else UNVERIFIED,
-            model=snapshot.name if snapshot else str(self.model.name_or_path or type(self.model).__name__),
-            revision=snapshot.revision if snapshot else None,
+            **self._origin(),
             family=moe.family.model_type,
             num_experts=moe.num_experts,
             routing=moe.routing,
@@ -203,6 +200,12 @@ class TraceSession:
             versions={name: version(name) for name in _PACKAGES},
             canary=canary_tokens([example.tokens for example in examples]),
         )
+
+    def _origin(self) -> Origin:
+        if self.snapshot is not None:
+            return origin(self.snapshot)
+        name = str(self.model.name_or_path or type(self.model).__name__)
+        return Origin(model=name, revision=None, fingerprint=UNVERIFIED, layout_fingerprint=UNVERIFIED)
 
     def _load_so_far(self, folder: Path | None) -> tuple[Trace | None, int]:
         if folder is None or not (folder / "so-far.json").is_file():
