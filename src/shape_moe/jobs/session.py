@@ -100,9 +100,7 @@ class TraceSession:
         """The full model, loaded when it is first needed."""
         if self._model is None:
             assert self.snapshot is not None
-            with self.progress.phase("Loading the model", 1, "model") as advance:
-                self._model = load_model(self.snapshot, device=self.options.device, dtype=self.options.dtype)
-                advance(1)
+            self._model = load_original(self.snapshot, self.options.device, self.options.dtype, self.progress)
         return self._model
 
     def unload(self) -> None:
@@ -214,6 +212,14 @@ class TraceSession:
         kept = load_trace(folder / f"so-far-{done}")
         self.calibrator.skipped |= kept.info.source["skipped"]
         return kept, done
+
+
+def load_original(snapshot: Snapshot, device: str, dtype: str, progress: Progress) -> PreTrainedModel:
+    """Load the full model as a phase of its own; see :func:`shape_moe.architectures.loading.load_model`."""
+    with progress.phase("Loading the model", 1, "model") as advance:
+        model = load_model(snapshot, device=device, dtype=dtype)
+        advance(1)
+    return model
 
 
 def _save_so_far(folder: Path, kept: Trace, done: int) -> None:
