@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from shape_moe.cli.main import run
 from shape_moe.demo.tasks import examples
+from support.cli import refused
 
-VERBS = ("inspect", "trace", "convert", "merge", "score", "select", "prune", "verify", "demo")
+VERBS = ("inspect", "trace", "convert", "merge", "score", "select", "prune", "serve", "verify", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -32,30 +33,10 @@ def traced(embedded, data, tmp_path_factory) -> str:
     return folder
 
 
-@pytest.fixture
-def call(capsys):
-    def invoke(*arguments: object) -> tuple[int, str, str]:
-        code = run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return invoke
-
-
 def as_json(result: tuple[int, str, str]) -> dict:
     code, out, _ = result
     assert code == 0
     return json.loads(out)
-
-
-def refused(result: tuple[int, str, str], code: int, *words: str) -> None:
-    """One clear sentence on stderr, nothing on stdout, no traceback."""
-    assert result[0] == code, result
-    assert result[1] == ""
-    assert "Traceback" not in result[2]
-    assert result[2].startswith(("Error: ", "Usage: ")) or "Error" in result[2]
-    for word in words:
-        assert word in " ".join(result[2].split()), result[2]
 
 
 @pytest.mark.parametrize("verb", VERBS)
