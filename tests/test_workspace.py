@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.interrupts import DeferredInterrupt
-from shape_moe.workspace import Workspace
+from shape_moe.workspace import Workspace, check_output_file, write_json, write_text
 
 JOB = {"verb": "test", "value": 1}
 
@@ -78,3 +79,46 @@ def test_the_first_interrupt_waits_and_the_second_does_not() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_files_are_old_or_new(tmp_path) -> None:
+    file = tmp_path / "f.txt"
+    write_text(file, "ä\n")
+    assert file.read_bytes() == b"\xc3\xa4\n"
+    with pytest.raises(UnicodeEncodeError):
+        write_text(file, "begun, but \ud800")
+    assert file.read_bytes() == b"\xc3\xa4\n"
+    write_json(file, {"a": [1, tmp_path]})
+    assert file.read_text() == f'{{\n "a": [\n  1,\n  "{tmp_path}"\n ]\n}}\n'
+    assert [p.name for p in tmp_path.iterdir()] == ["f.txt"]
+
+
+def test_links_stay_and_pipes_are_written_to(tmp_path) -> None:
+    (tmp_path / "real").mkdir()
+    file, link = tmp_path / "real" / "f.txt", tmp_path / "link"
+    link.symlink_to(file)
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert file.read_text() == "new"
+    reader, writer = os.pipe()
+    try:
+        write_text(Path(f"/dev/fd/{writer}"), "through")
+        assert os.read(reader, 100) == b"through"
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["f.txt", "link", "real"]
+
+
+def test_output_files_are_checked(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_output_file(Path("f.txt"), force=False)
+    Path("f.txt").touch()
+    with pytest.raises(UsageError, match=r"f\.txt exists; choose another output, or replace it with --force"):
+        check_output_file(Path("f.txt"), force=False)
+    check_output_file(Path("f.txt"), force=True)
+    for force in (False, True):
+        with pytest.raises(UsageError, match="is a folder; choose a file"):
+            check_output_file(tmp_path, force=force)
+        with pytest.raises(UsageError, match=r"There is no folder nowhere"):
+            check_output_file(Path("nowhere", "f.txt"), force=force)

@@ -1,4 +1,4 @@
-"""Where results are made: a sibling ``DIR.partial`` that becomes ``DIR`` only when it is complete."""
+"""Where results are made: a folder grows as a sibling ``DIR.partial``, a file as ``FILE.tmp``, until it is complete."""
 
 from __future__ import annotations
 
@@ -155,13 +155,47 @@ def check_output(out: Path, *, force: bool, inputs: Iterable[str | os.PathLike[s
         raise UsageError(f"{out} holds no result of this tool, so --force does not replace it; choose another output.")
 
 
+def check_output_file(file: Path, *, force: bool) -> None:
+    """Refuse an output file that is already there, or that has no folder to lie in.
+
+    Args:
+        file: the file.
+        force: accept an existing file.
+
+    Raises:
+        UsageError: when ``file`` is a folder, exists and is not to be replaced, or cannot be made.
+    """
+    if file.is_dir():
+        raise UsageError(f"{file} is a folder; choose a file for the output.")
+    if file.exists() and not force:
+        raise UsageError(f"{file} exists; choose another output, or replace it with --force.")
+    if not file.parent.is_dir():
+        raise UsageError(f"There is no folder {file.parent}; make it, or choose another output.")
+
+
 def job_digest(job: Mapping[str, Any]) -> str:
     """sha256 of a job's description."""
     return hashlib.sha256(json.dumps(job, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def write_text(file: Path, text: str) -> None:
+    """Write text so that the file is either old or new, never half.
+
+    A link stays one, and what is no regular file (a pipe, ``/dev/stdout``) is written to as it is.
+    """
+    if file.exists() and not file.is_file():
+        file.write_text(text, encoding="utf-8")
+        return
+    place = file.resolve()
+    temporary = place.with_name(place.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(place)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def write_json(file: Path, content: Any) -> None:
-    """Write JSON so that the file is either old or new, never half."""
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    """Write JSON with :func:`write_text`."""
+    write_text(file, json.dumps(content, indent=1, default=str) + "\n")

@@ -8,26 +8,8 @@ import numpy as np
 import pytest
 
 import shape_moe
-from shape_moe.cli.main import run
+from support.cli import refused
 from support.served import random_ids, sglang_response, vllm_response, write_lines
-
-
-@pytest.fixture
-def call(capsys):
-    def invoke(*arguments: object) -> tuple[int, str, str]:
-        code = run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return invoke
-
-
-def refused(result: tuple[int, str, str], code: int, *words: str) -> None:
-    assert result[0] == code, result
-    assert result[1] == ""
-    assert "Traceback" not in result[2]
-    for word in words:
-        assert word in " ".join(result[2].split()), result[2]
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from shape_moe.cli.main import run
 from shape_moe.demo.tasks import examples
+from support.cli import refused
 
-VERBS = ("inspect", "trace", "convert", "merge", "score", "select", "prune", "verify", "demo")
+VERBS = ("inspect", "trace", "convert", "merge", "score", "select", "prune", "serve", "verify", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -32,30 +33,10 @@ def traced(embedded, data, tmp_path_factory) -> str:
     return folder
 
 
-@pytest.fixture
-def call(capsys):
-    def invoke(*arguments: object) -> tuple[int, str, str]:
-        code = run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return invoke
-
-
 def as_json(result: tuple[int, str, str]) -> dict:
     code, out, _ = result
     assert code == 0
     return json.loads(out)
-
-
-def refused(result: tuple[int, str, str], code: int, *words: str) -> None:
-    """One clear sentence on stderr, nothing on stdout, no traceback."""
-    assert result[0] == code, result
-    assert result[1] == ""
-    assert "Traceback" not in result[2]
-    assert result[2].startswith(("Error: ", "Usage: ")) or "Error" in result[2]
-    for word in words:
-        assert word in " ".join(result[2].split()), result[2]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -228,7 +209,14 @@ def test_contradictions(call, embedded, traced, data, tmp_path) -> None:
     refused(call(*selection, "--scorer", "reap", "--rule", "global"), 2, "leave --scorer, --rule out")
     refused(call(*selection, "--trace", traced), 2, "exclude each other")
     refused(call(*base, "--trace", traced, "--preset", "best"), 2, "no preset 'best'")
-    refused(call("select", traced, "--keep", "0.6", "-o", tmp_path / "s.json"), 2, "exists", "--force")
+    for job in (("select", traced, "--keep", "0.6", "-o"), ("score", traced, "--csv")):
+        refused(call(*job, tmp_path / "s.json"), 2, "exists; choose another output, or replace it with --force")
+        refused(call(*job, tmp_path, "--force"), 2, "is a folder; choose a file")
+        refused(call(*job, tmp_path / "none" / "s"), 2, "There is no folder", "make it")
+    before = (tmp_path / "s.json").read_text()
+    assert call("select", traced, "--keep", "0.5", "-o", tmp_path / "s.json", "-q", "--force")[0] == 0
+    assert (tmp_path / "s.json").read_text() != before
+    assert [path.name for path in tmp_path.iterdir()] == ["s.json"]
 
 
 def test_values_that_cannot_be_read(call, embedded, traced, data, tmp_path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, TypedDict
 
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.errors import FingerprintError
@@ -24,6 +24,32 @@ _CONFIG_FIELDS = (
     "n_group",
     "topk_group",
 )
+
+
+class Origin(TypedDict):
+    """Which model an artifact was made from, under the names that artifacts record.
+
+    Attributes:
+        model: name of the model as the user gave it.
+        revision: commit of a hub model.
+        fingerprint: identifies the model by its routers.
+        layout_fingerprint: describes the checkpoint's tensors.
+    """
+
+    model: str
+    revision: str | None
+    fingerprint: str
+    layout_fingerprint: str
+
+
+def origin(snapshot: Snapshot) -> Origin:
+    """What an artifact records of the model on disk that it is made from."""
+    return Origin(
+        model=snapshot.name,
+        revision=snapshot.revision,
+        fingerprint=fingerprint(snapshot),
+        layout_fingerprint=layout_fingerprint(snapshot),
+    )
 
 
 def fingerprint(snapshot: Snapshot) -> str:

@@ -108,11 +108,6 @@ def weight_count(slot: TensorSlot) -> int:
     return 8 * values if slot.name.endswith(("qweight", "weight_packed")) else values
 
 
-def kv_bytes_per_token(config: dict[str, Any], *, bits: int = 16) -> int:
-    """Bytes of KV cache that one token takes in the layers with full attention."""
-    return sum(_kv_layer(config, bits) for kind in _layer_kinds(config) if kind == "full")
-
-
 def kv_cache_bytes(config: dict[str, Any], context: int, concurrency: int, *, bits: int = 16) -> int:
     """Bytes of KV cache for ``concurrency`` sequences of ``context`` tokens.
 

@@ -14,6 +14,7 @@ from shape_moe.errors import UsageError
 from shape_moe.jobs import select as job
 from shape_moe.scoring.registry import scorers
 from shape_moe.scoring.scores import Scores
+from shape_moe.workspace import check_output_file, write_text
 
 
 def add_to(app: typer.Typer) -> None:
@@ -44,13 +45,13 @@ def score(
         return
     if source is None:
         raise UsageError("Name a trace or a table of values.")
-    if csv is not None and csv.exists() and not force.force:
-        raise UsageError(f"{csv} exists; choose another file, or replace it with --force.")
+    if csv is not None:
+        check_output_file(csv, force=force.force)
     if job.is_table(source) and changed_flags(flags):
         raise UsageError(f"{source} holds values already: leave {', '.join(changed_flags(flags))} out.")
     scores = job.score(source, flags.scorer, flags.options(seed.seed))
     if csv is not None:
-        scores.table().write_csv(csv)
+        write_text(csv, scores.table().write_csv())
         talk.note(f"Wrote {csv}")
     document = {
         "scorer": scores.scorer,

@@ -22,6 +22,7 @@ from shape_moe.cli.flags import (
 from shape_moe.errors import UsageError
 from shape_moe.jobs import select as job
 from shape_moe.selection.selection import Selection
+from shape_moe.workspace import check_output_file
 
 
 def add_to(app: typer.Typer) -> None:
@@ -47,8 +48,8 @@ def select(
     Example: shape-moe select traces/gsm8k --keep 0.6 -o selection.json
     """
     talk = output.output()
-    if out is not None and out.exists() and not force.force:
-        raise UsageError(f"{out} exists; choose another output, or replace it with --force.")
+    if out is not None:
+        check_output_file(out, force=force.force)
     if job.is_table(source) and changed_flags(score):
         raise UsageError(f"{source} holds values already: leave {', '.join(changed_flags(score))} out.")
     routing = RoutingFacts(top_k, top_k) if top_k else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
-from shape_moe.architectures.fingerprint import fingerprint, layout_fingerprint
+from shape_moe.architectures.fingerprint import origin
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.tracing.trace import TraceInfo
 
@@ -28,10 +28,7 @@ def converted_info(
         source: where the file comes from.
     """
     return TraceInfo(
-        fingerprint=fingerprint(snapshot),
-        layout_fingerprint=layout_fingerprint(snapshot),
-        model=snapshot.name,
-        revision=snapshot.revision,
+        **origin(snapshot),
         family=snapshot.moe.family.model_type,
         num_experts=snapshot.moe.num_experts,
         routing=snapshot.moe.routing,

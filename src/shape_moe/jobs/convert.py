@@ -16,7 +16,7 @@ from shape_moe.interop.selected_experts import read_selected, selected_text
 from shape_moe.progress import SILENT, Progress
 from shape_moe.selection.selection import Selection, load_selection
 from shape_moe.tracing.trace import Trace, load_trace
-from shape_moe.workspace import Workspace, check_output
+from shape_moe.workspace import Workspace, check_output, check_output_file, write_text
 
 Target = Literal["shape-moe", "reference"]
 _OURS: tuple[Kind, ...] = ("selection", "trace")
@@ -62,7 +62,7 @@ def convert(
     snapshot = open_snapshot(model) if model else None
     if found == "trace":
         trace = load_trace(path)
-        _write(target, coalitions_text(trace))
+        write_text(target, coalitions_text(trace))
         return trace
     if found in ("selection", "selected"):
         return _convert_selection(found, path, target, snapshot)
@@ -102,23 +102,18 @@ def _check_request(
 
 
 def _check_file(out: Path, source: Path, *, force: bool) -> None:
-    if out.is_dir():
-        raise UsageError(f"{out} is a folder; choose a file for the output.")
-    if out.resolve() == source.resolve():
+    if out.is_file() and out.resolve() == source.resolve():
         raise UsageError(f"The output {out} and the input are the same file; choose another output.")
-    if out.exists() and not force:
-        raise UsageError(f"{out} exists; choose another output, or replace it with --force.")
+    check_output_file(out, force=force)
 
 
 def _convert_selection(kind: Kind, source: Path, out: Path, snapshot: Snapshot | None) -> Selection:
     if kind == "selection":
         selection = load_selection(source)
-        _write(out, selected_text(selection))
+        write_text(out, selected_text(selection))
         return selection
     selection = read_selected(source, snapshot)
-    partial = _partial(out)
-    selection.save(partial)
-    partial.replace(out)
+    selection.save(out)
     return selection
 
 
@@ -127,13 +122,3 @@ def _save(trace: Trace, out: Path, source: Path, snapshot: Snapshot, *, force: b
     with Workspace(out, job, force=force, inputs=[source, snapshot.path]) as work:
         trace.save(work.path)
         return load_trace(work.complete())
-
-
-def _write(out: Path, text: str) -> None:
-    partial = _partial(out)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(out)
-
-
-def _partial(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")

@@ -19,7 +19,7 @@ from shape_moe.calibration.records import DataOptions
 from shape_moe.errors import CheckpointError, ShapeMoeError, UsageError
 from shape_moe.jobs.options import PAPER_SAMPLES, PruneOptions, TraceOptions, as_selection_job, as_trace_options
 from shape_moe.jobs.select import check_job
-from shape_moe.jobs.session import TraceSession
+from shape_moe.jobs.session import TraceSession, load_original
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import Canary, CanaryResult, compare_canary, random_tokens, record_canary
 from shape_moe.pruning.checkpoint import ShardPlan, plan_checkpoint, write_index, write_shard
@@ -293,9 +293,7 @@ def _canary(run: _Run, selection: Selection) -> Canary | None:
     if run.session is not None:
         model = run.session.model
     else:
-        with run.progress.phase("Loading the model", 1, "model") as advance:
-            model = load_model(run.snapshot, device=run.options.device, dtype=run.options.dtype)
-            advance(1)
+        model = load_original(run.snapshot, run.options.device, run.options.dtype, run.progress)
     tokens = run.trace.info.canary if run.trace else []
     with run.progress.phase("Recording the canary", 1, "step") as advance, masked(model, selection):
         canary = record_canary(model, tokens or random_tokens(run.snapshot.config["vocab_size"]))

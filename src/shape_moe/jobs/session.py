@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import torch
 
-from shape_moe.architectures.fingerprint import UNVERIFIED, fingerprint, layout_fingerprint
+from shape_moe.architectures.fingerprint import UNVERIFIED, Origin, fingerprint, layout_fingerprint, origin
 from shape_moe.architectures.loading import free_memory, load_model, load_tokenizer, unpacking
 from shape_moe.architectures.moe_config import MoeConfig
 from shape_moe.architectures.sites import live_moe_config
@@ -105,9 +105,7 @@ class TraceSession:
         """The full model, loaded when it is first needed."""
         if self._model is None:
             assert self.snapshot is not None
-            with self.progress.phase("Loading the model", 1, "model") as advance:
-                self._model = load_model(self.snapshot, device=self.options.device, dtype=self.options.dtype)
-                advance(1)
+            self._model = load_original(self.snapshot, self.options.device, self.options.dtype, self.progress)
         return self._model
 
     def unload(self) -> None:
@@ -187,15 +185,12 @@ class TraceSession:
         self, moe: MoeConfig, layers: tuple[int, ...], implementation: str, dtype: str, engine: str = "transformers"
     ) -> TraceInfo:
         """Where the trace comes from, once the calibration set is known."""
-        snapshot, calibrator = self.snapshot, self.calibrator
+        calibrator = self.calibrator
         examples = [example for example in calibrator.examples if example.where not in calibrator.skipped]
         prompt = sum(example.prompt_length for example in examples)
         total = sum(len(example.tokens) for example in examples)
         return TraceInfo(
-            fingerprint=fingerprint(snapshot) if snapshot else UNVERIFIED,
-            layout_fingerprint=layout_fingerprint(snapshot) if snapshot else UNVERIFIED,
-            model=snapshot.name if snapshot else str(self.model.name_or_path or type(self.model).__name__),
-            revision=snapshot.revision if snapshot else None,
+            **self._origin(),
             family=moe.family.model_type,
             num_experts=moe.num_experts,
             routing=moe.routing,
@@ -210,6 +205,12 @@ class TraceSession:
             canary=canary_tokens([example.tokens for example in examples]),
         )
 
+    def _origin(self) -> Origin:
+        if self.snapshot is not None:
+            return origin(self.snapshot)
+        name = str(self.model.name_or_path or type(self.model).__name__)
+        return Origin(model=name, revision=None, fingerprint=UNVERIFIED, layout_fingerprint=UNVERIFIED)
+
     def _load_so_far(self, folder: Path | None) -> tuple[Trace | None, int]:
         if folder is None or not (folder / "so-far.json").is_file():
             return None, 0
@@ -217,6 +218,14 @@ class TraceSession:
         kept = load_trace(folder / f"so-far-{done}")
         self.calibrator.skipped |= kept.info.source["skipped"]
         return kept, done
+
+
+def load_original(snapshot: Snapshot, device: str, dtype: str, progress: Progress) -> PreTrainedModel:
+    """Load the full model as a phase of its own; see :func:`shape_moe.architectures.loading.load_model`."""
+    with progress.phase("Loading the model", 1, "model") as advance:
+        model = load_model(snapshot, device=device, dtype=dtype)
+        advance(1)
+    return model
 
 
 def _save_so_far(folder: Path, kept: Trace, done: int) -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from shape_moe.architectures.moe_config import MoeConfig
 from shape_moe.architectures.snapshot import read_json
 from shape_moe.errors import CheckpointError, UsageError
+from shape_moe.workspace import write_text
 
 FORMAT_VERSION = 1
 Routing = Literal["drop", "reroute"]
@@ -98,8 +99,8 @@ class Selection:
         return {"format_version": FORMAT_VERSION, "keep_met": self.keep, **document}
 
     def save(self, file: str | Path) -> None:
-        """Write the selection."""
-        Path(file).write_text(json.dumps(self.to_document(), indent=1) + "\n", encoding="utf-8")
+        """Write the selection; the file is either old or new, never half."""
+        write_text(Path(file), json.dumps(self.to_document(), indent=1) + "\n")
 
 
 def layers_from_mask(layers: tuple[int, ...], mask: NDArray[np.bool_]) -> dict[int, list[int]]:

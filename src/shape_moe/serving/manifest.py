@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from shape_moe.architectures.fingerprint import fingerprint, layout_fingerprint
+from shape_moe.architectures.fingerprint import origin
 from shape_moe.architectures.snapshot import Snapshot, read_json
 from shape_moe.errors import CheckpointError
 from shape_moe.pruning.compare import file_hash
@@ -51,10 +51,7 @@ def write_manifest(
         if name not in (JOB_FILE, MANIFEST.as_posix()):
             files[name] = known.get(name) or file_hash(file)
     manifest = Manifest(
-        model=snapshot.name,
-        revision=snapshot.revision,
-        fingerprint=fingerprint(snapshot),
-        layout_fingerprint=layout_fingerprint(snapshot),
+        **origin(snapshot),
         target=target,
         shape_moe=version("shape-moe"),
         files=files,

@@ -67,6 +67,3 @@ SUMMED_PER_SLOT = (
 
 SUMMED_PER_TOKEN = ("layer_tokens", "output_square", "residual_square")
 """Per-layer sums with one term per token, in the recorder's column order."""
-
-COUNTS = ("tokens", "layer_tokens")
-"""Statistics that are whole numbers unless traces were merged with weights."""

@@ -17,6 +17,7 @@ from shape_moe.architectures.snapshot import read_json
 from shape_moe.errors import CheckpointError, FingerprintError, UsageError
 from shape_moe.tracing.coalitions import CoalitionTable, merge_tables, read_table, write_table
 from shape_moe.tracing.statistics import STATISTICS
+from shape_moe.workspace import write_text
 
 FORMAT_VERSION = 1
 Array = NDArray[Any]
@@ -143,7 +144,7 @@ class Trace:
             name: {"axes": STATISTICS[name].axes, "reduction": STATISTICS[name].reduction} for name in self.statistics
         }
         document = {"format_version": FORMAT_VERSION, **asdict(self.info), "statistics": spec}
-        (folder / "trace.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_text(folder / "trace.json", json.dumps(document, indent=1) + "\n")
 
 
 def load_trace(path: str | PathLike[str]) -> Trace:
