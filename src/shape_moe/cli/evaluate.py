@@ -98,7 +98,8 @@ def _show(console: Console, result: job.Evaluation) -> None:
         if worst is not None:
             lost = groups[worst]["change"]
             key = "exact_match" if "exact_match" in lost else "nll"
-            console.print(f"{escape(found.name)}: worst class is {worst!r} ({key.replace('_', ' ')} {signed(lost[key])})")
+            change = f"{key.replace('_', ' ')} {signed(lost[key])}"
+            console.print(f"{found.name}: worst class is {worst!r} ({change})", markup=False)
     for check in result.faithfulness:
         _show_faithfulness(console, check)
 
@@ -161,7 +162,7 @@ def _show_faithfulness(console: Console, check: Faithfulness) -> None:
     console.print(
         "Better than every random selection, and those better than the inversion: the values mean something."
         if check.faithful
-        else "[yellow]Not better than random, or random not better than the inversion: do not trust the values.[/yellow]"
+        else "[yellow]Not better than random, or random not better than the inversion: the values mean little.[/yellow]"
     )
 
 

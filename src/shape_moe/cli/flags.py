@@ -204,7 +204,7 @@ class LimitFlags:
 
     max_kl: Annotated[
         float | None,
-        typer.Option(help="Limit on the KL divergence to the dense model, nats per token.", rich_help_panel=LIMIT_PANEL),
+        typer.Option(help="Limit on the KL divergence to the dense model, in nats.", rich_help_panel=LIMIT_PANEL),
     ] = None
     max_drop: Annotated[
         str | None,

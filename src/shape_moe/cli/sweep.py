@@ -56,7 +56,7 @@ def sweep(
     out: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for the curve and the recommendation.")
     ] = None,
-    trace: Annotated[Path | None, typer.Option(help="Start from this trace; its own examples are never judged by.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Start from this trace; its examples are never judged by.")] = None,
     held_out: Annotated[
         str | None, typer.Option(metavar="FILE", help="Judge by these examples; default: a share of --data.")
     ] = None,
