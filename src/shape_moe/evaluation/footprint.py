@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from shape_moe.errors import ShapeMoeError, UsageError, first_line
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _WARM_UPS = 1
+_SAMPLE_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Footprint:
         dtype: in which dtype.
         load_seconds: from files to a model that answers, files in the page cache or not.
         peak_bytes: largest memory in use while loading and running: on a GPU what torch allocated, on the CPU the
-            process's largest resident size less that before loading.
+            the most by which the process's resident size grew.
         prefill_tokens_per_second: prompt tokens, median.
         decode_tokens_per_second: new tokens, all sequences together, median.
         workload: what was timed.
@@ -113,21 +115,50 @@ def _measure(job: dict[str, Any]) -> Footprint:
     from shape_moe.architectures.snapshot import open_snapshot
 
     snapshot, workload = open_snapshot(job["path"]), Workload(**job["workload"])
-    before, began = _peak_resident(), time.perf_counter()
-    model = load_model(snapshot, device=job["device"], dtype=job["dtype"])
-    device = input_device(model)
-    load_seconds = time.perf_counter() - began
-    prefill, decode = _time(model, workload)
+    began = time.perf_counter()
+    with _PeakMemory() as memory:
+        model = load_model(snapshot, device=job["device"], dtype=job["dtype"])
+        device = input_device(model)
+        load_seconds = time.perf_counter() - began
+        prefill, decode = _time(model, workload)
     on_gpu = device.type == "cuda"
-    peak = (
-        sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
-        if on_gpu
-        else _peak_resident() - before
-    )
-    name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
+    gpus = range(torch.cuda.device_count()) if on_gpu else ()
     return Footprint(
-        name, str(model.dtype).removeprefix("torch."), load_seconds, peak, prefill, decode, asdict(workload)
+        device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        dtype=str(model.dtype).removeprefix("torch."),
+        load_seconds=load_seconds,
+        peak_bytes=sum(map(torch.cuda.max_memory_allocated, gpus)) if on_gpu else memory.peak,
+        prefill_tokens_per_second=prefill,
+        decode_tokens_per_second=decode,
+        workload=asdict(workload),
     )
+
+
+class _PeakMemory:
+    """Watches the resident size of this process: the most that it grows by inside the block."""
+
+    def __init__(self) -> None:
+        import psutil
+
+        self._process, self._done = psutil.Process(), threading.Event()
+        self._before = self._process.memory_info().rss
+        self.peak = 0
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> _PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.is_set():
+            self.peak = max(self.peak, self._process.memory_info().rss - self._before)
+            self._done.wait(_SAMPLE_SECONDS)
 
 
 def _time(model: PreTrainedModel, workload: Workload) -> tuple[float, float]:
@@ -171,12 +202,6 @@ def _now(device: Any) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def _peak_resident() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _main() -> int:

@@ -51,7 +51,7 @@ class EvaluateOptions:
         generation: how models answer freely, None for not at all.
         footprint: what to time, None to leave memory and speed out.
         faithfulness: how many random selections every selection is compared with, 0 for none.
-        trace: trace that selections given as files were made from; faithfulness needs it for those.
+        trace: trace of selections given as files, and of checkpoints that hold none; faithfulness needs one.
         seed: draws samples, resamples and random selections.
     """
 
@@ -185,15 +185,18 @@ def _candidate(given: str | PathLike[str] | Selection, dense: Snapshot, options:
     selection = load_selection(folder / "selection.json") if (folder / "selection.json").is_file() else None
     if selection is not None and selection.fingerprint is not None:
         check_fingerprint(selection.fingerprint, fingerprint(dense), f"The checkpoint {given}", force=True)
-    trace = load_trace(folder / "trace") if (folder / "trace").is_dir() else None
+    trace = load_trace(folder / "trace") if (folder / "trace").is_dir() else _given_trace(options)
     return _Candidate(path.resolve().name, snapshot, selection, trace)
 
 
 def _mask(name: str, selection: Selection, dense: Snapshot, options: EvaluateOptions) -> _Candidate:
     if selection.fingerprint is not None:
         check_fingerprint(selection.fingerprint, fingerprint(dense), f"The selection {name}", force=True)
-    trace = load_trace(options.trace) if options.trace is not None else None
-    return _Candidate(name, None, selection, trace)
+    return _Candidate(name, None, selection, _given_trace(options))
+
+
+def _given_trace(options: EvaluateOptions) -> Trace | None:
+    return load_trace(options.trace) if options.trace is not None else None
 
 
 def scores_of(selection: Selection, trace: Trace) -> Scores:
