@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,16 @@ from shape_moe.jobs.options import PruneOptions
 from shape_moe.jobs.prune import prune
 from shape_moe.pruning.masks import masked
 from shape_moe.serving.vllm import overrides
-from support.engines import assert_same_answers, engine_options, environment, needs_vllm, run_engine, start_engine
+from support.engines import (
+    assert_same_answers,
+    engine_options,
+    environment,
+    needs_vllm,
+    run_engine,
+    start_engine,
+    stock_environment,
+    stock_python,
+)
 from support.mxfp4 import save_mxfp4_model
 from support.selections import random_selection
 from support.served_models import CHANGES
@@ -56,13 +66,38 @@ def test_mxfp4_experts_answer_like_experts_set_to_zero(tmp_path) -> None:
         assert size * selection.num_experts == before[name][1] * kept
 
 
-def test_a_stock_target_needs_no_plugin(tmp_path) -> None:
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory) -> Path:
+    """The interpreter of an environment with the same vLLM and without this package."""
+    return stock_python(tmp_path_factory.mktemp("stock"))
+
+
+def found(python: str | Path, variables: dict[str, str]) -> tuple[bool, bool]:
+    """Whether an interpreter can import this package, and whether its vLLM would find the plugin."""
+    code = (
+        "import json, importlib.metadata as m, importlib.util as u; import vllm.plugins as p\n"
+        "plugins = [plugin.name for plugin in m.entry_points(group=p.DEFAULT_PLUGINS_GROUP)]\n"
+        "print('found', json.dumps([u.find_spec('shape_moe') is not None, 'shape-moe' in plugins]))"
+    )
+    done = subprocess.run([python, "-c", code], env=variables, cwd="/", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    package, plugin = json.loads(done.stdout.splitlines()[-1].removeprefix("found"))
+    return package, plugin
+
+
+def test_stock_vllm_knows_nothing_of_this_package(stock) -> None:
+    """What the tests below rest on; beside the package, the same question is answered by yes."""
+    assert found(sys.executable, environment()) == (True, True)
+    assert found(stock, stock_environment(environment())) == (False, False)
+
+
+def test_stock_vllm_serves_a_stock_target(tmp_path, stock) -> None:
     model = make_model("qwen3_moe", **CHANGES["qwen3_moe"])
     original = save_model(model, tmp_path / "original")
     selection = random_selection(open_snapshot(original), "reroute", "equal")
     selection = replace(selection, constraints={"target": "stock"})
     prune(original, tmp_path / "out", QUICK, selection=selection)
-    result = run_engine(tmp_path, tmp_path / "out", engine_options("qwen3_moe"), VLLM_PLUGINS="")
+    result = run_engine(tmp_path, tmp_path / "out", engine_options("qwen3_moe"), stock=stock)
     with masked(model, selection):
         assert_same_answers(model, result.answers)
 
@@ -78,13 +113,12 @@ def ragged(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("trust", [False, True])
-def test_without_the_plugin_a_ragged_checkpoint_is_refused(tmp_path, ragged, trust) -> None:
+def test_stock_vllm_refuses_a_ragged_checkpoint(tmp_path, ragged, stock, trust) -> None:
     options = {**engine_options("qwen3_moe"), "trust_remote_code": trust}
-    refused = start_engine(tmp_path, ragged, options, VLLM_PLUGINS="")
+    refused = start_engine(tmp_path, ragged, options, stock=stock)
     assert refused.returncode != 0
     assert not (tmp_path / "result.json").exists()
-    if not trust:
-        assert "ShapeQwen3MoeForCausalLM" in refused.stdout + refused.stderr
+    assert "Model architectures ['ShapeQwen3MoeForCausalLM'] are not supported" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ import os
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
+import venv
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +45,31 @@ def environment(tensor_parallel: int = 1, **more: str) -> dict[str, str]:
     return {**os.environ, **small, **binding, **more}
 
 
+def stock_python(folder: Path) -> Path:
+    """An interpreter for an environment with everything that is installed beside this package, but not the package.
+
+    Args:
+        folder: a new folder for the environment; use it with the variables of :func:`stock_environment`.
+    """
+    venv.create(folder / "venv", symlinks=True, with_pip=False)
+    packages = folder / "packages"
+    packages.mkdir()
+    for installed in {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}:
+        for entry in installed.iterdir():
+            if "shape_moe" not in entry.name:
+                (packages / entry.name).symlink_to(entry)
+    (own,) = (folder / "venv").glob("lib/python*/site-packages")
+    (own / "packages.pth").write_text(f"{packages}\n")
+    return folder / "venv" / "bin" / "python"
+
+
+def stock_environment(variables: dict[str, str]) -> dict[str, str]:
+    """The variables without those that lead to this package or decide about its plugin."""
+    ours = ("PYTHONHOME", "PYTHONPATH", "VLLM_PLUGINS")
+    kept = {name: value for name, value in variables.items() if name not in ours and not name.startswith("SHAPE_MOE_")}
+    return {**kept, "PYTHONPATH": str(ENGINE.parent)}
+
+
 def engine_options(family: str, mode: str = "eager", tensor_parallel: int = 1) -> dict[str, Any]:
     """Options of ``vllm.LLM`` for a tiny model."""
     options: dict[str, Any] = {
@@ -66,13 +93,24 @@ def prompts(count: int = PROMPTS) -> list[list[int]]:
     return random_tokens(count, PROMPT_LENGTH).tolist()
 
 
-def start_engine(folder: Path, model: Path, options: dict[str, Any], **variables: str) -> subprocess.CompletedProcess:
-    """Run one engine over :func:`prompts` to its end, whatever that is."""
+def start_engine(
+    folder: Path, model: Path, options: dict[str, Any], *, stock: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess:
+    """Run one engine over :func:`prompts` to its end, whatever that is.
+
+    Args:
+        folder: for the job and its result.
+        model: the model.
+        options: of ``vllm.LLM``.
+        stock: the interpreter of an environment without this package, see :func:`stock_python`.
+        variables: of the environment.
+    """
+    known = environment(options.get("tensor_parallel_size", 1), **variables)
     job = {"model": str(model), "options": options, "prompts": prompts(), "max_tokens": ANSWER_LENGTH}
     (folder / "job.json").write_text(json.dumps(job))
     return subprocess.run(
-        [sys.executable, str(ENGINE), str(folder / "job.json"), str(folder / "result.json")],
-        env=environment(options.get("tensor_parallel_size", 1), **variables),
+        [str(stock or sys.executable), str(ENGINE), str(folder / "job.json"), str(folder / "result.json")],
+        env=stock_environment(known) if stock else known,
         capture_output=True,
         text=True,
         timeout=_STARTUP_SECONDS,
@@ -80,9 +118,11 @@ def start_engine(folder: Path, model: Path, options: dict[str, Any], **variables
     )
 
 
-def run_engine(folder: Path, model: Path, options: dict[str, Any], **variables: str) -> EngineResult:
-    """Run one engine over :func:`prompts`; its output is shown when it fails."""
-    done = start_engine(folder, model, options, **variables)
+def run_engine(
+    folder: Path, model: Path, options: dict[str, Any], *, stock: Path | None = None, **variables: str
+) -> EngineResult:
+    """Run one engine over :func:`prompts` as :func:`start_engine` does; its output is shown when it fails."""
+    done = start_engine(folder, model, options, stock=stock, **variables)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return EngineResult(**json.loads((folder / "result.json").read_text()))
 
