@@ -258,7 +258,12 @@ class GenerationFlags:
 class ScoreFlags:
     """How experts are valued."""
 
-    scorer: Annotated[str, typer.Option(help="How experts are valued.", rich_help_panel=CHOICE_PANEL)] = "shape"
+    scorer: Annotated[
+        str,
+        typer.Option(
+            help="How experts are valued (shape-moe score --list); auto tries several.", rich_help_panel=CHOICE_PANEL
+        ),
+    ] = "shape"
     prompt_weight: Annotated[
         float, typer.Option(help="How much a prompt token counts.", rich_help_panel=CHOICE_PANEL)
     ] = 1.0

@@ -11,10 +11,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from shape_moe.architectures.snapshot import open_snapshot
+from shape_moe.calibration.records import DataOptions
+from shape_moe.cli.console import plain_table
 from shape_moe.cli.flags import (
     DataFlags,
     DeviceFlags,
     ForceFlag,
+    GenerationFlags,
+    LimitFlags,
     ModelArgument,
     OutputFlags,
     ScoreFlags,
@@ -24,11 +28,13 @@ from shape_moe.cli.flags import (
     with_flags,
 )
 from shape_moe.cli.select import summary
-from shape_moe.cli.values import parse_count, parse_size
+from shape_moe.cli.values import parse_count, parse_routing, parse_size
 from shape_moe.errors import UsageError
+from shape_moe.evaluation.generation import GenerationOptions
+from shape_moe.evaluation.sweep import Limit
 from shape_moe.jobs import prune as job
 from shape_moe.jobs.inspect import keep_that_fits
-from shape_moe.jobs.options import PAPER_SAMPLES, PruneOptions
+from shape_moe.jobs.options import AUTO, DEFAULT_SAMPLES, PAPER_SAMPLES, ChoiceOptions, PruneOptions
 from shape_moe.progress import Progress
 from shape_moe.selection.selection import Selection, load_selection
 from shape_moe.units import readable_size
@@ -45,6 +51,8 @@ def prune(
     data: DataFlags,
     select: SelectFlags,
     score: ScoreFlags,
+    limits: LimitFlags,
+    generation: GenerationFlags,
     run: DeviceFlags,
     seed: SeedFlag,
     force: ForceFlag,
@@ -57,6 +65,13 @@ def prune(
     concurrency: Annotated[int, typer.Option(help="With --fit: sequences in the KV cache.")] = 1,
     trace: Annotated[Path | None, typer.Option(help="Start from this trace instead of --data.")] = None,
     selection: Annotated[Path | None, typer.Option(help="Start from this selection instead of --data.")] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Judge candidates by these examples; default: a share of --data."),
+    ] = None,
+    held_out_samples: Annotated[
+        int | None, typer.Option(help="Judge by this many examples. Default: 200 for a limit, 64 for scorer auto.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     preset: Annotated[
         str, typer.Option(help="paper: shape, coverage, drop, ragged, 25 samples; other options override it.")
@@ -72,18 +87,28 @@ def prune(
     talk = output.output()
     if preset != "paper":
         raise UsageError(f"There is no preset {preset!r}; there is paper.")
-    _check_rate_options(keep, fit, selection)
-    _refuse_ignored(data, select, score, trace, selection)
+    limit = limits.limit()
+    _check_rate_options(keep, fit, selection, limit)
+    choice = None
+    if limit is not None or score.scorer == AUTO:
+        choice = _choice(limit, select, generation, held_out, held_out_samples, data.split, seed.seed)
+    elif held_out is not None or held_out_samples is not None:
+        raise UsageError("--held-out goes with --scorer auto, --max-kl or --max-drop: nothing is judged without.")
+    _refuse_ignored(data, select, score, trace, selection, chooses=choice is not None)
     if fit is not None:
         keep = _keep_that_fits(model, revision, (fit, context, concurrency), talk)
         select = replace(select, allow_rounding=True)
     if selection is not None:
         _check_target(select.target, load_selection(selection))
+    samples = PAPER_SAMPLES if choice is None else DEFAULT_SAMPLES
+    reads_data = (trace is None and selection is None) or (choice is not None and data.data is not None)
+    asked = 1.0 if limit is not None else keep
     options = PruneOptions(
-        select=select.job(keep, score, seed.seed) if keep is not None else None,
-        trace=data.options(run, seed.seed, PAPER_SAMPLES) if trace is None and selection is None else None,
+        select=select.job(asked, score, seed.seed) if asked is not None else None,
+        trace=data.options(run, seed.seed, samples) if reads_data else None,
         device=run.device,
         dtype=run.dtype,
+        choice=choice,
         check_logits=not no_logits,
         force=force.force,
     )
@@ -93,12 +118,36 @@ def prune(
     talk.result(_document(result), lambda console: _show(console, result))
 
 
-def _check_rate_options(keep: float | None, fit: str | None, selection: Path | None) -> None:
-    given = [option for option, value in (("--keep", keep), ("--fit", fit), ("--selection", selection)) if value]
+def _choice(
+    limit: Limit | None,
+    select: SelectFlags,
+    generation: GenerationFlags,
+    held_out: str | None,
+    samples: int | None,
+    split: str,
+    seed: int,
+) -> ChoiceOptions:
+    """How candidates are judged."""
+    routing = parse_routing(select.routing, select.target or "ragged") if select.routing else None
+    return ChoiceOptions(
+        limit=limit,
+        routings=(routing,) if routing else None,
+        held_out=DataOptions(held_out, split=split, seed=seed) if held_out else None,
+        held_out_samples=samples,
+        generation=generation.options() or GenerationOptions(),
+    )
+
+
+def _check_rate_options(keep: float | None, fit: str | None, selection: Path | None, limit: Limit | None) -> None:
+    options = {"--keep": keep, "--fit": fit, "--selection": selection, "--max-kl or --max-drop": limit}
+    given = [option for option, value in options.items() if value]
     if keep == 0:
         raise UsageError("The keep rate must be above 0 and at most 1, not 0; 0.6 keeps 60 % of the experts.")
     if not given:
-        raise UsageError("No keep rate is safe for every model: give --keep (such as 0.8) or --fit (such as 24GiB).")
+        raise UsageError(
+            "No keep rate is safe for every model: give --keep (such as 0.8), --fit (such as 24GiB), or a limit "
+            "(--max-drop 1%) that finds one."
+        )
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} exclude each other; give one of them.")
 
@@ -120,15 +169,24 @@ def _check_target(target: str | None, selection: Selection) -> None:
 
 
 def _refuse_ignored(
-    data: DataFlags, select: SelectFlags, score: ScoreFlags, trace: Path | None, selection: Path | None
+    data: DataFlags,
+    select: SelectFlags,
+    score: ScoreFlags,
+    trace: Path | None,
+    selection: Path | None,
+    *,
+    chooses: bool,
 ) -> None:
-    """Refuse options that would change nothing, because a trace or a selection has decided already."""
+    """Refuse options that would change nothing, because a trace or a selection has decided already.
+
+    With a trace and candidates to judge (``chooses``), the data options say where held-out examples come from.
+    """
     if trace is not None and selection is not None:
         raise UsageError("--trace and --selection exclude each other; give one of them.")
     if trace is None and selection is None:
         return
     decided = "--selection" if selection is not None else "--trace"
-    ignored = changed_flags(data)
+    ignored = [] if chooses and selection is None else changed_flags(data)
     if selection is not None:
         ignored += changed_flags(score) + [name for name in changed_flags(select) if name != "--target"]
     if ignored:
@@ -149,8 +207,20 @@ def _document(result: job.PruneResult) -> dict[str, Any]:
         "logits": vars(result.logits) if result.logits else None,
         "logits_skipped": result.logits_skipped,
         "target": result.target,
+        "choice": result.selection.choice,
         "warnings": list(result.notes),
     }
+
+
+def _show_choice(console: Console, choice: dict[str, Any]) -> None:
+    """What was tried, best first."""
+    table = plain_table("tried", "keep", "KL to dense", title=f"Judged by {choice['examples']} held-out examples")
+    for entry in sorted(choice["tried"], key=lambda entry: (entry["keep"], entry["kl"]["value"])):
+        kl = entry["kl"]
+        figure = f"{kl['value']:.4f} [{kl['low']:.4f}, {kl['high']:.4f}]"
+        table.add_row(entry["method"], f"{entry['keep']:.3f}", figure)
+    console.print(table)
+    console.print(f"Chosen: {choice['reason']}", markup=False)
 
 
 def _show(console: Console, result: job.PruneResult) -> None:
@@ -158,6 +228,8 @@ def _show(console: Console, result: job.PruneResult) -> None:
     share = result.bytes_after / result.bytes_before
     sizes = f"{readable_size(result.bytes_before)} -> {readable_size(result.bytes_after)} ({share:.1%})"
     console.print(f"[bold]{escape(str(result.path))}[/bold]  {sizes}")
+    if result.selection.choice is not None:
+        _show_choice(console, result.selection.choice)
     console.print("Every tensor equals its slice of the original.")
     if result.logits is not None:
         console.print(

@@ -29,9 +29,8 @@ from shape_moe.errors import UsageError
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.sweep import SweepPoint
 from shape_moe.jobs import sweep as job
-from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.jobs.inspect import keep_that_fits
-from shape_moe.jobs.options import DEFAULT_SAMPLES
+from shape_moe.jobs.options import DEFAULT_SAMPLES, HELD_OUT_SAMPLES
 from shape_moe.jobs.search import SweepOptions, SweepResult
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.scoring.registry import scorers as known_scorers

@@ -15,9 +15,6 @@ from shape_moe.evaluation.held_out import HeldOutSet
 from shape_moe.jobs.session import TraceSession
 from shape_moe.tracing.trace import Trace
 
-HELD_OUT_SAMPLES = 200
-"""Records to judge by when nothing else is said."""
-
 
 def held_out_set(
     session: TraceSession,

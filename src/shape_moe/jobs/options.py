@@ -11,12 +11,20 @@ from shape_moe.calibration.calibrate import AnswerOptions
 from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.records import DataOptions
 from shape_moe.errors import UsageError
+from shape_moe.evaluation.generation import GenerationOptions
+from shape_moe.evaluation.sweep import Limit
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.select import SelectOptions
+from shape_moe.selection.selection import Routing
 
 DEFAULT_SAMPLES = 128
 """Records that are used when nothing else is said."""
 ENGINES = ("transformers", "vllm")
+HELD_OUT_SAMPLES = 200
+"""Records to judge by when nothing else is said."""
+AUTO = "auto"
+"""The scorer that stands for trying several."""
+AUTO_HELD_OUT = 64
 PAPER_SAMPLES = 25
 """Calibration examples of the published experiments."""
 
@@ -89,6 +97,32 @@ def as_selection_job(job: SelectionJob | SelectOptions | float) -> SelectionJob:
 
 
 @dataclass(frozen=True)
+class ChoiceOptions:
+    """What is left to the tool.
+
+    Attributes:
+        limit: what may be lost; the keep rate is then the smallest that stays within. None keeps the rate asked for.
+        routings: routings to try, None for both with scorer ``auto`` and for the one asked for otherwise.
+        held_out: examples to judge by, None for a share of the calibration data.
+        held_out_samples: how many, None for 64, with a limit 200.
+        generation: how candidates answer freely before one is chosen.
+    """
+
+    limit: Limit | None = None
+    routings: tuple[Routing, ...] | None = None
+    held_out: DataOptions | None = None
+    held_out_samples: int | None = None
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
+
+    @property
+    def samples(self) -> int:
+        """How many examples to judge by."""
+        if self.held_out_samples is not None:
+            return self.held_out_samples
+        return HELD_OUT_SAMPLES if self.limit else AUTO_HELD_OUT
+
+
+@dataclass(frozen=True)
 class PruneOptions:
     """What is asked of a pruned checkpoint.
 
@@ -98,6 +132,7 @@ class PruneOptions:
             are overruled by those below.
         device: where to trace and to compare logits.
         dtype: in which dtype.
+        choice: how candidates are judged where scorer or keep rate are left to the tool, None where they are not.
         check_logits: compare the pruned model's logits with the masked original's, where both fit in memory.
         force: replace an existing result, accept artifacts of unknown origin.
     """
@@ -106,5 +141,6 @@ class PruneOptions:
     trace: TraceOptions | None = None
     device: str = "auto"
     dtype: str = "auto"
+    choice: ChoiceOptions | None = None
     check_logits: bool = True
     force: bool = False

@@ -17,7 +17,16 @@ from shape_moe.architectures.loading import free_memory, load_model, loaded_byte
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.records import DataOptions
 from shape_moe.errors import CheckpointError, ShapeMoeError, UsageError
-from shape_moe.jobs.options import PAPER_SAMPLES, PruneOptions, TraceOptions, as_selection_job, as_trace_options
+from shape_moe.jobs.choose import choose
+from shape_moe.jobs.options import (
+    DEFAULT_SAMPLES,
+    PAPER_SAMPLES,
+    PruneOptions,
+    TraceOptions,
+    as_selection_job,
+    as_trace_options,
+)
+from shape_moe.jobs.planning import Plan, held_out_tracing, plan_search
 from shape_moe.jobs.select import check_job
 from shape_moe.jobs.session import TraceSession, load_original
 from shape_moe.progress import SILENT, Progress
@@ -73,6 +82,7 @@ class _Run:
     progress: Progress
     session: TraceSession | None = None
     trace: Trace | None = None
+    plan: Plan | None = None
     logits_skipped: str | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -97,7 +107,8 @@ def prune(
 
     Give exactly one of a calibration set (``data``), a finished ``trace`` or a finished ``selection``, and with the
     first two a keep rate (``keep``, or ``options.select`` to say more). ``prune(model, out, data="tasks.jsonl",
-    keep=0.6)`` is the published method.
+    keep=0.6)`` is the published method. With scorer ``auto`` or a limit (``options.choice``) candidates are judged on
+    held-out examples first; with a finished trace, ``data`` says where those come from.
 
     Args:
         model: a folder or hub id.
@@ -114,7 +125,10 @@ def prune(
         ShapeMoeError: when something is wrong; the message says what to do, and nothing stands under ``out``.
     """
     options = _complete_options(options or PruneOptions(), data, keep)
-    if sum(given is not None for given in (options.trace, trace, selection)) != 1:
+    if options.choice is not None:
+        if selection is not None or (options.trace is None and trace is None):
+            raise UsageError("Scorer auto and limits choose on held-out examples: give data (--data) or a trace.")
+    elif sum(given is not None for given in (options.trace, trace, selection)) != 1:
         raise UsageError(
             "Give exactly one of: calibration data (--data), a trace (--trace), a selection (--selection)."
         )
@@ -127,25 +141,28 @@ def prune(
     snapshot = open_snapshot(model, revision)
     chosen = _given_selection(snapshot, selection, force=options.force)
     if options.select is not None:
-        moe = snapshot.moe
-        check_job(options.select, snapshot.moe_layers, moe.num_experts, moe.routing)
+        moe, automatic = snapshot.moe, options.choice is not None
+        check_job(options.select, snapshot.moe_layers, moe.num_experts, moe.routing, automatic=automatic)
     target = _target(options, chosen)
     _check_writable(snapshot, chosen, target)
     traced = _given_trace(snapshot, trace, progress, force=options.force)
-    session = TraceSession.open(snapshot, options.trace, None, progress) if options.trace else None
+    plan = _plan_choice(snapshot, options, trace, progress)
+    session = plan.session if plan else None
+    if session is None and options.trace is not None:
+        session = TraceSession.open(snapshot, options.trace, None, progress)
     job = _job(snapshot, options, session, trace, chosen)
     with Workspace(out, job, force=options.force, inputs=inputs) as work:
         _check_disk(snapshot, options, chosen, work.path)
-        run = _Run(snapshot, options, work.path, progress, session, traced)
+        run = _Run(snapshot, options, work.path, progress, session, traced, plan)
         return _carry_out(run, chosen, target, work)
 
 
 def _carry_out(run: _Run, chosen: Selection | None, target: str, work: Workspace) -> PruneResult:
     run.artifacts.mkdir(exist_ok=True)
-    if run.session is not None:
-        run.trace = _traced(run, run.session)
-    elif run.trace is not None:
+    if run.trace is not None:
         run.trace.save(run.artifacts / "trace")
+    elif run.session is not None:
+        run.trace = _traced(run, run.session)
     selection = _completed(chosen if chosen is not None else _selected(run), run.snapshot)
     run.notes += selection.warnings
     canary = _canary(run, selection)
@@ -162,12 +179,27 @@ def _complete_options(
     options: PruneOptions, data: TraceOptions | DataOptions | str | PathLike[str] | None, keep: float | None
 ) -> PruneOptions:
     if data is not None:
-        options = replace(options, trace=as_trace_options(data, PAPER_SAMPLES))
+        samples = DEFAULT_SAMPLES if options.choice else PAPER_SAMPLES
+        options = replace(options, trace=as_trace_options(data, samples))
     if keep is not None:
         options = replace(options, select=as_selection_job(keep))
+    if options.select is None and options.choice is not None and options.choice.limit is not None:
+        options = replace(options, select=as_selection_job(1.0))  # the limit decides how many are kept
     if options.trace is not None:
         options = replace(options, trace=replace(options.trace, device=options.device, dtype=options.dtype))
     return options
+
+
+def _plan_choice(
+    snapshot: Snapshot, options: PruneOptions, trace: str | PathLike[str] | None, progress: Progress
+) -> Plan | None:
+    """Which examples calibrate and which judge candidates, None where nothing is left to choose."""
+    choice, select = options.choice, options.select
+    if choice is None or select is None:
+        return None
+    tracing = held_out_tracing(options.trace, trace, choice.held_out)
+    tracing = replace(tracing, device=options.device, dtype=options.dtype)
+    return plan_search(snapshot, tracing, trace, choice.held_out, choice.samples, select.scoring.seed, progress)
 
 
 def _target(options: PruneOptions, chosen: Selection | None) -> str:
@@ -204,7 +236,8 @@ def _job(
         "verb": "prune",
         "model": fingerprint(snapshot),
         "layout": layout_fingerprint(snapshot),
-        "traced": session.job() if session else [file_hash(file) for file in files],
+        "session": session.job() if session else None,
+        "traced": [file_hash(file) for file in files],
         "selection": chosen.to_document() if chosen else None,
         **description,
     }
@@ -264,6 +297,13 @@ def _selected(run: _Run) -> Selection:
     assert run.trace is not None
     assert run.options.select is not None
     job = run.options.select
+    if run.plan is not None and run.options.choice is not None:
+        folder = run.work / "candidates.partial"
+        folder.mkdir(exist_ok=True)
+        chosen = choose(run.snapshot, run.plan, run.trace, job, run.options.choice, run.progress, folder)
+        shutil.rmtree(folder)
+        run.progress.note(f"Chosen: {chosen.choice['reason'] if chosen.choice else ''}")
+        return chosen
     return select_from_trace(run.trace, job.options, scorer=job.scorer, scoring=job.scoring)
 
 

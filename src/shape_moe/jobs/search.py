@@ -16,15 +16,15 @@ import numpy as np
 from shape_moe.architectures.fingerprint import fingerprint
 from shape_moe.architectures.sizes import ModelSize, measure
 from shape_moe.architectures.snapshot import Snapshot
-from shape_moe.calibration.records import DataOptions, Record
 from shape_moe.errors import BudgetError, UsageError
 from shape_moe.evaluation.figures import Health, health
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.judge import Judge
 from shape_moe.evaluation.sweep import Combination, Limit, Recommendation, SweepPoint, bisect, grid, recommend
 from shape_moe.evaluation.teacher_forced import TeacherForced
-from shape_moe.jobs.held_out import HELD_OUT_SAMPLES, held_out_set
-from shape_moe.jobs.session import TraceSession
+from shape_moe.jobs.held_out import held_out_set
+from shape_moe.jobs.options import HELD_OUT_SAMPLES
+from shape_moe.jobs.planning import Plan
 from shape_moe.progress import Progress
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.select import SelectOptions, TraceSelector
@@ -57,6 +57,8 @@ class SweepOptions:
         held_out: examples to judge by.
         generation: how points answer freely before they are recommended.
         most_keep: the largest keep rate that fits the memory at hand, None for no such limit.
+        constraints: skipped layers, protected experts and the like, which hold for every point; its keep rate, rule,
+            routing and target are not looked at.
     """
 
     keep_rates: tuple[float, ...] | None = None
@@ -69,6 +71,7 @@ class SweepOptions:
     held_out: int = HELD_OUT_SAMPLES
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     most_keep: float | None = None
+    constraints: SelectOptions | None = None
 
     def __post_init__(self) -> None:
         for name in ("scorers", "rules", "routings"):
@@ -110,25 +113,6 @@ class SweepResult:
         """The operating point, None where no point is safe."""
         index = self.recommendation.chosen
         return None if index is None else self.recommendation.points[index]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a search for a keep rate works with.
-
-    Attributes:
-        session: the model, and the calibration records where they are still to be traced.
-        trace: the finished trace, None where it is still to be made.
-        records: the held-out records.
-        data: where they come from.
-        sentence: how calibration and held-out examples were told apart.
-    """
-
-    session: TraceSession
-    trace: Trace | None
-    records: list[Record]
-    data: DataOptions
-    sentence: str
 
 
 class Search:
@@ -174,9 +158,9 @@ class Search:
         self.known = _KnownSums(folder)
         self._advance: Any = lambda _: None
 
-    def run(self) -> SweepResult:
-        """Judge all points, and recommend one."""
-        options, combinations = self.options, self.options.combinations()
+    def run(self, combinations: list[Combination] | None = None) -> SweepResult:
+        """Judge all points, and recommend one; ``combinations`` replace those of the options."""
+        options, combinations = self.options, combinations or self.options.combinations()
         self._check_limit()
         if options.keep_rates is None and options.limit is not None:
             with self.progress.phase("Looking for the smallest safe keep rate", 7 * len(combinations), "point") as step:
@@ -190,17 +174,20 @@ class Search:
                 points = grid(combinations, rates, self.point)
         if not points:
             raise UsageError("No keep rate of the sweep can be met under the constraints; try larger ones.")
-        advice = recommend(points, self.limit, self._health)
+        advice = recommend(points, self.limit, self.health)
         return SweepResult(self._document(advice), advice, self.limit)
 
     def point(self, combination: Combination, keep: float) -> SweepPoint | None:
         """Judge one selection; None where none meets the budget."""
-        asked = SelectOptions(
-            keep,
-            combination.rule,
-            combination.routing,
-            combination.target,
-            allow_rounding=combination.target == "stock",
+        base = self.options.constraints or SelectOptions(keep)
+        asked = replace(
+            base,
+            keep=keep,
+            rule=combination.rule,
+            routing=combination.routing,
+            target=combination.target,
+            tolerance=None,
+            allow_rounding=base.allow_rounding or combination.target == "stock",
         )
         try:
             selection = self.selector.select(asked, combination.scorer)
@@ -209,10 +196,7 @@ class Search:
             return None
         finally:
             self._advance(1)
-        sums = self.known.get(selection)
-        if sums is None:
-            sums = self.judge.compare_masked(self.model, selection)
-            self.known.put(selection, sums)
+        sums = self.sums(selection)
         verdict = self.judge.verdict(self._with_exact(selection, sums))
         most = self.options.most_keep
         return SweepPoint(
@@ -223,6 +207,14 @@ class Search:
             meets=self.limit.met(verdict),
             fits=None if most is None else selection.kept <= round(most * selection.total),
         )
+
+    def sums(self, selection: Selection) -> TeacherForced:
+        """Teacher-forced sums of a selection, judged once."""
+        sums = self.known.get(selection)
+        if sums is None:
+            sums = self.judge.compare_masked(self.model, selection)
+            self.known.put(selection, sums)
+        return sums
 
     def _answers_decide(self) -> bool:
         """Whether exact match is that of a part of the written answers, so that every point has to write them."""
@@ -252,7 +244,8 @@ class Search:
                 "that share says little: name the part that must be right with --answer-pattern REGEX, or use --max-kl."
             )
 
-    def _health(self, point: SweepPoint) -> Health | None:
+    def health(self, point: SweepPoint) -> Health | None:
+        """Let a point answer freely, beside the dense model."""
         dense = self.judge.answer_as_dense(self.model)
         made = self.judge.answer_masked(self.model, point.selection)
         return health(made, dense) if made is not None else None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shape_moe.architectures.moe_config import RoutingFacts
 from shape_moe.errors import UsageError
-from shape_moe.jobs.options import SelectionJob, as_selection_job
+from shape_moe.jobs.options import AUTO, SelectionJob, as_selection_job
 from shape_moe.scoring.registry import ScoreOptions, get_scorer
 from shape_moe.scoring.scores import Scores, read_scores, score_trace
 from shape_moe.selection.select import SelectOptions, check_feasible, select_from_scores, select_from_trace
@@ -46,6 +46,7 @@ def select(
         ShapeMoeError: when source, scorer and options do not fit each other.
     """
     job = as_selection_job(job)
+    _refuse_auto(job)
     if isinstance(source, Scores):
         return select_from_scores(source, job.options, routing=routing)
     if not isinstance(source, Trace) and is_table(source):
@@ -59,13 +60,29 @@ def is_table(source: str | PathLike[str]) -> bool:
     return Path(source).suffix.lower() == ".csv"
 
 
-def check_job(job: SelectionJob, layers: tuple[int, ...], experts: int, routing: RoutingFacts) -> None:
+def _refuse_auto(job: SelectionJob) -> None:
+    if job.scorer == AUTO:
+        raise UsageError("Scorer auto tries candidates on held-out examples, which `shape-moe prune` does.")
+
+
+def check_job(
+    job: SelectionJob, layers: tuple[int, ...], experts: int, routing: RoutingFacts, *, automatic: bool = False
+) -> None:
     """Check a selection job against a model, before anything is traced.
+
+    Args:
+        job: the job.
+        layers: the model's MoE layers.
+        experts: routed experts per layer.
+        routing: facts about its routing.
+        automatic: whether scorer ``auto`` can be served, because candidates are judged.
 
     Raises:
         UsageError: for an unknown scorer, one that cannot value this model's experts, or contradicting options.
         BudgetError: when the budget cannot be met under the constraints.
     """
-    if get_scorer(job.scorer).name == "shape" and routing.top_k == 1:
+    if not automatic:
+        _refuse_auto(job)
+    if job.scorer != AUTO and get_scorer(job.scorer).name == "shape" and routing.top_k == 1:
         raise UsageError("Scorer shape needs top-2 routing or more: with top-1 every value is 0; use --scorer reap.")
     check_feasible(job.options, layers, experts, routing)

@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from shape_moe.architectures.fingerprint import check_fingerprint, fingerprint
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
-from shape_moe.calibration.records import DataOptions, load_records, prompt_hash
-from shape_moe.calibration.split import split_records
+from shape_moe.calibration.records import DataOptions
 from shape_moe.errors import UsageError
-from shape_moe.jobs.held_out import fresh_records, known_prompts
-from shape_moe.jobs.options import DEFAULT_SAMPLES, TraceOptions, as_trace_options
-from shape_moe.jobs.search import Plan, Search, SweepOptions, SweepResult
-from shape_moe.jobs.session import TraceSession
+from shape_moe.jobs.options import TraceOptions
+from shape_moe.jobs.planning import Plan, held_out_tracing, plan_search
+from shape_moe.jobs.search import Search, SweepOptions, SweepResult
 from shape_moe.progress import SILENT, Progress
 from shape_moe.tracing.trace import Trace, load_trace
 from shape_moe.workspace import Workspace, write_json
@@ -53,9 +50,9 @@ def sweep(
         ShapeMoeError: when something is wrong; the message says what to do.
     """
     options = options or SweepOptions()
-    tracing = _trace_options(data, trace, held_out)
+    tracing = held_out_tracing(data, trace, held_out)
     snapshot = open_snapshot(model)
-    plan = _plan(snapshot, options, tracing, trace, held_out, progress)
+    plan = plan_search(snapshot, tracing, trace, held_out, options.held_out, options.scoring.seed, progress)
     if out is None:
         return _Sweep(snapshot, options, plan, progress, None).run()
     inputs = [path for path in (model, trace, tracing.data.source) if path is not None]
@@ -71,69 +68,6 @@ def sweep(
         _write(result, work.path)
         work.complete()
     return result
-
-
-def _trace_options(
-    data: TraceOptions | DataOptions | str | PathLike[str] | None,
-    trace: str | PathLike[str] | None,
-    held_out: DataOptions | str | PathLike[str] | None,
-) -> TraceOptions:
-    if data is not None:
-        return as_trace_options(data, DEFAULT_SAMPLES)
-    if trace is None:
-        raise UsageError("Give examples (--data), a trace (--trace), or both.")
-    if isinstance(held_out, DataOptions):
-        return TraceOptions(held_out)
-    if held_out is not None:
-        return TraceOptions(DataOptions(str(held_out)))
-    source = load_trace(trace).info.source
-    return TraceOptions(DataOptions(str(source.get("data")), source.get("split") or "train", source.get("subset")))
-
-
-def _plan(
-    snapshot: Snapshot,
-    options: SweepOptions,
-    tracing: TraceOptions,
-    given: str | PathLike[str] | None,
-    held_out: DataOptions | str | PathLike[str] | None,
-    progress: Progress,
-) -> Plan:
-    """Decide which examples calibrate and which judge."""
-    other = held_out if isinstance(held_out, DataOptions) or held_out is None else DataOptions(str(held_out))
-    if given is None and other is None:
-        return split_plan(snapshot, tracing, options.held_out, options.scoring.seed, progress)
-    if given is not None:
-        traced = load_trace(given)
-        check_fingerprint(traced.info.fingerprint, fingerprint(snapshot), f"The trace {given}")
-        known, session_records = known_prompts(traced), None
-        if not known:
-            progress.note("The trace does not name its examples, so held-out ones could not be told from them.")
-    else:
-        traced = None
-        session_records = load_records(tracing.data)
-        known = frozenset(prompt_hash(record) for record in session_records)
-    source = other or tracing.data
-    records, seen = fresh_records(source, known, options.held_out)
-    session = TraceSession.open(snapshot, tracing, None, progress, records if traced else session_records)
-    sentence = f"{len(records)} held-out examples of {source.source}"
-    if seen:
-        sentence += f"; {seen} more were left out, because calibration has seen their prompts"
-        if other is not None:
-            progress.note(f"{seen} examples of {source.source} are in the calibration set as well and were left out.")
-    return Plan(session, traced, records, source, sentence)
-
-
-def split_plan(snapshot: Snapshot, tracing: TraceOptions, held_out: int, seed: int, progress: Progress) -> Plan:
-    """Split one source into calibration and held-out examples.
-
-    Raises:
-        DataError: when it holds too few.
-    """
-    wanted = tracing.data.samples or DEFAULT_SAMPLES
-    pool = load_records(replace(tracing.data, samples=wanted + held_out))
-    split = split_records(pool, wanted, held_out, seed=seed)
-    session = TraceSession.open(snapshot, tracing, None, progress, split.calibration)
-    return Plan(session, None, split.held_out, tracing.data, split.sentence)
 
 
 class _Sweep:

@@ -44,6 +44,7 @@ class Selection:
         stability: agreement of the two halves of the data, see :mod:`shape_moe.selection.stability`.
         options: segment weights and seed used for scoring.
         warnings: what a user should know before pruning.
+        choice: what was tried before this was chosen, where scorer or keep rate were left to the tool.
     """
 
     fingerprint: str | None
@@ -62,6 +63,7 @@ class Selection:
     stability: dict[str, float] | None = None
     options: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    choice: dict[str, Any] | None = None
 
     @property
     def kept(self) -> int:

@@ -1,0 +1,178 @@
+"""Choose for the user: the scorer and rule that lose least, or the smallest keep rate within a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from shape_moe.architectures.snapshot import Snapshot
+from shape_moe.errors import ShapeMoeError, UsageError
+from shape_moe.evaluation.sweep import Combination, SweepPoint
+from shape_moe.jobs.options import AUTO, ChoiceOptions, SelectionJob
+from shape_moe.jobs.planning import Plan
+from shape_moe.jobs.search import Search, SweepOptions
+from shape_moe.progress import Progress
+from shape_moe.scoring.registry import get_scorer
+from shape_moe.selection.selection import Routing, Selection
+from shape_moe.tracing.trace import Trace
+
+AUTO_METHODS = (
+    ("easy-ep", "uniform"),
+    ("contribution", "uniform"),
+    ("easy-ep", "coverage"),
+    ("contribution", "coverage"),
+    ("contribution", "global"),
+    ("reap", "uniform"),
+    ("shape", "coverage"),
+    ("shape", "uniform"),
+)
+"""What ``auto`` tries with each routing, best of the benchmark first; ties within noise go to the earlier one."""
+
+
+def choose(
+    snapshot: Snapshot,
+    plan: Plan,
+    trace: Trace,
+    job: SelectionJob,
+    options: ChoiceOptions,
+    progress: Progress,
+    folder: Path | None = None,
+) -> Selection:
+    """Choose a selection by judging candidates on held-out examples as masks.
+
+    Args:
+        snapshot: the model on disk.
+        plan: the session and the held-out records.
+        trace: the calibration trace.
+        job: what was asked for; its scorer may be :data:`AUTO`, and its keep rate is not looked at with a limit.
+        options: what is left to choose.
+        progress: where to show progress.
+        folder: where answers and finished candidates are kept for a later run.
+
+    Returns:
+        The selection, with what was tried in its ``choice``.
+
+    Raises:
+        ShapeMoeError: when nothing stays within the limit.
+    """
+    combinations = candidates(job, options, trace)
+    sweep = SweepOptions(
+        limit=options.limit,
+        scoring=job.scoring,
+        target=job.options.target,
+        routings=(combinations[0].routing,),
+        held_out=options.samples,
+        generation=options.generation,
+        constraints=job.options,
+    )
+    search = Search(snapshot, plan, trace, sweep, progress, folder)
+    try:
+        if options.limit is not None:
+            return _smallest(search, combinations)
+        return _best(search, combinations, job.options.keep)
+    finally:
+        search.judge.close()
+
+
+def candidates(job: SelectionJob, options: ChoiceOptions, trace: Trace) -> list[Combination]:
+    """The ways to choose that are tried, preferred ones first."""
+    target = job.options.target
+    asked: tuple[Routing, ...] = (job.options.routing,)
+    both: tuple[Routing, ...] = ("drop", "reroute")
+    automatic = job.scorer == AUTO
+    routings = options.routings or (both if automatic and target == "ragged" else asked)
+    methods: Sequence[tuple[str, str]] = [(job.scorer, job.options.rule)]
+    if automatic:
+        held = {"coalitions", *trace.statistics}
+        methods = [(scorer, rule) for scorer, rule in AUTO_METHODS if set(get_scorer(scorer).needs) <= held]
+        if trace.info.routing.top_k == 1:
+            methods = [(scorer, rule) for scorer, rule in methods if scorer != "shape"]
+        if target == "stock":  # equal counts leave nothing to share out
+            methods = [(scorer, rule) for scorer, rule in methods if rule == "uniform"]
+        methods = methods or [("frequency", "uniform")]
+    return [Combination(scorer, rule, routing, target) for scorer, rule in methods for routing in routings]
+
+
+def _smallest(search: Search, combinations: list[Combination]) -> Selection:
+    found = search.run(combinations)
+    if found.chosen is None:
+        raise ShapeMoeError(
+            f"{found.recommendation.reason} Nothing was pruned; allow more, or give a keep rate and see "
+            "`shape-moe sweep` for what it costs."
+        )
+    points = [_tried(point) for point in found.recommendation.points]
+    record = {
+        "how": "the smallest keep rate within the limit",
+        "limit": found.document["limit"],
+        "tried": points,
+        "reason": found.recommendation.reason,
+        "examples": len(search.judge.held_out.examples),
+        "split": search.plan.sentence,
+    }
+    return replace(found.chosen.selection, choice=record)
+
+
+def _best(search: Search, combinations: list[Combination], keep: float) -> Selection:
+    """The candidate closest to the dense model at one keep rate; ties within noise go to the preferred one."""
+    with search.progress.phase("Trying scorers, rules and routings", len(combinations), "candidate") as advance:
+        points = []
+        for combination in combinations:
+            point = search.point(combination, keep)
+            points += [point] if point is not None else []
+            advance(1)
+    if not points:
+        raise UsageError(f"No candidate can keep {keep:g} of the experts under the constraints; try a larger rate.")
+    best = min(range(len(points)), key=lambda i: (_kl(points[i]), i))
+    tied = [i for i in range(len(points)) if _tied(search, points[i], points[best])]
+    chosen = tied[0]
+    record = {
+        "how": "the candidate closest to the dense model on held-out examples",
+        "tried": [_tried(point) for point in points],
+        "best": str(points[best].combination),
+        "tied": [str(points[i].combination) for i in tied],
+        "reason": _reason(points, chosen, best, tied),
+        "examples": len(search.judge.held_out.examples),
+        "split": search.plan.sentence,
+    }
+    selection = points[chosen].selection
+    health = search.health(points[chosen])
+    warnings = tuple(f"On held-out examples, {complaint}." for complaint in health.complaints) if health else ()
+    return replace(selection, choice=record, warnings=selection.warnings + warnings)
+
+
+def _kl(point: SweepPoint) -> float:
+    return point.verdict.quality["kl"].value
+
+
+def _tried(point: SweepPoint) -> dict[str, Any]:
+    return {
+        "method": str(point.combination),
+        "keep": point.selection.keep,
+        "kl": point.verdict.quality["kl"].to_document(),
+    }
+
+
+def _tied(search: Search, point: SweepPoint, best: SweepPoint) -> bool:
+    """Whether a candidate is the best one, or its paired difference to it is within noise."""
+    if point is best:
+        return True
+    ours, theirs = search.sums(point.selection), search.sums(best.selection)
+    return search.judge.draws.ratio(ours.kl - theirs.kl, theirs.tokens).low <= 0
+
+
+def _reason(points: list[SweepPoint], chosen: int, best: int, tied: list[int]) -> str:
+    point = points[chosen]
+    reason = f"{point.combination} with a KL divergence of {_kl(point):.4f} on held-out examples"
+    if len(tied) > 1:
+        others = ", ".join(str(points[i].combination) for i in tied if i != chosen)
+        reason += f"; within noise of it: {others}"
+        if chosen != best:
+            reason += f" (best by its figure: {points[best].combination}, {_kl(points[best]):.4f}; ties go to the "
+            reason += "benchmark's preference)"
+    beaten = [i for i in range(len(points)) if i not in tied]
+    if beaten:
+        nearest = min(beaten, key=lambda i: _kl(points[i]))
+        reason += f"; clearly behind, nearest first: {points[nearest].combination} with {_kl(points[nearest]):.4f}"
+    return reason + "."

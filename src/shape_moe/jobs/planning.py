@@ -1,0 +1,114 @@
+"""Which examples calibrate and which judge: they never share a prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from os import PathLike
+
+from shape_moe.architectures.fingerprint import check_fingerprint, fingerprint
+from shape_moe.architectures.snapshot import Snapshot
+from shape_moe.calibration.records import DataOptions, Record, load_records, prompt_hash
+from shape_moe.calibration.split import split_records
+from shape_moe.errors import UsageError
+from shape_moe.jobs.held_out import fresh_records, known_prompts
+from shape_moe.jobs.options import DEFAULT_SAMPLES, TraceOptions, as_trace_options
+from shape_moe.jobs.session import TraceSession
+from shape_moe.progress import Progress
+from shape_moe.tracing.trace import Trace, load_trace
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a search for a keep rate works with.
+
+    Attributes:
+        session: the model, and the calibration records where they are still to be traced.
+        trace: the finished trace, None where it is still to be made.
+        records: the held-out records.
+        data: where they come from.
+        sentence: how calibration and held-out examples were told apart.
+    """
+
+    session: TraceSession
+    trace: Trace | None
+    records: list[Record]
+    data: DataOptions
+    sentence: str
+
+
+def held_out_tracing(
+    data: TraceOptions | DataOptions | str | PathLike[str] | None,
+    trace: str | PathLike[str] | None,
+    held_out: DataOptions | str | PathLike[str] | None,
+) -> TraceOptions:
+    """How a search reads examples: as it traces them, or, with a finished trace alone, as that was made.
+
+    Raises:
+        UsageError: when neither is given.
+    """
+    if data is not None:
+        return as_trace_options(data, DEFAULT_SAMPLES)
+    if trace is None:
+        raise UsageError("Give examples (--data), a trace (--trace), or both.")
+    if isinstance(held_out, DataOptions):
+        return TraceOptions(held_out)
+    if held_out is not None:
+        return TraceOptions(DataOptions(str(held_out)))
+    source = load_trace(trace).info.source
+    return TraceOptions(DataOptions(str(source.get("data")), source.get("split") or "train", source.get("subset")))
+
+
+def plan_search(
+    snapshot: Snapshot,
+    tracing: TraceOptions,
+    given: str | PathLike[str] | None,
+    held_out: DataOptions | str | PathLike[str] | None,
+    samples: int,
+    seed: int,
+    progress: Progress,
+) -> Plan:
+    """Decide which examples calibrate and which judge.
+
+    Args:
+        snapshot: the model.
+        tracing: the examples, and how they are tokenised and answered.
+        given: a finished trace.
+        held_out: other examples to judge by; those whose prompts calibration has seen are left out.
+        samples: how many to judge by.
+        seed: draws the sides of a split.
+        progress: where to show notes.
+
+    Raises:
+        ShapeMoeError: when the model, the trace or the examples cannot be used.
+    """
+    other = held_out if isinstance(held_out, DataOptions) or held_out is None else DataOptions(str(held_out))
+    if given is None and other is None:
+        return _split_plan(snapshot, tracing, samples, seed, progress)
+    if given is not None:
+        traced = load_trace(given)
+        check_fingerprint(traced.info.fingerprint, fingerprint(snapshot), f"The trace {given}")
+        known, session_records = known_prompts(traced), None
+        if not known:
+            progress.note("The trace does not name its examples, so held-out ones could not be told from them.")
+    else:
+        traced = None
+        session_records = load_records(tracing.data)
+        known = frozenset(prompt_hash(record) for record in session_records)
+    source = other or tracing.data
+    records, seen = fresh_records(source, known, samples)
+    session = TraceSession.open(snapshot, tracing, None, progress, records if traced else session_records)
+    sentence = f"{len(records)} held-out examples of {source.source}"
+    if seen:
+        sentence += f"; {seen} more were left out, because calibration has seen their prompts"
+        if other is not None:
+            progress.note(f"{seen} examples of {source.source} are in the calibration set as well and were left out.")
+    return Plan(session, traced, records, source, sentence)
+
+
+def _split_plan(snapshot: Snapshot, tracing: TraceOptions, held_out: int, seed: int, progress: Progress) -> Plan:
+    """Split one source into calibration and held-out examples."""
+    wanted = tracing.data.samples or DEFAULT_SAMPLES
+    pool = load_records(replace(tracing.data, samples=wanted + held_out))
+    split = split_records(pool, wanted, held_out, seed=seed)
+    session = TraceSession.open(snapshot, tracing, None, progress, split.calibration)
+    return Plan(session, None, split.held_out, tracing.data, split.sentence)
