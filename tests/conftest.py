@@ -45,6 +45,15 @@ def embedded() -> Path:
     return embedded_model_path()
 
 
+@pytest.fixture(scope="session")
+def embedded_model(embedded: Path):
+    """The embedded model in float32, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(embedded)
+
+
 @pytest.fixture(scope="session", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     """Every family, one after the other."""

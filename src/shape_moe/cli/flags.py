@@ -260,9 +260,7 @@ class ScoreFlags:
 
     scorer: Annotated[
         str,
-        typer.Option(
-            help="How experts are valued (shape-moe score --list); auto tries several.", rich_help_panel=CHOICE_PANEL
-        ),
+        typer.Option(help="How experts are valued; auto (prune only) tries several.", rich_help_panel=CHOICE_PANEL),
     ] = "shape"
     prompt_weight: Annotated[
         float, typer.Option(help="How much a prompt token counts.", rich_help_panel=CHOICE_PANEL)

@@ -30,6 +30,8 @@ AUTO_METHODS = (
 )
 """What ``auto`` tries with each routing, best of the benchmark first; ties within noise go to the earlier one."""
 
+_NAMED = 3
+
 
 def choose(
     snapshot: Snapshot,
@@ -166,8 +168,9 @@ def _reason(points: list[SweepPoint], chosen: int, best: int, tied: list[int]) -
     point = points[chosen]
     reason = f"{point.combination} with a KL divergence of {_kl(point):.4f} on held-out examples"
     if len(tied) > 1:
-        others = ", ".join(str(points[i].combination) for i in tied if i != chosen)
-        reason += f"; within noise of it: {others}"
+        others = [str(points[i].combination) for i in tied if i != chosen]
+        reason += f"; within noise of it: {', '.join(others[:_NAMED])}"
+        reason += f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
         if chosen != best:
             reason += f" (best by its figure: {points[best].combination}, {_kl(points[best]):.4f}; ties go to the "
             reason += "benchmark's preference)"
