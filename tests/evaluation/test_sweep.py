@@ -1,0 +1,103 @@
+"""The search over keep rates, on models whose loss is a known function of what they keep."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shape_moe.errors import UsageError
+from shape_moe.evaluation.figures import Health
+from shape_moe.evaluation.intervals import Estimate
+from shape_moe.evaluation.judge import Verdict
+from shape_moe.evaluation.sweep import RESOLUTION, Combination, Limit, SweepPoint, bisect, grid, recommend
+from shape_moe.selection.selection import Selection
+
+LIMIT = Limit("max_kl", 0.02)
+WAY = Combination("shape", "coverage", "drop")
+
+
+def make(keep: float, kl: float, *, noise: float = 0.0, way: Combination = WAY, fits: bool | None = None) -> SweepPoint:
+    kept = max(1, round(100 * keep))
+    selection = Selection(None, None, None, way.scorer, way.rule, way.routing, 100, 2, {0: list(range(kept))}, keep)
+    verdict = Verdict({"kl": Estimate(kl, kl - noise, kl + noise)})
+    return SweepPoint(way, selection, kept, verdict, LIMIT.met(verdict), fits)
+
+
+def healthy(point: SweepPoint) -> Health:
+    return Health({}, {}, 10)
+
+
+def ill(point: SweepPoint) -> Health:
+    return Health({}, {}, 10, ("answers loop",))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(0.03, 0.97))
+def test_bisection_finds_the_threshold(threshold) -> None:
+    points = bisect(WAY, lambda way, keep: make(keep, 0.01 if keep >= threshold else 1.0), LIMIT)
+    passing = [point.selection.keep_asked for point in points if LIMIT.met(point.verdict)]
+    smallest = min(passing, default=1.0)
+    assert threshold <= smallest <= threshold + RESOLUTION
+    assert len(points) <= 7
+
+
+def test_bisection_treats_what_cannot_be_met_as_too_few() -> None:
+    points = bisect(WAY, lambda way, keep: None if keep < 0.5 else make(keep, 0.0), LIMIT)
+    assert min(point.selection.keep_asked for point in points) == pytest.approx(0.5, abs=RESOLUTION)
+
+
+def test_the_grid_leaves_out_what_cannot_be_met() -> None:
+    ways = [WAY, Combination("reap", "uniform", "reroute")]
+    points = grid(
+        ways, [0.2, 0.8], lambda way, keep: None if way.routing == "reroute" and keep < 0.5 else make(keep, 0)
+    )
+    assert [point.selection.keep_asked for point in points] == [0.8, 0.2, 0.8]
+
+
+def test_the_smallest_point_within_the_limit_is_recommended() -> None:
+    points = [make(0.9, 0.001), make(0.6, 0.01), make(0.5, 0.015, noise=0.01), make(0.3, 0.5)]
+    advice = recommend(points, LIMIT, healthy)
+    assert advice.chosen == advice.smallest == 1  # 0.5 is within by its value, not by its interval
+    assert "Keep 0.600" in advice.reason
+    assert advice.points[1].healthy
+    assert advice.points[0].healthy is None
+
+
+def test_points_of_one_size_are_ordered_by_their_figure() -> None:
+    other = Combination("easy-ep", "uniform", "drop")
+    assert recommend([make(0.6, 0.01), make(0.6, 0.005, way=other)], LIMIT, healthy).chosen == 1
+
+
+def test_nothing_unhealthy_is_recommended() -> None:
+    points = [make(0.9, 0.001), make(0.6, 0.01)]
+    advice = recommend(points, LIMIT, lambda point: ill(point) if point.selection.keep < 0.7 else healthy(point))
+    assert (advice.smallest, advice.chosen) == (1, 0)
+    assert "unhealthy answers" in advice.reason
+    none = recommend(points, LIMIT, ill)
+    assert (none.smallest, none.chosen) == (1, None)
+    assert [point.healthy for point in none.points] == [False, False]
+
+
+def test_only_what_fits_is_recommended() -> None:
+    points = [make(0.6, 0.01, fits=False), make(0.4, 0.5, fits=True)]
+    advice = recommend(points, LIMIT, healthy)
+    assert advice.chosen is None
+    assert "of those that fit" in advice.reason
+
+
+def test_a_fall_of_exact_match_is_judged_by_its_worse_end() -> None:
+    limit = Limit("max_drop", 0.01)
+    change = {"exact_match": Estimate(0.0, -0.02, 0.02)}
+    verdict = Verdict({"kl": Estimate(0, 0, 0)}, change)
+    assert limit.figure(verdict) == Estimate(0.0, -0.02, 0.02)
+    assert not limit.met(verdict)
+    assert Limit("max_drop", 0.03).met(verdict)
+    with pytest.raises(UsageError, match="needs held-out examples with responses"):
+        limit.figure(Verdict({"kl": Estimate(0, 0, 0)}))
+
+
+@pytest.mark.parametrize(("kind", "value"), [("max_kl", 0), ("max_drop", 1.0), ("max_drop", -0.1), ("max_loss", 0.1)])
+def test_senseless_limits_are_refused(kind, value) -> None:
+    with pytest.raises(UsageError):
+        Limit(kind, value)

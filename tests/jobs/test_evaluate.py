@@ -1,0 +1,166 @@
+"""Checkpoints and masks beside the dense model, on the embedded model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from shape_moe.calibration.records import DataOptions
+from shape_moe.demo.embedded import exact_match
+from shape_moe.demo.tasks import examples
+from shape_moe.errors import CheckpointError, FingerprintError, ShapeMoeError, UsageError
+from shape_moe.evaluation.footprint import Workload, measure_footprint
+from shape_moe.evaluation.generation import GenerationOptions
+from shape_moe.jobs.evaluate import EvaluateOptions, evaluate
+from shape_moe.jobs.options import PruneOptions, TraceOptions
+from shape_moe.jobs.prune import prune
+from shape_moe.pruning.masks import masked
+from shape_moe.selection.selection import load_selection
+
+QUICK = EvaluateOptions(generation=GenerationOptions(examples=10), footprint=None)
+
+
+def write(file, tasks: dict[str, int], *, seed: int, held_out: bool = False):
+    rows = [row for task, count in tasks.items() for row in examples(task, count, seed=seed, held_out=held_out)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return {
+        "calibration": write(folder / "calibration.jsonl", {"sorting": 25}, seed=1),
+        "task": write(folder / "task.jsonl", {"sorting": 40}, seed=2, held_out=True),
+        "also": write(folder / "also.jsonl", {"words": 20, "lookup": 20}, seed=2, held_out=True),
+    }
+
+
+@pytest.fixture(scope="module")
+def pruned(embedded, files, tmp_path_factory):
+    """A checkpoint that has lost something."""
+    out = tmp_path_factory.mktemp("pruned") / "sorting-0.4"
+    return prune(embedded, out, PruneOptions(device="cpu"), data=files["calibration"], keep=0.4).path
+
+
+def float32(file, **more) -> TraceOptions:
+    return TraceOptions(DataOptions(str(file)), device="cpu", dtype="float32", **more)
+
+
+@pytest.fixture(scope="module")
+def evaluated(embedded, files, pruned):
+    options = EvaluateOptions(
+        also=DataOptions(str(files["also"])),
+        by="task",
+        generation=GenerationOptions(examples=10),
+        footprint=None,
+        faithfulness=3,
+    )
+    selection = pruned / "shape" / "selection.json"
+    return evaluate(
+        embedded,
+        [pruned, selection],
+        data=float32(files["task"]),
+        options=EvaluateOptions(**{**vars(options), "trace": str(pruned / "shape" / "trace")}),
+    )
+
+
+def test_masks_and_checkpoints_give_the_same_figures(evaluated) -> None:
+    _, checkpoint, mask = evaluated.models
+    assert (checkpoint.kind, mask.kind) == ("checkpoint", "mask")
+    for name in ("task", "also"):
+        ours, theirs = checkpoint.sets[name], mask.sets[name]
+        for figure in ("nll", "perplexity", "kl", "top1", "exact_match"):
+            assert ours.quality[figure].value == pytest.approx(theirs.quality[figure].value, abs=1e-5)
+        assert ours.health == theirs.health
+    assert checkpoint.size == mask.size
+    assert mask.sets["task"].quality["kl"].value > 1e-4  # something was lost
+
+
+def test_exact_match_is_the_tasks_own(evaluated, embedded_model, pruned) -> None:
+    model, tokenizer = embedded_model
+    selection = load_selection(pruned / "shape" / "selection.json")
+    with masked(model, selection):
+        own = exact_match(model, tokenizer, ["sorting"], count=40, seed=2)["sorting"]
+    assert evaluated.models[1].sets["task"].quality["exact_match"].value == pytest.approx(own)
+
+
+def test_what_is_off_the_task_is_judged_beside_it(evaluated) -> None:
+    dense, checkpoint, _ = evaluated.models
+    assert checkpoint.sets["also"].quality["kl"].value > 10 * checkpoint.sets["task"].quality["kl"].value
+    assert dense.sets["also"].change == {}
+    assert checkpoint.sets["also"].health.complaints
+
+
+def test_the_selection_is_better_than_random_and_its_inversion_is_worse(evaluated) -> None:
+    assert len(evaluated.faithfulness) == 2
+    for check in evaluated.faithfulness:
+        assert check.faithful
+        assert len(check.random) == 3
+        assert check.inverted.quality["kl"].value > 10 * check.kept.quality["kl"].value
+
+
+def test_the_document_is_json_and_complete(evaluated) -> None:
+    document = json.loads(json.dumps(evaluated.document))
+    assert [entry["kind"] for entry in document["models"]] == ["dense", "checkpoint", "mask"]
+    entry = document["models"][1]
+    keep = pytest.approx(0.4, abs=0.01)
+    assert entry["selection"] == {"scorer": "shape", "rule": "coverage", "routing": "drop", "keep": keep}
+    assert set(entry["sets"]["task"]) == {"quality", "change", "generation"}
+    assert entry["classes"]["field"] == "task"
+    assert entry["classes"]["by"]["sorting"]["quality"]["nll"] == pytest.approx(entry["sets"]["task"]["quality"]["nll"])
+
+
+def test_the_worst_class_is_found(embedded, files, pruned, tmp_path) -> None:
+    file = write(tmp_path / "both.jsonl", {"sorting": 20, "words": 20}, seed=4, held_out=True)
+    result = evaluate(embedded, [pruned], data=float32(file), options=EvaluateOptions(**{**vars(QUICK), "by": "task"}))
+    classes = result.document["models"][1]["classes"]
+    assert classes["worst"] == "words"
+    assert set(classes["by"]) == {"sorting", "words"}
+    lost = {name: group["change"]["exact_match"]["value"] for name, group in classes["by"].items()}
+    assert lost["words"] < -0.3 < lost["sorting"]
+
+
+def test_contamination_is_told(embedded, files, pruned) -> None:
+    result = evaluate(embedded, [pruned], data=float32(files["calibration"]), options=QUICK)
+    assert "25 of 25 examples" in result.notes[0]
+    assert result.document["warnings"] == list(result.notes)
+    assert not evaluate(embedded, [], data=float32(files["task"]), options=QUICK).notes
+
+
+def test_prompts_without_answers_are_answered_by_the_dense_model(embedded, files, tmp_path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    rows = examples("sorting", 12, seed=9, held_out=True)
+    file.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    result = evaluate(embedded, [], data=float32(file), options=QUICK)
+    assert result.models[0].sets["task"].quality["exact_match"].value == 1.0
+
+
+def test_memory_and_speed_are_measured_in_a_process_of_their_own(embedded, pruned) -> None:
+    workload = Workload(batch_size=1, prompt_tokens=16, new_tokens=2, repeats=1)
+    found = measure_footprint(pruned, device="cpu", workload=workload)
+    assert found.device == "cpu"
+    assert found.peak_bytes > 2**20
+    assert found.load_seconds > 0
+    assert found.prefill_tokens_per_second > found.decode_tokens_per_second > 0
+    with pytest.raises(ShapeMoeError, match="could not be measured"):
+        measure_footprint(pruned / "shape", device="cpu", workload=workload)
+
+
+def test_what_cannot_be_compared_is_refused(embedded, files, pruned, checkpoint, tmp_path) -> None:
+    data = float32(files["task"])
+    with pytest.raises(CheckpointError, match="another vocabulary"):
+        evaluate(embedded, [checkpoint("mixtral")], data=data, options=QUICK)
+    with pytest.raises(UsageError, match="same name"):
+        evaluate(embedded, [pruned, pruned], data=data, options=QUICK)
+    selection = json.loads((pruned / "shape" / "selection.json").read_text())
+    foreign = tmp_path / "foreign.json"
+    foreign.write_text(json.dumps({**selection, "fingerprint": "sha256:" + "0" * 64}))
+    with pytest.raises(FingerprintError, match="another model"):
+        evaluate(embedded, [foreign], data=data, options=QUICK)
+    with pytest.raises(UsageError, match="give --trace TRACE"):
+        mask = pruned / "shape" / "selection.json"
+        evaluate(embedded, [mask], data=data, options=EvaluateOptions(**{**vars(QUICK), "faithfulness": 3}))
+    with pytest.raises(UsageError, match="at least 3"):
+        evaluate(embedded, [pruned], data=data, options=EvaluateOptions(**{**vars(QUICK), "faithfulness": 2}))

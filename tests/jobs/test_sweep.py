@@ -1,0 +1,166 @@
+"""A sweep of the embedded model, from a file to a recommendation."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from shape_moe.calibration.records import DataOptions, load_records, prompt_hash
+from shape_moe.demo.tasks import examples
+from shape_moe.errors import DataError, UsageError
+from shape_moe.evaluation.generation import GenerationOptions
+from shape_moe.evaluation.judge import Judge
+from shape_moe.evaluation.sweep import Limit
+from shape_moe.jobs.options import TraceOptions
+from shape_moe.jobs.search import SweepOptions
+from shape_moe.jobs.sweep import read_sweep, sweep
+from shape_moe.jobs.trace import trace
+from shape_moe.progress import Silent
+from shape_moe.selection.selection import load_selection
+
+
+class Notes(Silent):
+    """Keeps what the user would see."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture(scope="module")
+def task_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("data") / "sorting.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in examples("sorting", 120, seed=1)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def swept(embedded, task_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sweep") / "result"
+    options = SweepOptions(
+        keep_rates=(0.8, 0.3), scorers=("shape", "easy-ep"), held_out=60, limit=Limit("max_kl", 0.05)
+    )
+    data = TraceOptions(DataOptions(str(task_file), samples=40), device="cpu")
+    return sweep(embedded, options, out, data=data), out
+
+
+def test_every_point_is_judged_and_the_result_is_written(swept) -> None:
+    result, out = swept
+    document = read_sweep(out)
+    assert document == json.loads(json.dumps(result.document))
+    assert [(p["scorer"], p["keep_asked"]) for p in document["points"]] == [
+        ("shape", 0.8),
+        ("shape", 0.3),
+        ("easy-ep", 0.8),
+        ("easy-ep", 0.3),
+    ]
+    for point in document["points"]:
+        kl = point["quality"]["kl"]
+        assert kl["low"] <= kl["value"] <= kl["high"]
+        assert point["meets_limit"] == (kl["high"] <= 0.05)
+        assert point["bytes"] < document["dense"]["bytes"]
+    chosen = document["points"][document["recommended"]]
+    assert chosen["generation"]["exact_match"]["value"] >= 0.9
+    recommended = load_selection(out / "recommended.json")
+    assert recommended.keep == chosen["keep"]
+    assert recommended.scorer == chosen["scorer"]
+    assert sorted(path.name for path in out.iterdir()) == ["recommended.json", "sweep.json", "trace"]
+
+
+def test_calibration_and_held_out_examples_do_not_overlap(swept, task_file) -> None:
+    result, _ = swept
+    calibration = set(result.document["calibration"]["prompts"])
+    assert len(calibration) == 40
+    assert result.document["held_out"]["examples"] == 60
+    assert "40 examples to calibrate with and 60 held out" in result.document["split"]
+
+
+def test_an_interrupted_sweep_goes_on_from_its_last_point(embedded, task_file, tmp_path, monkeypatch) -> None:
+    options = SweepOptions(keep_rates=(0.9, 0.7, 0.5), held_out=30, generation=GenerationOptions(examples=4))
+    data = TraceOptions(DataOptions(str(task_file), samples=20), device="cpu")
+    judged, whole = [], Judge.compare_masked
+
+    def counted(self, model, selection):
+        if len(judged) == 2:
+            raise KeyboardInterrupt
+        judged.append(selection.keep_asked)
+        return whole(self, model, selection)
+
+    monkeypatch.setattr(Judge, "compare_masked", counted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(embedded, options, tmp_path / "out", data=data)
+    partial = tmp_path / "out.partial"
+    assert len((partial / "points.jsonl").read_text().splitlines()) == 2
+    with (partial / "points.jsonl").open("a") as stream:
+        stream.write('{"key": "cut')  # as a kill in the middle of a line leaves it
+    again = []
+    monkeypatch.setattr(Judge, "compare_masked", lambda s, m, c: again.append(c.keep_asked) or whole(s, m, c))
+    resumed = sweep(embedded, options, tmp_path / "out", data=data)
+    assert judged == [0.9, 0.7]
+    assert again == [0.5]
+    fresh = sweep(embedded, options, data=data)
+    assert [p["quality"] for p in fresh.document["points"]] == [p["quality"] for p in resumed.document["points"]]
+
+
+def test_a_trace_judges_by_what_it_has_not_seen(embedded, task_file, tmp_path) -> None:
+    data = TraceOptions(DataOptions(str(task_file), samples=30), device="cpu")
+    traced = trace(embedded, data, tmp_path / "trace")
+    options = SweepOptions(keep_rates=(0.8,), held_out=500, generation=GenerationOptions(examples=4))
+    result = sweep(embedded, options, trace=tmp_path / "trace")
+    assert result.document["held_out"]["examples"] == 90
+    records = load_records(DataOptions(str(task_file)))
+    assert {prompt_hash(record) for record in records} >= set(traced.info.source["prompts"])
+
+
+def test_contamination_is_told_and_left_out(embedded, task_file, tmp_path) -> None:
+    lines = task_file.read_text().splitlines(keepends=True)
+    for name, chosen in (("calibration", lines[:30]), ("held", lines[20:60]), ("same", lines[:30])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(chosen))
+    options = SweepOptions(keep_rates=(0.8,), generation=GenerationOptions(examples=4))
+    data = TraceOptions(DataOptions(str(tmp_path / "calibration.jsonl")), device="cpu")
+    progress = Notes()
+    result = sweep(embedded, options, data=data, held_out=tmp_path / "held.jsonl", progress=progress)
+    assert result.document["held_out"]["examples"] == 30
+    assert any("10 examples" in note and "were left out" in note for note in progress.notes)
+    with pytest.raises(DataError, match="has seen every example"):
+        sweep(embedded, options, data=data, held_out=tmp_path / "same.jsonl")
+
+
+def test_a_limit_alone_is_bisected_and_memory_bounds_the_advice(embedded, task_file) -> None:
+    data = TraceOptions(DataOptions(str(task_file), samples=40), device="cpu")
+    options = SweepOptions(limit=Limit("max_kl", 0.05), held_out=40, generation=GenerationOptions(examples=8))
+    result = sweep(embedded, options, data=data)
+    keeps = [point.selection.keep_asked for point in result.recommendation.points]
+    assert keeps[0] == 0.5
+    assert len(keeps) == 7
+    within = [p.selection.kept for p in result.recommendation.points if p.meets]
+    assert result.chosen.selection.kept == min(within)
+    small = SweepOptions(
+        keep_rates=(0.9, 0.2), limit=Limit("max_kl", 0.05), held_out=40, most_keep=0.5, generation=GenerationOptions(8)
+    )
+    narrow = sweep(embedded, small, data=data)
+    assert [point.fits for point in narrow.recommendation.points] == [False, True]
+    assert narrow.chosen is None or narrow.chosen.fits
+
+
+def test_a_fall_of_nothing_is_no_limit(embedded, tmp_path) -> None:
+    file = tmp_path / "noise.jsonl"
+    rows = [{"prompt": f"sort {i}{i + 1}{i + 2}=", "response": f"wrong {i}\n"} for i in range(60)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = TraceOptions(DataOptions(str(file), samples=20), device="cpu")
+    with pytest.raises(UsageError, match="0% of the held-out examples"):
+        sweep(embedded, SweepOptions(limit=Limit("max_drop", 0.01), held_out=30), data=data)
+
+
+def test_senseless_options_are_refused(embedded) -> None:
+    with pytest.raises(UsageError, match="Give examples"):
+        sweep(embedded)
+    with pytest.raises(UsageError, match="at least one of the scorers"):
+        SweepOptions(scorers=())
+    with pytest.raises(UsageError, match="keep rate"):
+        SweepOptions(keep_rates=(1.5,))
+    with pytest.raises(UsageError, match="stock needs routing reroute"):
+        SweepOptions(target="stock")
