@@ -198,9 +198,10 @@ def _read(preset: Preset, local: str, subset: str | None, split: str, read: Read
     try:
         yield from read(preset.dataset, subset, split, preset.revision)
     except DataError as error:
-        terms = " Its terms must be accepted on the hub first." if preset.gated else ""
+        terms = ". Its terms must be accepted on the hub first" if preset.gated else ""
         raise DataError(
-            f"{error}{terms} A local copy of {preset.dataset} is read with --data {PREFIX}{preset.name}@PATH."
+            f"{str(error).rstrip('.')}{terms}. A local copy of {preset.dataset} is read with "
+            f"--data {PREFIX}{preset.name}@PATH."
         ) from error
 
 
