@@ -108,6 +108,10 @@ class TraceSession:
             self._model = load_original(self.snapshot, self.options.device, self.options.dtype, self.progress)
         return self._model
 
+    def use(self, model: PreTrainedModel) -> None:
+        """Take a model that is loaded already instead of loading the snapshot."""
+        self._model = model
+
     def unload(self) -> None:
         """Let go of the model."""
         self._model = None
