@@ -79,7 +79,7 @@ def regret(folder: Path, model, tokenizer) -> dict:
     best = max(fixed, key=lambda name: fixed[name])
     oracle = [max(values) for values in zip(*(scores[name] for name in fixed), strict=True)]
     return {
-        "what": f"exact match in percent at keep {KEEP}, {len(TASKS)} tasks x {len(SEEDS)} seeds, {PROMPTS} fresh prompts",
+        "what": f"exact match in percent at keep {KEEP}: 6 tasks, {len(SEEDS)} seeds, {PROMPTS} fresh prompts each",
         "means": dict(sorted(means.items(), key=lambda item: -item[1])),
         "best_single": best,
         "regret_to_best_single": means[best] - means["auto"],

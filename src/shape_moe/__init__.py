@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from shape_moe.evaluation.generation import GenerationOptions
     from shape_moe.evaluation.sweep import Limit
     from shape_moe.jobs.convert import convert
-    from shape_moe.jobs.evaluate import EvaluateOptions, evaluate
+    from shape_moe.jobs.evaluate import evaluate
     from shape_moe.jobs.inspect import inspect_model
-    from shape_moe.jobs.options import PruneOptions, SelectionJob, TraceOptions
+    from shape_moe.jobs.options import EvaluateOptions, PruneOptions, SelectionJob, TaskOptions, TraceOptions
     from shape_moe.jobs.prune import prune
     from shape_moe.jobs.search import SweepOptions
     from shape_moe.jobs.select import score, select
@@ -49,6 +49,7 @@ __all__ = [
     "Selection",
     "SelectionJob",
     "SweepOptions",
+    "TaskOptions",
     "TokenOptions",
     "Trace",
     "TraceOptions",
@@ -76,9 +77,9 @@ _HOMES = {
     "evaluation.generation": ("GenerationOptions",),
     "evaluation.sweep": ("Limit",),
     "jobs.convert": ("convert",),
-    "jobs.evaluate": ("EvaluateOptions", "evaluate"),
+    "jobs.evaluate": ("evaluate",),
     "jobs.inspect": ("inspect_model",),
-    "jobs.options": ("PruneOptions", "SelectionJob", "TraceOptions"),
+    "jobs.options": ("EvaluateOptions", "PruneOptions", "SelectionJob", "TaskOptions", "TraceOptions"),
     "jobs.prune": ("prune",),
     "jobs.search": ("SweepOptions",),
     "jobs.select": ("score", "select"),

@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shape_moe.demo.embedded import exact_match
-from shape_moe.evaluation.harness import TaskResult, run_tasks
+from shape_moe.evaluation.harness import run_tasks
+from shape_moe.evaluation.task_results import TaskResult
 from shape_moe.jobs.options import PruneOptions
 from shape_moe.jobs.prune import prune
 from shape_moe.pruning.masks import masked

@@ -18,7 +18,8 @@ from shape_moe.calibration.examples import Example
 from shape_moe.demo.embedded import exact_match
 from shape_moe.errors import DataError, ShapeMoeError, UsageError
 from shape_moe.evaluation import harness
-from shape_moe.evaluation.harness import paired_difference, run_tasks, run_tasks_with_vllm
+from shape_moe.evaluation.harness import run_tasks, run_tasks_with_vllm
+from shape_moe.evaluation.task_results import paired_difference
 from shape_moe.jobs.options import PruneOptions
 from shape_moe.jobs.prune import prune
 from shape_moe.pruning.masks import masked

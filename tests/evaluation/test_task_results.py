@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from shape_moe.evaluation.task_results import Estimate, task_results
+from math import nan
+
+from shape_moe.evaluation.intervals import Estimate
+from shape_moe.evaluation.task_results import task_results
 
 
 def sample(item: int, filter_name: str, **metrics) -> dict:
@@ -45,9 +48,9 @@ def test_metrics_filters_and_scores() -> None:
     result = found["maths"]
     assert result.metrics == {
         "exact_match,strict": Estimate(0.5, 0.5 - 0.196, 0.5 + 0.196),
-        "exact_match,flexible": Estimate(1.0, None, None),
+        "exact_match,flexible": Estimate(1.0, nan, nan),
         "perplexity": Estimate(7.0, 7.0 - 0.98, 7.0 + 0.98),
-        "f1": Estimate(0.5, None, None),
+        "f1": Estimate(0.5, nan, nan),
     }
     assert result.scores == {"exact_match,strict": (0.0, 1.0), "exact_match,flexible": (1.0, 1.0)}
     assert (result.items, len(result.item_hashes), result.num_fewshot) == (2, 2, 5)

@@ -12,8 +12,8 @@ from shape_moe.demo.tasks import examples
 from shape_moe.errors import CheckpointError, FingerprintError, ShapeMoeError, UsageError
 from shape_moe.evaluation.footprint import Workload, measure_footprint
 from shape_moe.evaluation.generation import GenerationOptions
-from shape_moe.jobs.evaluate import EvaluateOptions, evaluate
-from shape_moe.jobs.options import PruneOptions, TraceOptions
+from shape_moe.jobs.evaluate import evaluate
+from shape_moe.jobs.options import EvaluateOptions, PruneOptions, TraceOptions
 from shape_moe.jobs.prune import prune
 from shape_moe.pruning.masks import masked
 from shape_moe.selection.selection import load_selection

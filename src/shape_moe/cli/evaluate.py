@@ -19,13 +19,17 @@ from shape_moe.cli.flags import (
     ModelArgument,
     OutputFlags,
     SeedFlag,
+    TaskFlags,
+    changed_flags,
     with_flags,
 )
+from shape_moe.errors import UsageError
 from shape_moe.evaluation.faithfulness import Faithfulness
 from shape_moe.evaluation.figures import worst_group
 from shape_moe.evaluation.footprint import Workload
 from shape_moe.evaluation.intervals import Estimate
 from shape_moe.jobs import evaluate as job
+from shape_moe.jobs.options import HELD_OUT_SAMPLES, EvaluateOptions
 from shape_moe.units import readable_size
 from shape_moe.workspace import check_output_file, write_json
 
@@ -41,6 +45,7 @@ def evaluate(
     model: ModelArgument,
     data: DataFlags,
     generation: GenerationFlags,
+    tasks: TaskFlags,
     run: DeviceFlags,
     seed: SeedFlag,
     force: ForceFlag,
@@ -69,17 +74,22 @@ def evaluate(
     talk = output.output()
     if out is not None:
         check_output_file(out, force=force.force)
-    options = job.EvaluateOptions(
+    options = EvaluateOptions(
         also=DataOptions(also, samples=ALSO_SAMPLES, seed=seed.seed) if also else None,
         by=by,
         generation=generation.options(),
+        tasks=tasks.options(),
         footprint=None if no_footprint else Workload(),
         faithfulness=faithfulness,
         trace=str(trace) if trace else None,
         seed=seed.seed,
     )
-    tracing = data.options(run, seed.seed, job.EVALUATION_SAMPLES)
-    result = job.evaluate(model, candidates or [], data=tracing, options=options, progress=talk)
+    given = data.options(run, seed.seed, HELD_OUT_SAMPLES) if data.data is not None else None
+    if given is None and changed_flags(data):
+        raise UsageError(f"{', '.join(changed_flags(data))} says how examples are read: give --data.")
+    result = job.evaluate(
+        model, candidates or [], data=given, options=options, device=run.device, dtype=run.dtype, progress=talk
+    )
     for note in result.notes:
         talk.warn(note)
     if out is not None:
@@ -91,9 +101,11 @@ def evaluate(
 def _show(console: Console, result: job.Evaluation) -> None:
     for name in result.models[0].sets:
         _show_set(console, result, name)
+    if result.models[0].tasks:
+        _show_tasks(console, result)
     _show_footprints(console, result)
     for found in result.models:
-        groups = found.sets[job.TASK].groups
+        groups = found.sets[job.TASK].groups if found.sets else {}
         worst = worst_group(groups)
         if worst is not None:
             lost = groups[worst]["change"]
@@ -131,7 +143,23 @@ def _show_set(console: Console, result: job.Evaluation, name: str) -> None:
             console.print(f"[yellow]{escape(found.name)}: {escape(complaint)}[/yellow]")
 
 
+def _show_tasks(console: Console, result: job.Evaluation) -> None:
+    table = plain_table("model", "task", "metric", "items", "score", "change", title="lm-evaluation-harness")
+    for column in table.columns[1:3]:
+        column.justify = "left"
+    dense = result.models[0]
+    for found in result.models:
+        for name, scored in found.tasks.items():
+            changes = job.task_changes(scored, dense.tasks[name]) if found is not dense else {}
+            for metric, estimate in scored.metrics.items():
+                change = signed(changes[metric]) if metric in changes else ""
+                table.add_row(found.name, name, metric, f"{scored.items:,}", number(estimate, 4), change)
+    console.print(table)
+
+
 def _show_footprints(console: Console, result: job.Evaluation) -> None:
+    if result.models[0].footprint is None:
+        return
     table = plain_table("model", "on disk", "peak memory", "load", "prefill", "decode", title="Memory and speed")
     for found in result.models:
         taken = found.footprint

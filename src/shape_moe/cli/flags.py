@@ -25,7 +25,7 @@ from shape_moe.cli.values import (
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.sweep import Limit
-from shape_moe.jobs.options import SelectionJob, TraceOptions
+from shape_moe.jobs.options import SelectionJob, TaskOptions, TraceOptions
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.select import SelectOptions
 from shape_moe.tracing.trace import SegmentWeights
@@ -35,6 +35,7 @@ CHOICE_PANEL = "Choosing experts"
 RUN_PANEL = "Running"
 LIMIT_PANEL = "What may be lost"
 GENERATION_PANEL = "Free answers"
+TASK_PANEL = "Benchmark tasks"
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or a model's name on the hub.")]
 
@@ -254,6 +255,57 @@ class GenerationFlags:
         if self.generate == 0:
             return None
         return GenerationOptions(self.generate, self.answer_tokens, self.answer_pattern)
+
+
+@dataclass
+class TaskFlags:
+    """Tasks of lm-evaluation-harness."""
+
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK,...",
+            help="Tasks of lm-evaluation-harness by name, or YAML files that define one.",
+            rich_help_panel=TASK_PANEL,
+        ),
+    ] = None
+    limit: Annotated[
+        int | None, typer.Option(help="The first N items of every task only.", rich_help_panel=TASK_PANEL)
+    ] = None
+    fewshot: Annotated[
+        int | None, typer.Option(help="Examples in the prompt; default: the task's own.", rich_help_panel=TASK_PANEL)
+    ] = None
+    chat_template: Annotated[
+        bool,
+        typer.Option("--chat-template", help="Ask through the tokenizer's chat template.", rich_help_panel=TASK_PANEL),
+    ] = False
+    unsafe_code: Annotated[
+        bool,
+        typer.Option("--unsafe-code", help="Run tasks that execute what the model writes.", rich_help_panel=TASK_PANEL),
+    ] = False
+    engine: Annotated[
+        str, typer.Option(help="What runs the tasks: transformers or vllm.", rich_help_panel=TASK_PANEL)
+    ] = "transformers"
+    engine_arg: Annotated[
+        list[str] | None,
+        typer.Option(help="Argument of vllm.LLM, as tensor_parallel_size=2.", rich_help_panel=TASK_PANEL),
+    ] = None
+
+    def options(self) -> TaskOptions | None:
+        """The task options that these flags describe, None for no tasks."""
+        if self.tasks is None:
+            if changed_flags(self):
+                raise UsageError(f"{', '.join(changed_flags(self))} goes with --tasks.")
+            return None
+        return TaskOptions(
+            names=tuple(name.strip() for name in self.tasks.split(",") if name.strip()),
+            limit=self.limit,
+            num_fewshot=self.fewshot,
+            chat_template=self.chat_template,
+            unsafe_code=self.unsafe_code,
+            engine=self.engine,
+            engine_args=parse_values(self.engine_arg, "--engine-arg"),
+        )
 
 
 @dataclass

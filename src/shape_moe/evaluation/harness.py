@@ -27,15 +27,13 @@ import numpy as np
 
 from shape_moe.architectures.loading import input_device
 from shape_moe.errors import DataError, ShapeMoeError, UsageError, first_line
-from shape_moe.evaluation.task_results import Estimate, TaskResult, paired_difference, task_results
+from shape_moe.evaluation.task_results import TaskResult, task_results
 from shape_moe.progress import SILENT, Advance, Progress
 from shape_moe.selection.selection import Selection
 from shape_moe.serving.vllm import overrides
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-__all__ = ["Estimate", "TaskResult", "paired_difference", "run_tasks", "run_tasks_with_vllm"]
 
 _BOOTSTRAP = 1000
 """Resamples for the few metrics whose standard error has no formula; lm-eval's 100,000 take hours."""

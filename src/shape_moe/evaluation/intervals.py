@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from math import sqrt
-from typing import Any
+from math import isnan, nan, sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,20 +17,21 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with the ends of its 95 % interval."""
+    """A figure with the ends of its 95 % interval; NaN where they are not known."""
 
     value: float
     low: float
     high: float
 
-    def to_document(self) -> dict[str, float]:
-        """The three numbers by name."""
-        return asdict(self)
+    def to_document(self) -> dict[str, float | None]:
+        """The three numbers by name; None for an end that is not known."""
+        return {name: None if isnan(number) else number for name, number in asdict(self).items()}
 
     @classmethod
-    def from_document(cls, document: dict[str, Any]) -> Estimate:
+    def from_document(cls, document: Mapping[str, float | None]) -> Estimate:
         """The estimate that :meth:`to_document` described."""
-        return cls(float(document["value"]), float(document["low"]), float(document["high"]))
+        ends = (document[name] for name in ("value", "low", "high"))
+        return cls(*(nan if end is None else float(end) for end in ends))
 
     def mapped(self, function: Callable[[float], float]) -> Estimate:
         """The estimate of an increasing function of the figure."""

@@ -11,30 +11,10 @@ from typing import Any
 import numpy as np
 
 from shape_moe.errors import UsageError
+from shape_moe.evaluation.intervals import Bootstrap, Estimate
 
 _NORMAL_95 = 1.96
-_RESAMPLES = 10_000
-_DRAWS_AT_A_TIME = 2_000_000
 _SAME_MEAN = 1e-9
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its 95 % interval.
-
-    Attributes:
-        value: the number.
-        low: lower end; None where no standard error is known.
-        high: upper end; None where no standard error is known.
-    """
-
-    value: float
-    low: float | None
-    high: float | None
-
-    def to_document(self) -> dict[str, float | None]:
-        """The estimate as a JSON object."""
-        return {"value": self.value, "low": self.low, "high": self.high}
 
 
 @dataclass(frozen=True)
@@ -89,18 +69,7 @@ def paired_difference(dense: TaskResult, other: TaskResult, metric: str, *, seed
             known = f"{', '.join(result.scores) or 'none'} of its metrics"
             raise UsageError(f"Task {result.task} has no score per item for {metric!r}; it has them for {known}.")
     differences = np.asarray(other.scores[metric]) - np.asarray(dense.scores[metric])
-    low, high = np.percentile(_resampled_means(differences, seed), [2.5, 97.5])
-    return Estimate(float(differences.mean()), float(low), float(high))
-
-
-def _resampled_means(values: np.ndarray[Any, np.dtype[np.float64]], seed: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    rng = np.random.default_rng(seed)
-    rows = max(1, _DRAWS_AT_A_TIME // len(values))
-    means = []
-    for start in range(0, _RESAMPLES, rows):
-        draws = rng.integers(0, len(values), (min(rows, _RESAMPLES - start), len(values)))
-        means.append(values[draws].mean(axis=1))
-    return np.concatenate(means)
+    return Bootstrap(len(differences), seed).ratio(differences, np.ones(len(differences)))
 
 
 def _check_same_items(dense: TaskResult, other: TaskResult) -> None:
@@ -154,8 +123,8 @@ def _metrics(entry: Mapping[str, Any]) -> dict[str, Estimate]:
             continue
         error = entry.get(f"{metric}_stderr,{name}")
         known = isinstance(error, int | float) and math.isfinite(error)
-        reach = _NORMAL_95 * float(error) if known else math.nan  # type: ignore[arg-type]  # a number where known
-        low, high = (float(value) - reach, float(value) + reach) if known else (None, None)
+        reach = _NORMAL_95 * float(error) if known else 0.0  # type: ignore[arg-type]  # a number where known
+        low, high = (float(value) - reach, float(value) + reach) if known else (math.nan, math.nan)
         metrics[_label(metric, name)] = Estimate(float(value), low, high)
     return metrics
 

@@ -11,6 +11,7 @@ from shape_moe.calibration.calibrate import AnswerOptions
 from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.records import DataOptions
 from shape_moe.errors import UsageError
+from shape_moe.evaluation.footprint import Workload
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.sweep import Limit
 from shape_moe.scoring.registry import ScoreOptions
@@ -144,3 +145,62 @@ class PruneOptions:
     choice: ChoiceOptions | None = None
     check_logits: bool = True
     force: bool = False
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Tasks of lm-evaluation-harness to run.
+
+    Attributes:
+        names: tasks, groups, tags, or paths of YAML files.
+        limit: the first items of each only.
+        num_fewshot: examples in the prompt, None for the task's own number.
+        chat_template: put prompts through the tokenizer's chat template.
+        unsafe_code: run tasks that execute what the model writes.
+        engine: ``transformers`` or ``vllm``.
+        engine_args: further arguments of ``vllm.LLM``.
+
+    Raises:
+        UsageError: when no task is named, for an unknown engine, and for arguments of one that takes none.
+    """
+
+    names: tuple[str, ...]
+    limit: int | None = None
+    num_fewshot: int | None = None
+    chat_template: bool = False
+    unsafe_code: bool = False
+    engine: str = "transformers"
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise UsageError("Name at least one task.")
+        if self.engine not in ENGINES:
+            raise UsageError(f"There is no engine {self.engine!r}; there are {' and '.join(ENGINES)}.")
+        if self.engine != "vllm" and self.engine_args:
+            raise UsageError("Engine arguments go with --engine vllm.")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What is measured.
+
+    Attributes:
+        also: further examples, of what the pruned model was not made for.
+        by: field of the records whose classes are judged one by one.
+        generation: how models answer freely, None for not at all.
+        tasks: tasks of lm-evaluation-harness, None for none.
+        footprint: what to time, None to leave memory and speed out.
+        faithfulness: how many random selections every selection is compared with, 0 for none.
+        trace: trace of selections given as files, and of checkpoints that hold none; faithfulness needs one.
+        seed: draws samples, resamples and random selections.
+    """
+
+    also: DataOptions | None = None
+    by: str | None = None
+    generation: GenerationOptions | None = field(default_factory=GenerationOptions)
+    tasks: TaskOptions | None = None
+    footprint: Workload | None = field(default_factory=Workload)
+    faithfulness: int = 0
+    trace: str | None = None
+    seed: int = 0

@@ -1,0 +1,78 @@
+"""What can be judged beside a dense model: checkpoints, and selections as masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from shape_moe.architectures.fingerprint import check_fingerprint, fingerprint
+from shape_moe.architectures.snapshot import Snapshot, open_snapshot
+from shape_moe.errors import CheckpointError
+from shape_moe.scoring.registry import ScoreOptions
+from shape_moe.scoring.scores import Scores, score_trace
+from shape_moe.selection.selection import Selection, load_selection
+from shape_moe.tracing.trace import SegmentWeights, Trace, load_trace
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to judge: a checkpoint, or a selection as a mask on the dense model.
+
+    Attributes:
+        name: what to call it.
+        snapshot: the checkpoint, None for a mask.
+        selection: what is kept, None for a checkpoint of another tool.
+        trace: what the selection was made from, where it is at hand.
+    """
+
+    name: str
+    snapshot: Snapshot | None
+    selection: Selection | None
+    trace: Trace | None
+
+
+def open_candidate(
+    given: str | PathLike[str] | Selection, dense: Snapshot, trace: str | PathLike[str] | None = None
+) -> Candidate:
+    """Look at what is to be judged, before any weight is loaded.
+
+    Args:
+        given: folder of a checkpoint, file of a selection, or a selection.
+        dense: the model that it is judged beside.
+        trace: trace of selections given as files, and of checkpoints that hold none.
+
+    Raises:
+        FingerprintError: when it was made from another model.
+        CheckpointError: when it cannot be read.
+    """
+    if isinstance(given, Selection):
+        return _mask(f"{given.scorer}/{given.rule} {given.keep:.2f}", given, dense, trace)
+    path = Path(given)
+    if path.is_file():
+        return _mask(path.stem if path.stem != "selection" else path.parent.name, load_selection(path), dense, trace)
+    snapshot = open_snapshot(given)
+    if snapshot.config.get("vocab_size") != dense.config.get("vocab_size"):
+        raise CheckpointError(f"{given} has another vocabulary than {dense.name}, so the two cannot be compared.")
+    folder = Path(snapshot.path) / "shape"
+    selection = load_selection(folder / "selection.json") if (folder / "selection.json").is_file() else None
+    if selection is not None and selection.fingerprint is not None:
+        check_fingerprint(selection.fingerprint, fingerprint(dense), f"The checkpoint {given}", force=True)
+    own = folder / "trace"
+    return Candidate(path.resolve().name, snapshot, selection, load_trace(own) if own.is_dir() else _loaded(trace))
+
+
+def _mask(name: str, selection: Selection, dense: Snapshot, trace: str | PathLike[str] | None) -> Candidate:
+    if selection.fingerprint is not None:
+        check_fingerprint(selection.fingerprint, fingerprint(dense), f"The selection {name}", force=True)
+    return Candidate(name, None, selection, _loaded(trace))
+
+
+def _loaded(trace: str | PathLike[str] | None) -> Trace | None:
+    return load_trace(trace) if trace is not None else None
+
+
+def scores_of(selection: Selection, trace: Trace) -> Scores:
+    """The values that a selection was made from."""
+    weights = SegmentWeights(selection.options.get("prompt", 1.0), selection.options.get("response", 1.0))
+    return score_trace(trace, selection.scorer, ScoreOptions(weights, int(selection.options.get("seed", 0))))
