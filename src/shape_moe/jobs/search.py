@@ -26,9 +26,9 @@ from shape_moe.jobs.held_out import held_out_set
 from shape_moe.jobs.options import HELD_OUT_SAMPLES
 from shape_moe.jobs.planning import Plan
 from shape_moe.progress import Progress
-from shape_moe.scoring.registry import ScoreOptions
+from shape_moe.scoring.registry import ScoreOptions, get_scorer
 from shape_moe.selection.select import SelectOptions, TraceSelector
-from shape_moe.selection.selection import Selection
+from shape_moe.selection.selection import ROUTINGS, Selection
 from shape_moe.tracing.trace import Trace
 
 if TYPE_CHECKING:
@@ -79,6 +79,11 @@ class SweepOptions:
                 raise UsageError(f"Name at least one of the {name}.")
         if self.held_out < 1:
             raise UsageError(f"At least one example must be held out, not {self.held_out}.")
+        for scorer in self.scorers:
+            get_scorer(scorer)
+        for routing in self.routings:
+            if routing not in ROUTINGS:
+                raise UsageError(f"Routing must be drop or reroute, not {routing!r}.")
         for combination in self.combinations():
             SelectOptions(0.5, combination.rule, combination.routing, combination.target)
         for keep in self.keep_rates or ():

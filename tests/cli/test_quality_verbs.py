@@ -1,0 +1,116 @@
+"""evaluate, sweep and the limits of prune, as a user types them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from shape_moe.demo.tasks import examples
+from shape_moe.selection.selection import load_selection
+from support.cli import refused
+from support.harness_tasks import write_tasks
+
+
+@pytest.fixture(scope="module")
+def task_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("data") / "sorting.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in examples("sorting", 90, seed=6)))
+    return file
+
+
+QUICK = ("--device", "cpu", "--generate", 8, "--quiet")
+
+
+def test_from_a_sweep_to_an_evaluated_checkpoint(call, embedded, task_file, tmp_path) -> None:
+    swept = tmp_path / "sweep"
+    code, out, err = call(
+        *("sweep", embedded, "--data", task_file, "--samples", 30, "--held-out-samples", 40, "-o", swept, *QUICK),
+        *("--keep", 0.9, "--keep", 0.5, "--scorer", "easy-ep", "--rule", "uniform", "--max-kl", 0.1),
+    )
+    assert code == 0, err
+    assert "30 examples to calibrate with and 40 held out" in out
+    assert "easy-ep/uniform, drop" in out
+    assert "recommended" in out
+    assert "shape-moe prune" in out
+    assert load_selection(swept / "recommended.json").scorer == "easy-ep"
+
+    pruned = tmp_path / "pruned"
+    pruning = ("prune", embedded, "--selection", swept / "recommended.json", "-o", pruned, "--device", "cpu", "-q")
+    code, _, err = call(*pruning)
+    assert code == 0, err
+
+    figures = tmp_path / "figures.json"
+    code, out, err = call(
+        *("evaluate", embedded, pruned, swept / "recommended.json", "--data", task_file, "--samples", 20, *QUICK),
+        *("--no-footprint", "--by", "task", "--faithfulness", 3, "--trace", swept / "trace", "-o", figures),
+    )
+    assert code == 0, err
+    for words in ("figures with 95 % intervals", "worst class is 'sorting'", "Faithfulness of pruned", "random 3"):
+        assert words in out
+    assert "were used to calibrate" in err
+    document = json.loads(figures.read_text())
+    kept = [entry["sets"]["task"]["quality"]["nll"]["value"] for entry in document["models"][1:]]
+    assert kept[0] == pytest.approx(kept[1], abs=1e-2)  # bfloat16: the checkpoint's own dtype
+
+
+def test_json_is_one_object(call, embedded, task_file) -> None:
+    arguments = ("--samples", 10, *QUICK, "--no-footprint", "--json")
+    code, out, err = call("evaluate", embedded, "--data", task_file, *arguments)
+    assert code == 0, err
+    assert json.loads(out)["models"][0]["kind"] == "dense"
+    sweeping = ("sweep", embedded, "--data", task_file, "--keep", 0.9, "--samples", 20, "--held-out-samples", 20)
+    code, out, err = call(*sweeping, *QUICK, "--json")
+    assert code == 0, err
+    assert json.loads(out)["points"][0]["keep_asked"] == 0.9
+
+
+def test_prune_finds_its_own_way(call, embedded, task_file, tmp_path) -> None:
+    few = ("--samples", 30, "--held-out-samples", 30, "--device", "cpu", "--generate", 8)
+    auto = ("prune", embedded, "--data", task_file, "--keep", 0.5, "--scorer", "auto", "--routing", "drop")
+    code, out, err = call(*auto, "-o", tmp_path / "auto", *few)
+    assert code == 0, err
+    assert "Judged by 30 held-out examples" in out
+    assert "Chosen:" in out
+    limited = ("prune", embedded, "--data", task_file, "--max-kl", 0.1, "-o", tmp_path / "limited")
+    code, out, err = call(*limited, *few, "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert document["choice"]["limit"] == {"kind": "max_kl", "value": 0.1}
+    assert 0 < document["keep"] < 1
+
+
+def test_tasks_alone_need_no_examples(call, embedded, tmp_path) -> None:
+    pytest.importorskip("lm_eval")
+    task = write_tasks(tmp_path / "tasks") / "addition.yaml"
+    asked = ("--tasks", task, "--limit", 10, "--device", "cpu", "--no-footprint", "-q")
+    code, out, err = call("evaluate", embedded, *asked)
+    assert code == 0, err
+    assert "lm-evaluation-harness" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("evaluate", "M"), ("--data", "--tasks")),
+        (("evaluate", "M", "--samples", 4), ("give --data",)),
+        (("evaluate", "M", "--limit", 4), ("goes with --tasks",)),
+        (("evaluate", "M", "--tasks", " , "), ("at least one task",)),
+        (("evaluate", "M", "--tasks", "x", "--engine", "sglang"), ("no engine 'sglang'",)),
+        (("evaluate", "M", "--tasks", "x", "--also", "F"), ("give --data",)),
+        (("sweep", "M"), ("Give examples",)),
+        (("sweep", "M", "--data", "F", "--max-kl", 0.1, "--max-drop", "1%"), ("exclude each other",)),
+        (("sweep", "M", "--data", "F", "--max-drop", "much"), ("1% or 0.01",)),
+        (("sweep", "M", "--data", "F", "--keep", 0), ("keep rate",)),
+        (("sweep", "M", "--data", "F", "--routing", "skip"), ("drop or reroute",)),
+        (("sweep", "M", "--data", "F", "--rule", "fair"), ("There is no rule",)),
+        (("prune", "M", "--data", "F", "-o", "O"), ("--keep", "--max-drop 1%")),
+        (("prune", "M", "--data", "F", "-o", "O", "--keep", 0.5, "--max-kl", 0.1), ("exclude each other",)),
+        (("prune", "M", "--data", "F", "-o", "O", "--keep", 0.5, "--held-out", "G"), ("nothing is judged without",)),
+        (("prune", "M", "--selection", "S", "-o", "O", "--scorer", "auto"), ("leave --scorer out",)),
+        (("sweep", "M", "--data", "F", "--scorer", "best"), ("There is no scorer",)),
+    ],
+)
+def test_wrong_usage_is_one_sentence(call, embedded, task_file, tmp_path, arguments, words) -> None:
+    known = {"M": embedded, "F": task_file, "O": tmp_path / "out", "G": task_file, "S": tmp_path / "s.json"}
+    refused(call(*(known.get(argument, argument) for argument in arguments)), 2, *words)
