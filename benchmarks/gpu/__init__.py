@@ -1,0 +1,1 @@
+"""Measurements that only a GPU of true size can show."""
