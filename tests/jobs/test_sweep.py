@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -12,12 +13,14 @@ from shape_moe.errors import DataError, UsageError
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.judge import Judge
 from shape_moe.evaluation.sweep import Limit
+from shape_moe.jobs.held_out import known_prompts
 from shape_moe.jobs.options import TraceOptions
 from shape_moe.jobs.search import SweepOptions
 from shape_moe.jobs.sweep import read_sweep, sweep
 from shape_moe.jobs.trace import trace
 from shape_moe.progress import Silent
 from shape_moe.selection.selection import load_selection
+from shape_moe.tracing.trace import merge_traces
 
 
 class Notes(Silent):
@@ -127,6 +130,17 @@ def test_contamination_is_told_and_left_out(embedded, task_file, tmp_path) -> No
     assert any("10 examples" in note and "were left out" in note for note in progress.notes)
     with pytest.raises(DataError, match="has seen every example"):
         sweep(embedded, options, data=data, held_out=tmp_path / "same.jsonl")
+
+
+def test_traces_that_do_not_name_their_prompts_need_other_examples(embedded, task_file, tmp_path) -> None:
+    data = TraceOptions(DataOptions(str(task_file), samples=20), device="cpu")
+    traced = trace(embedded, data)
+    nameless = {key: value for key, value in traced.info.source.items() if key != "prompts"}
+    replace(traced, info=replace(traced.info, source=nameless)).save(tmp_path / "old")
+    with pytest.raises(UsageError, match="--held-out"):
+        sweep(embedded, trace=tmp_path / "old")
+    both = merge_traces([traced, traced])
+    assert known_prompts(both) == frozenset(traced.info.source["prompts"])
 
 
 def test_a_limit_alone_is_bisected_and_memory_bounds_the_advice(embedded, task_file) -> None:

@@ -97,7 +97,16 @@ def sweep(
     given = data.options(run, seed.seed, DEFAULT_SAMPLES) if data.data is not None else None
     judged_by = DataOptions(held_out, split=data.split, seed=seed.seed) if held_out else None
     result = job.sweep(
-        model, options, out, data=given, trace=trace, held_out=judged_by, force=force.force, progress=talk
+        model,
+        options,
+        out,
+        data=given,
+        trace=trace,
+        held_out=judged_by,
+        device=run.device,
+        dtype=run.dtype,
+        force=force.force,
+        progress=talk,
     )
     talk.result(result.document, lambda console: _show(console, result, model, out))
 

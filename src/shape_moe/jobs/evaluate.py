@@ -192,7 +192,7 @@ class _Run:
 
     def _warn_of_overlap(self, records: list[Any], data: DataOptions) -> None:
         for entry in self.candidates:
-            seen = overlap(records, known_prompts(entry.trace)) if entry.trace else 0
+            seen = overlap(records, known_prompts(entry.trace) or ()) if entry.trace else 0
             if seen:
                 self.notes.append(
                     f"{seen} of {len(records)} examples of {data.source} were used to calibrate {entry.name}: its "

@@ -49,9 +49,13 @@ def held_out_set(
     )
 
 
-def known_prompts(trace: Trace) -> frozenset[str]:
-    """Hashes of the prompts that a trace was made from; empty for a trace that does not name them."""
-    return frozenset(trace.info.source.get("prompts", ()))
+def known_prompts(trace: Trace) -> frozenset[str] | None:
+    """Hashes of the prompts that a trace, merged or not, was made from; None where it does not name all of them."""
+    source = trace.info.source
+    parts = source.get("merged", [source])
+    if not all("prompts" in part for part in parts):
+        return None
+    return frozenset(prompt for part in parts for prompt in part["prompts"])
 
 
 def fresh_records(data: DataOptions, known: Collection[str], samples: int) -> tuple[list[Record], int]:

@@ -7,6 +7,8 @@ from os import PathLike
 
 from shape_moe.architectures.fingerprint import check_fingerprint, fingerprint
 from shape_moe.architectures.snapshot import Snapshot
+from shape_moe.calibration.calibrate import AnswerOptions
+from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.records import DataOptions, Record, load_records, prompt_hash
 from shape_moe.calibration.split import split_records
 from shape_moe.errors import UsageError
@@ -50,12 +52,25 @@ def held_out_tracing(
         return as_trace_options(data, DEFAULT_SAMPLES)
     if trace is None:
         raise UsageError("Give examples (--data), a trace (--trace), or both.")
-    if isinstance(held_out, DataOptions):
-        return TraceOptions(held_out)
     if held_out is not None:
-        return TraceOptions(DataOptions(str(held_out)))
-    source = load_trace(trace).info.source
-    return TraceOptions(DataOptions(str(source.get("data")), source.get("split") or "train", source.get("subset")))
+        return TraceOptions(held_out if isinstance(held_out, DataOptions) else DataOptions(str(held_out)))
+    return _as_traced(load_trace(trace))
+
+
+def _as_traced(trace: Trace) -> TraceOptions:
+    """The options with which a trace reads and tokenises its source."""
+    source = trace.info.source
+    if not source.get("data"):
+        raise UsageError("The trace does not name its examples; give held-out ones (--held-out).")
+    return TraceOptions(
+        DataOptions(str(source["data"]), split=source.get("split"), subset=source.get("subset")),
+        tokens=TokenOptions(
+            template=bool(source.get("template", True)),
+            template_args=source.get("template_args") or {},
+            max_length=source.get("max_length"),
+        ),
+        answers=AnswerOptions(max_new_tokens=int(source.get("max_new_tokens", AnswerOptions.max_new_tokens))),
+    )
 
 
 def plan_search(
@@ -87,9 +102,17 @@ def plan_search(
     if given is not None:
         traced = load_trace(given)
         check_fingerprint(traced.info.fingerprint, fingerprint(snapshot), f"The trace {given}")
-        known, session_records = known_prompts(traced), None
-        if not known:
-            progress.note("The trace does not name its examples, so held-out ones could not be told from them.")
+        named, session_records = known_prompts(traced), None
+        if named is None:
+            if other is None:
+                raise UsageError(
+                    "The trace does not name its prompts, so held-out examples cannot be told from them: give others "
+                    "with --held-out."
+                )
+            progress.note(
+                "The trace does not name its prompts: make sure that calibration has not seen these examples."
+            )
+        known = named or frozenset()
     else:
         traced = None
         session_records = load_records(tracing.data)

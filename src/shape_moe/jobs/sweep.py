@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ def sweep(
     data: TraceOptions | DataOptions | str | PathLike[str] | None = None,
     trace: str | PathLike[str] | None = None,
     held_out: DataOptions | str | PathLike[str] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
     force: bool = False,
     progress: Progress = SILENT,
 ) -> SweepResult:
@@ -43,6 +45,8 @@ def sweep(
             trace, what is to be known about tokens, answers and the device.
         trace: a finished trace.
         held_out: examples to judge by; those whose prompts calibration has seen are left out.
+        device: where to run; what ``data`` says of it counts where it is :class:`TraceOptions`.
+        dtype: in which dtype; likewise.
         force: replace an earlier result.
         progress: where to show progress.
 
@@ -51,6 +55,8 @@ def sweep(
     """
     options = options or SweepOptions()
     tracing = held_out_tracing(data, trace, held_out)
+    if not isinstance(data, TraceOptions):
+        tracing = replace(tracing, device=device, dtype=dtype)
     snapshot = open_snapshot(model)
     plan = plan_search(snapshot, tracing, trace, held_out, options.held_out, options.scoring.seed, progress)
     if out is None:
