@@ -44,7 +44,7 @@ def test_the_wanted_number_of_slots_survives(shape) -> None:
     set_survival(model, ids, kept, wanted, moe.top_k)
     for keep, slots in wanted.items():
         selection = measurement.select(model, kept[keep], keep, "drop")
-        assert surviving_slots(model, ids, selection, moe.top_k) == pytest.approx(slots, abs=0.12 * moe.top_k / 8)
+        assert surviving_slots(model, ids, selection, moe.top_k) == pytest.approx(slots, abs=0.2 * moe.top_k / 8)
 
 
 def test_the_true_shapes_have_the_published_sizes() -> None:
