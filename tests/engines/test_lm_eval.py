@@ -75,9 +75,23 @@ def assert_same(found: dict[str, Any], expected: dict[str, TaskResult]) -> None:
         assert {name: tuple(scores) for name, scores in found[task]["scores"].items()} == result.scores
 
 
-def test_a_pruned_checkpoint_scores_as_the_mask(tmp_path, embedded, tasks, expected) -> None:
+def test_the_command_of_lm_eval_scores_a_pruned_checkpoint_as_the_mask(tmp_path, embedded, tasks, expected) -> None:
+    """With no flag that the dense model would not need."""
     prune(embedded, tmp_path / "out", PruneOptions(device="cpu", check_logits=False), selection=seven_of_eight())
-    assert_same(run(tmp_path, tmp_path / "out", tasks), expected)
+    command = [
+        Path(sys.executable).with_name("lm_eval"),
+        *("--model", "vllm", "--model_args", f"pretrained={tmp_path / 'out'},dtype=float32,max_model_len=256"),
+        *("--tasks", ",".join(expected), "--include_path", Path(tasks[0]).parent),
+        *("--output_path", tmp_path / "results", "--batch_size", "auto"),
+    ]
+    variables = environment(HF_DATASETS_OFFLINE="1")
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    (results,) = (tmp_path / "results").rglob("results_*.json")
+    found = json.loads(results.read_text())["results"]
+    for task, result in expected.items():
+        for metric, estimate in result.metrics.items():
+            assert found[task][f"{metric},none"] == pytest.approx(estimate.value), task
 
 
 def test_the_original_with_a_selection_scores_as_the_mask(tmp_path, embedded, tasks, expected) -> None:
