@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from shape_moe.jobs.inspect import inspect_model
     from shape_moe.jobs.options import PruneOptions, SelectionJob, TraceOptions
     from shape_moe.jobs.prune import prune
+    from shape_moe.jobs.report import report
     from shape_moe.jobs.select import score, select
     from shape_moe.jobs.trace import merge, trace
     from shape_moe.jobs.verify import verify
@@ -52,6 +53,7 @@ __all__ = [
     "merge",
     "prune",
     "prune_model",
+    "report",
     "score",
     "select",
     "trace",
@@ -66,6 +68,7 @@ _HOMES = {
     "jobs.inspect": ("inspect_model",),
     "jobs.options": ("PruneOptions", "SelectionJob", "TraceOptions"),
     "jobs.prune": ("prune",),
+    "jobs.report": ("report",),
     "jobs.select": ("score", "select"),
     "jobs.trace": ("merge", "trace"),
     "jobs.verify": ("verify",),

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 import shape_moe
-from shape_moe.cli import convert, demo, inspect, merge, prune, score, select, serve, trace, verify
+from shape_moe.cli import convert, demo, inspect, merge, prune, report, score, select, serve, trace, verify
 from shape_moe.errors import ShapeMoeError
 
 _INTERRUPTED = 130  # what Typer makes of Ctrl-C
@@ -29,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for _module in (inspect, trace, convert, merge, score, select, prune, serve, verify, demo):
+for _module in (inspect, trace, convert, merge, score, select, prune, serve, verify, report, demo):
     _module.add_to(app)
 
 
