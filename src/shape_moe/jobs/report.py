@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from os import PathLike
@@ -237,7 +238,7 @@ def _swept_sizes(material: Material) -> Sizes | None:
     return Sizes(sweep.dense_size, point.size, "as the sweep says")
 
 
-def original_bytes(checkpoint: Path, selection: Selection) -> float:
+def original_bytes(checkpoint: Path, selection: Selection) -> int:
     """Bytes of the model that a checkpoint was pruned from.
 
     A layer's experts are of one size, so that the removed ones can be counted back; what no pruned checkpoint keeps
@@ -245,15 +246,17 @@ def original_bytes(checkpoint: Path, selection: Selection) -> float:
     """
     snapshot = open_snapshot(checkpoint)
     family = find_family(snapshot.config)
-    total = 0.0
+    total, experts = 0, Counter[int]()
     for name, slot in snapshot.tensors.items():
         role = tensor_role(family, name)
-        kept = len(selection.layers.get(role.layer, ()))
-        rows = (
-            kept if role.role in ("expert", "packed") else slot.shape[0] if role.role == "router" and slot.shape else 0
-        )
-        total += slot.size * selection.num_experts / rows if kept and rows else slot.size
-    return total
+        if role.layer in selection.layers and role.role in ("expert", "packed"):
+            experts[role.layer] += slot.size
+        elif role.layer in selection.layers and role.role == "router":
+            total += slot.size * selection.num_experts // slot.shape[0]
+        else:
+            total += slot.size
+    kept = {layer: len(ids) for layer, ids in selection.layers.items()}
+    return total + sum(size * selection.num_experts // kept[layer] for layer, size in experts.items())
 
 
 def _write(file: Path, page: str) -> None:

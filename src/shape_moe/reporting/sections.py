@@ -27,6 +27,7 @@ from shape_moe.reporting.figures.sweep import sweep_figure
 from shape_moe.reporting.figures.values import heat_map
 from shape_moe.reporting.material import Material
 from shape_moe.selection.agreement import kept_by_scorer
+from shape_moe.selection.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -104,16 +105,21 @@ def _coverage(material: Material) -> Section | Missing:
         "The curve climbs as experts are added from the most valuable one on: the steeper it rises, the fewer experts "
         "carry the chosen layer; thin lines are the other layers."
     )
-    notes: tuple[str, ...] = ()
+    notes = (_about_alpha(material.selection),) if material.selection is not None else ()
     selection = material.selection
-    if selection is not None and selection.alpha is not None and selection.alpha <= 1:
-        notes = (
-            f"One alpha for all layers, {percent(selection.alpha, 2)}: every layer keeps its best experts until their "
-            "value reaches the dashed line.",
-        )
-    elif selection is not None:
-        notes = ("This selection was not made by one alpha for all layers, so there is no common line.",)
     return Section("coverage", "Coverage", lead, (coverage_figure(material.scores, selection),), notes=notes)
+
+
+def _about_alpha(selection: Selection) -> str:
+    alpha = selection.alpha
+    if alpha is None:
+        return "This selection was not made by one alpha for all layers, so there is no common line."
+    if alpha > 1:
+        return "Every expert of value is kept, and some without: no share of value describes the selection."
+    return (
+        f"One alpha for all layers, {percent(alpha, 2)}: every layer keeps its best experts until their value reaches "
+        "the dashed line."
+    )
 
 
 def _coalitions(material: Material) -> Section | Missing:

@@ -16,6 +16,7 @@ from shape_moe.reporting.results import EvaluatedModel, Measured
 from shape_moe.selection.selection import Selection
 from shape_moe.units import readable_size
 
+_SPACE = "\N{NO-BREAK SPACE}"
 _FIRM, _FAIR = 0.95, 0.9
 
 
@@ -110,7 +111,7 @@ def tiles(material: Material) -> list[Tile]:
 def _shrunk(sizes: Sizes) -> str:
     """Both sizes, with the unit once where it is the same."""
     (before, unit), (after, unit_after) = (readable_size(size).split(" ") for size in (sizes.before, sizes.after))
-    return f"{before}{f' {unit}' * (unit != unit_after)} → {after} {unit_after}"
+    return f"{before}{f'{_SPACE}{unit}' * (unit != unit_after)}{_SPACE}→ {after}{_SPACE}{unit_after}"
 
 
 def _quality_tiles(material: Material) -> list[Tile]:

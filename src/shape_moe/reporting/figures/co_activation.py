@@ -110,23 +110,33 @@ def lift_codes(together: NDArray[np.float64], shown: NDArray[np.integer]) -> NDA
 
 
 def neighbours(together: NDArray[np.float64], ids: NDArray[np.integer]) -> NDArray[np.integer]:
-    """An order of experts that puts those beside each other which often meet: by the second Laplacian eigenvector.
+    """An order of experts that puts those beside each other which often meet.
 
-    Experts without any such tie keep their place at the end.
+    Groups grow by average linkage: the two with the strongest mean tie join, turned so that their closest ends touch.
+    Larger groups come first; experts that meet nobody more often than expected are groups of one.
     """
     expected = expected_together(together)[np.ix_(ids, ids)]
-    meets = together[np.ix_(ids, ids)]
-    tie = np.maximum(meets - expected, 0) / np.sqrt(np.maximum(expected, 1.0))
+    tie = np.maximum(together[np.ix_(ids, ids)] - expected, 0) / np.sqrt(np.maximum(expected, 1.0))
     np.fill_diagonal(tie, 0)
-    tied = tie.sum(axis=1) > 0
-    inner = tie[np.ix_(tied, tied)]
-    if len(inner) < 3:
-        return ids
-    degree = 1 / np.sqrt(inner.sum(axis=1))
-    laplacian = np.eye(len(inner)) - degree[:, None] * inner * degree[None, :]
-    vector = np.linalg.eigh(laplacian)[1][:, 1] * degree
-    vector = vector * np.sign(vector[np.argmax(np.abs(vector))])
-    return np.concatenate([ids[tied][np.argsort(vector, kind="stable")], ids[~tied]])
+    near, groups = tie.copy(), {place: [place] for place in range(len(ids))}
+    while groups:
+        first, second = divmod(int(near.argmax()), len(ids))
+        if near[first, second] <= 0:
+            break
+        sizes = len(groups[first]), len(groups[second])
+        mean = (sizes[0] * near[first] + sizes[1] * near[second]) / sum(sizes)
+        groups[first] = _joined(groups[first], groups.pop(second), tie)
+        near[first], near[:, first] = mean, mean
+        near[second], near[:, second], near[first, first] = 0, 0, 0
+    ordered = sorted(groups.values(), key=len, reverse=True)
+    return ids[[place for group in ordered for place in group]]
+
+
+def _joined(first: list[int], second: list[int], tie: NDArray[np.float64]) -> list[int]:
+    """Two groups in a row, each turned so that the ends that touch have the strongest tie."""
+    turned = [(a, b) for a in (first, first[::-1]) for b in (second, second[::-1])]
+    head, tail = max(turned, key=lambda pair: tie[pair[0][-1], pair[1][0]])
+    return head + tail
 
 
 def experts_lost(table: CoalitionTable, kept: NDArray[np.bool_], weights: SegmentWeights) -> NDArray[np.float64]:

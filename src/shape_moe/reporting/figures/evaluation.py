@@ -12,7 +12,7 @@ from shape_moe.reporting.theme import SERIES
 _SET_NAMES = {"task": "the task", "also": "other data"}
 _SYMBOLS = {"task": "circle", "also": "circle-open"}
 _ROW = 44
-_ROOM = 1.16
+_ROOM = 1.25
 """The axis of bars goes on beyond the longest by this factor: there stands its number."""
 _FOOTPRINT = (
     ("weights", "Weights", "bytes", "lower"),

@@ -181,6 +181,11 @@ def plain(text: object) -> str:
     return html.escape(str(text), quote=False)
 
 
+def in_template(text: object) -> str:
+    """Text for the inside of a hover template, where Plotly would also fill in what stands in ``%{...}``."""
+    return plain(text).replace("%{", "% {")
+
+
 def shortened(name: str, length: int = 28) -> str:
     """A name that fits beside an axis: its end, which tells most of a path."""
     return name if len(name) <= length else f"…{name[1 - length :]}"

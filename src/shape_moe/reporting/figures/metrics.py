@@ -11,7 +11,7 @@ from shape_moe.reporting.figures.figure import NONE, number
 from shape_moe.reporting.results import Estimate, Measured
 
 _PERCENT = "\N{NO-BREAK SPACE}%"
-_TIMES = "×"  # noqa: RUF001 -- the sign is meant
+_TIMES = "\N{MULTIPLICATION SIGN}"
 _WIDE_RANGE = 30.0
 """Positive values that differ by more than this factor are drawn on a logarithmic axis."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shape_moe.reporting.figures.figure import NONE, Figure, State, Swatch, Table, percent, plain
+from shape_moe.reporting.figures.figure import NONE, Figure, State, Swatch, Table, in_template, percent, plain
 from shape_moe.reporting.figures.metrics import METRICS, Metric, error_bars, is_wide, known_metrics, value_axis
 from shape_moe.reporting.results import Sweep, SweepPoint
 from shape_moe.reporting.theme import SERIES
@@ -80,7 +80,7 @@ def _line(place: int, group: list[SweepPoint], axis: _SizeAxis) -> dict[str, Any
             "line": {"width": 2, "color": colour},
         },
         "customdata": [[percent(point.keep), _size(point)] for point in group],
-        "hovertemplate": plain(group[0].method)
+        "hovertemplate": in_template(group[0].method)
         + ", keeps %{customdata[0]}<br>%{customdata[1]}<br>%{y:.4~g}<extra></extra>",
     }
 

@@ -24,7 +24,6 @@ from shape_moe.selection.selection import Selection
 _FAINTEST = (0.01, 0.5)
 """The value below which experts are as faint as can be lies between these parts of their layer's mean."""
 _FAINT_SHARE = 0.02
-_MIDDLE = 0.6
 _KEPT_SCALE = [[0, "@kept-low"], [1, "@kept-high"]]
 _DROPPED_SCALE = [[0, "@dropped-low"], [1, "@dropped-high"]]
 _LAYERS_PER_INCH = 14
@@ -63,7 +62,7 @@ def heat_map(scores: Scores | None, selection: Selection | None) -> Figure:
     mask = np.ones((len(layers), _experts(scores, selection)), dtype=bool) if selection is None else selection.mask()
     arrays = {"kept": packed(mask.astype(np.uint8))}
     if scores is None:
-        arrays["shade"] = packed(np.full(mask.shape, _MIDDLE))
+        arrays["shade"] = packed(np.ones(mask.shape))
     else:
         ranks = layer_ranks(scores.values, scores.activations)
         share = shares(scores)
@@ -127,8 +126,9 @@ def _legend(*, valued: bool, selected: bool) -> tuple[Swatch, ...]:
     scale = ", little to much value" if valued else ""
     if not selected:
         return (Swatch("little to much value", "ramp", ("kept-low", "kept-high")),)
-    kinds = (("kept", ("kept-low", "kept-high")), ("dropped", ("dropped-low", "dropped-high")))
-    return tuple(Swatch(f"{name}{scale}", "ramp", colours) for name, colours in kinds)
+    kind = "ramp" if valued else "block"
+    colours = [(name, (f"{name}-low", f"{name}-high")[not valued :]) for name in ("kept", "dropped")]
+    return tuple(Swatch(f"{name}{scale}", kind, pair) for name, pair in colours)
 
 
 def _label(scores: Scores | None, selection: Selection | None) -> str:

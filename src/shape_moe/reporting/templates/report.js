@@ -2,7 +2,7 @@
 (() => {
   const specs = JSON.parse(document.getElementById("report-data").textContent);
   const root = document.documentElement;
-  const NARROW = 560; // px, width of a plot below which it is laid out for a phone
+  const NARROW = 440; // px, width of a plot below which it is laid out for a phone
   const PAPER = 688; // px, A4 within its margins
   const PRINTED = 0.82; // of the height on the screen
   const HALF = 330; // px, two figures side by side on paper
@@ -116,7 +116,7 @@
     const view = viewOf(spec);
     const state = spec.states[view] ?? {};
     const width = printing ? (spec.wide ? PAPER : HALF) : room;
-    const narrow = width < NARROW && !printing;
+    const narrow = width < NARROW;
     const made = spec.decode ? makers[spec.decode](spec, state, view) : [];
     const data = spec.data.map((trace, i) => ({ ...merged(themed(trace), themed(state.data?.[i])), ...made[i] }));
     const tall = printing ? PRINTED * spec.height : spec.height;
