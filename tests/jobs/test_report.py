@@ -145,6 +145,9 @@ def test_what_does_not_belong_together_is_refused(traced) -> None:
     write_sweep(traced / "sweep", fingerprint="sha256:" + "d" * 64)
     with pytest.raises(FingerprintError, match="The sweep was made from another model"):
         shape_moe.report(traced / "trace", traced / "r.html", sweep=traced / "sweep")
+    write_evaluation(traced / "evaluation", fingerprint="sha256:" + "e" * 64)
+    with pytest.raises(FingerprintError, match="The evaluation was made from another model"):
+        shape_moe.report(traced / "trace", traced / "r.html", evaluation=traced / "evaluation")
     narrow = Selection(None, None, None, "shape", "coverage", "drop", 8, 4, {0: [1]}, 0.5)
     with pytest.raises(UsageError, match="1 layers of 8 experts, but .* 4 layers of 16"):
         shape_moe.report(traced / "trace", traced / "r.html", selection=narrow)

@@ -163,10 +163,10 @@ def test_what_is_missing_says_what_would_add_it(tmp_path) -> None:
     assert names == ["values", "coverage", "provenance"]
     for command in (
         "shape-moe select values.csv --keep 0.8 -o selection.json",
-        "shape-moe trace values.csv --data TASK.jsonl -o TRACE",
-        "shape-moe sweep values.csv --trace TRACE -o SWEEP",
+        "shape-moe trace MODEL --data TASK.jsonl -o TRACE",
+        "shape-moe sweep MODEL --trace TRACE -o SWEEP",
         "shape-moe report values.csv --sweep SWEEP",
-        "shape-moe evaluate values.csv PRUNED",
+        "shape-moe evaluate MODEL PRUNED",
     ):
         assert command in page.words
     _, names, page = page_of(Material("DIR", selection=whole.selection))
@@ -230,6 +230,8 @@ def test_warnings_are_prominent(tmp_path) -> None:
     found = warnings(replace(material, sweep=replace(material.sweep, points=points)))
     assert any("loop" in text for text in found)
     assert any("does not fit" in text for text in found)
+    noted = replace(material, evaluation=replace(material.evaluation, warnings=("Few examples.",)))
+    assert "Few examples." in warnings(noted)
     text, _, page = page_of(material)
     assert text.index('class="warnings"') < text.index('class="meaning"')
     assert "Beware of this." in page.words

@@ -41,6 +41,8 @@ def test_a_sweep_is_read_whole(tmp_path) -> None:
     assert (point.scorer, point.rule, point.kept, point.size) == ("shape", "coverage", raw["kept"], raw["bytes"])
     assert point.measured.quality["kl"].low == raw["quality"]["kl"]["low"]
     assert point.measured.change["perplexity"].value == raw["change"]["perplexity"]["value"]
+    assert point.method == "shape, coverage, drop"
+    assert replace(point, target="stock").method == "shape, coverage, drop, stock"
     assert set(point.measured.generation) == {"loop_rate", "no_end_rate", "length", "exact_match"}
     assert sweep.points[0].measured.generation == {}
     assert (point.meets_limit, point.healthy, point.fits) == (False, True, None)
@@ -58,7 +60,19 @@ def test_an_evaluation_is_read_whole(tmp_path) -> None:
     assert pruned.classes[:2] == ("kind", "rate")
     assert masked.device == "cuda (NVIDIA H200)"
     assert masked.footprint["peak_bytes"] == 41_100_000_000
-    assert len(evaluation.faithfulness.random) == 3
+    assert len(evaluation.faithfulness[0].random) == 3
+
+
+def test_unknown_ends_and_a_single_check(tmp_path) -> None:
+    unknown = {"value": 0.5, "low": None, "high": None}
+    check = {"selection": "s", "kept": {"kl": unknown}, "inverted": {"kl": {"value": None}}, "random": []}
+    evaluation = read_evaluation(write_evaluation(tmp_path, faithfulness=check, data=None, command=None))
+    (found,) = evaluation.faithfulness
+    assert found.kept.quality["kl"].value == 0.5
+    assert math.isnan(found.kept.quality["kl"].low)
+    assert found.inverted.quality == {}
+    assert METRIC["KL to the dense model"].text(found.kept) == "0.500"
+    assert (evaluation.data, evaluation.command) == ("", "")
 
 
 def test_least_of_an_evaluation(tmp_path) -> None:
@@ -211,7 +225,7 @@ def test_models_of_the_same_name_stay_apart(tmp_path) -> None:
 
 def test_controls_and_tables(tmp_path) -> None:
     evaluation = read_evaluation(write_evaluation(tmp_path))
-    figure = faithfulness_figure(evaluation.faithfulness)
+    figure = faithfulness_figure(evaluation.faithfulness[0])
     assert figure.data[0]["y"][:2] == ["as selected", "worst experts instead"]
     assert figure.states[0].data[0]["x"] == [0.14, 4.9, 1.1, 1.3, 1.2]
     benchmarks, by_class, _ = result_tables(evaluation)

@@ -38,7 +38,9 @@ def generation(loss: float) -> dict[str, Any]:
         "no_end_rate": estimate(0.02 + 0.2 * loss, 0.01),
         "length": estimate(180.0 + 40 * loss, 6.0),
         "exact_match": estimate(max(0.0, 0.86 - 0.6 * loss), 0.04),
+        "change": {"exact_match": estimate(-0.6 * loss, 0.03)},
         "limit": 512,
+        "complaints": [],
     }
 
 
@@ -69,6 +71,7 @@ def sweep_document(
                     "scorer": scorer,
                     "rule": rule,
                     "routing": "drop",
+                    "target": "ragged",
                     "keep_asked": keep,
                     "keep": kept / total,
                     "kept": kept,
@@ -120,12 +123,18 @@ def evaluation_document(
         "seed": 0,
         "versions": VERSIONS,
         "models": rows,
-        "faithfulness": {
-            "selection": "Qwen3-gsm8k-0.6",
-            "kept": quality(0.14),
-            "inverted": quality(4.9, exact=0.0),
-            "random": [quality(1.1, exact=0.3), quality(1.3, exact=0.25), quality(1.2, exact=0.28)],
-        },
+        "fingerprint": None,
+        "command": "shape-moe evaluate Qwen/Qwen3-30B-A3B Qwen3-gsm8k-0.6 --data gsm8k-test.jsonl -o evaluation.json",
+        "warnings": [],
+        "faithfulness": [
+            {
+                "selection": "Qwen3-gsm8k-0.6",
+                "kept": {"quality": quality(0.14), "change": change(0.14)},
+                "inverted": {"quality": quality(4.9, exact=0.0), "change": change(4.9)},
+                "random": [{"quality": quality(loss, exact=0.3), "change": change(loss)} for loss in (1.1, 1.3, 1.2)],
+                "faithful": True,
+            }
+        ],
     }
     return {**document, **changes}
 
@@ -160,6 +169,8 @@ def _model(name: str, kind: str, loss: float, size: int, selection: dict[str, An
             "prefill_tokens_per_second": 9100.0 + 2000 * loss,
             "decode_tokens_per_second": 61.0 + 20 * loss,
             "device": "cuda (NVIDIA H200)",
+            "dtype": "bfloat16",
+            "workload": {"batch_size": 4, "prompt_tokens": 128, "new_tokens": 32, "repeats": 3},
         },
     }
 

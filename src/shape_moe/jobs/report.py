@@ -154,6 +154,7 @@ def _gather(
         trace=trace,
         sweep=read_sweep(found.sweep) if found.sweep is not None else None,
         evaluation=read_evaluation(Path(evaluation)) if evaluation is not None else None,
+        given_model=str(model) if model is not None else None,
     )
     _check_origin(material, force=force)
     scores, remarks = _values(found, trace, chosen)
@@ -165,11 +166,12 @@ def _gather(
 
 
 def _check_origin(material: Material, *, force: bool) -> None:
-    """Check by fingerprints that trace, selection and sweep are of one model; tables and evaluations have none."""
+    """Check by fingerprints that all that have one are of one model; tables of values have none."""
     prints = {
         "The selection": material.selection.fingerprint if material.selection else None,
         "The trace": material.trace.info.fingerprint if material.trace else None,
         "The sweep": material.sweep.fingerprint if material.sweep else None,
+        "The evaluation": material.evaluation.fingerprint if material.evaluation else None,
     }
     known = [(what, text) for what, text in prints.items() if text is not None]
     for (_, first), (what, text) in pairwise(known):

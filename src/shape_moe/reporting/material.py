@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,6 +35,7 @@ class Material:
         sizes: of the weights.
         sweep: quality over keep rates.
         evaluation: quality, memory and speed.
+        given_model: name of the original where the reader gave it.
         remarks: what a reader should know about how these fit together.
     """
 
@@ -45,24 +47,32 @@ class Material:
     sizes: Sizes | None = None
     sweep: Sweep | None = None
     evaluation: Evaluation | None = None
+    given_model: str | None = None
     remarks: tuple[str, ...] = ()
 
     @cached_property
-    def model(self) -> str:
-        """Name of the model as it was given, the source where nothing names it."""
+    def model(self) -> str | None:
+        """Name of the model as it was given, None where nothing names it."""
         named = (
+            self.given_model,
             self.selection.model if self.selection else None,
             self.trace.info.model if self.trace else None,
             self.sweep.model if self.sweep else None,
             self.evaluation.model if self.evaluation else None,
         )
-        return next((name for name in named if name), self.source)
+        return next((name for name in named if name), None)
+
+    @property
+    def model_word(self) -> str:
+        """The model as it is written in a command."""
+        return shlex.quote(self.model) if self.model else "MODEL"
 
     @property
     def model_name(self) -> str:
-        """The model's name for a heading: a hub id as it is, of a path its last part."""
-        is_path = self.model.startswith(("/", ".", "~")) or self.model.count("/") > 1 or "\\" in self.model
-        return self.model.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] if is_path else self.model
+        """The model's name for a heading: a hub id as it is, of a path its last part; the source's without one."""
+        name = (self.model or self.source).replace("\\", "/").rstrip("/")
+        is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or self.model is None
+        return name.rsplit("/", 1)[-1] if is_path else name
 
     @property
     def weights(self) -> SegmentWeights:

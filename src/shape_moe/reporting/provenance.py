@@ -35,7 +35,7 @@ def _model(material: Material) -> Facts:
     layers = material.layers
     experts = known.num_experts if known else material.scores.num_experts if material.scores else None
     return [
-        ("Name", material.model),
+        ("Name", material.model or ""),
         ("Revision", (info.revision if info else None) or ""),
         ("Family", (known.family if known else None) or ""),
         ("MoE layers", f"{len(layers)} ({_spans(layers)})" if layers else ""),
@@ -107,7 +107,7 @@ def _sources(info: TraceInfo) -> list[Mapping[str, Any]]:
 def commands(material: Material) -> list[str]:
     """Shell commands that make the artifacts of this report again."""
     found: list[str] = []
-    model = shlex.quote(material.model)
+    model = material.model_word
     if material.trace is not None:
         found += _trace_commands(material.trace.info, model)
     if material.selection is not None:
@@ -117,6 +117,8 @@ def commands(material: Material) -> list[str]:
             found += [select, f"shape-moe prune {model} --selection selection.json -o pruned"]
     if material.sweep is not None and material.sweep.command:
         found.append(material.sweep.command)
+    if material.evaluation is not None and material.evaluation.command:
+        found.append(material.evaluation.command)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from shape_moe.architectures.snapshot import read_json
 from shape_moe.errors import DataError
 
 FORMAT_VERSION = 1
+FOOTPRINT = ("load_seconds", "peak_bytes", "prefill_tokens_per_second", "decode_tokens_per_second")
+"""What an evaluation measures of memory and speed."""
 SWEEP_FILE = "sweep.json"
 EVALUATION_FILE = "evaluation.json"
 Result = TypeVar("Result")
@@ -18,7 +21,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval."""
+    """A number with its 95 % interval; NaN where an end is unknown."""
 
     value: float
     low: float
@@ -53,6 +56,7 @@ class SweepPoint:
         scorer: how experts were valued.
         rule: how layers shared the budget.
         routing: ``drop`` or ``reroute``.
+        target: ``ragged`` or ``stock``.
         keep: keep rate met.
         kept: experts kept.
         size: bytes of weights, None where unknown.
@@ -65,6 +69,7 @@ class SweepPoint:
     scorer: str
     rule: str
     routing: str
+    target: str
     keep: float
     kept: int
     size: int | None
@@ -75,8 +80,9 @@ class SweepPoint:
 
     @property
     def method(self) -> str:
-        """Scorer, rule and routing."""
-        return f"{self.scorer}, {self.rule}, {self.routing}"
+        """Scorer, rule and routing, and the target where it is not the usual one."""
+        target = f", {self.target}" if self.target != "ragged" else ""
+        return f"{self.scorer}, {self.rule}, {self.routing}{target}"
 
     @property
     def good(self) -> bool:
@@ -131,8 +137,7 @@ class EvaluatedModel:
         sets: what was measured, by set: ``task`` and perhaps ``also``.
         classes: the field that divides the task into classes, the worst class, and what was measured by class.
         tasks: benchmark results: metrics by task.
-        footprint: memory and speed: ``load_seconds``, ``peak_bytes``, ``prefill_tokens_per_second``,
-            ``decode_tokens_per_second``; empty where they were not measured.
+        footprint: memory and speed, see :data:`FOOTPRINT`; empty where they were not measured.
         device: where those were measured.
     """
 
@@ -152,9 +157,9 @@ class Faithfulness:
     """A selection beside its controls, which keep as many experts per layer: the worst ones, and random ones."""
 
     selection: str
-    kept: Measures
-    inverted: Measures
-    random: tuple[Measures, ...]
+    kept: Measured
+    inverted: Measured
+    random: tuple[Measured, ...]
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,10 @@ class Evaluation:
     seed: int | None
     versions: Mapping[str, str]
     models: tuple[EvaluatedModel, ...]
-    faithfulness: Faithfulness | None
+    faithfulness: tuple[Faithfulness, ...]
+    warnings: tuple[str, ...]
+    fingerprint: str | None
+    command: str
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -231,6 +239,7 @@ def _point(entry: dict[str, Any]) -> SweepPoint:
         scorer=str(entry["scorer"]),
         rule=str(entry["rule"]),
         routing=str(entry["routing"]),
+        target=str(entry.get("target") or "ragged"),
         keep=float(entry["keep"]),
         kept=int(entry["kept"]),
         size=_whole(entry.get("bytes")),
@@ -242,20 +251,23 @@ def _point(entry: dict[str, Any]) -> SweepPoint:
 
 
 def _evaluation(document: dict[str, Any]) -> Evaluation:
-    faith = document.get("faithfulness")
+    checks = document.get("faithfulness") or []
     return Evaluation(
         model=str(document["model"]),
         data=str(document.get("data") or ""),
         seed=_whole(document.get("seed")),
         versions=_texts(document.get("versions")),
         models=tuple(_model(entry) for entry in document["models"]),
-        faithfulness=_faithfulness(faith) if faith else None,
+        faithfulness=tuple(_faithfulness(entry) for entry in (checks if isinstance(checks, list) else [checks])),
+        warnings=tuple(str(text) for text in document.get("warnings") or []),
+        fingerprint=document.get("fingerprint"),
+        command=str(document.get("command") or ""),
     )
 
 
 def _model(entry: dict[str, Any]) -> EvaluatedModel:
-    classes, footprint = entry.get("classes"), dict(entry.get("footprint") or {})
-    device = footprint.pop("device", None)
+    classes, footprint = entry.get("classes"), entry.get("footprint") or {}
+    device = footprint.get("device")
     return EvaluatedModel(
         name=str(entry["name"]),
         kind=str(entry["kind"]),
@@ -264,7 +276,7 @@ def _model(entry: dict[str, Any]) -> EvaluatedModel:
         sets={str(name): _measured(measured) for name, measured in entry["sets"].items()},
         classes=_classes(classes) if classes else None,
         tasks={str(task): _measures(metrics) for task, metrics in (entry.get("tasks") or {}).items()},
-        footprint={str(name): float(value) for name, value in footprint.items() if value is not None},
+        footprint={name: float(footprint[name]) for name in FOOTPRINT if footprint.get(name) is not None},
         device=str(device) if device is not None else None,
     )
 
@@ -275,8 +287,11 @@ def _classes(entry: dict[str, Any]) -> tuple[str, str, Mapping[str, Measured]]:
 
 
 def _faithfulness(entry: dict[str, Any]) -> Faithfulness:
-    controls = tuple(_measures(quality) for quality in entry.get("random") or [])
-    return Faithfulness(str(entry["selection"]), _measures(entry["kept"]), _measures(entry["inverted"]), controls)
+    def measured(control: dict[str, Any]) -> Measured:
+        return _measured(control if "quality" in control else {"quality": control})
+
+    controls = tuple(measured(control) for control in entry.get("random") or [])
+    return Faithfulness(str(entry["selection"]), measured(entry["kept"]), measured(entry["inverted"]), controls)
 
 
 def _measured(entry: dict[str, Any]) -> Measured:
@@ -287,8 +302,9 @@ def _measures(entry: dict[str, Any] | None) -> Measures:
     """The estimates among an object's values; what is no estimate (a limit, a note) is left out."""
     found = {}
     for name, value in (entry or {}).items():
-        if isinstance(value, dict) and "value" in value:
-            found[str(name)] = Estimate(float(value["value"]), float(value["low"]), float(value["high"]))
+        if isinstance(value, dict) and value.get("value") is not None:
+            low, high = (math.nan if value[end] is None else float(value[end]) for end in ("low", "high"))
+            found[str(name)] = Estimate(float(value["value"]), low, high)
     return found
 
 

@@ -62,7 +62,7 @@ def sections(material: Material) -> tuple[list[Section], list[Missing]]:
 
 def _trace_commands(material: Material) -> tuple[str, str]:
     selection = " --selection SELECTION" if material.selection is not None else ""
-    trace = f"shape-moe trace {shlex.quote(material.model)} --data TASK.jsonl -o TRACE"
+    trace = f"shape-moe trace {material.model_word} --data TASK.jsonl -o TRACE"
     return trace, f"shape-moe report TRACE{selection}"
 
 
@@ -165,7 +165,7 @@ def _agreement(material: Material) -> Section | Missing:
 def _sweep(material: Material) -> Section | Missing:
     sweep = material.sweep
     if sweep is None or not sweep.points:
-        command = f"shape-moe sweep {shlex.quote(material.model)} --trace TRACE -o SWEEP"
+        command = f"shape-moe sweep {material.model_word} --trace TRACE -o SWEEP"
         return Missing("Quality against size", (command, _report_command(material, "--sweep SWEEP")))
     lead = "Each point is the model with one selection: left is smaller, and the ringed point is the operating point."
     notes = tuple(text for text in (sweep.reason, sweep.split) if text)
@@ -173,8 +173,8 @@ def _sweep(material: Material) -> Section | Missing:
 
 
 def _evaluate_commands(material: Material) -> tuple[str, str]:
-    evaluate = f"shape-moe evaluate {shlex.quote(material.model)} PRUNED --data HELD_OUT.jsonl -o EVALUATION"
-    return evaluate, _report_command(material, "--evaluation EVALUATION")
+    evaluate = f"shape-moe evaluate {material.model_word} PRUNED --data HELD_OUT.jsonl -o evaluation.json"
+    return evaluate, _report_command(material, "--evaluation evaluation.json")
 
 
 def _quality(material: Material) -> Section | Missing:
@@ -182,9 +182,7 @@ def _quality(material: Material) -> Section | Missing:
     figure = quality_figure(evaluation) if evaluation is not None else None
     if evaluation is None or figure is None:
         return Missing("Quality beside the dense model", _evaluate_commands(material))
-    figures = [figure]
-    if evaluation.faithfulness is not None:
-        figures.append(faithfulness_figure(evaluation.faithfulness))
+    figures = [figure, *(faithfulness_figure(check, i) for i, check in enumerate(evaluation.faithfulness, start=1))]
     lead = "Each row is a model, measured on the same examples: where two intervals lie apart, the models differ."
     notes = (f"Measured on {evaluation.data}.",) if evaluation.data else ()
     return Section("quality", "Quality", lead, tuple(figures), result_tables(evaluation), notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 
 import numpy as np
 
@@ -123,7 +124,9 @@ def _quality_tiles(material: Material) -> list[Tile]:
     estimate = metric.of(result)
     if estimate is None:
         return []
-    detail = f"95 % interval {number(estimate.low)} to {number(estimate.high)}; {metric.better} is better"
+    detail = f"{metric.better} is better"
+    if isfinite(estimate.low) and isfinite(estimate.high):
+        detail = f"95 % interval {number(estimate.low)} to {number(estimate.high)}; {detail}"
     return [Tile(metric.title, metric.shown(estimate.value), detail)]
 
 
@@ -230,6 +233,8 @@ def warnings(material: Material) -> list[str]:
     """What a reader must not miss."""
     found = list(material.selection.warnings) if material.selection is not None else []
     found += material.remarks
+    if material.evaluation is not None:
+        found += material.evaluation.warnings
     sweep = material.sweep
     if sweep is None:
         return found

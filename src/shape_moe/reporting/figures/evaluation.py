@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any
 
 from shape_moe.reporting.figures.figure import Figure, State, Swatch, Table, number, plain, shortened
 from shape_moe.reporting.figures.metrics import METRICS, Metric, error_bars, is_wide, known_metrics, value_axis
-from shape_moe.reporting.results import EvaluatedModel, Evaluation, Faithfulness, Measured, Measures
+from shape_moe.reporting.results import EvaluatedModel, Evaluation, Faithfulness, Measures
 from shape_moe.reporting.theme import SERIES
 
 _SET_NAMES = {"task": "the task", "also": "other data"}
@@ -96,11 +97,10 @@ def _quality_table(evaluation: Evaluation, metrics: list[Metric]) -> Table:
     return Table("Quality with 95 % intervals", ("Model", "Set", *(metric.title for metric in metrics)), rows, 2)
 
 
-def faithfulness_figure(result: Faithfulness) -> Figure:
-    """The selection beside selections that keep the worst, or random, experts."""
-    named = [("as selected", result.kept), ("worst experts instead", result.inverted)]
-    named += [(f"random experts {place}", control) for place, control in enumerate(result.random, start=1)]
-    entries = [(name, Measured(quality, {}, {})) for name, quality in named]
+def faithfulness_figure(result: Faithfulness, place: int = 1) -> Figure:
+    """The selection beside selections that keep the worst, or random, experts; ``place`` counts such figures."""
+    entries = [("as selected", result.kept), ("worst experts instead", result.inverted)]
+    entries += [(f"random experts {count}", control) for count, control in enumerate(result.random, start=1)]
     metrics = known_metrics(measured for _, measured in entries) or [METRICS[0]]
     states = []
     for metric in metrics:
@@ -114,8 +114,8 @@ def faithfulness_figure(result: Faithfulness) -> Figure:
     colours = ["@kept", "@mark", *["@muted"] * len(result.random)]
     rows = tuple((name, *(metric.text(measured) for metric in metrics)) for name, measured in entries)
     return Figure(
-        name="faithfulness",
-        title="Against controls of the same size",
+        name=f"faithfulness-{place}",
+        title=f"{shortened(result.selection)} against controls of the same size",
         label="",
         data=[
             {
@@ -213,6 +213,8 @@ def result_tables(evaluation: Evaluation) -> tuple[Table, ...]:
 
 def _interval(metrics: Measures, name: str) -> str:
     found = metrics[name]
+    if not (isfinite(found.low) and isfinite(found.high)):
+        return number(found.value)
     return f"{number(found.value)} [{number(found.low)}, {number(found.high)}]"
 
 

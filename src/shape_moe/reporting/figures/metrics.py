@@ -64,7 +64,8 @@ class Metric:
         found = self.of(measured)
         if found is None:
             return NONE
-        return f"{self.shown(found.value)} [{number(found.low)}, {number(found.high)}]"
+        known = math.isfinite(found.low) and math.isfinite(found.high)
+        return self.shown(found.value) + (f" [{number(found.low)}, {number(found.high)}]" if known else "")
 
     def shown(self, value: float) -> str:
         """A value with its unit."""
