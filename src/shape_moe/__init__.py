@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from shape_moe.jobs.inspect import inspect_model
     from shape_moe.jobs.options import EvaluateOptions, PruneOptions, SelectionJob, TaskOptions, TraceOptions
     from shape_moe.jobs.prune import prune
+    from shape_moe.jobs.report import report
     from shape_moe.jobs.search import SweepOptions
     from shape_moe.jobs.select import score, select
     from shape_moe.jobs.sweep import sweep
@@ -63,6 +64,7 @@ __all__ = [
     "merge",
     "prune",
     "prune_model",
+    "report",
     "score",
     "select",
     "sweep",
@@ -81,6 +83,7 @@ _HOMES = {
     "jobs.inspect": ("inspect_model",),
     "jobs.options": ("EvaluateOptions", "PruneOptions", "SelectionJob", "TaskOptions", "TraceOptions"),
     "jobs.prune": ("prune",),
+    "jobs.report": ("report",),
     "jobs.search": ("SweepOptions",),
     "jobs.select": ("score", "select"),
     "jobs.sweep": ("sweep",),

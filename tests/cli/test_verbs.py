@@ -16,7 +16,8 @@ from shape_moe.cli.main import run
 from shape_moe.demo.tasks import examples
 from support.cli import refused
 
-VERBS = ("inspect", "trace", "convert", "merge", "score", "select", "prune", "serve", "verify", "demo")
+VERBS = ("inspect", "trace", "convert", "merge", "score", "select", "sweep", "prune", "serve", "verify", "evaluate")
+VERBS += ("report", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,25 @@ def test_the_chain_of_verbs(call, embedded, data, traced, tmp_path) -> None:
     code, out, _ = call("verify", tmp_path / "out", "-q")
     assert code == 1
     assert "FAILED" in out
+
+
+def test_report(call, embedded, traced, tmp_path) -> None:
+    call("select", traced, "--keep", "0.6", "-o", tmp_path / "s.json", "-q")
+    base = ("report", traced, "--selection", tmp_path / "s.json", "--model", embedded, "-o", tmp_path / "r.html")
+    found = as_json(call(*base, "--json"))
+    assert found == {
+        "report": str(tmp_path / "r.html"),
+        "sections": ["values", "layers", "coverage", "coalitions", "agreement", "provenance"],
+        "bytes": (tmp_path / "r.html").stat().st_size,
+    }
+    refused(call(*base), 2, "exists", "--force")
+    code, out, err = call(*base, "--force")
+    assert code == 0
+    assert "MiB: values, layers" in out
+    assert "Writing the report" in err
+    refused(call("report", tmp_path / "nothing", "-o", tmp_path / "x.html"), 2, "There is no folder or file")
+    refused(call("report", traced, "--sweep", tmp_path, "-o", tmp_path / "x.html"), 1, "sweep.json is missing")
+    assert not (tmp_path / "x.html").exists()
 
 
 def test_prune_in_one_go(call, embedded, data, tmp_path) -> None:

@@ -45,6 +45,43 @@ def trace_model(model, examples: list[Example], batch_size: int = 4, **changes) 
     return Trace(make_info(tracer, examples=len(examples), **changes), tracer.statistics(), tracer.coalitions())
 
 
+def routing_trace(
+    layers: int = 4, experts: int = 16, top_k: int = 4, tokens: int = 400, *, seed: int = 0, model: str = "synthetic"
+) -> Trace:
+    """A trace of any size without a model or Gram matrices: tokens of ten topics, each with experts that it prefers."""
+    from shape_moe.tracing.coalitions import tabulate
+
+    rng = np.random.default_rng(seed)
+    names = ("tokens", "gate", "norm", "gated_norm", "gated_norm_renormalised", "gated_norm_turned", "largest_norm")
+    statistics = {name: np.zeros((layers, 2, 8, experts)) for name in names}
+    per_layer = np.zeros((layers, 2, 8), dtype=np.int64)
+    tables = {}
+    for row in range(layers):
+        liking = rng.normal(size=experts) + 2.2 * (rng.integers(0, 10, experts) == np.arange(10)[:, None])
+        scores = liking[rng.integers(0, 10, tokens)] + 0.25 * rng.gumbel(size=(tokens, experts))
+        members = np.argpartition(-scores, top_k, axis=1)[:, :top_k]
+        segments, folds = rng.integers(0, 2, tokens), rng.integers(0, 8, tokens)
+        tables[row] = tabulate(members, segments, folds)
+        np.add.at(per_layer[row], (segments, folds), 1)
+        np.add.at(statistics["tokens"][row], (segments[:, None], folds[:, None], members), 1)
+        for name in names[1:]:
+            statistics[name][row] = statistics["tokens"][row] * rng.lognormal(sigma=0.4, size=experts)
+    statistics |= {"tokens": statistics["tokens"].astype(np.int64), "layer_tokens": per_layer}
+    info = TraceInfo(
+        fingerprint="sha256:" + "a" * 64,
+        layout_fingerprint="sha256:" + "b" * 64,
+        model=model,
+        family="qwen3_moe",
+        num_experts=experts,
+        routing=RoutingFacts(top_k, top_k, 1, True),
+        layers=tuple(range(layers)),
+        tokens={"prompt": tokens // 2, "response": tokens - tokens // 2},
+        examples=tokens // 10,
+        versions={"shape-moe": "0.1.0"},
+    )
+    return Trace(info, statistics, tables)
+
+
 def synthetic_trace(layers: int = 3, experts: int = 8, top_k: int = 2, tokens: int = 200, seed: int = 0) -> Trace:
     """A trace without a model: random routing and random statistics that are consistent with it."""
     from shape_moe.tracing.coalitions import tabulate

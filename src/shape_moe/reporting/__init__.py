@@ -1,1 +1,1 @@
-"""Reports for people: the model card of a pruned checkpoint."""
+"""Reports for people: the model card of a pruned checkpoint, and the HTML report."""

@@ -1,0 +1,63 @@
+"""``shape-moe report``: a page to look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from shape_moe.cli.flags import ForceFlag, OutputFlags, with_flags
+from shape_moe.jobs import report as job
+from shape_moe.units import readable_size
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("report")(with_flags(report))
+
+
+def report(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A pruned checkpoint, a trace, a table of values (VALUES.csv) or a sweep's folder."
+        ),
+    ],
+    force: ForceFlag,
+    output: OutputFlags,
+    out: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The HTML file.")] = Path("report.html"),
+    selection: Annotated[Path | None, typer.Option(help="Show this selection, where SOURCE does not hold one.")] = None,
+    sweep: Annotated[Path | None, typer.Option(help="Add quality against size: a sweep's folder or file.")] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="Add quality, memory and speed: an evaluation's folder or file.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The original, for its size: a folder, or a name on the hub.")
+    ] = None,
+) -> None:
+    """Write a report as one HTML file: what was kept, why, and what it costs.
+
+    Example: shape-moe report ./Qwen3-gsm8k-0.6 --sweep sweeps/gsm8k -o report.html
+    """
+    talk = output.output()
+    result = job.report(
+        source,
+        out,
+        selection=selection,
+        sweep=sweep,
+        evaluation=evaluation,
+        model=model,
+        force=force.force,
+        progress=talk,
+    )
+    document = {"report": str(result.path), "sections": list(result.sections), "bytes": result.size}
+    talk.result(document, lambda console: _show(console, result))
+
+
+def _show(console: Console, result: job.ReportResult) -> None:
+    console.print(
+        f"[bold]{escape(str(result.path))}[/bold]  {readable_size(result.size)}: {', '.join(result.sections)}"
+    )

@@ -1,0 +1,282 @@
+"""The HTML report: find what there is about a model, check that it belongs together, and write one file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from os import PathLike
+from pathlib import Path
+
+from shape_moe.architectures.fingerprint import check_fingerprint
+from shape_moe.architectures.moe_config import find_family
+from shape_moe.architectures.sizes import measure
+from shape_moe.architectures.snapshot import open_headers, open_snapshot
+from shape_moe.architectures.tensor_names import tensor_role
+from shape_moe.errors import ShapeMoeError, UsageError
+from shape_moe.jobs.select import is_table
+from shape_moe.progress import SILENT, Progress
+from shape_moe.reporting.figures.sweep import chosen_point
+from shape_moe.reporting.html import plotly_script, render_report
+from shape_moe.reporting.material import Material, Sizes, scoring_of
+from shape_moe.reporting.results import SWEEP_FILE, read_evaluation, read_sweep
+from shape_moe.scoring.registry import scorers
+from shape_moe.scoring.scores import Scores, read_scores, score_trace
+from shape_moe.selection.selection import Selection, check_against_model, load_selection
+from shape_moe.tracing.trace import Trace, load_trace
+
+Place = str | PathLike[str]
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """A written report.
+
+    Attributes:
+        path: the file.
+        sections: names of its sections.
+        size: its bytes.
+    """
+
+    path: Path
+    sections: tuple[str, ...]
+    size: int
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What lies at the source."""
+
+    trace: Path | None = None
+    table: Path | None = None
+    selection: Path | None = None
+    sweep: Path | None = None
+    checkpoint: Path | None = None
+
+
+def report(
+    source: Place,
+    out: Place = "report.html",
+    *,
+    selection: Place | Selection | None = None,
+    sweep: Place | None = None,
+    evaluation: Place | None = None,
+    model: Place | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> ReportResult:
+    """Write an HTML report: one file that is looked at in a browser, without a network.
+
+    Args:
+        source: a pruned checkpoint's folder, a trace, a table of values (``.csv``) or a sweep's folder.
+        out: the file.
+        selection: a selection to show, where the source does not hold one.
+        sweep: a sweep's folder or its ``sweep.json``.
+        evaluation: an evaluation's folder or its ``evaluation.json``.
+        model: the original (a folder or hub id), for the sizes before and after.
+        force: replace an existing file; accept artifacts of unknown origin.
+        progress: where to show progress.
+
+    Raises:
+        UsageError: when plotly is not installed, the output exists, the source is nothing that can be shown, or inputs
+            contradict each other.
+        ShapeMoeError: when an input is damaged, or was made from another model.
+    """
+    file = Path(out)
+    _check_output(file, force=force)
+    plotly_script()
+    found = _find(Path(source), selection, sweep)
+    with progress.phase("Reading and scoring", 1, "source") as advance:
+        material = _gather(str(source), found, selection, evaluation, model, force=force)
+        advance(1)
+    with progress.phase("Writing the report", 1, "page") as advance:
+        page, names = render_report(material)
+        _write(file, page)
+        advance(1)
+    return ReportResult(file, tuple(names), file.stat().st_size)
+
+
+def _check_output(file: Path, *, force: bool) -> None:
+    if file.is_dir():
+        raise UsageError(f"{file} is a folder; choose a file for the report, such as {file / 'report.html'}.")
+    if file.exists() and not force:
+        raise UsageError(f"{file} exists; choose another output, or replace it with --force.")
+
+
+def _find(source: Path, selection: Place | Selection | None, sweep: Place | None) -> _Found:
+    given = Path(sweep) if sweep is not None else None
+    if is_table(source):
+        if not source.is_file():
+            raise UsageError(f"There is no file {source}.")
+        return _Found(table=source, sweep=given)
+    if (source / SWEEP_FILE).is_file():
+        if given is not None:
+            raise UsageError(f"{source} is a sweep already: leave --sweep out.")
+        trace, recommended = source / "trace", source / "recommended.json"
+        return _Found(
+            trace=trace if trace.is_dir() else None,
+            selection=recommended if selection is None and recommended.is_file() else None,
+            sweep=source,
+        )
+    if (source / "trace.json").is_file():
+        return _Found(trace=source, sweep=given)
+    chosen = source / "shape" / "selection.json"
+    if chosen.is_file():
+        if selection is not None:
+            raise UsageError(f"{source} is a pruned checkpoint and holds its selection: leave --selection out.")
+        trace = source / "shape" / "trace"
+        return _Found(trace=trace if trace.is_dir() else None, selection=chosen, sweep=given, checkpoint=source)
+    if not source.exists():
+        raise UsageError(f"There is no folder or file {source}.")
+    raise UsageError(
+        f"{source} is neither a pruned checkpoint (shape/selection.json), a trace (trace.json), a sweep ({SWEEP_FILE}) "
+        "nor a table of values (.csv)."
+    )
+
+
+def _gather(
+    source: str,
+    found: _Found,
+    selection: Place | Selection | None,
+    evaluation: Place | None,
+    model: Place | None,
+    *,
+    force: bool,
+) -> Material:
+    given = selection if selection is not None else found.selection
+    chosen = given if isinstance(given, Selection) or given is None else load_selection(given)
+    trace = load_trace(found.trace) if found.trace is not None else None
+    material = Material(
+        source=source,
+        selection=chosen,
+        trace=trace,
+        sweep=read_sweep(found.sweep) if found.sweep is not None else None,
+        evaluation=read_evaluation(Path(evaluation)) if evaluation is not None else None,
+        given_model=str(model) if model is not None else None,
+    )
+    _check_origin(material, force=force)
+    scores, remarks = _values(found, trace, chosen)
+    if chosen is not None and scores is not None:
+        _check_shape(chosen, scores, source)
+    rivals = _rivals(trace, chosen) if trace is not None else ()
+    sizes = _sizes(found.checkpoint, chosen, model) or _swept_sizes(material)
+    return replace(material, scores=scores, rivals=rivals, sizes=sizes, remarks=tuple(remarks))
+
+
+def _check_origin(material: Material, *, force: bool) -> None:
+    """Check by fingerprints that all that have one are of one model; tables of values have none."""
+    prints = {
+        "The selection": material.selection.fingerprint if material.selection else None,
+        "The trace": material.trace.info.fingerprint if material.trace else None,
+        "The sweep": material.sweep.fingerprint if material.sweep else None,
+        "The evaluation": material.evaluation.fingerprint if material.evaluation else None,
+    }
+    known = [(what, text) for what, text in prints.items() if text is not None]
+    for (_, first), (what, text) in pairwise(known):
+        if text != first:
+            check_fingerprint(text, first, what, force=force)
+
+
+def _values(found: _Found, trace: Trace | None, selection: Selection | None) -> tuple[Scores | None, list[str]]:
+    """The values to show, and what to say where they are not those that the selection was made with."""
+    if found.table is not None:
+        return read_scores(found.table), []
+    if trace is None:
+        return None, []
+    usual = "shape" if trace.info.top_k > 1 else "frequency"
+    wanted = selection.scorer if selection is not None else usual
+    if wanted in scorers():
+        return score_trace(trace, wanted, scoring_of(selection)), []
+    remark = (
+        f"The selection was made by {wanted!r}, which is no scorer of this installation: the values shown are those of "
+        f"the scorer {usual}."
+    )
+    return score_trace(trace, usual, scoring_of(selection)), [remark]
+
+
+def _check_shape(selection: Selection, scores: Scores, source: str) -> None:
+    if selection.num_experts != scores.num_experts or tuple(selection.layers) != scores.layers:
+        raise UsageError(
+            f"The selection is for {len(selection.layers)} layers of {selection.num_experts} experts, but {source} "
+            f"describes {len(scores.layers)} layers of {scores.num_experts}: they are of different models."
+        )
+
+
+def _rivals(trace: Trace, selection: Selection | None) -> tuple[Scores, ...]:
+    """Values by every scorer that can value this trace."""
+    options = scoring_of(selection)
+    found = []
+    for name in scorers():
+        try:
+            found.append(score_trace(trace, name, options))
+        except ShapeMoeError:  # needs what this trace does not hold, or cannot value top-1 routing
+            continue
+    return tuple(found)
+
+
+def _sizes(checkpoint: Path | None, selection: Selection | None, model: Place | None) -> Sizes | None:
+    if selection is None:
+        return None
+    if model is not None:
+        snapshot = open_headers(model)
+        check_against_model(selection, snapshot.moe, snapshot.moe_layers, selection.routing)
+        size = measure(snapshot)
+        after = open_snapshot(checkpoint).total_bytes if checkpoint else size.at_keep(selection.kept)
+        return Sizes(size.total, after, "measured" if checkpoint else "from the tensors' sizes")
+    if checkpoint is not None:
+        after = open_snapshot(checkpoint).total_bytes
+        return Sizes(original_bytes(checkpoint, selection), after, "counted back from this checkpoint")
+    return None
+
+
+def _swept_sizes(material: Material) -> Sizes | None:
+    """The sizes of the selection as a sweep gives them, None where it does not."""
+    sweep = material.sweep
+    point = chosen_point(sweep, material.selection) if sweep is not None else None
+    if sweep is None or point is None or point.size is None or sweep.dense_size is None:
+        return None
+    return Sizes(sweep.dense_size, point.size, "as the sweep says")
+
+
+def original_bytes(checkpoint: Path, selection: Selection) -> int:
+    """Bytes of the model that a checkpoint was pruned from.
+
+    A layer's experts are of one size, so that the removed ones can be counted back; what no pruned checkpoint keeps
+    (layers of multi-token prediction) cannot.
+    """
+    snapshot = open_snapshot(checkpoint)
+    family = find_family(snapshot.config)
+    total, experts = 0, Counter[int]()
+    for name, slot in snapshot.tensors.items():
+        role = tensor_role(family, name)
+        if role.layer in selection.layers and role.role in ("expert", "packed"):
+            experts[role.layer] += slot.size
+        elif role.layer in selection.layers and role.role == "router":
+            total += slot.size * selection.num_experts // slot.shape[0]
+        else:
+            total += slot.size
+    kept = {layer: len(ids) for layer, ids in selection.layers.items()}
+    return total + sum(size * selection.num_experts // kept[layer] for layer, size in experts.items())
+
+
+def _write(file: Path, page: str) -> None:
+    """Write the file so that it is either old or new, never half."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".partial")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
+            stream.write(page)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

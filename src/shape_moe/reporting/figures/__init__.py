@@ -1,0 +1,1 @@
+"""Figures of the report: each module computes numbers, and lays them out for Plotly."""

@@ -1,0 +1,190 @@
+"""Quality over size: what every selection of a sweep costs, and which one is recommended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shape_moe.reporting.figures.figure import NONE, Figure, State, Swatch, Table, in_template, percent, plain
+from shape_moe.reporting.figures.metrics import METRICS, Metric, error_bars, is_wide, known_metrics, value_axis
+from shape_moe.reporting.results import Sweep, SweepPoint
+from shape_moe.reporting.theme import SERIES
+from shape_moe.selection.selection import Selection
+from shape_moe.units import readable_size
+
+_SYMBOLS = ("circle", "square", "triangle-up", "pentagon", "star", "hexagon")
+
+
+def chosen_point(sweep: Sweep, selection: Selection | None) -> SweepPoint | None:
+    """The point of a sweep that is the report's selection; the recommended one where nothing was selected."""
+    if selection is None:
+        return sweep.points[sweep.recommended] if sweep.recommended is not None else None
+    wanted = (selection.scorer, selection.rule, selection.routing, selection.kept)
+    same = [p for p in sweep.points if (p.scorer, p.rule, p.routing, p.kept) == wanted]
+    return same[0] if same else None
+
+
+def sweep_figure(sweep: Sweep, selection: Selection | None) -> Figure:
+    """Quality against size, one line per method, with the operating point."""
+    methods = list(dict.fromkeys(point.method for point in sweep.points))
+    groups = [sorted((p for p in sweep.points if p.method == method), key=lambda p: p.kept) for method in methods]
+    axis = _SizeAxis(sweep)
+    chosen = chosen_point(sweep, selection)
+    data = [_line(i, group, axis) for i, group in enumerate(groups)]
+    data += [_ring(chosen, axis), _dense_trace(axis)]
+    metrics = known_metrics(point.measured for point in sweep.points) or [METRICS[0]]
+    return Figure(
+        name="sweep",
+        title="Quality against size",
+        label="",
+        data=data,
+        layout={
+            "xaxis": {"title": {"text": axis.title}},
+            "hovermode": "closest",
+        },
+        height=430,
+        states=tuple(_state(metric, sweep, groups, chosen) for metric in metrics),
+        legend=_legend(methods, axis, chosen, given=selection is not None),
+        lines=("Bars are 95 % intervals. Hollow points break the limit, answer unhealthily or do not fit.",),
+        table=_table(sweep, metrics),
+    )
+
+
+class _SizeAxis:
+    """Where points stand on the horizontal axis: at their bytes, or at their keep rate where bytes are unknown."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        sizes = [point.size for point in sweep.points]
+        self.by_size = None not in sizes and bool(sizes)
+        largest = max([size or 0 for size in sizes] + [sweep.dense_size or 0])
+        self.unit, self.divisor = ("GiB", 2**30) if largest >= 2**30 else ("MiB", 2**20)
+        self.title = f"weights, {self.unit}" if self.by_size else "experts kept, %"
+        self.dense = (sweep.dense_size / self.divisor if sweep.dense_size else None) if self.by_size else 100.0
+
+    def at(self, point: SweepPoint) -> float:
+        return (point.size or 0) / self.divisor if self.by_size else 100 * point.keep
+
+
+def _line(place: int, group: list[SweepPoint], axis: _SizeAxis) -> dict[str, Any]:
+    symbol = _SYMBOLS[place % len(_SYMBOLS)]
+    colour = SERIES[place % len(SERIES)]
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": plain(group[0].method),
+        "x": [axis.at(point) for point in group],
+        "line": {"color": colour, "width": 2},
+        "marker": {
+            "color": colour,
+            "size": 9,
+            "symbol": [symbol if point.good else f"{symbol}-open" for point in group],
+            "line": {"width": 2, "color": colour},
+        },
+        "customdata": [[percent(point.keep), _size(point)] for point in group],
+        "hovertemplate": in_template(group[0].method)
+        + ", keeps %{customdata[0]}<br>%{customdata[1]}<br>%{y:.4~g}<extra></extra>",
+    }
+
+
+def _size(point: SweepPoint) -> str:
+    return readable_size(point.size) if point.size is not None else f"{point.kept:,} experts"
+
+
+def _legend(methods: list[str], axis: _SizeAxis, chosen: SweepPoint | None, *, given: bool) -> tuple[Swatch, ...]:
+    found = [
+        Swatch(method, _SYMBOLS[i % len(_SYMBOLS)], (SERIES[i % len(SERIES)][1:],), lined=True)
+        for i, method in enumerate(methods)
+    ]
+    if chosen is not None:
+        found.append(Swatch("this selection" if given else "recommended", "circle-open", ("text",)))
+    if axis.dense is not None:
+        found.append(Swatch("dense model", "diamond", ("text",)))
+    return tuple(found)
+
+
+def _ring(chosen: SweepPoint | None, axis: _SizeAxis) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [axis.at(chosen)] if chosen else [],
+        "marker": {"symbol": "circle-open", "size": 22, "color": "@text", "line": {"width": 2.5}},
+        "hoverinfo": "skip",
+    }
+
+
+def _dense_trace(axis: _SizeAxis) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "dense model",
+        "x": [axis.dense] if axis.dense is not None else [],
+        "marker": {"symbol": "diamond", "size": 11, "color": "@text"},
+        "hovertemplate": "dense model<br>%{y:.4~g}<extra></extra>",
+    }
+
+
+def _state(metric: Metric, sweep: Sweep, groups: list[list[SweepPoint]], chosen: SweepPoint | None) -> State:
+    estimates = [[metric.of(point.measured) for point in group] for group in groups]
+    log = is_wide(estimate for group in estimates for estimate in group)
+    dense = metric.of_dense(sweep.dense)
+    patches: list[dict[str, Any]] = [
+        {"y": [e.value if e else None for e in group], "error_y": error_bars(group, log=log)} for group in estimates
+    ]
+    ringed = metric.of(chosen.measured) if chosen else None
+    patches.append({"y": [ringed.value] if ringed else []})
+    patches.append({"y": [dense] if dense is not None and not (log and dense <= 0) else []})
+    limit = _limit(metric, sweep, dense)
+    layout = {
+        "yaxis": value_axis([estimate for group in estimates for estimate in group], log=log),
+        "shapes": _limit_shape(limit, log=log),
+    }
+    return State(metric.title, _label(metric, sweep, chosen), patches, layout, lines=(metric.line,))
+
+
+def _limit(metric: Metric, sweep: Sweep, dense: float | None) -> float | None:
+    kind, value = sweep.limit or ("", 0.0)
+    if kind == "max_kl" and (metric.group, metric.key) == ("quality", "kl"):
+        return value
+    if kind == "max_drop" and (metric.group, metric.key) == ("quality", "exact_match") and dense is not None:
+        return dense - 100 * value
+    return None
+
+
+def _limit_shape(limit: float | None, *, log: bool) -> list[dict[str, Any]]:
+    if limit is None or (log and limit <= 0):
+        return []
+    line = {"color": "@mark", "width": 1.5, "dash": "dash"}
+    label = {"text": "limit", "font": {"color": "@mark"}, "textposition": "start", "yanchor": "bottom"}
+    return [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": limit, "y1": limit, "line": line, "label": label}]
+
+
+def _label(metric: Metric, sweep: Sweep, chosen: SweepPoint | None) -> str:
+    text = f"{metric.title} against size for {len(sweep.points)} selections; {metric.better} is better."
+    if chosen is not None:
+        text += f" The marked one keeps {percent(chosen.keep)} of the experts: {metric.text(chosen.measured)}."
+    return text
+
+
+def _table(sweep: Sweep, metrics: list[Metric]) -> Table:
+    marks = {True: "yes", False: "no", None: NONE}
+    rows = []
+    for place, point in enumerate(sweep.points):
+        name = point.method + (" (recommended)" if place == sweep.recommended else "")
+        size = readable_size(point.size) if point.size is not None else NONE
+        cells = (name, percent(point.keep), size, *(metric.text(point.measured) for metric in metrics))
+        rows.append((*cells, marks[point.meets_limit], marks[point.healthy], marks[point.fits]))
+    dense_size = readable_size(sweep.dense_size) if sweep.dense_size is not None else NONE
+    rows.append(("dense model", percent(1.0), dense_size, *(_dense_text(m, sweep) for m in metrics), NONE, NONE, NONE))
+    headings = (
+        "Selection",
+        "Kept",
+        "Weights",
+        *(metric.title for metric in metrics),
+        "Within limit",
+        "Healthy",
+        "Fits",
+    )
+    return Table("Every selection of the sweep, with 95 % intervals", headings, tuple(rows))
+
+
+def _dense_text(metric: Metric, sweep: Sweep) -> str:
+    return metric.text(sweep.dense) if metric.dense is None else metric.shown(metric.dense)

@@ -1,0 +1,132 @@
+"""The HTML report: one file that needs nothing besides itself."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from shape_moe.errors import UsageError
+from shape_moe.reporting import provenance, summary
+from shape_moe.reporting.material import Material
+from shape_moe.reporting.sections import sections
+from shape_moe.reporting.theme import DARK, LIGHT, css_variables
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def plotly_script() -> str:
+    """The plotting library's JavaScript.
+
+    Raises:
+        UsageError: when plotly is not installed.
+    """
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise UsageError(
+            "The report draws with plotly, which is not installed: pip install 'shape-moe[report]'."
+        ) from error
+    return str(get_plotlyjs())
+
+
+def render_report(material: Material) -> tuple[str, list[str]]:
+    """Write the page.
+
+    Args:
+        material: what there is to show. Names in it are escaped wherever they appear.
+
+    Returns:
+        The page, and the names of its sections in their order.
+
+    Raises:
+        UsageError: when plotly is not installed.
+    """
+    plotly = plotly_script()
+    found, missing = sections(material)
+    specs = [figure.document() for section in found for figure in section.figures]
+    script, theme_script = _template("report.js"), _template("report_theme.js")
+    page = (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            policy=_policy(plotly, script, theme_script),
+            style=Markup(_style()),  # noqa: S704 -- the package's own file
+            theme_script=Markup(theme_script),  # noqa: S704 -- the package's own file
+            script=Markup(script),  # noqa: S704 -- the package's own file
+            plotly=Markup(plotly),  # noqa: S704 -- the library's file
+            data=Markup(embedded_json(specs)),  # noqa: S704 -- cannot end its element, see there
+            headline=summary.headline(material),
+            subline=summary.subline(material),
+            tiles=summary.tiles(material),
+            warnings=summary.warnings(material),
+            meaning=summary.meaning(material),
+            sections=found,
+            missing=missing,
+            facts=provenance.facts(material),
+            commands=provenance.commands(material),
+            version=version("shape-moe"),
+        )
+    )
+    return page, [*(section.name for section in found), "provenance"]
+
+
+def embedded_json(content: Any) -> str:
+    """JSON for the inside of a script element, which nothing in it can end; numbers that JSON lacks become null."""
+    text = json.dumps(_finite(content), separators=(",", ":"), allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return content
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("shape_moe.reporting"),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+@cache
+def _template(name: str) -> str:
+    return (_TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def _style() -> str:
+    """Styles with the palettes: the light one, and the dark one where the reader or the reader's system wants it."""
+    light, dark = css_variables(LIGHT), css_variables(DARK)
+    return "\n".join(
+        [
+            f":root {{ color-scheme: light; {light} }}",
+            "@media screen and (prefers-color-scheme: dark) {",
+            f":root:not([data-theme=light], .printing) {{ color-scheme: dark; {dark} }}",
+            "}",
+            f"@media screen {{ :root[data-theme=dark]:not(.printing) {{ color-scheme: dark; {dark} }} }}",
+            _template("report.css"),
+        ]
+    )
+
+
+def _policy(*scripts: str) -> str:
+    """A content security policy: these very scripts, inline styles, and nothing from anywhere."""
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
+    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'"

@@ -1,0 +1,94 @@
+"""What a report is made of; the job gathers it, the pages show what there is."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from functools import cached_property
+
+from shape_moe.reporting.results import Evaluation, Sweep
+from shape_moe.scoring.registry import ScoreOptions
+from shape_moe.scoring.scores import Scores
+from shape_moe.selection.selection import Selection
+from shape_moe.tracing.trace import SegmentWeights, Trace
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of weights before and after pruning, and where the numbers come from, in words."""
+
+    before: float
+    after: float
+    origin: str
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything that a report may show; at least one part is there.
+
+    Attributes:
+        source: what the report was asked for: a path.
+        selection: what is kept.
+        scores: what experts are worth.
+        trace: the calibration pass.
+        rivals: values by every scorer that the trace allows.
+        sizes: of the weights.
+        sweep: quality over keep rates.
+        evaluation: quality, memory and speed.
+        given_model: name of the original where the reader gave it.
+        remarks: what a reader should know about how these fit together.
+    """
+
+    source: str
+    selection: Selection | None = None
+    scores: Scores | None = None
+    trace: Trace | None = None
+    rivals: tuple[Scores, ...] = ()
+    sizes: Sizes | None = None
+    sweep: Sweep | None = None
+    evaluation: Evaluation | None = None
+    given_model: str | None = None
+    remarks: tuple[str, ...] = ()
+
+    @cached_property
+    def model(self) -> str | None:
+        """Name of the model as it was given, None where nothing names it."""
+        named = (
+            self.given_model,
+            self.selection.model if self.selection else None,
+            self.trace.info.model if self.trace else None,
+            self.sweep.model if self.sweep else None,
+            self.evaluation.model if self.evaluation else None,
+        )
+        return next((name for name in named if name), None)
+
+    @property
+    def model_word(self) -> str:
+        """The model as it is written in a command."""
+        return shlex.quote(self.model) if self.model else "MODEL"
+
+    @property
+    def model_name(self) -> str:
+        """The model's name for a heading: a hub id as it is, of a path its last part; the source's without one."""
+        name = (self.model or self.source).replace("\\", "/").rstrip("/")
+        is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or self.model is None
+        return name.rsplit("/", 1)[-1] if is_path else name
+
+    @property
+    def weights(self) -> SegmentWeights:
+        """How much prompt and response tokens counted."""
+        return scoring_of(self.selection).weights
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The decoder layers with experts."""
+        if self.scores is not None:
+            return self.scores.layers
+        return tuple(self.selection.layers) if self.selection is not None else ()
+
+
+def scoring_of(selection: Selection | None) -> ScoreOptions:
+    """The segment weights and the seed that a selection was scored with; the defaults where it does not say."""
+    options = selection.options if selection is not None else {}
+    weights = SegmentWeights(float(options.get("prompt", 1.0)), float(options.get("response", 1.0)))
+    return ScoreOptions(weights, int(options.get("seed", 0)))

@@ -1,0 +1,191 @@
+"""Where a report's numbers come from: model, data, versions, seeds, and the commands that make them again."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from shape_moe.reporting.figures.figure import percent
+from shape_moe.reporting.material import Material
+from shape_moe.selection.selection import Selection
+from shape_moe.tracing.trace import TraceInfo
+
+Facts = list[tuple[str, str]]
+_DEFAULT_MAX_NEW_TOKENS = 512
+
+
+def facts(material: Material) -> list[tuple[str, Facts]]:
+    """Groups of (name, value) pairs."""
+    groups: list[tuple[str, Facts]] = [("Model", _model(material))]
+    if material.trace is not None:
+        groups.append(("Calibration", _calibration(material.trace.info)))
+    if material.selection is not None:
+        groups.append(("Selection", _selection(material.selection)))
+    groups.append(("Versions", _versions(material)))
+    return [(title, [(name, value) for name, value in pairs if value]) for title, pairs in groups]
+
+
+def _model(material: Material) -> Facts:
+    info, selection = material.trace.info if material.trace else None, material.selection
+    known = info or selection
+    prints = [info.fingerprint if info else None, selection.fingerprint if selection else None]
+    layers = material.layers
+    experts = known.num_experts if known else material.scores.num_experts if material.scores else None
+    return [
+        ("Name", material.model or ""),
+        ("Revision", (info.revision if info else None) or ""),
+        ("Family", (known.family if known else None) or ""),
+        ("MoE layers", f"{len(layers)} ({_spans(layers)})" if layers else ""),
+        ("Experts per layer", str(experts) if experts else ""),
+        ("Experts per token", str(known.top_k) if known and known.top_k else ""),
+        ("Fingerprint", next((text for text in prints if text), "unknown")),
+    ]
+
+
+def _spans(layers: tuple[int, ...]) -> str:
+    """Layer indices as ranges."""
+    spans: list[list[int]] = []
+    for layer in layers:
+        if spans and layer == spans[-1][1] + 1:
+            spans[-1][1] = layer
+        else:
+            spans.append([layer, layer])
+    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in spans)
+
+
+def _calibration(info: TraceInfo) -> Facts:
+    tokens = " and ".join(f"{count:,.0f} {segment}" for segment, count in info.tokens.items())
+    return [
+        ("Data", ", ".join(str(source.get("data", "unknown")) for source in _sources(info))),
+        ("Examples", f"{info.examples:,}" if info.examples else ""),
+        ("Tokens", tokens),
+        ("Engine", f"{info.engine}, {info.dtype}"),
+        ("Seeds", ", ".join(str(source["seed"]) for source in _sources(info) if "seed" in source)),
+        ("Answers from", ", ".join(str(s["answers_from"]) for s in _sources(info) if s.get("answers_missing"))),
+        ("Content hash", ", ".join(str(s["content_hash"])[:19] for s in _sources(info) if s.get("content_hash"))),
+    ]
+
+
+def _selection(selection: Selection) -> Facts:
+    rules = {
+        name.replace("_", " "): value
+        for name, value in selection.constraints.items()
+        if value not in (None, [], {}, "", 1) and name != "budget_asked"
+    }
+    return [
+        ("Scorer", selection.scorer),
+        ("Rule", selection.rule),
+        ("Routing", selection.routing),
+        ("Keep rate", f"{percent(selection.keep, 2)} ({selection.keep_asked:g} asked)"),
+        ("Alpha", f"{selection.alpha:.6f}" if selection.alpha is not None else ""),
+        ("Constraints", ", ".join(f"{name} {_short(value)}" for name, value in rules.items())),
+        ("Weights and seed", ", ".join(f"{name} {value:g}" for name, value in selection.options.items())),
+    ]
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _versions(material: Material) -> Facts:
+    found: Facts = [("This report", f"shape-moe {version('shape-moe')}, plotly {version('plotly')}")]
+    made = {
+        "Trace": material.trace.info.versions if material.trace else {},
+        "Sweep": material.sweep.versions if material.sweep else {},
+        "Evaluation": material.evaluation.versions if material.evaluation else {},
+    }
+    return found + [(name, ", ".join(f"{k} {v}" for k, v in versions.items())) for name, versions in made.items()]
+
+
+def _sources(info: TraceInfo) -> list[Mapping[str, Any]]:
+    return list(info.source.get("merged", [info.source]))
+
+
+def commands(material: Material) -> list[str]:
+    """Shell commands that make the artifacts of this report again."""
+    found: list[str] = []
+    model = material.model_word
+    if material.trace is not None:
+        found += _trace_commands(material.trace.info, model)
+    if material.selection is not None:
+        source = "trace" if material.trace is not None else "values.csv"
+        select = _select_command(material.selection, source)
+        if select:
+            found += [select, f"shape-moe prune {model} --selection selection.json -o pruned"]
+    if material.sweep is not None and material.sweep.command:
+        found.append(material.sweep.command)
+    if material.evaluation is not None and material.evaluation.command:
+        found.append(material.evaluation.command)
+    return found
+
+
+def _trace_commands(info: TraceInfo, model: str) -> list[str]:
+    """Empty when the trace was not made by this package's tracer from a calibration set."""
+    sources = _sources(info)
+    if not all("content_hash" in source for source in sources):
+        return []
+    names = ["trace"] if len(sources) == 1 else [f"trace-{place}" for place in range(1, len(sources) + 1)]
+    made = [
+        f"shape-moe trace {model} {_data_options(source)}{_engine(info)} -o {name}"
+        for source, name in zip(sources, names, strict=True)
+    ]
+    if len(sources) > 1:
+        weights = "".join(f" --weight {source.get('weight', 1):g}" for source in sources)
+        made.append(f"shape-moe merge {' '.join(names)}{weights} -o trace")
+    return made
+
+
+def _engine(info: TraceInfo) -> str:
+    return "" if info.engine == "transformers" else f" --engine {shlex.quote(info.engine)}"
+
+
+def _data_options(source: Mapping[str, Any]) -> str:
+    options: list[tuple[str, Any]] = [("--data", source["data"])]
+    options += [(f"--{name}", source.get(name)) for name in ("split", "subset", "samples", "stratify")]
+    options += [("--seed", source.get("seed") or None), ("--max-length", source.get("max_length"))]
+    if source.get("split") == "train":
+        options.remove(("--split", "train"))
+    if source.get("max_new_tokens", _DEFAULT_MAX_NEW_TOKENS) != _DEFAULT_MAX_NEW_TOKENS:
+        options.append(("--max-new-tokens", source["max_new_tokens"]))
+    if source.get("answers_from", "none") not in ("none", "the model"):
+        options.append(("--responses-from", source["answers_from"]))
+    for name, value in (source.get("template_args") or {}).items():
+        options.append(("--template-arg", f"{name}={value if isinstance(value, str) else json.dumps(value)}"))
+    flags = "" if source.get("template", True) else " --no-template"
+    return " ".join(f"{name} {shlex.quote(str(value))}" for name, value in options if value is not None) + flags
+
+
+def _select_command(selection: Selection, source: str) -> str:
+    """Empty for a selection that the verb select does not make."""
+    rules = selection.constraints
+    if "budget_asked" not in rules:
+        return ""
+    options = [
+        ("--keep", f"{selection.keep_asked:g}"),
+        *(_scoring_options(selection) if source == "trace" else ()),
+        ("--rule", selection.rule),
+        ("--routing", selection.routing),
+        ("--target", _unless(rules.get("target"), "ragged")),
+        ("--tolerance", rules.get("tolerance")),
+        ("--skip-layers", ",".join(map(str, rules.get("skip_layers") or ()))),
+        *(("--protect", f"{layer}:{','.join(map(str, ids))}") for layer, ids in (rules.get("protect") or {}).items()),
+        ("--multiple-of", _unless(rules.get("multiple_of"), 1)),
+        ("--top-k", selection.top_k if source != "trace" and selection.routing == "reroute" else None),
+    ]
+    given = " ".join(f"{name} {shlex.quote(str(value))}" for name, value in options if value not in (None, ""))
+    rounded = " --allow-rounding" if selection.kept != rules["budget_asked"] else ""
+    return f"shape-moe select {source} {given}{rounded} -o selection.json"
+
+
+def _scoring_options(selection: Selection) -> Facts:
+    weights = {name: selection.options.get(name, 1.0) for name in ("prompt", "response")}
+    options = [(f"--{name}-weight", f"{weight:g}") for name, weight in weights.items() if weight != 1]
+    seed = selection.options.get("seed", 0)
+    return [("--scorer", selection.scorer), *options, *([("--seed", f"{seed:g}")] if seed else [])]
+
+
+def _unless(value: Any, default: Any) -> Any:
+    return None if value == default else value

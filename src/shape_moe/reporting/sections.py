@@ -1,0 +1,212 @@
+"""The report's sections: each one is there when its data are, and says otherwise what would add it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shape_moe.reporting.figures.agreement import agreement_figure
+from shape_moe.reporting.figures.coalitions import (
+    MOST_SHOWN,
+    co_activations,
+    lost_figure,
+    matrix_figure,
+    pairs_figure,
+)
+from shape_moe.reporting.figures.coverage import coverage_figure
+from shape_moe.reporting.figures.evaluation import (
+    faithfulness_figure,
+    footprint_figures,
+    quality_figure,
+    result_tables,
+)
+from shape_moe.reporting.figures.figure import Section, percent
+from shape_moe.reporting.figures.layers import kept_mass, layer_figure
+from shape_moe.reporting.figures.sweep import sweep_figure
+from shape_moe.reporting.figures.values import heat_map
+from shape_moe.reporting.material import Material
+from shape_moe.selection.agreement import kept_by_scorer
+from shape_moe.selection.selection import Selection
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A section that was left out.
+
+    Attributes:
+        title: its heading.
+        commands: what would add it.
+    """
+
+    title: str
+    commands: tuple[str, ...]
+
+
+def sections(material: Material) -> tuple[list[Section], list[Missing]]:
+    """Build what can be built.
+
+    Returns:
+        The sections in their order, and those that were left out.
+    """
+    found: list[Section] = []
+    missing: list[Missing] = []
+    for build in _BUILDERS:
+        built = build(material)
+        if isinstance(built, Section):
+            found.append(built)
+        else:
+            missing.append(built)
+    return found, missing
+
+
+def _trace_commands(material: Material) -> tuple[str, str]:
+    selection = " --selection SELECTION" if material.selection is not None else ""
+    trace = f"shape-moe trace {material.model_word} --data TASK.jsonl -o TRACE"
+    return trace, f"shape-moe report TRACE{selection}"
+
+
+def _report_command(material: Material, option: str) -> str:
+    return f"shape-moe report {shlex.quote(material.source)} {option}"
+
+
+def _values(material: Material) -> Section | Missing:
+    scores, selection = material.scores, material.selection
+    if scores is None and selection is None:
+        return Missing("Expert values", _trace_commands(material))
+    if scores is None:
+        lead = "Each row is a layer and each cell an expert; coloured experts are kept, grey ones are removed."
+        title = "Kept experts"
+    else:
+        by = "the table of values" if scores.scorer == "table" else f"the scorer {scores.scorer}"
+        title = "Expert values"
+        lead = f"Each row is a layer and each cell an expert: the stronger its colour, the more {by} finds it worth"
+        lead += "; kept experts are coloured, removed ones grey." if selection else "."
+        lead += " Choose a row to see that layer below."
+    return Section("values", title, lead, (heat_map(scores, selection),))
+
+
+def _layers(material: Material) -> Section | Missing:
+    selection = material.selection
+    if selection is None:
+        select = f"shape-moe select {shlex.quote(material.source)} --keep 0.8 -o selection.json"
+        return Missing("What every layer keeps", (select, _report_command(material, "--selection selection.json")))
+    lead = (
+        "Bars show how many experts every layer keeps, diamonds above them how much of the layer's value these hold: a "
+        "low bar with a high diamond is a layer that needs few experts."
+    )
+    return Section("layers", "Layers", lead, (layer_figure(selection, kept_mass(selection, material.scores)),))
+
+
+def _coverage(material: Material) -> Section | Missing:
+    if material.scores is None:
+        return Missing("Coverage curves", _trace_commands(material))
+    lead = (
+        "The curve climbs as experts are added from the most valuable one on: the steeper it rises, the fewer experts "
+        "carry the chosen layer; thin lines are the other layers."
+    )
+    notes = (_about_alpha(material.selection),) if material.selection is not None else ()
+    selection = material.selection
+    return Section("coverage", "Coverage", lead, (coverage_figure(material.scores, selection),), notes=notes)
+
+
+def _about_alpha(selection: Selection) -> str:
+    alpha = selection.alpha
+    if alpha is None:
+        return "This selection was not made by one alpha for all layers, so there is no common line."
+    if alpha > 1:
+        return "Every expert of value is kept, and some without: no share of value describes the selection."
+    return (
+        f"One alpha for all layers, {percent(alpha, 2)}: every layer keeps its best experts until their value reaches "
+        "the dashed line."
+    )
+
+
+def _coalitions(material: Material) -> Section | Missing:
+    trace, selection = material.trace, material.selection
+    if trace is None:
+        return Missing("Coalitions", _trace_commands(material))
+    matrices = co_activations(trace, material.weights)
+    figures = [matrix_figure(matrices, selection), pairs_figure(matrices, selection)]
+    if selection is not None:
+        figures.insert(0, lost_figure(trace, selection, material.weights))
+    lead = (
+        "A token is served by a coalition of experts; the matrix shows which experts of the chosen layer meet more "
+        "often (warm) or less often (cool) than their traffic alone suggests, and the bars name the closest pairs."
+    )
+    notes = [
+        "In the matrix, experts that often meet stand side by side. Pairs are in the order of how clearly they exceed "
+        "what their traffic suggests."
+    ]
+    if selection is not None:
+        notes.insert(0, "In the matrix, kept experts come first, and lines part them from removed ones.")
+    if trace.info.num_experts > MOST_SHOWN:
+        notes.append(f"The matrix shows the {MOST_SHOWN} experts with most tokens; bars and tables count all.")
+    return Section("coalitions", "Coalitions", lead, tuple(figures), notes=tuple(notes))
+
+
+def _agreement(material: Material) -> Section | Missing:
+    if len(material.rivals) < 2:
+        return Missing("Agreement between scorers", _trace_commands(material))
+    selection = material.selection
+    masks = {}
+    if selection is not None and material.trace is not None:
+        masks = kept_by_scorer(material.rivals, selection, material.trace.info.routing)
+    how = f"{selection.kept:,} experts by the rule {selection.rule}" if selection is not None else ""
+    lead = (
+        "Each cell compares two ways to value experts on the same trace: 1 means that they agree; random values "
+        "show what agreement by chance looks like."
+    )
+    return Section(
+        "agreement", "Agreement between scorers", lead, (agreement_figure(list(material.rivals), masks, how),)
+    )
+
+
+def _sweep(material: Material) -> Section | Missing:
+    sweep = material.sweep
+    if sweep is None or not sweep.points:
+        command = f"shape-moe sweep {material.model_word} --trace TRACE -o SWEEP"
+        return Missing("Quality against size", (command, _report_command(material, "--sweep SWEEP")))
+    lead = "Each point is the model with one selection: left is smaller, and the ringed point is the operating point."
+    notes = tuple(text for text in (sweep.reason, sweep.split) if text)
+    return Section("sweep", "Quality against size", lead, (sweep_figure(sweep, material.selection),), notes=notes)
+
+
+def _evaluate_commands(material: Material) -> tuple[str, str]:
+    evaluate = f"shape-moe evaluate {material.model_word} PRUNED --data HELD_OUT.jsonl -o evaluation.json"
+    return evaluate, _report_command(material, "--evaluation evaluation.json")
+
+
+def _quality(material: Material) -> Section | Missing:
+    evaluation = material.evaluation
+    figure = quality_figure(evaluation) if evaluation is not None else None
+    if evaluation is None or figure is None:
+        return Missing("Quality beside the dense model", _evaluate_commands(material))
+    figures = [figure, *(faithfulness_figure(check, i) for i, check in enumerate(evaluation.faithfulness, start=1))]
+    lead = "Each row is a model, measured on the same examples: where two intervals lie apart, the models differ."
+    notes = (f"Measured on {evaluation.data}.",) if evaluation.data else ()
+    return Section("quality", "Quality", lead, tuple(figures), result_tables(evaluation), notes)
+
+
+def _footprint(material: Material) -> Section | Missing:
+    evaluation = material.evaluation
+    if evaluation is None or not any(model.footprint for model in evaluation.models):
+        return Missing("Memory and speed", _evaluate_commands(material))
+    devices = list(dict.fromkeys(model.device for model in evaluation.models if model.device))
+    lead = (
+        "Bars compare what the models take and how fast they are on the same machine; the grey bar is the dense model."
+    )
+    notes = (f"Measured on {', '.join(devices)}.",) if devices else ()
+    return Section("footprint", "Memory and speed", lead, footprint_figures(evaluation), notes=notes)
+
+
+_BUILDERS: tuple[Callable[[Material], Section | Missing], ...] = (
+    _values,
+    _layers,
+    _coverage,
+    _coalitions,
+    _agreement,
+    _sweep,
+    _quality,
+    _footprint,
+)

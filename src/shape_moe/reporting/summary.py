@@ -1,0 +1,250 @@
+"""The top of the report: what was kept in numbers, what that means in plain words, and what to beware of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+
+import numpy as np
+
+from shape_moe.reporting.figures.co_activation import experts_lost
+from shape_moe.reporting.figures.figure import number, percent
+from shape_moe.reporting.figures.layers import kept_mass
+from shape_moe.reporting.figures.metrics import METRICS, known_metrics
+from shape_moe.reporting.figures.sweep import chosen_point
+from shape_moe.reporting.material import Material, Sizes
+from shape_moe.reporting.results import EvaluatedModel, Measured
+from shape_moe.selection.selection import Selection
+from shape_moe.units import readable_size
+
+_SPACE = "\N{NO-BREAK SPACE}"
+_FIRM, _FAIR = 0.95, 0.9
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One number of the summary.
+
+    Attributes:
+        label: what it is.
+        value: the number.
+        detail: what belongs to it.
+        share: a share to draw as a bar, None for none.
+    """
+
+    label: str
+    value: str
+    detail: str
+    share: float | None = None
+
+
+def headline(material: Material) -> str:
+    """The page's heading."""
+    if material.selection is not None:
+        return f"{material.model_name} with {percent(material.selection.keep)} of its experts"
+    if material.sweep is not None:
+        return f"{material.model_name}: quality at every size"
+    return f"{material.model_name}: what its experts are worth"
+
+
+def subline(material: Material) -> str:
+    """The sentence below the heading."""
+    selection = material.selection
+    if selection is None:
+        if material.sweep is not None:
+            return material.sweep.reason
+        return "Nothing is selected yet: this report shows what the experts are worth."
+    text = f"Keeps {selection.kept:,} of {selection.total:,} experts"
+    if material.sizes is not None:
+        text += f", size {_shrunk(material.sizes)}"
+    return f"{text}. Chosen by {selection.scorer}, rule {selection.rule}, routing {selection.routing}."
+
+
+def tiles(material: Material) -> list[Tile]:
+    """The numbers of the summary, most important first."""
+    found = []
+    selection, sizes = material.selection, material.sizes
+    if selection is not None:
+        found.append(
+            Tile(
+                "Experts kept",
+                f"{selection.kept:,} of {selection.total:,}",
+                f"{percent(selection.keep)}; {percent(selection.keep_asked)} were asked for",
+                selection.keep,
+            )
+        )
+    if sizes is not None:
+        share = sizes.after / sizes.before
+        found.append(Tile("Weights", _shrunk(sizes), f"{percent(share)} of the original ({sizes.origin})", share))
+    if selection is not None:
+        mass = kept_mass(selection, material.scores)
+        if np.isfinite(mass).any():
+            low = percent(float(np.nanmin(mass)), 1)
+            found.append(
+                Tile(
+                    "Value kept",
+                    percent(float(np.nanmean(mass))),
+                    f"mean over layers; {low} in the lowest",
+                    float(np.nanmean(mass)),
+                )
+            )
+    found += _quality_tiles(material)
+    if selection is not None and selection.stability is not None:
+        agreement, undecided = selection.stability["agreement"], selection.stability["undecided"]
+        found.append(
+            Tile(
+                "Halves agree",
+                percent(agreement),
+                f"{undecided:,.0f} places differ between halves of the data",
+                agreement,
+            )
+        )
+    if selection is None and material.trace is not None:
+        info = material.trace.info
+        tokens = sum(info.tokens.values())
+        found.append(Tile("Traced", f"{tokens:,.0f} tokens", f"{info.examples:,} examples"))
+    if selection is None and material.scores is not None:
+        layers, experts = material.scores.values.shape
+        found.append(Tile("Experts", f"{layers * experts:,}", f"{layers} layers of {experts}"))
+    return found
+
+
+def _shrunk(sizes: Sizes) -> str:
+    """Both sizes, with the unit once where it is the same."""
+    (before, unit), (after, unit_after) = (readable_size(size).split(" ") for size in (sizes.before, sizes.after))
+    return f"{before}{f'{_SPACE}{unit}' * (unit != unit_after)}{_SPACE}→ {after}{_SPACE}{unit_after}"
+
+
+def _quality_tiles(material: Material) -> list[Tile]:
+    measured = measured_quality(material)
+    if measured is None:
+        return []
+    result = measured[0]
+    metric = next(iter(known_metrics([result])), METRICS[0])
+    estimate = metric.of(result)
+    if estimate is None:
+        return []
+    detail = f"{metric.better} is better"
+    if isfinite(estimate.low) and isfinite(estimate.high):
+        detail = f"95 % interval {number(estimate.low)} to {number(estimate.high)}; {detail}"
+    return [Tile(metric.title, metric.shown(estimate.value), detail)]
+
+
+def measured_quality(material: Material) -> tuple[Measured, str] | None:
+    """The selection's quality, and on what it was measured: from the sweep, else from the evaluation."""
+    if material.sweep is not None:
+        point = chosen_point(material.sweep, material.selection)
+        if point is not None:
+            return point.measured, material.sweep.split
+    if material.evaluation is not None and material.selection is not None:
+        for model in material.evaluation.models:
+            if _is_selected(model, material.selection) and "task" in model.sets:
+                return model.sets["task"], f"Measured on {material.evaluation.data}."
+    return None
+
+
+def _is_selected(model: EvaluatedModel, selection: Selection) -> bool:
+    chosen = model.selection
+    same = [chosen.get(key) == getattr(selection, key) for key in ("scorer", "rule", "routing")]
+    return bool(chosen) and all(same) and abs(float(chosen.get("keep") or 0) - selection.keep) < 0.5 / selection.total
+
+
+def meaning(material: Material) -> list[str]:
+    """What the selection means, one paragraph per thought."""
+    selection = material.selection
+    if selection is None:
+        return []
+    texts = [_what_goes(selection, material), _routing(selection)]
+    texts += [_value(selection, material), _stability(selection), _quality(material)]
+    return [text for text in texts if text]
+
+
+def _what_goes(selection: Selection, material: Material) -> str:
+    counts = sorted(len(ids) for ids in selection.layers.values())
+    gone = selection.total - selection.kept
+    where = f"{counts[0]}" if counts[0] == counts[-1] else f"between {counts[0]} and {counts[-1]}"
+    text = (
+        f"{gone:,} experts leave the model for good; every layer keeps {where} of its {selection.num_experts}. "
+        "Attention, embeddings and shared experts stay as they are."
+    )
+    if material.sizes is not None:
+        saved = material.sizes.before - material.sizes.after
+        text += f" That frees {readable_size(saved)}, {percent(saved / material.sizes.before)} of the weights."
+    return text
+
+
+def _routing(selection: Selection) -> str:
+    if selection.routing == "reroute":
+        return "The router forgets removed experts too: a token still gets its full number, the best of those kept."
+    return (
+        "The router stays as it is: where it picks a removed expert, that expert adds nothing and no other takes its "
+        "place, so the model also computes less."
+    )
+
+
+def _value(selection: Selection, material: Material) -> str:
+    mass = kept_mass(selection, material.scores)
+    text = ""
+    if np.isfinite(mass).any():
+        worst, typical = list(selection.layers)[int(np.nanargmin(mass))], percent(float(np.nanmean(mass)))
+        low = percent(float(np.nanmin(mass)))
+        where = (
+            "in every layer"
+            if low == typical
+            else f"in the mean over layers, and {low} in layer {worst}, which loses most"
+        )
+        text = f"The kept experts hold {typical} of the value {where}."
+    if material.trace is not None:
+        mask = dict(zip(selection.layers, selection.mask(), strict=True))
+        tables = material.trace.coalitions
+        lost = np.stack([experts_lost(tables[layer], mask[layer], material.weights) for layer in selection.layers])
+        mean = float((lost @ np.arange(lost.shape[1])).mean())
+        text += (
+            f" In calibration, a token at a layer kept all of its {lost.shape[1] - 1} experts in "
+            f"{percent(float(lost[:, 0].mean()))} of cases and lost {mean:.2f} of them on average."
+        )
+    return text.strip()
+
+
+def _stability(selection: Selection) -> str:
+    if selection.stability is None:
+        return ""
+    agreement = selection.stability["agreement"]
+    verdict = "little" if agreement >= _FIRM else "somewhat" if agreement >= _FAIR else "a lot"
+    return (
+        f"Each half of the calibration data alone would choose {percent(agreement)} of the same experts: other "
+        f"examples of the same kind would change the selection {verdict}."
+    )
+
+
+def _quality(material: Material) -> str:
+    measured = measured_quality(material)
+    if measured is None:
+        return (
+            "Nothing here says how good the pruned model is. What the calibration examples do not show may be gone: "
+            "judge it by examples that were not used for calibration, with shape-moe evaluate."
+        )
+    result, where = measured
+    told = "; ".join(f"{metric.title.lower()} {metric.text(result)}" for metric in known_metrics([result])[:3])
+    return f"Measured quality, with 95 % intervals: {told.replace('kl to', 'KL to')}. {where}"
+
+
+def warnings(material: Material) -> list[str]:
+    """What a reader must not miss."""
+    found = list(material.selection.warnings) if material.selection is not None else []
+    found += material.remarks
+    if material.evaluation is not None:
+        found += material.evaluation.warnings
+    sweep = material.sweep
+    if sweep is None:
+        return found
+    point = chosen_point(sweep, material.selection)
+    if sweep.recommended is None:
+        found.append(f"The sweep recommends no selection. {sweep.reason}".strip())
+    if point is not None and point.meets_limit is False:
+        found.append("The selection does not meet the limit on quality that the sweep was given.")
+    if point is not None and point.healthy is False:
+        found.append("The selection's generated answers loop, or do not end, more often than the dense model's.")
+    if point is not None and point.fits is False:
+        found.append("The selection does not fit the device that the sweep was given.")
+    return found

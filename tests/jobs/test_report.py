@@ -1,0 +1,203 @@
+"""The job: every kind of source, what does not belong together, and a file that is whole or not there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import shape_moe
+from shape_moe.architectures.fingerprint import fingerprint
+from shape_moe.architectures.snapshot import open_snapshot
+from shape_moe.errors import DataError, FingerprintError, ShapeMoeError, UsageError
+from shape_moe.jobs.options import PruneOptions
+from shape_moe.jobs.report import original_bytes
+from shape_moe.scoring.scores import score_trace
+from shape_moe.selection.select import SelectOptions, select_from_trace
+from shape_moe.selection.selection import Selection
+from support.data import routing_trace, synthetic_trace
+from support.results import write_evaluation, write_sweep
+from support.selections import random_selection
+from support.tiny_models import FAMILIES
+
+QUICKLY = PruneOptions(check_logits=False, device="cpu")
+
+
+@pytest.fixture
+def traced(tmp_path) -> Path:
+    trace = routing_trace()
+    (tmp_path / "trace").mkdir()
+    trace.save(tmp_path / "trace")
+    select_from_trace(trace, SelectOptions(keep=0.5)).save(tmp_path / "selection.json")
+    score_trace(trace).table().write_csv(tmp_path / "values.csv")
+    return tmp_path
+
+
+def words(file: Path) -> str:
+    """The page without the plotting library."""
+    text = file.read_text(encoding="utf-8")
+    return text[: text.index("plotly.js v")].replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_a_trace_with_and_without_a_selection(traced) -> None:
+    result = shape_moe.report(traced / "trace", traced / "r.html")
+    assert result.path == traced / "r.html"
+    assert result.size == result.path.stat().st_size
+    assert result.sections == ("values", "coverage", "coalitions", "agreement", "provenance")
+    assert "Nothing is selected yet" in words(result.path)
+    with_selection = shape_moe.report(traced / "trace", traced / "s.html", selection=traced / "selection.json")
+    assert with_selection.sections == ("values", "layers", "coverage", "coalitions", "agreement", "provenance")
+    assert "Keeps 32 of 64 experts" in words(with_selection.path)
+
+
+def test_a_table_of_values(traced) -> None:
+    result = shape_moe.report(traced / "values.csv", traced / "r.html", selection=traced / "selection.json")
+    assert result.sections == ("values", "layers", "coverage", "provenance")
+    assert "the table of values" in words(result.path)
+
+
+def test_a_sweep_folder_brings_trace_selection_and_sizes(traced) -> None:
+    print_of = routing_trace().info.fingerprint
+    points = {"total": 64, "keeps": (0.8, 0.5), "dense_bytes": 8 * 2**30, "fingerprint": print_of}
+    write_sweep(traced, **points)
+    (traced / "selection.json").rename(traced / "recommended.json")
+    write_evaluation(traced / "e")
+    result = shape_moe.report(traced, traced / "r.html", evaluation=traced / "e")
+    assert result.sections == (
+        *("values", "layers", "coverage", "coalitions", "agreement", "sweep", "quality", "footprint", "provenance"),
+    )
+    assert "size 8.00 → 4.24 GiB" in words(result.path)
+    with pytest.raises(UsageError, match="is a sweep already: leave --sweep out"):
+        shape_moe.report(traced, traced / "x.html", sweep=traced)
+    alone = traced / "alone"
+    alone.mkdir()
+    shutil.copy(traced / "sweep.json", alone)
+    assert shape_moe.report(alone, traced / "a.html").sections == ("sweep", "provenance")
+    beside = shape_moe.report(traced / "values.csv", traced / "b.html", sweep=traced / "sweep.json")
+    assert beside.sections == ("values", "coverage", "sweep", "provenance")
+
+
+@pytest.mark.parametrize("routing", ["drop", "reroute"])
+def test_sizes_are_counted_back(checkpoint, tmp_path, family, routing) -> None:
+    """What a checkpoint was pruned from is known from its tensors, for every family."""
+    snapshot = open_snapshot(checkpoint(family))
+    selection = random_selection(snapshot, routing, "ragged")
+    shape_moe.prune(snapshot.path, tmp_path / "out", QUICKLY, selection=selection)
+    assert original_bytes(tmp_path / "out", selection) == snapshot.total_bytes
+    if family == FAMILIES[0]:
+        result = shape_moe.report(tmp_path / "out", tmp_path / "r.html")
+        assert result.sections == ("values", "layers", "provenance")
+        assert "counted back from this checkpoint" in words(result.path)
+
+
+def test_sizes_from_the_model(checkpoint, tmp_path) -> None:
+    snapshot = open_snapshot(checkpoint("olmoe"))
+    selection = replace(random_selection(snapshot, "drop", "ragged"), fingerprint=fingerprint(snapshot))
+    shape_moe.prune(snapshot.path, tmp_path / "out", QUICKLY, selection=selection)
+    shape_moe.report(tmp_path / "out", tmp_path / "r.html", model=snapshot.path)
+    assert "of the original (measured)" in words(tmp_path / "r.html")
+    with pytest.raises(UsageError, match="experts per layer; the model has"):
+        shape_moe.report(tmp_path / "out", tmp_path / "s.html", model=checkpoint("mixtral"))
+    with pytest.raises(UsageError, match="holds its selection: leave --selection out"):
+        shape_moe.report(tmp_path / "out", tmp_path / "s.html", selection=selection)
+
+
+def test_scorers_that_are_not_here_are_named(traced) -> None:
+    selection = shape_moe.load_selection(traced / "selection.json")
+    shape_moe.report(traced / "trace", traced / "r.html", selection=replace(selection, scorer="theirs"))
+    text = words(traced / "r.html")
+    assert "made by &#39;theirs&#39;, which is no scorer of this installation" in text
+    assert text.index('class="warnings"') < text.index("theirs&#39;, which")
+
+
+def test_values_are_weighted_as_the_selection_was(traced) -> None:
+    trace = synthetic_trace()
+    (traced / "t").mkdir()
+    trace.save(traced / "t")
+    from shape_moe.scoring.registry import ScoreOptions
+    from shape_moe.tracing.trace import SegmentWeights
+
+    scoring = ScoreOptions(SegmentWeights(0.25, 2.0), seed=7)
+    selection = select_from_trace(trace, SelectOptions(keep=0.5), scorer="random", scoring=scoring)
+    shape_moe.report(traced / "t", traced / "r.html", selection=selection)
+    mass = sum(selection.mass_kept.values()) / 3
+    assert f"{100 * mass:.1f} %" in words(traced / "r.html")
+
+
+def test_top_1_models_are_valued_by_frequency(tmp_path) -> None:
+    trace = routing_trace(top_k=1)
+    (tmp_path / "t").mkdir()
+    trace.save(tmp_path / "t")
+    result = shape_moe.report(tmp_path / "t", tmp_path / "r.html")
+    assert "the scorer frequency" in words(result.path)
+    assert "agreement" in result.sections
+
+
+def test_what_does_not_belong_together_is_refused(traced) -> None:
+    selection = shape_moe.load_selection(traced / "selection.json")
+    other = replace(selection, fingerprint="sha256:" + "c" * 64)
+    with pytest.raises(FingerprintError, match="was made from another model"):
+        shape_moe.report(traced / "trace", traced / "r.html", selection=other)
+    write_sweep(traced / "sweep", fingerprint="sha256:" + "d" * 64)
+    with pytest.raises(FingerprintError, match="The sweep was made from another model"):
+        shape_moe.report(traced / "trace", traced / "r.html", sweep=traced / "sweep")
+    write_evaluation(traced / "evaluation", fingerprint="sha256:" + "e" * 64)
+    with pytest.raises(FingerprintError, match="The evaluation was made from another model"):
+        shape_moe.report(traced / "trace", traced / "r.html", evaluation=traced / "evaluation")
+    narrow = Selection(None, None, None, "shape", "coverage", "drop", 8, 4, {0: [1]}, 0.5)
+    with pytest.raises(UsageError, match="1 layers of 8 experts, but .* 4 layers of 16"):
+        shape_moe.report(traced / "trace", traced / "r.html", selection=narrow)
+    assert not (traced / "r.html").exists()
+
+
+def test_sources_that_are_none(traced, tmp_path) -> None:
+    for source, message in (
+        (tmp_path / "nowhere", "There is no folder or file"),
+        (tmp_path / "none.csv", "There is no file"),
+        (tmp_path, "is neither a pruned checkpoint"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            shape_moe.report(source, tmp_path / "r.html")
+    (tmp_path / "bad.json").write_text(json.dumps({"format_version": 1, "verb": "sweep"}))
+    with pytest.raises(DataError, match="is missing"):
+        shape_moe.report(traced / "trace", tmp_path / "r.html", sweep=tmp_path / "bad.json")
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_an_existing_file_is_replaced_only_by_force(traced, monkeypatch) -> None:
+    file = traced / "r.html"
+    file.write_text("mine")
+    with pytest.raises(UsageError, match=r"exists.*--force"):
+        shape_moe.report(traced / "values.csv", file)
+    with pytest.raises(UsageError, match="is a folder"):
+        shape_moe.report(traced / "values.csv", traced)
+    from shape_moe.jobs import report as job
+
+    def broken(*_args: object) -> None:
+        raise ShapeMoeError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "render_report", broken)
+        with pytest.raises(ShapeMoeError, match="broken"):
+            shape_moe.report(traced / "values.csv", file, force=True)
+    assert file.read_text() == "mine"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", broken)
+        with pytest.raises(ShapeMoeError, match="broken"):
+            shape_moe.report(traced / "values.csv", file, force=True)
+    assert file.read_text() == "mine"
+    assert [p.name for p in traced.glob(".*")] == []
+    shape_moe.report(traced / "values.csv", file, force=True)
+    assert file.read_text(encoding="utf-8").lstrip().startswith("<!doctype html>")
+    assert [p.name for p in traced.glob(".*")] == []
+
+
+def test_without_plotly_there_is_one_sentence(traced, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(UsageError, match=r"pip install 'shape-moe\[report\]'"):
+        shape_moe.report(traced / "values.csv", traced / "r.html")
+    assert not (traced / "r.html").exists()

@@ -1,0 +1,338 @@
+"""The page: complete, escaped, self-contained, readable, and the same every time."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+
+from shape_moe.reporting.html import embedded_json, plotly_script, render_report
+from shape_moe.reporting.material import Material, Sizes
+from shape_moe.reporting.provenance import commands
+from shape_moe.reporting.results import read_evaluation, read_sweep
+from shape_moe.reporting.summary import meaning, measured_quality, tiles, warnings
+from shape_moe.reporting.theme import DARK, LIGHT, contrast
+from shape_moe.scoring.scores import score_trace
+from shape_moe.selection.select import SelectOptions, select_from_scores, select_from_trace
+from support.data import routing_trace, synthetic_trace
+from support.results import write_evaluation, write_sweep
+
+HOSTILE = "<script>window.hacked=1</script>\"'><img src=x onerror=window.hacked=1>&amp;%{x}</style>{{ 7*7 }}"
+PRINT = "\N{NO-BREAK SPACE}"
+
+
+def full_material(tmp_path, *, name: str = "org/model", keep: float = 0.6) -> Material:
+    """Everything at once."""
+    trace = synthetic_trace(layers=4, experts=16, top_k=3)
+    trace = replace(trace, info=replace(trace.info, model=name))
+    selection = select_from_trace(trace, SelectOptions(keep=keep))
+    points = {"total": 64, "methods": (("shape", "coverage"),), "keeps": (0.8, keep, 0.4), "model": name}
+    sweep = read_sweep(write_sweep(tmp_path, dense_bytes=10 * 2**20, fingerprint=trace.info.fingerprint, **points))
+    evaluation = read_evaluation(write_evaluation(tmp_path, model=name))
+    rivals = tuple(score_trace(trace, scorer) for scorer in ("shape", "reap", "contribution", "random"))
+    sizes = Sizes(10 * 2**20, 6.5 * 2**20, "measured")
+    return Material("traces/t", selection, rivals[0], trace, rivals, sizes, sweep, evaluation)
+
+
+class Page(HTMLParser):
+    """What a test wants to know about a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self._inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside not in ("script", "style"):
+            self.text.append(data)
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).replace(PRINT, " ").split())
+
+
+def page_of(material: Material) -> tuple[str, list[str], Page]:
+    text, names = render_report(material)
+    return text, names, Page(text)
+
+
+def test_everything_is_there(tmp_path) -> None:
+    text, names, page = page_of(full_material(tmp_path))
+    assert names == [
+        *("values", "layers", "coverage", "coalitions", "agreement", "sweep", "quality", "footprint", "provenance")
+    ]
+    assert "Keeps 38 of 64 experts, size 10.00 → 6.50 MiB." in page.words
+    assert "What this report could show besides" not in page.words
+    assert text.count(plotly_script()[:400]) == 1
+    assert page.of("html")[0]["lang"] == "en"
+    plots = [a for a in page.of("div") if a.get("role") == "img"]
+    assert len(plots) == 15
+    assert all(len(a["aria-label"] or "") > 20 for a in plots)
+
+
+def test_nothing_is_loaded_from_elsewhere(tmp_path) -> None:
+    text, _, page = page_of(full_material(tmp_path))
+    loaded = [a for _, a in page.tags if {"src", "href"} & set(a) and not str(a.get("href", "")).startswith("#")]
+    assert loaded == []
+    (policy,) = [a["content"] for a in page.of("meta") if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.startswith("default-src 'none';")
+    assert "unsafe-eval" not in policy
+    assert "script-src 'sha256-" in policy
+    own = text.replace(plotly_script(), "")
+    assert not re.search(r"https?://", own)
+
+
+def test_headings_ids_and_labels_are_in_order(tmp_path) -> None:
+    _, _, page = page_of(full_material(tmp_path))
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(b - a <= 1 for a, b in pairwise(levels))
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    targets = [a["href"][1:] for a in page.of("a")] + [a["for"] for a in page.of("label") if "for" in a]
+    targets += [a["aria-labelledby"] for _, a in page.tags if "aria-labelledby" in a]
+    assert set(targets) <= set(ids)
+    assert all(a["aria-label"] for a in page.of("button"))
+    assert all(a["id"] in targets for a in page.of("select"))
+    assert all(a.get("scope") for a in page.of("th"))
+
+
+def test_hostile_names_stay_text(tmp_path) -> None:
+    clean, _, _ = page_of(full_material(tmp_path))
+    material = full_material(tmp_path, name=HOSTILE)
+    points = tuple(replace(point, scorer=HOSTILE) for point in material.sweep.points)
+    models = tuple(
+        replace(model, name=HOSTILE + str(i), device=HOSTILE) for i, model in enumerate(material.evaluation.models)
+    )
+    selection = replace(
+        material.selection,
+        warnings=(HOSTILE,),
+        scorer=HOSTILE,
+        family=HOSTILE,
+        constraints={**material.selection.constraints, HOSTILE: HOSTILE},
+    )
+    material = replace(
+        material,
+        source=HOSTILE,
+        selection=selection,
+        sweep=replace(
+            material.sweep, points=points, reason=HOSTILE, split=HOSTILE, command=HOSTILE, versions={HOSTILE: HOSTILE}
+        ),
+        evaluation=replace(material.evaluation, models=models, data=HOSTILE),
+        rivals=tuple(replace(entry, scorer=f"{HOSTILE}{i}") for i, entry in enumerate(material.rivals)),
+    )
+    text, _, page = page_of(material)
+    assert [tag for tag, _ in page.tags].count("script") == clean.count("<script") - plotly_script().count("<script")
+    assert page.of("img") == []
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
+    assert HOSTILE in "".join(page.text)
+    own = text.replace(plotly_script(), "")
+    assert "<script>window" not in own
+    assert "<img" not in own
+    data = re.search(r'id="report-data">(.*?)</script>', own, re.DOTALL)[1]
+    assert not set(data) & set("<>&")
+    names = [trace.get("name", "") for spec in json.loads(data) for trace in spec["data"]]
+    assert not any("<script" in name for name in names)  # Plotly would interpret tags
+    assert any("&lt;script" in name for name in names)
+
+
+def test_the_same_material_gives_the_same_page(tmp_path) -> None:
+    assert render_report(full_material(tmp_path)) == render_report(full_material(tmp_path))
+
+
+def test_what_is_missing_says_what_would_add_it(tmp_path) -> None:
+    whole = full_material(tmp_path)
+    _, names, page = page_of(Material("values.csv", scores=replace(whole.scores, scorer="table")))
+    assert names == ["values", "coverage", "provenance"]
+    for command in (
+        "shape-moe select values.csv --keep 0.8 -o selection.json",
+        "shape-moe trace MODEL --data TASK.jsonl -o TRACE",
+        "shape-moe sweep MODEL --trace TRACE -o SWEEP",
+        "shape-moe report values.csv --sweep SWEEP",
+        "shape-moe evaluate MODEL PRUNED",
+    ):
+        assert command in page.words
+    _, names, page = page_of(Material("DIR", selection=whole.selection))
+    assert names == ["values", "layers", "provenance"]
+    assert "coloured experts are kept" in page.words
+    _, names, _ = page_of(Material("SWEEP", sweep=whole.sweep))
+    assert names == ["sweep", "provenance"]
+    _, names, _ = page_of(Material("TRACE", trace=whole.trace, scores=whole.scores, rivals=whole.rivals[:1]))
+    assert names == ["values", "coverage", "coalitions", "provenance"]
+    without = replace(whole.evaluation, models=tuple(replace(m, footprint={}) for m in whole.evaluation.models))
+    _, names, _ = page_of(Material("TRACE", selection=whole.selection, evaluation=without))
+    assert names == ["values", "layers", "quality", "provenance"]
+
+
+def test_summary_tells_sizes_value_quality_and_stability(tmp_path) -> None:
+    material = full_material(tmp_path)
+    found = {tile.label: tile for tile in tiles(material)}
+    assert found["Experts kept"].value == "38 of 64"
+    assert found["Experts kept"].share == 38 / 64
+    assert found["Weights"].value.replace(PRINT, " ") == "10.00 → 6.50 MiB"
+    assert found["Weights"].share == 0.65
+    assert found["Value kept"].share == pytest.approx(
+        sum(material.selection.mass_kept.values()) / len(material.selection.mass_kept)
+    )
+    assert found["KL to the dense model"].value == "0.133"
+    assert found["Halves agree"].share == material.selection.stability["agreement"]
+    told = " ".join(meaning(material)).replace(PRINT, " ")
+    assert "26 experts leave the model for good" in told
+    assert "That frees 3.50 MiB, 35.0 % of the weights." in told
+    assert "KL to the dense model 0.133 [0.107, 0.160]" in told
+    small = Material("s", material.selection, sizes=Sizes(2**31, 2**29, "measured"))
+    assert tiles(small)[1].value.replace(PRINT, " ") == "2.00 GiB → 512.00 MiB"
+
+
+def test_without_measurements_nobody_is_told_that_it_is_good(tmp_path) -> None:
+    whole = full_material(tmp_path)
+    material = replace(whole, sweep=None, evaluation=None)
+    assert measured_quality(material) is None
+    assert "Nothing here says how good the pruned model is" in meaning(material)[-1]
+    by_evaluation = replace(whole, sweep=None)
+    measured, where = measured_quality(by_evaluation)
+    models = whole.evaluation.models
+    assert measured == models[1].sets["task"]
+    assert where == "Measured on gsm8k-test.jsonl."
+    smaller = tuple(replace(m, selection={**m.selection, "keep": 0.5} if m.selection else {}) for m in models)
+    another = replace(by_evaluation, evaluation=replace(whole.evaluation, models=smaller))
+    assert measured_quality(another) is None
+
+
+def test_warnings_are_prominent(tmp_path) -> None:
+    material = full_material(tmp_path, keep=0.4)
+    material = replace(
+        material, selection=replace(material.selection, warnings=("Beware of this.",)), remarks=("And this.",)
+    )
+    found = warnings(material)
+    assert found[:2] == ["Beware of this.", "And this."]
+    assert any("does not meet the limit" in text for text in found)
+    nothing = replace(material.sweep, recommended=None, reason="None is within the limit.")
+    assert "The sweep recommends no selection. None is within the limit." in warnings(replace(material, sweep=nothing))
+    points = tuple(replace(p, healthy=False, fits=False, meets_limit=True) for p in material.sweep.points)
+    found = warnings(replace(material, sweep=replace(material.sweep, points=points)))
+    assert any("loop" in text for text in found)
+    assert any("does not fit" in text for text in found)
+    noted = replace(material, evaluation=replace(material.evaluation, warnings=("Few examples.",)))
+    assert "Few examples." in warnings(noted)
+    text, _, page = page_of(material)
+    assert text.index('class="warnings"') < text.index('class="meaning"')
+    assert "Beware of this." in page.words
+
+
+def test_commands_give_the_artifacts_again(tmp_path) -> None:
+    trace = synthetic_trace(layers=4, experts=16, top_k=3)
+    source = {
+        "data": "my data.jsonl",
+        "split": "train",
+        "samples": 25,
+        "seed": 3,
+        "content_hash": "sha256:1",
+        "template": False,
+        "max_new_tokens": 64,
+        "answers_from": "http://h/v1",
+        "template_args": {"thinking": False},
+        "max_length": 99,
+    }
+    trace = replace(trace, info=replace(trace.info, model="org/model", source=source))
+    options = SelectOptions(keep=0.55, multiple_of=4, allow_rounding=True, skip_layers=(1,), protect={2: (0, 5)})
+    selection = select_from_trace(trace, options, scorer="reap")
+    made = commands(Material("t", selection, score_trace(trace, "reap"), trace))
+    assert made == [
+        "shape-moe trace org/model --data 'my data.jsonl' --samples 25 --seed 3 --max-length 99 --max-new-tokens 64 "
+        "--responses-from http://h/v1 --template-arg thinking=false --no-template -o trace",
+        "shape-moe select trace --keep 0.55 --scorer reap --rule coverage --routing drop --skip-layers 1 "
+        "--protect 2:0,5 --multiple-of 4 --allow-rounding -o selection.json",
+        "shape-moe prune org/model --selection selection.json -o pruned",
+    ]
+    merged = replace(trace.info, source={"merged": [{"weight": 1.0, **source}, {"weight": 2.0, **source}]})
+    made = commands(Material("t", trace=replace(trace, info=merged)))
+    assert made[-1] == "shape-moe merge trace-1 trace-2 --weight 1 --weight 2 -o trace"
+    converted = replace(trace.info, source={"data": "responses.jsonl"})
+    assert commands(Material("t", trace=replace(trace, info=converted))) == []
+
+
+def test_the_selection_command_is_one_that_the_command_line_takes(tmp_path) -> None:
+    import shlex
+
+    from shape_moe.cli.main import run
+
+    trace = synthetic_trace(layers=4, experts=16, top_k=3)
+    (tmp_path / "trace").mkdir()
+    trace.save(tmp_path / "trace")
+    options = SelectOptions(keep=0.55, multiple_of=4, allow_rounding=True, skip_layers=(1,), protect={2: (0, 5)})
+    selection = select_from_trace(trace, options)
+    (select, _) = commands(Material("t", selection, score_trace(trace), trace))
+    words = shlex.split(select)[1:]
+    places = {"trace": str(tmp_path / "trace"), "selection.json": str(tmp_path / "selection.json")}
+    assert run([places.get(word, word) for word in words] + ["-q"]) == 0
+    from shape_moe.selection.selection import load_selection
+
+    assert load_selection(tmp_path / "selection.json").layers == selection.layers
+
+
+@pytest.mark.parametrize("palette", [LIGHT, DARK], ids=["light", "dark"])
+def test_colours_have_contrast(palette: dict[str, str]) -> None:
+    """WCAG AA: 4.5 for text, 3 for what carries meaning."""
+    for text, back in (
+        *(("text", back) for back in ("page", "surface", "inset", "accent-soft", "sequence-low", "sequence-high")),
+        *(("muted", back) for back in ("page", "surface", "inset")),
+        *(("accent", back) for back in ("page", "surface", "accent-soft")),
+        ("warn-text", "warn-back"),
+        ("mark", "surface"),
+    ):
+        assert contrast(palette[text], palette[back]) >= 4.5, (text, back)
+    for mark in ("kept", "mark", "accent", *(name for name in palette if name.startswith("series-"))):
+        assert contrast(palette[mark], palette["surface"]) >= 3, mark
+    assert contrast(palette["kept"], palette["dropped"]) >= 2
+    assert set(palette) == set(LIGHT)
+
+
+def test_contrast_is_that_of_the_standard() -> None:
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
+
+
+def test_json_cannot_leave_its_element() -> None:
+    text = embedded_json({"a": "</script><!--", "b": [float("nan"), float("inf"), 1.5], "c": ("&",)})
+    assert not set(text) & set("<>&")
+    assert json.loads(text) == {"a": "</script><!--", "b": [None, None, 1.5], "c": ["&"]}
+
+
+def test_large_models_stay_below_eight_megabytes() -> None:
+    """48 layers of 512 experts, top-10."""
+    trace = routing_trace(48, 512, 10, 1500)
+    selection = select_from_trace(trace, SelectOptions(keep=0.5), scorer="reap")
+    rivals = tuple(score_trace(trace, name) for name in ("reap", "frequency", "random"))
+    text, names = render_report(Material("t", selection, rivals[0], trace, rivals))
+    assert "coalitions" in names
+    assert len(text.encode()) < 8e6
+
+
+@pytest.mark.reference
+def test_published_selection(reference) -> None:
+    from shape_moe.scoring.scores import read_scores
+
+    scores = read_scores(reference / "gsm8k_shapley_values.csv")
+    selection = select_from_scores(scores, SelectOptions(keep=0.6))
+    text, names, page = page_of(Material("gsm8k_shapley_values.csv", selection, scores))
+    assert names == ["values", "layers", "coverage", "provenance"]
+    assert "Keeps 3,686 of 6,144 experts" in page.words
+    assert len(text.encode()) < 8e6
