@@ -1,4 +1,4 @@
-"""lm-evaluation-harness with its vLLM backend: a pruned checkpoint needs no extra flag."""
+"""lm-evaluation-harness through its vLLM backend: what is served scores as the mask does in Transformers."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shape_moe.demo.embedded import EVALUATION_SEED, exact_match
-from shape_moe.demo.tasks import examples
+from shape_moe.demo.embedded import exact_match
+from shape_moe.evaluation.harness import TaskResult, run_tasks
 from shape_moe.jobs.options import PruneOptions
 from shape_moe.jobs.prune import prune
 from shape_moe.pruning.masks import masked
 from support.engines import environment, needs_vllm
+from support.harness_tasks import COUNT, write_tasks
 from support.selections import seven_of_eight
 
 pytestmark = [
@@ -25,38 +27,34 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed"),
     pytest.mark.timeout(900),
 ]
-COUNT = 100
-TASK = """
-task: addition
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{prompt}}}}"
-doc_to_target: "{{{{response}}}}"
-generation_kwargs: {{until: ["\\n"], max_gen_toks: 64, do_sample: false}}
-metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
-"""
+RUN = Path(__file__).with_name("run_tasks.py")
 
 
-def test_scores_are_those_of_transformers(tmp_path, embedded) -> None:
-    selection = seven_of_eight()
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> list[str]:
+    folder = write_tasks(tmp_path_factory.mktemp("tasks"))
+    return [str(folder / "addition.yaml"), str(folder / "choice.yaml")]
+
+
+@pytest.fixture(scope="module")
+def expected(embedded, tasks) -> dict[str, TaskResult]:
+    """What the masked original scores in Transformers."""
     model = AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.float32).eval()
-    with masked(model, selection):
-        tokenizer = AutoTokenizer.from_pretrained(embedded)
-        expected = exact_match(model, tokenizer, ["addition"], count=COUNT)["addition"]
-    prune(embedded, tmp_path / "out", PruneOptions(device="cpu", check_logits=False), selection=selection)
-    rows = examples("addition", COUNT, seed=EVALUATION_SEED, held_out=True)
-    file = tmp_path / "addition.jsonl"
-    file.write_text("".join(json.dumps({**row, "response": row["response"].rstrip("\n")}) + "\n" for row in rows))
-    (tmp_path / "addition.yaml").write_text(TASK.format(file=file))
+    tokenizer = AutoTokenizer.from_pretrained(embedded)
+    with masked(model, seven_of_eight()):
+        found = run_tasks(model, tokenizer, tasks, batch_size=50)
+        share = exact_match(model, tokenizer, ["addition"], count=COUNT)["addition"]
+    assert found["embedded_addition"].metrics["exact_match"].value == pytest.approx(share)
+    assert 0 < share < 1
+    return found
+
+
+def run(folder: Path, path: Path, tasks: list[str], **options: Any) -> dict[str, Any]:
+    """The tasks in a process of their own; nothing but results may reach stdout."""
+    options["engine_args"] = {"dtype": "float32", "max_model_len": 256}
+    (folder / "job.json").write_text(json.dumps({"path": str(path), "tasks": tasks, "options": options}))
     done = subprocess.run(
-        [
-            Path(sys.executable).with_name("lm_eval"),
-            *("--model", "vllm", "--model_args", f"pretrained={tmp_path / 'out'},dtype=float32,max_model_len=256"),
-            *("--tasks", "addition", "--include_path", tmp_path, "--output_path", tmp_path / "results"),
-            *("--batch_size", "auto"),
-        ],
+        [sys.executable, RUN, folder / "job.json", folder / "result.json"],
         env=environment(HF_DATASETS_OFFLINE="1"),
         capture_output=True,
         text=True,
@@ -64,6 +62,24 @@ def test_scores_are_those_of_transformers(tmp_path, embedded) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    (results,) = (tmp_path / "results").rglob("results_*.json")
-    assert json.loads(results.read_text())["results"]["addition"]["exact_match,none"] == pytest.approx(expected)
-    assert 0 < expected < 1
+    assert done.stdout == ""
+    return json.loads((folder / "result.json").read_text())
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, TaskResult]) -> None:
+    """The same items, and the same score at each of them."""
+    assert set(found) == set(expected)
+    for task, result in expected.items():
+        assert tuple(found[task]["item_hashes"]) == result.item_hashes
+        assert {name: tuple(scores) for name, scores in found[task]["scores"].items()} == result.scores
+
+
+def test_a_pruned_checkpoint_scores_as_the_mask(tmp_path, embedded, tasks, expected) -> None:
+    prune(embedded, tmp_path / "out", PruneOptions(device="cpu", check_logits=False), selection=seven_of_eight())
+    assert_same(run(tmp_path, tmp_path / "out", tasks), expected)
+
+
+def test_the_original_with_a_selection_scores_as_the_mask(tmp_path, embedded, tasks, expected) -> None:
+    seven_of_eight().save(tmp_path / "selection.json")
+    found = run(tmp_path, embedded, tasks, selection=str(tmp_path / "selection.json"))
+    assert_same(found, expected)

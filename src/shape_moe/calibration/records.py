@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from shape_moe.calibration.presets import check_split, find_preset, preset_rows
 from shape_moe.errors import DataError, UsageError, first_line
 
 FIELDS = ("text", "prompt", "response", "messages")
@@ -54,8 +55,9 @@ class DataOptions:
     """Where records come from and which of them are used.
 
     Attributes:
-        source: a file, a folder written by ``datasets.save_to_disk`` or a dataset name on the hub.
-        split: split of a dataset.
+        source: a file, a folder written by ``datasets.save_to_disk``, a dataset name on the hub, or a preset
+            (``preset:NAME``, ``preset:NAME@PATH``; see :mod:`shape_moe.calibration.presets`).
+        split: split of a dataset; None becomes ``train``, or what the preset says.
         subset: configuration of a hub dataset.
         fields: our field name to the source's field name, where they differ.
         samples: how many records to use, None for all.
@@ -63,11 +65,12 @@ class DataOptions:
         seed: draws the samples when the source has more.
 
     Raises:
-        UsageError: for an unknown field name, and for fewer than one sample.
+        UsageError: for an unknown field name or preset, a split or subset that the preset does not have, and for fewer
+            than one sample.
     """
 
     source: str
-    split: str = "train"
+    split: str | None = None
     subset: str | None = None
     fields: Mapping[str, str] | None = None
     samples: int | None = None
@@ -80,6 +83,11 @@ class DataOptions:
             raise UsageError(f"--map names {unknown[0]!r}, which is not one of {', '.join(FIELDS)}.")
         if self.samples is not None and self.samples < 1:
             raise UsageError(f"samples must be at least 1, not {self.samples}.")
+        preset = find_preset(self.source)
+        if self.split is None:
+            object.__setattr__(self, "split", preset.default_split if preset else "train")
+        if preset:
+            check_split(preset, str(self.split), self.subset)
 
 
 def load_records(options: DataOptions) -> list[Record]:
@@ -186,14 +194,22 @@ def sample_records(records: list[Record], options: DataOptions) -> list[Record]:
 
 
 def _rows(options: DataOptions) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    path = Path(options.source)
+    if find_preset(options.source):
+        return preset_rows(options.source, str(options.split), _read)
+    return _read(options.source, options.subset, str(options.split))
+
+
+def _read(
+    source: str, subset: str | None, split: str, revision: str | None = None
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    path = Path(source)
     if path.is_file():
         readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
         reader = readers.get(path.suffix.lower())
         if reader is None:
             raise DataError(f"{path}: unknown file type; use .jsonl, .json, .csv or .parquet.")
         return reader(path)
-    return _dataset(options)
+    return _dataset(source, subset, split, revision)
 
 
 @contextmanager
@@ -275,8 +291,9 @@ def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield f"{path}, row {i + 1}", row
 
 
-def _dataset(options: DataOptions) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    source = options.source
+def _dataset(
+    source: str, subset: str | None, split: str, revision: str | None
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if source.startswith((".", "/", "~")) and not Path(source).is_dir():
         raise DataError(f"There is no file {source}.")
     import datasets
@@ -284,14 +301,14 @@ def _dataset(options: DataOptions) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         if Path(source).is_dir():
             data = datasets.load_from_disk(source)
-            data = data[options.split] if isinstance(data, datasets.DatasetDict) else data
+            data = data[split] if isinstance(data, datasets.DatasetDict) else data
         else:
-            data = datasets.load_dataset(source, options.subset, split=options.split)
+            data = datasets.load_dataset(source, subset, split=split, revision=revision)
     except KeyError as error:
-        raise DataError(f"{source} has no split {options.split!r}.") from error
+        raise DataError(f"{source} has no split {split!r}.") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"There is no file {source}, and no dataset of that name could be loaded: {first_line(error)}"
         ) from error
     for i, row in enumerate(data):
-        yield f"{source} ({options.split}), row {i + 1}", row
+        yield f"{source} ({split}), row {i + 1}", row

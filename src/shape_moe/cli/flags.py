@@ -124,7 +124,7 @@ class DataFlags:
         str | None,
         typer.Option(
             help="JSONL, JSON, CSV or Parquet file, or a dataset's name: records with text, prompt (+ response) or "
-            "messages.",
+            "messages. preset:NAME or preset:NAME@PATH: a known benchmark's calibration set.",
             rich_help_panel=DATA_PANEL,
         ),
     ] = None
@@ -134,7 +134,9 @@ class DataFlags:
     stratify: Annotated[
         str | None, typer.Option(help="Equal numbers of samples per value of this field.", rich_help_panel=DATA_PANEL)
     ] = None
-    split: Annotated[str, typer.Option(help="Split of a dataset.", rich_help_panel=DATA_PANEL)] = "train"
+    split: Annotated[
+        str | None, typer.Option(help="Split of a dataset: train, or the preset's.", rich_help_panel=DATA_PANEL)
+    ] = None
     subset: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.", rich_help_panel=DATA_PANEL)] = (
         None
     )
