@@ -12,7 +12,21 @@ from rich.console import Console
 from rich.text import Text
 
 import shape_moe
-from shape_moe.cli import convert, demo, evaluate, inspect, merge, prune, score, select, serve, sweep, trace, verify
+from shape_moe.cli import (
+    convert,
+    demo,
+    evaluate,
+    experiment,
+    inspect,
+    merge,
+    prune,
+    score,
+    select,
+    serve,
+    sweep,
+    trace,
+    verify,
+)
 from shape_moe.errors import ShapeMoeError
 
 _INTERRUPTED = 130  # what Typer makes of Ctrl-C
@@ -29,7 +43,8 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for _module in (inspect, trace, convert, merge, score, select, sweep, prune, serve, verify, evaluate, demo):
+_VERBS = (inspect, trace, convert, merge, score, select, sweep, prune, serve, verify, evaluate, experiment, demo)
+for _module in _VERBS:
     _module.add_to(app)
 
 

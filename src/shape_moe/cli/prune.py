@@ -124,7 +124,7 @@ def _choice(
     generation: GenerationFlags,
     held_out: str | None,
     samples: int | None,
-    split: str,
+    split: str | None,
     seed: int,
 ) -> ChoiceOptions:
     """How candidates are judged."""
