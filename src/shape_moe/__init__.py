@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from shape_moe.evaluation.sweep import Limit
     from shape_moe.jobs.convert import convert
     from shape_moe.jobs.evaluate import evaluate
+    from shape_moe.jobs.experiment import experiment
     from shape_moe.jobs.inspect import inspect_model
     from shape_moe.jobs.options import EvaluateOptions, PruneOptions, SelectionJob, TaskOptions, TraceOptions
     from shape_moe.jobs.prune import prune
@@ -57,6 +58,7 @@ __all__ = [
     "__version__",
     "convert",
     "evaluate",
+    "experiment",
     "inspect_model",
     "load_selection",
     "load_trace",
@@ -80,6 +82,7 @@ _HOMES = {
     "evaluation.sweep": ("Limit",),
     "jobs.convert": ("convert",),
     "jobs.evaluate": ("evaluate",),
+    "jobs.experiment": ("experiment",),
     "jobs.inspect": ("inspect_model",),
     "jobs.options": ("EvaluateOptions", "PruneOptions", "SelectionJob", "TaskOptions", "TraceOptions"),
     "jobs.prune": ("prune",),

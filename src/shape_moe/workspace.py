@@ -15,7 +15,7 @@ from typing import IO, Any
 from shape_moe.errors import ShapeMoeError, UsageError
 
 JOB_FILE = "job.json"
-RESULT_FILES = ("shape/manifest.json", "trace.json", "demo.json", "sweep.json")
+RESULT_FILES = ("shape/manifest.json", "trace.json", "demo.json", "sweep.json", "experiment.json")
 """What marks a folder as a result of this tool, which ``--force`` may replace."""
 
 

@@ -17,7 +17,7 @@ from shape_moe.demo.tasks import examples
 from support.cli import refused
 
 VERBS = ("inspect", "trace", "convert", "merge", "score", "select", "sweep", "prune", "serve", "verify", "evaluate")
-VERBS += ("report", "demo")
+VERBS += ("experiment", "report", "demo")
 
 
 @pytest.fixture(scope="module")

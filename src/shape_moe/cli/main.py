@@ -16,6 +16,7 @@ from shape_moe.cli import (
     convert,
     demo,
     evaluate,
+    experiment,
     inspect,
     merge,
     prune,
@@ -43,7 +44,23 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for _module in (inspect, trace, convert, merge, score, select, sweep, prune, serve, verify, evaluate, report, demo):
+_VERBS = (
+    inspect,
+    trace,
+    convert,
+    merge,
+    score,
+    select,
+    sweep,
+    prune,
+    serve,
+    verify,
+    evaluate,
+    experiment,
+    report,
+    demo,
+)
+for _module in _VERBS:
     _module.add_to(app)
 
 

@@ -1,12 +1,11 @@
-"""The embedded model: where it lies, what it is, and how well a model does the six tasks."""
+"""How well a model does the six tasks of the embedded model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import shape_moe
+from shape_moe.architectures.embedded import embedded_model_path
 from shape_moe.architectures.loading import input_device
 from shape_moe.calibration.batches import RESPONSE, make_batch
 from shape_moe.calibration.examples import Example
@@ -15,12 +14,9 @@ from shape_moe.demo.tasks import TASKS, examples
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+__all__ = ["EVALUATION_SEED", "embedded_model_path", "exact_match"]
+
 EVALUATION_SEED = 20_260_609
-
-
-def embedded_model_path() -> Path:
-    """Folder of the embedded model, an ordinary checkpoint."""
-    return Path(shape_moe.__file__).parent / "demo" / "model"
 
 
 def exact_match(

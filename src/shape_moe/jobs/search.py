@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +23,7 @@ from shape_moe.evaluation.teacher_forced import TeacherForced
 from shape_moe.jobs.held_out import held_out_set
 from shape_moe.jobs.options import HELD_OUT_SAMPLES
 from shape_moe.jobs.planning import Plan
+from shape_moe.journal import Journal
 from shape_moe.progress import Progress
 from shape_moe.scoring.registry import ScoreOptions, get_scorer
 from shape_moe.selection.select import SelectOptions, TraceSelector
@@ -281,31 +280,22 @@ class _KnownSums:
     """Sums of selections that were judged already, in memory and in a file for the next run."""
 
     def __init__(self, folder: Path | None) -> None:
-        self.file = folder / "points.jsonl" if folder is not None else None
-        self.sums: dict[str, TeacherForced] = {}
-        if self.file is not None and self.file.is_file():
-            for line in self.file.read_text(encoding="utf-8").splitlines(keepends=True):
-                if not line.endswith("\n"):  # cut short when the run was stopped
-                    break
-                entry = json.loads(line)
-                self.sums[entry["key"]] = TeacherForced(**{k: np.array(v) for k, v in entry["sums"].items()})
+        self.journal = Journal(folder / "points.jsonl" if folder is not None else None)
+        self.sums = {
+            entry["key"]: TeacherForced(**{name: np.array(value) for name, value in entry["sums"].items()})
+            for entry in self.journal.entries
+        }
 
     def get(self, selection: Selection) -> TeacherForced | None:
         """What is known of a selection."""
-        return self.sums.get(_key(selection))
+        return self.sums.get(selection.digest)
 
     def put(self, selection: Selection, sums: TeacherForced) -> None:
         """Remember a selection's sums."""
-        self.sums[_key(selection)] = sums
-        if self.file is not None:
-            entry = {"key": _key(selection), "sums": {name: value.tolist() for name, value in vars(sums).items()}}
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(entry) + "\n")
-
-
-def _key(selection: Selection) -> str:
-    content = json.dumps([selection.routing, sorted(selection.layers.items())])
-    return hashlib.sha256(content.encode()).hexdigest()
+        self.sums[selection.digest] = sums
+        self.journal.add(
+            {"key": selection.digest, "sums": {name: value.tolist() for name, value in vars(sums).items()}}
+        )
 
 
 def _scattered(positions: Sequence[int], values: Any, count: int) -> Any:

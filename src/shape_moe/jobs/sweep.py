@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from os import PathLike
@@ -16,8 +15,9 @@ from shape_moe.errors import UsageError
 from shape_moe.jobs.options import TraceOptions
 from shape_moe.jobs.planning import Plan, held_out_tracing, plan_search
 from shape_moe.jobs.search import Search, SweepOptions, SweepResult
+from shape_moe.jobs.trace import kept_trace
 from shape_moe.progress import SILENT, Progress
-from shape_moe.tracing.trace import Trace, load_trace
+from shape_moe.tracing.trace import Trace
 from shape_moe.workspace import Workspace, write_json
 
 
@@ -96,12 +96,7 @@ class _Sweep:
         """The calibration trace: made now, or found where an interrupted sweep left it."""
         if self.folder is None:
             return self.plan.session.run(None)
-        kept, unfinished = self.folder / "trace", self.folder / "trace.partial"
-        if not (kept / "trace.json").is_file():
-            unfinished.mkdir(exist_ok=True)
-            self.plan.session.run(unfinished).save(self.folder / "trace.new")
-            (self.folder / "trace.new").rename(kept)
-        return load_trace(kept)
+        return kept_trace(lambda: self.plan.session, self.folder / "trace")
 
 
 def _write(result: SweepResult, folder: Path) -> None:
@@ -111,11 +106,6 @@ def _write(result: SweepResult, folder: Path) -> None:
         result.chosen.selection.save(folder / "recommended.json")
     for name in ("points.jsonl", "answers.json"):
         (folder / name).unlink(missing_ok=True)
-    _remove_partial(folder)
-
-
-def _remove_partial(folder: Path) -> None:
-    shutil.rmtree(folder / "trace.partial", ignore_errors=True)
 
 
 def read_sweep(source: str | PathLike[str]) -> Mapping[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -75,6 +75,25 @@ def merge(
     with Workspace(out, job, force=force, inputs=traces) as work:
         merged.save(work.path)
         return load_trace(work.complete())
+
+
+def kept_trace(session: Callable[[], TraceSession], folder: Path) -> Trace:
+    """The trace of a larger job: found where an interrupted run left it, or made now and kept for the next.
+
+    Args:
+        session: gives what to trace; not called where the trace is there.
+        folder: where the finished trace lies; an unfinished one grows beside it and goes when it is complete.
+
+    Raises:
+        ShapeMoeError: when the model cannot be traced.
+    """
+    unfinished, complete = folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.new")
+    if not (folder / "trace.json").is_file():
+        unfinished.mkdir(parents=True, exist_ok=True)
+        session().run(unfinished).save(complete)
+        complete.rename(folder)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    return load_trace(folder)
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -85,6 +86,12 @@ class Selection:
         """Experts per layer when all layers keep the same number, else None."""
         counts = {len(ids) for ids in self.layers.values()}
         return counts.pop() if len(counts) == 1 else None
+
+    @property
+    def digest(self) -> str:
+        """sha256 over what a model with this selection computes: the kept experts and the routing."""
+        content = json.dumps([self.routing, sorted(self.layers.items())])
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def mask(self) -> NDArray[np.bool_]:
         """Bool [L, E], True for kept; rows follow ``layers``."""

@@ -1,0 +1,77 @@
+"""``shape-moe experiment``: a grid of pruning experiments from one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from shape_moe.cli.flags import ForceFlag, OutputFlags, with_flags
+from shape_moe.errors import UsageError
+from shape_moe.jobs import experiment as job
+from shape_moe.jobs.experiment_config import ExperimentConfig
+from shape_moe.jobs.experiment_reader import read_config
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("experiment")(with_flags(experiment))
+
+
+def experiment(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file that describes the grid.")],
+    force: ForceFlag,
+    output: OutputFlags,
+    out: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder for the results. Default: what CONFIG names."),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="AXIS=NAME",
+            help="A part of the grid: model, calibration, method, routing, keep or evaluation; repeat it.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check CONFIG and count its cells; nothing is read or loaded.")
+    ] = False,
+) -> None:
+    """Run models x calibration tasks x methods x routings x keep rates x evaluations; the same command goes on.
+
+    Example: shape-moe experiment examples/tiny/tiny.yaml -o results/tiny
+    """
+    talk = output.output()
+    grid = read_config(config).only(**_axes(only or []))
+    if dry_run:
+        talk.result(_size(grid), lambda console: _show_size(console, grid))
+        return
+    result = job.experiment(grid, out, force=force.force, progress=talk)
+    talk.note(f"Wrote {result.folder}")
+    talk.result(result.document, lambda console: console.print(result.markdown, markup=False))
+
+
+def _axes(given: list[str]) -> dict[str, list[str]]:
+    axes: dict[str, list[str]] = {}
+    for text in given:
+        axis, equals, name = text.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--only takes AXIS=NAME, as model=gpt-oss-20b, not {text!r}.")
+        axes.setdefault(axis, []).append(name)
+    return axes
+
+
+def _size(grid: ExperimentConfig) -> dict[str, int]:
+    return {
+        "models": len(grid.models),
+        "traces": len(grid.models) * len(grid.calibration),
+        "selections": grid.selections,
+        "cells": grid.cells,
+    }
+
+
+def _show_size(console: Console, grid: ExperimentConfig) -> None:
+    parts = ", ".join(f"{count} {name}" for name, count in _size(grid).items())
+    console.print(f"{parts} (a cell is a selection judged by an evaluation)")

@@ -1,0 +1,187 @@
+"""What an experiment is: a grid of models, calibration tasks, methods, routings, keep rates and evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from shape_moe.errors import UsageError
+from shape_moe.evaluation.generation import GenerationOptions
+from shape_moe.jobs.options import TraceOptions
+from shape_moe.scoring.registry import ScoreOptions
+from shape_moe.selection.selection import Routing
+from shape_moe.tracing.trace import SegmentWeights
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model: its name in results, and where and how it is loaded."""
+
+    name: str
+    model: str
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """A calibration task; device and dtype of its options are the model's."""
+
+    name: str
+    tracing: TraceOptions
+
+
+@dataclass(frozen=True)
+class ExamplesSpec:
+    """An evaluation by held-out examples.
+
+    Attributes:
+        name: its name.
+        tracing: the examples, and how they become tokens.
+        generation: how models answer freely, None for not at all.
+        metrics: the figures that tables show.
+        calibration: the calibration tasks whose selections are judged by it.
+    """
+
+    name: str
+    tracing: TraceOptions
+    generation: GenerationOptions | None
+    metrics: tuple[str, ...]
+    calibration: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """An evaluation by a task of lm-evaluation-harness.
+
+    Attributes:
+        name: its name.
+        task: the task's name, or the path of a YAML file that defines it.
+        limit: the first items only, None for all.
+        fewshot: examples in the prompt, None for the task's own number.
+        batch_size: requests per forward pass.
+        chat_template: put prompts through the tokenizer's chat template.
+        unsafe_code: run code that the model writes.
+        metrics: the task's metrics that tables show, empty for all.
+        calibration: the calibration tasks whose selections are judged by it.
+    """
+
+    name: str
+    task: str
+    limit: int | None
+    fewshot: int | None
+    batch_size: int
+    chat_template: bool
+    unsafe_code: bool
+    metrics: tuple[str, ...]
+    calibration: tuple[str, ...]
+
+
+EvaluationSpec = ExamplesSpec | TaskSpec
+
+
+@dataclass(frozen=True)
+class Method:
+    """A scorer with a rule; the seed is that of scorer random, None for all others."""
+
+    scorer: str
+    rule: str
+    seed: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.scorer}/{self.rule}"
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """The grid: every model with every calibration task, method, routing and keep rate, judged by every evaluation.
+
+    Attributes:
+        models: the models.
+        calibration: what selections are made from.
+        methods: scorers with rules; scorer random once per seed.
+        routings: ``drop``, ``reroute`` or both.
+        keep: keep rates.
+        evaluation: what selections are judged by.
+        seed: draws samples and resamples.
+        weights: how much prompt and response tokens count in scores.
+        output: the folder for results, None where the file names none.
+    """
+
+    models: tuple[ModelSpec, ...]
+    calibration: tuple[CalibrationSpec, ...]
+    methods: tuple[Method, ...]
+    routings: tuple[Routing, ...]
+    keep: tuple[float, ...]
+    evaluation: tuple[EvaluationSpec, ...]
+    seed: int = 0
+    weights: SegmentWeights = field(default_factory=SegmentWeights)
+    output: str | None = None
+
+    @property
+    def selections(self) -> int:
+        """How many selections the grid has."""
+        return len(self.models) * len(self.calibration) * self._per_calibration
+
+    @property
+    def cells(self) -> int:
+        """How many times a selection is judged by an evaluation."""
+        return len(self.models) * self._per_calibration * sum(len(spec.calibration) for spec in self.evaluation)
+
+    @property
+    def _per_calibration(self) -> int:
+        return len(self.methods) * len(self.routings) * len(self.keep)
+
+    def scoring(self, method: Method) -> ScoreOptions:
+        """How a method's scorer is run."""
+        return ScoreOptions(self.weights, self.seed if method.seed is None else method.seed)
+
+    def echo(self) -> dict[str, Any]:
+        """Everything that decides the results, for JSON."""
+        content = asdict(self)
+        del content["output"]
+        return content
+
+    def only(self, **wanted: Collection[str]) -> ExperimentConfig:
+        """A part of the grid.
+
+        Args:
+            wanted: names to keep, by ``model``, ``calibration``, ``method``, ``routing``, ``keep`` and ``evaluation``.
+
+        Raises:
+            UsageError: for a name that the grid does not have, and when nothing is left to judge.
+        """
+        axes: dict[str, tuple[str, list[str]]] = {
+            "model": ("models", [spec.name for spec in self.models]),
+            "calibration": ("calibration", [spec.name for spec in self.calibration]),
+            "method": ("methods", [str(method) for method in self.methods]),
+            "routing": ("routings", [str(routing) for routing in self.routings]),
+            "keep": ("keep", [f"{keep:g}" for keep in self.keep]),
+            "evaluation": ("evaluation", [spec.name for spec in self.evaluation]),
+        }
+        changes: dict[str, Any] = {}
+        for axis, names in wanted.items():
+            if axis not in axes:
+                raise UsageError(f"The grid has no {axis!r}; choose from {', '.join(axes)}.")
+            attribute, known = axes[axis]
+            unknown = [name for name in names if name not in known]
+            if unknown:
+                raise UsageError(f"The grid has no {axis} {unknown[0]!r}; it has {', '.join(dict.fromkeys(known))}.")
+            changes[attribute] = tuple(
+                entry for entry, name in zip(getattr(self, attribute), known, strict=True) if name in names
+            )
+        return _without_unused(replace(self, **changes))
+
+
+def _without_unused(grid: ExperimentConfig) -> ExperimentConfig:
+    """The grid without evaluations that no calibration task is left for, and the other way round."""
+    left = {spec.name for spec in grid.calibration}
+    evaluation = [
+        replace(spec, calibration=tuple(name for name in spec.calibration if name in left)) for spec in grid.evaluation
+    ]
+    judged = tuple(spec for spec in evaluation if spec.calibration)
+    used = {name for spec in judged for name in spec.calibration}
+    if not judged:
+        raise UsageError("Nothing is left: none of the evaluations judges these calibration tasks.")
+    return replace(grid, evaluation=judged, calibration=tuple(spec for spec in grid.calibration if spec.name in used))

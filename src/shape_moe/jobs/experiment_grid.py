@@ -1,0 +1,298 @@
+"""An experiment on its way: model by model, evaluation by evaluation, cell by cell."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shape_moe.architectures.fingerprint import fingerprint
+from shape_moe.architectures.loading import load_tokenizer
+from shape_moe.architectures.sizes import measure
+from shape_moe.calibration.records import Record
+from shape_moe.errors import BudgetError
+from shape_moe.jobs.experiment_config import (
+    CalibrationSpec,
+    EvaluationSpec,
+    ExamplesSpec,
+    ExperimentConfig,
+    Method,
+    ModelSpec,
+)
+from shape_moe.jobs.experiment_plan import Plan, on_device
+from shape_moe.jobs.experiment_sets import JudgedExamples, JudgedTask, OpenEvaluation
+from shape_moe.jobs.options import TraceOptions
+from shape_moe.jobs.session import TraceSession, load_original
+from shape_moe.jobs.trace import kept_trace
+from shape_moe.journal import Journal
+from shape_moe.progress import Progress
+from shape_moe.selection.select import SelectOptions, TraceSelector
+from shape_moe.selection.selection import Routing, Selection
+from shape_moe.units import readable_duration
+from shape_moe.workspace import job_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FORMAT_VERSION = 1
+CELLS_FILE = "cells.jsonl"
+ANSWERS_FOLDER = "answers"
+"""Where answers of dense models to prompts without a response are kept while an experiment is unfinished."""
+_DENSE = "dense"
+_PACKAGES = ("shape-moe", "torch", "transformers")
+Document = dict[str, Any]
+
+
+@dataclass
+class _Cell:
+    """A selection of the grid and what evaluations say of it; without one, the reason why there is none."""
+
+    calibration: str
+    method: Method
+    routing: Routing
+    keep: float
+    selection: Selection | None = None
+    reason: str | None = None
+    file: str | None = None
+    sets: dict[str, Document] = field(default_factory=dict)
+
+
+class Grid:
+    """Runs a plan.
+
+    Args:
+        plan: the grid and what it reads.
+        folder: where traces, selections and finished cells are kept.
+        progress: where to show progress.
+    """
+
+    def __init__(self, plan: Plan, folder: Path, progress: Progress) -> None:
+        self.plan, self.folder, self.progress = plan, folder, progress
+        self.known = _KnownFigures(folder / CELLS_FILE)
+        self.clock = _Clock(plan.config.cells, progress)
+
+    def run(self) -> Document:
+        """Judge every cell that is not known yet, and put the document together."""
+        parts = [_ModelRun(self, spec).run() for spec in self.plan.config.models]
+        return self._document(parts)
+
+    def _document(self, parts: list[Document]) -> Document:
+        config, hashes = self.plan.config, self.plan.hashes()
+        return {
+            "format_version": FORMAT_VERSION,
+            "verb": "experiment",
+            "config": config.echo(),
+            "config_hash": job_digest(self.plan.job()),
+            "models": [part["model"] for part in parts],
+            "calibration": [
+                {
+                    "name": spec.name,
+                    "data": spec.tracing.data.source,
+                    "split": spec.tracing.data.split,
+                    "examples": len(self.plan.calibration[spec.name]),
+                    "content_hash": hashes["calibration"][spec.name],
+                }
+                for spec in config.calibration
+            ],
+            "evaluation": [self._evaluation(spec) for spec in config.evaluation],
+            "dense": [part["dense"] for part in parts],
+            "cells": [cell for part in parts for cell in part["cells"]],
+            "seed": config.seed,
+            "versions": {name: version(name) for name in _PACKAGES},
+            "command": " ".join(["shape-moe", *sys.argv[1:]]),
+        }
+
+    def _evaluation(self, spec: EvaluationSpec) -> Document:
+        common = {"name": spec.name, "metrics": list(spec.metrics), "calibration": list(spec.calibration)}
+        if not isinstance(spec, ExamplesSpec):
+            options = {"limit": spec.limit, "fewshot": spec.fewshot, "chat_template": spec.chat_template}
+            return {**common, "kind": "task", "task": spec.task, **options}
+        return {
+            **common,
+            "kind": "examples",
+            "data": spec.tracing.data.source,
+            "split": spec.tracing.data.split,
+            "records": len(self.plan.held_out[spec.name]),
+            "content_hash": self.plan.hashes()["held_out"][spec.name],
+            "sentence": self.plan.sentence(spec.name),
+        }
+
+
+class _ModelRun:
+    """All cells of one model, which is loaded when something is left to trace or to judge, and once."""
+
+    def __init__(self, grid: Grid, spec: ModelSpec) -> None:
+        self.spec, self.plan, self.progress = spec, grid.plan, grid.progress
+        self.known, self.clock, self.folder = grid.known, grid.clock, grid.folder
+        self.config: ExperimentConfig = grid.plan.config
+        self.snapshot = grid.plan.snapshots[spec.name]
+        self.tokenizer = load_tokenizer(self.snapshot.path)
+        self.size = measure(self.snapshot)
+        self.dense: dict[str, Document] = {}
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The dense model."""
+        return load_original(self.snapshot, self.spec.device, self.spec.dtype, self.progress)
+
+    def run(self) -> Document:
+        """Trace, select and judge; the model is let go of at the end."""
+        cells = [cell for spec in self.config.calibration for cell in self._selected(spec)]
+        for evaluation in self.config.evaluation:
+            self._evaluate(evaluation, cells)
+        self.__dict__.pop("model", None)
+        gc.collect()
+        return self._document(cells)
+
+    def _session(self, tracing: TraceOptions, records: list[Record]) -> TraceSession:
+        options = on_device(tracing, self.spec)
+        return TraceSession(self.snapshot, self.model, self.tokenizer, options, self.progress, records)
+
+    def _selected(self, spec: CalibrationSpec) -> list[_Cell]:
+        """Every selection from one calibration task."""
+        folder = self.folder / "traces" / self.spec.name / spec.name
+        trace = kept_trace(lambda: self._session(spec.tracing, self.plan.calibration[spec.name]), folder)
+        runs = [(method, self.config.scoring(method)) for method in self.config.methods]
+        selectors = {seed: TraceSelector(trace, scoring) for seed, scoring in {s.seed: s for _, s in runs}.items()}
+        cells = []
+        for method, scoring in runs:
+            selector = selectors[scoring.seed]
+            for routing in self.config.routings:
+                cells += [self._cell(selector, spec.name, method, routing, keep) for keep in self.config.keep]
+        return cells
+
+    def _cell(self, selector: TraceSelector, calibration: str, method: Method, routing: Routing, keep: float) -> _Cell:
+        cell = _Cell(calibration, method, routing, keep)
+        try:
+            cell.selection = selector.select(SelectOptions(keep, method.rule, routing), method.scorer)
+        except BudgetError as error:
+            cell.reason = f"{self.spec.name}, {method}, routing {routing}, keep {keep:g}: {error}"
+            return cell
+        seed = "" if method.seed is None else f"-seed{method.seed}"
+        name = f"{method.scorer}-{method.rule}-{routing}-{keep:g}{seed}.json"
+        cell.file = f"selections/{self.spec.name}/{calibration}/{name}"
+        (self.folder / cell.file).parent.mkdir(parents=True, exist_ok=True)
+        cell.selection.save(self.folder / cell.file)
+        return cell
+
+    def _evaluate(self, spec: EvaluationSpec, cells: list[_Cell]) -> None:
+        """Judge by one evaluation what is not known yet; equal selections are judged once."""
+        judged = [cell for cell in cells if cell.calibration in spec.calibration]
+        wanted = {cell.selection.digest: cell.selection for cell in judged if cell.selection is not None}
+        place = (self.spec.name, spec.name)
+        missing = {digest: entry for digest, entry in wanted.items() if (*place, digest) not in self.known}
+        if missing or (*place, _DENSE) not in self.known:
+            self._judge(spec, missing)
+        dense = self.known[*place, _DENSE]
+        self.dense[spec.name] = {key: value for key, value in dense.items() if key != "results"}
+        for cell in judged:
+            if cell.selection is not None:
+                cell.sets[spec.name] = self.known[*place, cell.selection.digest]
+        self.clock.done(len(judged), len(missing))
+
+    def _judge(self, spec: EvaluationSpec, missing: dict[str, Selection]) -> None:
+        opened = self._open(spec)
+        try:
+            if (self.spec.name, spec.name, _DENSE) not in self.known:
+                self.known.put(self.spec.name, spec.name, _DENSE, opened.dense())
+            title = f"{self.spec.name}: judging by {spec.name}"
+            with self.progress.phase(title, len(missing), "cell") as advance, self.clock.running():
+                for digest, selection in missing.items():
+                    self.known.put(self.spec.name, spec.name, digest, opened.judge(selection))
+                    advance(1)
+        finally:
+            opened.close()
+
+    def _open(self, spec: EvaluationSpec) -> OpenEvaluation:
+        if not isinstance(spec, ExamplesSpec):
+            known = self.known.get((self.spec.name, spec.name, _DENSE))
+            return JudgedTask(spec, self.model, self.tokenizer, self.config.seed, known)
+        records = self.plan.held_out[spec.name]
+        folder = self.folder / ANSWERS_FOLDER / self.spec.name / spec.name
+        folder.mkdir(parents=True, exist_ok=True)
+        session = self._session(spec.tracing, records)
+        return JudgedExamples(spec, records, session, self.config.seed, folder, self.progress)
+
+    def _document(self, cells: list[_Cell]) -> Document:
+        facts = {
+            "name": self.spec.name,
+            "model": self.snapshot.name,
+            "revision": self.snapshot.revision,
+            "fingerprint": fingerprint(self.snapshot),
+            "dtype": self.spec.dtype,
+            "device": self.spec.device,
+        }
+        dense = {"model": self.spec.name, "bytes": self.snapshot.total_bytes, "sets": self.dense}
+        return {"model": facts, "dense": dense, "cells": [self._cell_document(cell) for cell in cells]}
+
+    def _cell_document(self, cell: _Cell) -> Document:
+        chosen = cell.selection
+        return {
+            "model": self.spec.name,
+            "calibration": cell.calibration,
+            "scorer": cell.method.scorer,
+            "rule": cell.method.rule,
+            "seed": cell.method.seed,
+            "routing": cell.routing,
+            "keep_asked": cell.keep,
+            "keep": chosen.keep if chosen else None,
+            "kept": chosen.kept if chosen else None,
+            "bytes": round(self.size.at_keep(chosen.kept)) if chosen else None,
+            "stability": chosen.stability if chosen else None,
+            "selection": cell.file,
+            "reason": cell.reason,
+            "sets": cell.sets,
+        }
+
+
+class _KnownFigures(dict[tuple[str, str, str], Document]):
+    """Figures by model, evaluation and selection (or the dense model), in a file for the next run."""
+
+    def __init__(self, file: Path) -> None:
+        self.journal = Journal(file)
+        super().__init__({(*entry["cell"],): entry["figures"] for entry in self.journal.entries})
+
+    def put(self, model: str, evaluation: str, selection: str, figures: Document) -> None:
+        """Remember figures, on disk at once."""
+        self[model, evaluation, selection] = figures
+        self.journal.add({"cell": [model, evaluation, selection], "figures": figures})
+
+
+class _Clock:
+    """Tells how much of the grid is done, and how long the rest may take.
+
+    Args:
+        total: cells of the grid.
+        progress: where to tell it.
+    """
+
+    def __init__(self, total: int, progress: Progress) -> None:
+        self.total, self.progress = total, progress
+        self.finished, self.judged, self.seconds = 0, 0, 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count the time that judging takes."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds += time.monotonic() - began
+
+    def done(self, cells: int, judged: int) -> None:
+        """Some more cells are done, of which this run judged some."""
+        self.finished, self.judged = self.finished + cells, self.judged + judged
+        left = self.total - self.finished
+        if not left:
+            return
+        rest = ""
+        if self.judged:
+            rest = f"; the rest takes about {readable_duration(left * self.seconds / self.judged)}"
+        self.progress.note(f"{self.finished} of {self.total} cells are done{rest}")

@@ -1,0 +1,111 @@
+"""What an experiment works with: models by their headers, and examples on the sides that they stay on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from shape_moe.architectures.fingerprint import fingerprint
+from shape_moe.architectures.snapshot import Snapshot, open_snapshot
+from shape_moe.calibration.records import Record, content_hash, load_records, prompt_hash
+from shape_moe.jobs.experiment_config import ExamplesSpec, ExperimentConfig, ModelSpec, TaskSpec
+from shape_moe.jobs.held_out import fresh_records
+from shape_moe.jobs.options import HELD_OUT_SAMPLES, SelectionJob, TraceOptions
+from shape_moe.jobs.select import check_job
+from shape_moe.jobs.session import TraceSession
+from shape_moe.progress import SILENT
+from shape_moe.selection.select import SelectOptions
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A grid with everything that it reads.
+
+    Attributes:
+        config: the grid.
+        snapshots: the models, by name.
+        calibration: calibration records by task.
+        held_out: records of evaluations by examples, by evaluation; no calibration task of theirs has their prompts.
+        left_out: how many records were left out for that, by evaluation.
+    """
+
+    config: ExperimentConfig
+    snapshots: dict[str, Snapshot]
+    calibration: dict[str, list[Record]]
+    held_out: dict[str, list[Record]]
+    left_out: dict[str, int]
+
+    def job(self) -> dict[str, Any]:
+        """What decides the results, by content."""
+        files = [
+            spec.task for spec in self.config.evaluation if isinstance(spec, TaskSpec) and Path(spec.task).is_file()
+        ]
+        return {
+            "verb": "experiment",
+            "config": self.config.echo(),
+            "models": {name: fingerprint(snapshot) for name, snapshot in self.snapshots.items()},
+            **self.hashes(),
+            "tasks": {file: sha256(Path(file).read_bytes()).hexdigest() for file in files},
+        }
+
+    def hashes(self) -> dict[str, dict[str, str]]:
+        """Hashes of the records."""
+        return {
+            "calibration": {name: content_hash(records) for name, records in self.calibration.items()},
+            "held_out": {name: content_hash(records) for name, records in self.held_out.items()},
+        }
+
+    def sentence(self, evaluation: str) -> str:
+        """How an evaluation's examples were told from those of calibration."""
+        seen = self.left_out[evaluation]
+        left_out = f" ({seen} records were left out for that)" if seen else ""
+        return f"examples whose prompts none of its calibration tasks has{left_out}"
+
+
+def make_plan(config: ExperimentConfig) -> Plan:
+    """Read records and headers, and check everything that needs no weights.
+
+    Raises:
+        ShapeMoeError: when a model, a set of examples or a method cannot be used.
+    """
+    calibration = {spec.name: load_records(spec.tracing.data) for spec in config.calibration}
+    held_out: dict[str, list[Record]] = {}
+    left_out: dict[str, int] = {}
+    for spec in config.evaluation:
+        if isinstance(spec, ExamplesSpec):
+            known = {prompt_hash(record) for name in spec.calibration for record in calibration[name]}
+            data = spec.tracing.data
+            held_out[spec.name], left_out[spec.name] = fresh_records(data, known, data.samples or HELD_OUT_SAMPLES)
+    snapshots = {spec.name: open_snapshot(spec.model) for spec in config.models}
+    plan = Plan(config, snapshots, calibration, held_out, left_out)
+    for model in config.models:
+        _check_methods(plan, model)
+        _check_records(plan, model)
+    return plan
+
+
+def _check_methods(plan: Plan, model: ModelSpec) -> None:
+    """Refuse methods that cannot value this model's experts; keep rates that cannot be met are left out later."""
+    snapshot = plan.snapshots[model.name]
+    for method in plan.config.methods:
+        for routing in plan.config.routings:
+            asked = SelectionJob(SelectOptions(1.0, method.rule, routing), method.scorer)
+            check_job(asked, snapshot.moe_layers, snapshot.moe.num_experts, snapshot.moe.routing)
+
+
+def _check_records(plan: Plan, model: ModelSpec) -> None:
+    """Tokenise everything once, so that a record that this model cannot take shows before weights are loaded."""
+    config, tokenizer = plan.config, None
+    sides = [(spec.tracing, plan.calibration[spec.name]) for spec in config.calibration]
+    sides += [(s.tracing, plan.held_out[s.name]) for s in config.evaluation if isinstance(s, ExamplesSpec)]
+    for tracing, records in sides:
+        options = on_device(tracing, model)
+        session = TraceSession.open(plan.snapshots[model.name], options, tokenizer, SILENT, records)
+        tokenizer = session.tokenizer
+
+
+def on_device(tracing: TraceOptions, model: ModelSpec) -> TraceOptions:
+    """Options with a model's device and dtype."""
+    return replace(tracing, device=model.device, dtype=model.dtype)

@@ -1,0 +1,172 @@
+"""One evaluation of an experiment on one loaded model: held-out examples, or a task of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from shape_moe.calibration.records import Record
+from shape_moe.evaluation.harness import run_tasks
+from shape_moe.evaluation.intervals import Estimate
+from shape_moe.evaluation.judge import Judge
+from shape_moe.evaluation.task_results import TaskResult, paired_difference
+from shape_moe.jobs.experiment_config import ExamplesSpec, TaskSpec
+from shape_moe.jobs.held_out import held_out_set
+from shape_moe.jobs.session import TraceSession
+from shape_moe.progress import Progress
+from shape_moe.pruning.masks import masked
+from shape_moe.selection.selection import Selection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Document = dict[str, Any]
+
+
+class OpenEvaluation(Protocol):
+    """An evaluation that is ready to judge selections as masks."""
+
+    def dense(self) -> Document:
+        """Figures of the dense model."""
+
+    def judge(self, selection: Selection) -> Document:
+        """Figures of the model with a selection as a mask, and their change to the dense model's."""
+
+    def close(self) -> None:
+        """Let go of what judging needed."""
+
+
+class JudgedExamples:
+    """An evaluation by held-out examples.
+
+    Args:
+        spec: the evaluation.
+        records: its examples.
+        session: gives the model, its tokenizer and how records become tokens.
+        seed: draws the resamples of intervals.
+        folder: where answers of the dense model are kept for a later run.
+        progress: where to show progress.
+
+    Raises:
+        DataError: when no record can be used.
+    """
+
+    def __init__(
+        self,
+        spec: ExamplesSpec,
+        records: list[Record],
+        session: TraceSession,
+        seed: int,
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        self.model: PreTrainedModel = session.model
+        held_out = held_out_set(session, records, spec.tracing.data, f"Evaluation {spec.name}", folder)
+        with progress.phase(f"Dense model on {spec.name}", len(held_out.examples), "example") as advance:
+            self._judge = Judge(
+                self.model, session.tokenizer, held_out, generation=spec.generation, seed=seed, advance=advance
+            )
+            self._generated = self._judge.answer_as_dense(self.model)
+
+    def dense(self) -> Document:
+        """Figures of the dense model, and how many examples they rest on."""
+        return {
+            **self._judge.dense_verdict().to_document(),
+            "examples": len(self._judge.held_out.examples),
+            "answered": len(self._judge.answered),
+            "generated": len(self._generated.positions) if self._generated else 0,
+        }
+
+    def judge(self, selection: Selection) -> Document:
+        """Figures of a selection."""
+        with masked(self.model, selection):
+            sums, made = self._judge.compare(self.model), self._judge.answer(self.model)
+        return self._judge.verdict(sums, made).to_document()
+
+    def close(self) -> None:
+        """Remove the dense model's log-probabilities."""
+        self._judge.close()
+
+
+class JudgedTask:
+    """An evaluation by a task of lm-evaluation-harness.
+
+    Args:
+        spec: the evaluation.
+        model: the dense model.
+        tokenizer: its tokenizer.
+        seed: draws few-shot examples, and the resamples of paired differences.
+        known: what :meth:`dense` of an earlier run gave, None where the dense model is still to be asked.
+
+    Raises:
+        ShapeMoeError: when lm-eval is missing or cannot run the task.
+    """
+
+    def __init__(
+        self,
+        spec: TaskSpec,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        known: Mapping[str, Any] | None,
+    ) -> None:
+        self.spec, self.model, self.tokenizer, self.seed = spec, model, tokenizer, seed
+        self._dense = self._run() if known is None else _restored(known["results"])
+
+    def dense(self) -> Document:
+        """Figures of the dense model; ``results`` is what later runs need to pair items."""
+        return {
+            "tasks": {name: result.to_document() for name, result in self._dense.items()},
+            "change": None,
+            "items": {name: result.items for name, result in self._dense.items()},
+            "versions": {name: result.task_version for name, result in self._dense.items()},
+            "results": {name: asdict(result) for name, result in self._dense.items()},
+        }
+
+    def judge(self, selection: Selection) -> Document:
+        """Figures of a selection."""
+        with masked(self.model, selection):
+            made = self._run()
+        change: dict[str, dict[str, Any]] = {}
+        for name, result in made.items():
+            dense = self._dense[name]
+            change[name] = {
+                metric: paired_difference(dense, result, metric, seed=self.seed).to_document()
+                for metric in result.scores
+                if metric in dense.scores
+            }
+        return {"tasks": {name: result.to_document() for name, result in made.items()}, "change": change}
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _run(self) -> dict[str, TaskResult]:
+        return run_tasks(
+            self.model,
+            self.tokenizer,
+            [self.spec.task],
+            batch_size=self.spec.batch_size,
+            limit=self.spec.limit,
+            num_fewshot=self.spec.fewshot,
+            seed=self.seed,
+            apply_chat_template=self.spec.chat_template,
+            unsafe_code=self.spec.unsafe_code,
+        )
+
+
+def _restored(results: Mapping[str, Mapping[str, Any]]) -> dict[str, TaskResult]:
+    """Task results that :func:`dataclasses.asdict` took apart."""
+    return {
+        name: TaskResult(
+            **{
+                **result,
+                "metrics": {metric: Estimate(**estimate) for metric, estimate in result["metrics"].items()},
+                "item_hashes": tuple(result["item_hashes"]),
+                "scores": {metric: tuple(scores) for metric, scores in result["scores"].items()},
+            }
+        )
+        for name, result in results.items()
+    }

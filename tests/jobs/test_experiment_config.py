@@ -1,0 +1,212 @@
+"""An experiment's file: what it may say, and one sentence that names the key for everything else."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from shape_moe.calibration.presets import presets
+from shape_moe.demo.embedded import embedded_model_path
+from shape_moe.errors import UsageError
+from shape_moe.jobs.experiment_config import ExamplesSpec, TaskSpec
+from shape_moe.jobs.experiment_reader import read_config
+from shape_moe.scoring.registry import scorers
+from shape_moe.selection.rules import get_rule
+
+ROOT = Path(__file__).parents[2]
+PAPER = [ROOT / "examples" / "paper" / name for name in ("paper.yaml", "paper-further-tasks.yaml")]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a configuration that is right but for some changes; a key set to None is left out."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "p", "response": "r"}) + "\n")
+
+    def make(text=None, **changes):
+        content = {
+            "models": ["embedded"],
+            "calibration": {"a": {"data": "a.jsonl"}},
+            "keep": [0.5],
+            "evaluation": {"e": {"data": "a.jsonl"}},
+            **changes,
+        }
+        file = tmp_path / "grid.yaml"
+        file.write_text(text or yaml.safe_dump({key: value for key, value in content.items() if value is not None}))
+        return file
+
+    return make
+
+
+def test_defaults_and_places(write, tmp_path):
+    config = read_config(write(output="results"))
+    assert [spec.model for spec in config.models] == [str(embedded_model_path())]
+    assert config.calibration[0].tracing.data.source == str(tmp_path / "a.jsonl")
+    assert [str(method) for method in config.methods] == ["shape/coverage"]
+    assert config.routings == ("drop",)
+    assert config.evaluation[0].calibration == ("a",)
+    assert config.output == str(tmp_path / "results")
+    assert (config.selections, config.cells) == (1, 1)
+
+
+def test_scorers_and_rules_are_a_product_and_random_has_its_seeds(write):
+    config = read_config(write(scorers=["shape", "random"], rules=["coverage", "global"], random_seeds=[3, 4]))
+    found = [(str(method), method.seed) for method in config.methods]
+    assert found == [
+        ("shape/coverage", None),
+        ("shape/global", None),
+        ("random/coverage", 3),
+        ("random/coverage", 4),
+        ("random/global", 3),
+        ("random/global", 4),
+    ]
+    assert config.scoring(config.methods[3]).seed == 4
+
+
+def test_options_reach_their_place(write):
+    evaluation = {
+        "e": {"data": "a.jsonl", "samples": 7, "generate": 3, "answer_pattern": "#(.*)", "template": False},
+        "lm": {"task": "gsm8k", "limit": 5, "fewshot": 0, "metrics": ["exact_match,strict-match"]},
+    }
+    config = read_config(write(evaluation=evaluation, calibration={"a": {"data": "a.jsonl", "map": {"text": "t"}}}))
+    examples, task = config.evaluation
+    assert isinstance(examples, ExamplesSpec)
+    assert isinstance(task, TaskSpec)
+    assert (examples.tracing.data.samples, examples.tracing.tokens.template) == (7, False)
+    assert examples.generation is not None
+    assert (examples.generation.examples, examples.generation.answer_pattern) == (3, "#(.*)")
+    assert (task.limit, task.fewshot) == (5, 0)
+    assert config.calibration[0].tracing.data.fields == {"text": "t"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sed": 1}, ["sed is not a key", "did you mean seed?"]),
+        ({"calibration": {"a": {"data": "a.jsonl", "sampels": 3}}}, ["calibration.a.sampels", "mean samples?"]),
+        ({"scorers": ["shap"]}, ["scorers", "no scorer 'shap'"]),
+        ({"methods": ["shape/cover"]}, ["methods", "'cover'"]),
+        ({"methods": ["shape"]}, ["'shape' is not SCORER/RULE"]),
+        ({"methods": ["shape/coverage"], "rules": ["global"]}, ["methods stands for scorers and rules"]),
+        ({"routings": ["droop"]}, ["routings", "'droop'"]),
+        ({"models": []}, ["models is empty"]),
+        ({"models": None}, ["models is missing"]),
+        ({"models": "embedded"}, ["models must be a list"]),
+        ({"models": ["embedded", "embedded"]}, ["models names embedded twice"]),
+        ({"models": [{"model": "x/a"}, {"model": "y/a"}]}, ["two of them are called 'a'"]),
+        ({"models": ["./nowhere"]}, ["models", "no folder", "nowhere"]),
+        ({"calibration": {}}, ["calibration is empty"]),
+        ({"calibration": {"a/b": {"data": "a.jsonl"}}}, ["'a/b' is no name"]),
+        ({"calibration": {"a": {"data": "b.jsonl"}}}, ["calibration.a.data", "no file", "b.jsonl"]),
+        ({"calibration": {"a": {"data": "preset:gsm9k"}}}, ["calibration.a", "no preset 'gsm9k'"]),
+        ({"calibration": {"a": {"data": "a.jsonl", "samples": 0}}}, ["calibration.a", "at least 1"]),
+        ({"calibration": {"a": {"data": "a.jsonl", "samples": "many"}}}, ["a.samples must be a whole number"]),
+        ({"calibration": {"a": {"data": "a.jsonl", "skip_bad": 1}}}, ["a.skip_bad must be true or false"]),
+        ({"keep": []}, ["keep is empty"]),
+        ({"keep": [1.5]}, ["keep", "1.5"]),
+        ({"keep": [True]}, ["keep, entry 1 must be a number"]),
+        ({"evaluation": {"e": {}}}, ["evaluation.e needs either data"]),
+        ({"evaluation": {"e": {"data": "a.jsonl", "task": "gsm8k"}}}, ["evaluation.e needs either data"]),
+        ({"evaluation": {"e": {"task": "ours.yaml"}}}, ["evaluation.e.task", "no file", "ours.yaml"]),
+        ({"evaluation": {"e": {"task": "gsm8k", "limit": 0}}}, ["evaluation.e.limit must be at least 1"]),
+        ({"evaluation": {"e": {"data": "a.jsonl", "calibration": ["b"]}}}, ["no calibration task 'b'"]),
+        ({"evaluation": {"e": {"data": "a.jsonl", "metrics": ["f1"]}}}, ["no figure 'f1'"]),
+        ({"evaluation": {"e": {"data": "a.jsonl", "metrics": ["generated_exact_match"]}}}, ["needs generate"]),
+        ({"evaluation": {"e": {"data": "a.jsonl", "answer_pattern": "("}}}, ["evaluation.e", "regular expression"]),
+        ({"random_seeds": [1]}, ["random_seeds goes with scorer random"]),
+        ({"seed": "one"}, ["seed must be a whole number, not 'one'"]),
+        (
+            {"calibration": {"a": {"data": "a.jsonl"}, "b": {"data": "a.jsonl"}},
+             "evaluation": {"e": {"data": "a.jsonl", "calibration": ["a"]}}},
+            ["calibration.b is judged by none"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_by_its_key(write, changes, words):
+    with pytest.raises(UsageError) as caught:
+        read_config(write(**changes))
+    message = str(caught.value)
+    assert message.startswith("grid.yaml: ")
+    assert message.count("\n") == 0
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("keep: [0.5]\nkeep: [0.6]\n", ["line 1", "'keep' is there twice"]),
+        ("keep: [0.5\n", ["not valid YAML"]),
+        ("- a\n", ["must be a mapping"]),
+    ],
+)
+def test_what_is_no_grid_at_all_is_refused(write, text, words):
+    with pytest.raises(UsageError) as caught:
+        read_config(write(text=text))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_part_of_the_grid(write):
+    calibration = {"a": {"data": "a.jsonl"}, "b": {"data": "a.jsonl"}}
+    evaluation = {
+        "ea": {"data": "a.jsonl", "calibration": ["a"]},
+        "eb": {"data": "a.jsonl", "calibration": ["b"]},
+    }
+    config = read_config(write(calibration=calibration, evaluation=evaluation, keep=[0.5, 0.6], scorers=["shape"]))
+    part = config.only(calibration=["b"], keep=["0.6"])
+    assert [spec.name for spec in part.evaluation] == ["eb"]
+    assert ([spec.name for spec in part.calibration], part.keep, part.cells) == (["b"], (0.6,), 1)
+    assert config.only() == config
+    with pytest.raises(UsageError, match="no keep '0.7'; it has 0.5, 0.6"):
+        config.only(keep=["0.7"])
+    with pytest.raises(UsageError, match="no 'task'"):
+        config.only(task=["a"])
+    with pytest.raises(UsageError, match="Nothing is left"):
+        config.only(calibration=["a"], evaluation=["eb"])
+
+
+@pytest.mark.parametrize("file", PAPER, ids=lambda file: file.stem)
+def test_the_paper_names_only_what_there_is(file):
+    config = read_config(file)
+    for spec in config.calibration:
+        assert spec.tracing.data.source.removeprefix("preset:") in presets()
+        assert spec.tracing.data.samples == 25
+    for method in config.methods:
+        assert method.scorer in scorers()
+        get_rule(method.rule)
+    assert {spec.name for spec in config.evaluation} == {spec.name for spec in config.calibration}
+    for spec in config.evaluation:  # what is judged by is never the split that is calibrated on
+        assert spec.calibration == (spec.name,)
+        if isinstance(spec, ExamplesSpec) and spec.tracing.data.source.startswith("preset:"):
+            preset = presets()[spec.tracing.data.source.removeprefix("preset:")]
+            assert spec.tracing.data.split != preset.default_split
+
+
+def test_the_papers_grids_hold_every_preset_once():
+    named = [spec.name for file in PAPER for spec in read_config(file).calibration]
+    assert sorted(named) == sorted(presets())
+
+
+def test_the_boxed_answer_of_a_solution_is_found():
+    spec = next(spec for spec in read_config(PAPER[0]).evaluation if spec.name == "math-500")
+    assert isinstance(spec, ExamplesSpec)
+    assert spec.generation is not None
+    found = re.findall(str(spec.generation.answer_pattern), r"so $\boxed{\frac{\sqrt{3}}{2}}$. Not \boxed{7}.")
+    assert found == [r"\frac{\sqrt{3}}{2}", "7"]
+
+
+def test_the_tiny_examples_data_is_what_its_script_writes(tmp_path):
+    spec = importlib.util.spec_from_file_location("script", ROOT / "scripts" / "make_tiny_experiment_data.py")
+    assert spec is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)  # type: ignore[union-attr]
+    script.write_data(tmp_path)
+    files = sorted(script.FOLDER.glob("*.jsonl"))
+    assert [file.name for file in files] == sorted(file.name for file in tmp_path.iterdir())
+    for file in files:
+        assert file.read_bytes() == (tmp_path / file.name).read_bytes()
