@@ -16,7 +16,7 @@ from shape_moe.evaluation.sweep import Limit
 from shape_moe.jobs.held_out import known_prompts
 from shape_moe.jobs.options import TraceOptions
 from shape_moe.jobs.search import SweepOptions
-from shape_moe.jobs.sweep import read_sweep, sweep
+from shape_moe.jobs.sweep import sweep
 from shape_moe.jobs.trace import trace
 from shape_moe.progress import Silent
 from shape_moe.selection.selection import load_selection
@@ -52,7 +52,7 @@ def swept(embedded, task_file, tmp_path_factory):
 
 def test_every_point_is_judged_and_the_result_is_written(swept) -> None:
     result, out = swept
-    document = read_sweep(out)
+    document = json.loads((out / "sweep.json").read_text())
     assert document == json.loads(json.dumps(result.document))
     assert [(p["scorer"], p["keep_asked"]) for p in document["points"]] == [
         ("shape", 0.8),

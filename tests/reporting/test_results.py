@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from shape_moe.errors import CheckpointError, DataError
+from shape_moe.evaluation.intervals import Estimate
 from shape_moe.reporting.figures.evaluation import (
     faithfulness_figure,
     footprint_figures,
@@ -18,7 +19,7 @@ from shape_moe.reporting.figures.evaluation import (
 )
 from shape_moe.reporting.figures.metrics import METRICS, error_bars, is_wide, known_metrics, value_axis
 from shape_moe.reporting.figures.sweep import chosen_point, sweep_figure
-from shape_moe.reporting.results import Estimate, read_evaluation, read_sweep
+from shape_moe.reporting.results import read_evaluation, read_sweep
 from shape_moe.selection.selection import Selection
 from support.results import evaluation_document, sweep_document, write_evaluation, write_sweep
 
@@ -272,3 +273,11 @@ def test_numbers_that_json_lacks(tmp_path) -> None:
     figure = sweep_figure(read_sweep(tmp_path), None)
     assert figure.states[0].data[0]["y"][-1] is None
     assert figure.states[0].data[0]["error_y"]["array"][-1] is None
+
+
+def test_a_logarithmic_axis_leaves_out_what_is_zero() -> None:
+    values = [Estimate(0.0, 0.0, 0.0), None, Estimate(0.002, 0.001, 0.003), Estimate(0.4, 0.3, 0.5)]
+    axis = value_axis(values, log=True)
+    assert axis["type"] == "log"
+    assert 0.002 in axis["tickvals"]
+    assert all(tick > 0 for tick in axis["tickvals"])

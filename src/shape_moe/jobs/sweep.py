@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.records import DataOptions
-from shape_moe.errors import UsageError
 from shape_moe.jobs.options import TraceOptions
 from shape_moe.jobs.planning import Plan, held_out_tracing, plan_search
 from shape_moe.jobs.search import Search, SweepOptions, SweepResult
@@ -106,16 +102,3 @@ def _write(result: SweepResult, folder: Path) -> None:
         result.chosen.selection.save(folder / "recommended.json")
     for name in ("points.jsonl", "answers.json"):
         (folder / name).unlink(missing_ok=True)
-
-
-def read_sweep(source: str | PathLike[str]) -> Mapping[str, Any]:
-    """Read the ``sweep.json`` of a sweep's folder.
-
-    Raises:
-        UsageError: when there is none.
-    """
-    file = Path(source) / "sweep.json" if Path(source).is_dir() else Path(source)
-    if not file.is_file():
-        raise UsageError(f"{source} is not the result of a sweep: it has no sweep.json.")
-    found: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found

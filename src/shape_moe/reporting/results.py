@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 
 from shape_moe.architectures.snapshot import read_json
 from shape_moe.errors import DataError
+from shape_moe.evaluation.intervals import Estimate
 
 FORMAT_VERSION = 1
 FOOTPRINT = ("load_seconds", "peak_bytes", "prefill_tokens_per_second", "decode_tokens_per_second")
@@ -17,15 +17,6 @@ FOOTPRINT = ("load_seconds", "peak_bytes", "prefill_tokens_per_second", "decode_
 SWEEP_FILE = "sweep.json"
 EVALUATION_FILE = "evaluation.json"
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its 95 % interval; NaN where an end is unknown."""
-
-    value: float
-    low: float
-    high: float
 
 
 Measures = Mapping[str, Estimate]
@@ -303,8 +294,7 @@ def _measures(entry: dict[str, Any] | None) -> Measures:
     found = {}
     for name, value in (entry or {}).items():
         if isinstance(value, dict) and value.get("value") is not None:
-            low, high = (math.nan if value[end] is None else float(value[end]) for end in ("low", "high"))
-            found[str(name)] = Estimate(float(value["value"]), low, high)
+            found[str(name)] = Estimate.from_document(value)
     return found
 
 

@@ -72,7 +72,11 @@ def _quality_state(metric: Metric, evaluation: Evaluation, sets: list[str]) -> S
         estimate for estimates in by_set for estimate in estimates if estimate and estimate.value != metric.dense
     )
     patches: list[dict[str, Any]] = [
-        {"x": [e.value if e else None for e in estimates], "error_x": error_bars(estimates, log=log)}
+        {
+            # a value of zero (the dense model's distance to itself) has no place on a logarithmic axis
+            "x": [e.value if e and (e.value > 0 or not log) else None for e in estimates],
+            "error_x": error_bars(estimates, log=log),
+        }
         for estimates in by_set
     ]
     layout = {"xaxis": value_axis([e for estimates in by_set for e in estimates], log=log)}

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from shape_moe.evaluation.intervals import Estimate
 from shape_moe.reporting.figures.figure import NONE, number
-from shape_moe.reporting.results import Estimate, Measured
+from shape_moe.reporting.results import Measured
 
 _PERCENT = "\N{NO-BREAK SPACE}%"
 _TIMES = "\N{MULTIPLICATION SIGN}"
@@ -107,7 +108,7 @@ def value_axis(estimates: Iterable[Estimate | None], *, log: bool) -> dict[str, 
     """An axis of values, which are named above the figure; a logarithmic one has ticks at 1, 2 and 5 of each decade."""
     axis: dict[str, Any] = {"type": "log" if log else "linear"}
     if log:
-        values = [e.value for e in estimates if e is not None]
+        values = [e.value for e in estimates if e is not None and e.value > 0]
         decades = range(math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 1)
         ticks = [step * 10.0**decade for decade in decades for step in (1, 2, 5)]
         axis |= {"tickmode": "array", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
