@@ -10,6 +10,7 @@ VLLM_BIN := $(VLLM_VENV)/bin
 help:
 	@echo "make demo            prune the embedded model and show what is left (about a minute)"
 	@echo "make test            run the tests (offline)"
+	@echo "make browser         install Chromium for the tests of the HTML report (Debian, root)"
 	@echo "make test-vllm       run the tests that need a real vLLM, in a virtual environment of its own (CPU)"
 	@echo "make lint            ruff (format and rules) and mypy"
 	@echo "make format          apply ruff's format and fixes"

@@ -79,6 +79,7 @@ def test_everything_is_there(tmp_path) -> None:
     ]
     assert "Keeps 38 of 64 experts, size 10.00 → 6.50 MiB." in page.words
     assert "What this report could show besides" not in page.words
+    assert "Evaluation's seed 0" in page.words
     assert text.count(plotly_script()[:400]) == 1
     assert page.of("html")[0]["lang"] == "en"
     plots = [a for a in page.of("div") if a.get("role") == "img"]
@@ -224,7 +225,7 @@ def test_warnings_are_prominent(tmp_path) -> None:
     found = warnings(material)
     assert found[:2] == ["Beware of this.", "And this."]
     assert any("does not meet the limit" in text for text in found)
-    nothing = replace(material.sweep, recommended=None, reason="None is within the limit.")
+    nothing = replace(material.sweep, recommended=None, reason="None is within the limit")
     assert "The sweep recommends no selection. None is within the limit." in warnings(replace(material, sweep=nothing))
     points = tuple(replace(p, healthy=False, fits=False, meets_limit=True) for p in material.sweep.points)
     found = warnings(replace(material, sweep=replace(material.sweep, points=points)))

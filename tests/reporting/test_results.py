@@ -204,6 +204,15 @@ def test_quality_of_every_model_and_set(tmp_path) -> None:
     assert len(figure.table.rows) == 6
 
 
+def test_a_dense_model_at_zero_keeps_the_axis_linear(tmp_path) -> None:
+    models = copy.deepcopy(evaluation_document()["models"])
+    for model, kl in zip(models, (0.0, 1e-4, 0.9), strict=True):
+        model["sets"]["task"]["quality"]["kl"] = {"value": kl, "low": kl, "high": kl}
+    figure = quality_figure(read_evaluation(write_evaluation(tmp_path, models=models)))
+    assert figure.states[0].layout["xaxis"]["type"] == "linear"
+    assert figure.states[0].data[0]["x"] == [0.0, 1e-4, 0.9]
+
+
 def test_memory_and_speed(tmp_path) -> None:
     document = evaluation_document()
     figures = {figure.name: figure for figure in footprint_figures(read_evaluation(write_evaluation(tmp_path)))}
@@ -252,6 +261,8 @@ def test_wide_ranges_are_logarithmic_with_readable_ticks() -> None:
     assert min(axis["tickvals"]) < 0.01
     assert max(axis["tickvals"]) > 2
     assert "0.05" in axis["ticktext"]
+    wider = value_axis([Estimate(v, v, v) for v in (1e-5, 2.0)], log=True)
+    assert wider["ticktext"][:3] == ["1e-06", "1e-05", "0.0001"]
 
 
 def test_metrics_as_text(tmp_path) -> None:

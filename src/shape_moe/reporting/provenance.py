@@ -24,7 +24,7 @@ def facts(material: Material) -> list[tuple[str, Facts]]:
         groups.append(("Calibration", _calibration(material.trace.info)))
     if material.selection is not None:
         groups.append(("Selection", _selection(material.selection)))
-    groups.append(("Versions", _versions(material)))
+    groups += [("Measurements", _measurements(material)), ("Versions", _versions(material))]
     return [(title, [(name, value) for name, value in pairs if value]) for title, pairs in groups]
 
 
@@ -88,6 +88,14 @@ def _selection(selection: Selection) -> Facts:
 
 def _short(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _measurements(material: Material) -> Facts:
+    sweep, evaluation = material.sweep, material.evaluation
+    found = [("Sweep", sweep.split), ("Sweep's seed", sweep.seed)] if sweep is not None else []
+    if evaluation is not None:
+        found += [("Evaluation", evaluation.data), ("Evaluation's seed", evaluation.seed)]
+    return [(name, str(value)) for name, value in found if value is not None]
 
 
 def _versions(material: Material) -> Facts:

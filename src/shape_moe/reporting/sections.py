@@ -21,7 +21,7 @@ from shape_moe.reporting.figures.evaluation import (
     quality_figure,
     result_tables,
 )
-from shape_moe.reporting.figures.figure import Section, percent
+from shape_moe.reporting.figures.figure import Section, percent, sentence
 from shape_moe.reporting.figures.layers import kept_mass, layer_figure
 from shape_moe.reporting.figures.sweep import sweep_figure
 from shape_moe.reporting.figures.values import heat_map
@@ -168,7 +168,7 @@ def _sweep(material: Material) -> Section | Missing:
         command = f"shape-moe sweep {material.model_word} --trace TRACE -o SWEEP"
         return Missing("Quality against size", (command, _report_command(material, "--sweep SWEEP")))
     lead = "Each point is the model with one selection: left is smaller, and the ringed point is the operating point."
-    notes = tuple(text for text in (sweep.reason, sweep.split) if text)
+    notes = tuple(sentence(text) for text in (sweep.reason, sweep.split) if text)
     return Section("sweep", "Quality against size", lead, (sweep_figure(sweep, material.selection),), notes=notes)
 
 

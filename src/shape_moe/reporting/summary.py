@@ -8,7 +8,7 @@ from math import isfinite
 import numpy as np
 
 from shape_moe.reporting.figures.co_activation import experts_lost
-from shape_moe.reporting.figures.figure import number, percent
+from shape_moe.reporting.figures.figure import number, percent, sentence
 from shape_moe.reporting.figures.layers import kept_mass
 from shape_moe.reporting.figures.metrics import METRICS, known_metrics
 from shape_moe.reporting.figures.sweep import chosen_point
@@ -52,7 +52,7 @@ def subline(material: Material) -> str:
     selection = material.selection
     if selection is None:
         if material.sweep is not None:
-            return material.sweep.reason
+            return sentence(material.sweep.reason)
         return "Nothing is selected yet: this report shows what the experts are worth."
     text = f"Keeps {selection.kept:,} of {selection.total:,} experts"
     if material.sizes is not None:
@@ -226,7 +226,7 @@ def _quality(material: Material) -> str:
         )
     result, where = measured
     told = "; ".join(f"{metric.title.lower()} {metric.text(result)}" for metric in known_metrics([result])[:3])
-    return f"Measured quality, with 95 % intervals: {told.replace('kl to', 'KL to')}. {where}"
+    return f"Measured quality, with 95 % intervals: {told.replace('kl to', 'KL to')}. {sentence(where)}"
 
 
 def warnings(material: Material) -> list[str]:
@@ -240,7 +240,7 @@ def warnings(material: Material) -> list[str]:
         return found
     point = chosen_point(sweep, material.selection)
     if sweep.recommended is None:
-        found.append(f"The sweep recommends no selection. {sweep.reason}".strip())
+        found.append(sentence(f"The sweep recommends no selection. {sweep.reason}"))
     if point is not None and point.meets_limit is False:
         found.append("The selection does not meet the limit on quality that the sweep was given.")
     if point is not None and point.healthy is False:

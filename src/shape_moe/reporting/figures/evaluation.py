@@ -68,9 +68,7 @@ def quality_figure(evaluation: Evaluation) -> Figure | None:
 
 def _quality_state(metric: Metric, evaluation: Evaluation, sets: list[str]) -> State:
     by_set = [[_of(metric, model, name) for model in evaluation.models] for name in sets]
-    log = is_wide(
-        estimate for estimates in by_set for estimate in estimates if estimate and estimate.value != metric.dense
-    )
+    log = is_wide(estimate for estimates in by_set for estimate in estimates)
     patches: list[dict[str, Any]] = [
         {
             # a value of zero (the dense model's distance to itself) has no place on a logarithmic axis

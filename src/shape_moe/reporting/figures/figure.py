@@ -205,6 +205,12 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:#.{digits}g}".rstrip(".")
 
 
+def sentence(text: str) -> str:
+    """Text of another origin, with a full stop."""
+    text = text.strip()
+    return text if not text or text[-1] in ".!?" else f"{text}."
+
+
 def counted(count: float, noun: str) -> str:
     """A count with its noun."""
     return f"{count:,.0f} {noun}{'' if count == 1 else 's'}"

@@ -17,6 +17,9 @@ _WIDE_RANGE = 30.0
 """Positive values that differ by more than this factor are drawn on a logarithmic axis."""
 
 
+_FEW_DECADES = 5
+
+
 @dataclass(frozen=True)
 class Metric:
     """One way to look at quality.
@@ -105,12 +108,13 @@ def is_wide(estimates: Iterable[Estimate | None]) -> bool:
 
 
 def value_axis(estimates: Iterable[Estimate | None], *, log: bool) -> dict[str, Any]:
-    """An axis of values, which are named above the figure; a logarithmic one has ticks at 1, 2 and 5 of each decade."""
+    """An axis of values that are named above the figure; a logarithmic one has ticks at 1 (2 and 5) of a decade."""
     axis: dict[str, Any] = {"type": "log" if log else "linear"}
     if log:
         values = [e.value for e in estimates if e is not None and e.value > 0]
         decades = range(math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 1)
-        ticks = [step * 10.0**decade for decade in decades for step in (1, 2, 5)]
+        steps = (1, 2, 5) if len(decades) <= _FEW_DECADES else (1,)
+        ticks = [step * 10.0**decade for decade in decades for step in steps]
         axis |= {"tickmode": "array", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
     else:
         axis |= {"tickmode": "auto"}
