@@ -12,7 +12,7 @@ def random_set(count: int = 9, batch_size: int = 4, seed: int = 0) -> HeldOutSet
     """Random tokens: examples with responses, one plain text and one text of a single token."""
     rows = make_examples(count, seed=seed)
     text = rows[0].tokens
-    rows += [Example(count, "plain", text, len(text)), Example(count + 1, "single", (5,), 1)]
+    rows += [Example(count, "plain", text, len(text), plain=True), Example(count + 1, "single", (5,), 1, plain=True)]
     groups = tuple("odd" if i % 2 else "even" for i in range(len(rows)))
     return HeldOutSet("random", tuple(rows), groups, batch_size, 0, frozenset([2]))
 

@@ -143,6 +143,17 @@ def loaded_bytes(snapshot: Snapshot, dtype: str = "auto") -> int:
     return total
 
 
+def release_memory() -> None:
+    """Give back what models that nobody holds any more have taken, also what torch keeps of a GPU for later."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def free_memory(device: str = "auto") -> int:
     """Bytes free on the device (all GPUs together under ``auto``)."""
     import psutil

@@ -220,6 +220,7 @@ class Calibrator:
             "data": data.source,
             "split": data.split,
             "subset": data.subset,
+            "fields": dict(data.fields) if data.fields else None,
             "seed": data.seed,
             "samples": data.samples,
             "stratify": data.stratify,

@@ -46,6 +46,7 @@ class Example:
         tokens: token ids, prompt first.
         prompt_length: how many of them are prompt; the rest is response.
         truncated: whether tokens were cut off.
+        plain: whether it is a text without prompt and response.
     """
 
     index: int
@@ -53,6 +54,7 @@ class Example:
     tokens: tuple[int, ...]
     prompt_length: int
     truncated: bool = False
+    plain: bool = False
 
 
 class Tokeniser:
@@ -121,7 +123,8 @@ class Tokeniser:
                 f"--max-length {self.context} cuts such records."
             )
         cut = tokens[: self.limit]
-        return Example(record.index, record.where, cut, min(len(prompt), len(cut)), len(cut) < len(tokens))
+        cut_off, plain = len(cut) < len(tokens), record.text is not None
+        return Example(record.index, record.where, cut, min(len(prompt), len(cut)), cut_off, plain)
 
     def _messages(self, record: Record) -> list[Message] | None:
         """The conversation to render with the template; None where raw text is wanted."""

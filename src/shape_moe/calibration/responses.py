@@ -98,6 +98,9 @@ def greedy_answers(
                     attention_mask=mask.to(device),
                     max_new_tokens=longest,
                     do_sample=False,
+                    num_beams=1,
+                    repetition_penalty=1.0,  # a checkpoint's own settings would bend what greedy means
+                    no_repeat_ngram_size=0,
                     use_cache=True,
                     pad_token_id=pad_id,
                 )

@@ -95,12 +95,13 @@ def evaluate(
     if out is not None:
         write_json(out, result.document)
         talk.note(f"Wrote {out}")
-    talk.result(result.document, lambda console: _show(console, result))
+    by_pattern = generation.answer_pattern is not None
+    talk.result(result.document, lambda console: _show(console, result, by_pattern=by_pattern))
 
 
-def _show(console: Console, result: job.Evaluation) -> None:
+def _show(console: Console, result: job.Evaluation, *, by_pattern: bool) -> None:
     for name in result.models[0].sets:
-        _show_set(console, result, name)
+        _show_set(console, result, name, by_pattern=by_pattern)
     if result.models[0].tasks:
         _show_tasks(console, result)
     _show_footprints(console, result)
@@ -110,13 +111,14 @@ def _show(console: Console, result: job.Evaluation) -> None:
         if worst is not None:
             lost = groups[worst]["change"]
             key = "exact_match" if "exact_match" in lost else "nll"
-            change = f"{key.replace('_', ' ')} {signed(lost[key])}"
+            shown = signed(lost[key]) if key == "exact_match" else number(lost[key], 4)
+            change = f"{key.replace('_', ' ')} {shown}"
             console.print(f"{found.name}: worst class is {worst!r} ({change})", markup=False)
     for check in result.faithfulness:
         _show_faithfulness(console, check)
 
 
-def _show_set(console: Console, result: job.Evaluation, name: str) -> None:
+def _show_set(console: Console, result: job.Evaluation, name: str, *, by_pattern: bool) -> None:
     source = result.document["data"] if name == job.TASK else result.document["also"]
     title = f"{source}: figures with 95 % intervals"
     columns = ("model", "nll", "perplexity", "KL to dense", "same top-1", "exact match", "change", "loops", "no end")
@@ -125,6 +127,8 @@ def _show_set(console: Console, result: job.Evaluation, name: str) -> None:
         verdict = found.sets[name]
         health = verdict.health.figures if verdict.health else {}
         exact, change = verdict.quality.get("exact_match"), verdict.change.get("exact_match")
+        if by_pattern and verdict.health is not None:
+            exact, change = health["exact_match"], verdict.health.change.get("exact_match")
         table.add_row(
             found.name,
             number(verdict.quality["nll"], 4),
@@ -152,7 +156,7 @@ def _show_tasks(console: Console, result: job.Evaluation) -> None:
         for name, scored in found.tasks.items():
             changes = job.task_changes(scored, dense.tasks[name]) if found is not dense else {}
             for metric, estimate in scored.metrics.items():
-                change = signed(changes[metric]) if metric in changes else ""
+                change = number(changes[metric], 4) if metric in changes else ""
                 table.add_row(found.name, name, metric, f"{scored.items:,}", number(estimate, 4), change)
     console.print(table)
 

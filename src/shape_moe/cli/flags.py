@@ -173,6 +173,11 @@ class DataFlags:
     ] = False
     batch_size: Annotated[int, typer.Option(help="Examples per forward pass.", rich_help_panel=RUN_PANEL)] = 8
 
+    def held_out(self, source: str, seed: int) -> DataOptions:
+        """Other examples, with fields named and split as these flags say."""
+        fields = parse_pairs(self.field_map, "--map")
+        return DataOptions(source, split=self.split, subset=self.subset, fields=fields, seed=seed)
+
     def options(self, device: DeviceFlags, seed: int, samples: int) -> TraceOptions:
         """The trace options that these flags describe; ``samples`` is the verb's default."""
         if self.data is None:
@@ -256,6 +261,13 @@ class GenerationFlags:
             return None
         return GenerationOptions(self.generate, self.answer_tokens, self.answer_pattern)
 
+    def required(self) -> GenerationOptions:
+        """The same, where nothing is chosen without free answers."""
+        options = self.options()
+        if options is None:
+            raise UsageError("Nothing is recommended that was not generated from: --generate must be at least 1 here.")
+        return options
+
 
 @dataclass
 class TaskFlags:
@@ -333,9 +345,11 @@ class SelectFlags:
     """How the budget is spent."""
 
     rule: Annotated[
-        str,
-        typer.Option(help="How layers share the budget: coverage, uniform, global.", rich_help_panel=CHOICE_PANEL),
-    ] = "coverage"
+        str | None,
+        typer.Option(
+            help="How layers share the budget: coverage (the default), uniform, global.", rich_help_panel=CHOICE_PANEL
+        ),
+    ] = None
     routing: Annotated[
         str | None,
         typer.Option(
@@ -375,7 +389,7 @@ class SelectFlags:
         target = self.target or "ragged"
         options = SelectOptions(
             keep=keep,
-            rule=self.rule,
+            rule=self.rule or "coverage",
             routing=parse_routing(self.routing, target),
             target=target,
             tolerance=self.tolerance,

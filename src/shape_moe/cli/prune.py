@@ -30,7 +30,6 @@ from shape_moe.cli.flags import (
 from shape_moe.cli.select import summary
 from shape_moe.cli.values import parse_count, parse_routing, parse_size
 from shape_moe.errors import UsageError
-from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.sweep import Limit
 from shape_moe.jobs import prune as job
 from shape_moe.jobs.inspect import keep_that_fits
@@ -91,7 +90,8 @@ def prune(
     _check_rate_options(keep, fit, selection, limit)
     choice = None
     if limit is not None or score.scorer == AUTO:
-        choice = _choice(limit, select, generation, held_out, held_out_samples, data.split, seed.seed)
+        judged_by = data.held_out(held_out, seed.seed) if held_out else None
+        choice = _choice(limit, select, generation, judged_by, held_out_samples)
     elif held_out is not None or held_out_samples is not None:
         raise UsageError("--held-out goes with --scorer auto, --max-kl or --max-drop: nothing is judged without.")
     _refuse_ignored(data, select, score, trace, selection, chooses=choice is not None)
@@ -122,19 +122,20 @@ def _choice(
     limit: Limit | None,
     select: SelectFlags,
     generation: GenerationFlags,
-    held_out: str | None,
+    held_out: DataOptions | None,
     samples: int | None,
-    split: str | None,
-    seed: int,
 ) -> ChoiceOptions:
     """How candidates are judged."""
+    if select.tolerance is not None:
+        raise UsageError("--tolerance reproduces one published selection; leave it out where candidates are judged.")
     routing = parse_routing(select.routing, select.target or "ragged") if select.routing else None
     return ChoiceOptions(
         limit=limit,
+        rules=(select.rule,) if select.rule else None,
         routings=(routing,) if routing else None,
-        held_out=DataOptions(held_out, split=split, seed=seed) if held_out else None,
+        held_out=held_out,
         held_out_samples=samples,
-        generation=generation.options() or GenerationOptions(),
+        generation=generation.required(),
     )
 
 

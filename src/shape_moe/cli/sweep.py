@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 
 from shape_moe.architectures.snapshot import open_snapshot
-from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.console import plain_table
 from shape_moe.cli.evaluate import number, share, signed
 from shape_moe.cli.flags import (
@@ -22,11 +21,11 @@ from shape_moe.cli.flags import (
     ModelArgument,
     OutputFlags,
     SeedFlag,
+    changed_flags,
     with_flags,
 )
 from shape_moe.cli.values import parse_count, parse_size
 from shape_moe.errors import UsageError
-from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.sweep import SweepPoint
 from shape_moe.jobs import sweep as job
 from shape_moe.jobs.inspect import keep_that_fits
@@ -89,13 +88,16 @@ def sweep(
         target=target,
         scoring=ScoreOptions(SegmentWeights(prompt_weight, response_weight), seed.seed),
         held_out=held_out_samples,
-        generation=generation.options() or GenerationOptions(),
+        generation=generation.required(),
         most_keep=_most_keep(model, fit, context, concurrency),
     )
     if trace is None and data.data is None:
         raise UsageError("Give examples (--data), a trace (--trace), or both.")
     given = data.options(run, seed.seed, DEFAULT_SAMPLES) if data.data is not None else None
-    judged_by = DataOptions(held_out, split=data.split, seed=seed.seed) if held_out else None
+    ignored = [name for name in changed_flags(data) if name not in _HANDED_ON]
+    if given is None and ignored:
+        raise UsageError(f"The trace decides how examples are read: leave {', '.join(ignored)} out, or give --data.")
+    judged_by = data.held_out(held_out, seed.seed) if held_out else None
     result = job.sweep(
         model,
         options,
@@ -109,6 +111,10 @@ def sweep(
         progress=talk,
     )
     talk.result(result.document, lambda console: _show(console, result, model, out))
+
+
+_HANDED_ON = ("--split", "--subset", "--field-map")
+"""What --held-out is read with, whatever --data says."""
 
 
 def _scorers(named: list[str] | None) -> tuple[str, ...]:

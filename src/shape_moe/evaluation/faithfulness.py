@@ -66,6 +66,7 @@ def faithfulness(
     *,
     name: str,
     draws: int = FEWEST_RANDOM,
+    groups: int = 1,
     seed: int = 0,
     advance: Advance = lambda _: None,
 ) -> Faithfulness:
@@ -78,6 +79,7 @@ def faithfulness(
         scores: the values that it was made from.
         name: what to call it.
         draws: how many random selections, at least 3.
+        groups: router groups whose counts the controls must keep, 1 for none.
         seed: draws the first of them; the others follow.
         advance: called with 1 for every selection judged.
 
@@ -86,8 +88,8 @@ def faithfulness(
     """
     if draws < FEWEST_RANDOM:
         raise UsageError(f"Faithfulness needs at least {FEWEST_RANDOM} random selections, not {draws}.")
-    controls = [inverted_selection(selection, scores)]
-    controls += [random_selection(selection, seed + i) for i in range(draws)]
+    controls = [inverted_selection(selection, scores, groups=groups)]
+    controls += [random_selection(selection, seed + i, groups=groups) for i in range(draws)]
     verdicts = []
     for chosen in (selection, *controls):
         verdicts.append(judge.verdict(judge.compare_masked(model, chosen)))

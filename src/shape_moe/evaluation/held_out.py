@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 _TOKENS_AT_A_TIME = 2048
+_LOGPROB_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class HeldOutSet:
         batch_size: examples per forward pass; short ones go in larger batches.
         pad_id: token id of the padding.
         stops: ids of the tokens that end an answer.
+        vocabulary: size of the vocabulary, 0 when unknown; bounds how much is computed at once.
     """
 
     name: str
@@ -36,6 +38,7 @@ class HeldOutSet:
     batch_size: int
     pad_id: int = 0
     stops: frozenset[int] = frozenset()
+    vocabulary: int = 0
 
     def __post_init__(self) -> None:
         if not any(_scored_count(example) for example in self.examples):
@@ -51,12 +54,16 @@ class HeldOutSet:
             yield rows, make_batch([self.examples[i] for i in rows], rows, self.pad_id)
 
     def rows_of(self, length: int) -> int:
-        """How many examples of a length go into one pass: ``batch_size``, or more of them while they are short."""
-        return max(self.batch_size, _TOKENS_AT_A_TIME // length)
+        """How many examples of a length go into one pass.
+
+        ``batch_size``, or more of them while they are short, or fewer where log-probabilities would take too much.
+        """
+        wanted = max(self.batch_size, _TOKENS_AT_A_TIME // length)
+        return max(1, min(wanted, _LOGPROB_BYTES // (4 * length * max(self.vocabulary, 1))))
 
     def answered(self) -> list[int]:
-        """Positions of the examples that have a prompt and a response."""
-        return [i for i, e in enumerate(self.examples) if 0 < e.prompt_length < len(e.tokens)]
+        """Positions of the examples that have a prompt and a whole response."""
+        return [i for i, e in enumerate(self.examples) if 0 < e.prompt_length < len(e.tokens) and not e.truncated]
 
     def response(self, position: int) -> list[int]:
         """Tokens of an example's response up to and with the first one that ends it."""
@@ -67,15 +74,17 @@ class HeldOutSet:
 def _scored_count(example: Example) -> int:
     if example.prompt_length < len(example.tokens):
         return len(example.tokens) - max(example.prompt_length, 1)
-    return len(example.tokens) - 1
+    return len(example.tokens) - 1 if example.plain else 0
 
 
 def scored_positions(batch: Batch) -> torch.Tensor:
     """Bool [B, T - 1]: whether the token after each position is scored.
 
-    Scored are the tokens of responses; of an example without a response (a plain text) all but the first.
+    Scored are the tokens of responses, and of plain texts all but the first; of a prompt alone nothing is.
     """
+    import torch
+
     segments = batch.segments.view(batch.input_ids.shape)
     targets = segments[:, 1:] == RESPONSE
-    plain = ~(segments == RESPONSE).any(dim=1, keepdim=True)
+    plain = torch.tensor([example.plain for example in batch.examples])[:, None]
     return targets | (plain & (segments[:, 1:] == PROMPT))

@@ -74,11 +74,18 @@ class DenseReference:
             self._kept[batch] = logprobs
             self._used += size
             return
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="shape-moe-")
-        save_file({"logprobs": logprobs.contiguous()}, Path(self._folder.name) / f"{batch}.safetensors")
+        try:
+            save_file({"logprobs": logprobs.contiguous()}, Path(self._folder.name) / f"{batch}.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise ShapeMoeError(
+                f"The dense model's log-probabilities do not fit {self._folder.name}: judge fewer or shorter examples "
+                "(--samples, --max-length), or name a larger disk in TMPDIR."
+            ) from error
 
     def get(self, batch: int) -> torch.Tensor:
         """The log-probabilities of a batch."""
@@ -168,8 +175,11 @@ def scored_logprobs(model: PreTrainedModel, batch: Batch, scored: torch.Tensor) 
             use_cache=False,
         ).logits
         chosen = logits[scored[:, columns].to(logits.device)]
-        chunks = [chunk.float().log_softmax(-1).cpu() for chunk in chosen.split(_ROWS_AT_A_TIME)]
-    logprobs: torch.Tensor = torch.cat(chunks)
+        del logits
+        logprobs = torch.empty(chosen.shape, dtype=torch.float32)
+        for start in range(0, len(chosen), _ROWS_AT_A_TIME):
+            rows = slice(start, start + _ROWS_AT_A_TIME)
+            logprobs[rows] = chosen[rows].float().log_softmax(-1).cpu()
     if not bool(logprobs.isfinite().all()):
         raise ShapeMoeError(
             "The model's logits are not finite: it cannot be judged in this dtype; try another --dtype."

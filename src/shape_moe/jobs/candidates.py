@@ -47,7 +47,7 @@ def open_candidate(
         CheckpointError: when it cannot be read.
     """
     if isinstance(given, Selection):
-        return _mask(f"{given.scorer}/{given.rule} {given.keep:.2f}", given, dense, trace)
+        return _mask(f"{given.scorer}/{given.rule}, {given.routing} {given.keep:.2f}", given, dense, trace)
     path = Path(given)
     if path.is_file():
         return _mask(path.stem if path.stem != "selection" else path.parent.name, load_selection(path), dense, trace)
@@ -59,17 +59,23 @@ def open_candidate(
     if selection is not None and selection.fingerprint is not None:
         check_fingerprint(selection.fingerprint, fingerprint(dense), f"The checkpoint {given}", force=True)
     own = folder / "trace"
-    return Candidate(path.resolve().name, snapshot, selection, load_trace(own) if own.is_dir() else _loaded(trace))
+    return Candidate(
+        path.resolve().name, snapshot, selection, load_trace(own) if own.is_dir() else _loaded(trace, dense)
+    )
 
 
 def _mask(name: str, selection: Selection, dense: Snapshot, trace: str | PathLike[str] | None) -> Candidate:
     if selection.fingerprint is not None:
         check_fingerprint(selection.fingerprint, fingerprint(dense), f"The selection {name}", force=True)
-    return Candidate(name, None, selection, _loaded(trace))
+    return Candidate(name, None, selection, _loaded(trace, dense))
 
 
-def _loaded(trace: str | PathLike[str] | None) -> Trace | None:
-    return load_trace(trace) if trace is not None else None
+def _loaded(trace: str | PathLike[str] | None, dense: Snapshot) -> Trace | None:
+    if trace is None:
+        return None
+    found = load_trace(trace)
+    check_fingerprint(found.info.fingerprint, fingerprint(dense), f"The trace {trace}", force=True)
+    return found
 
 
 def scores_of(selection: Selection, trace: Trace) -> Scores:

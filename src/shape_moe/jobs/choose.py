@@ -91,7 +91,10 @@ def candidates(job: SelectionJob, options: ChoiceOptions, trace: Trace) -> list[
         methods = [(scorer, rule) for scorer, rule in AUTO_METHODS if set(get_scorer(scorer).needs) <= held]
         if trace.info.routing.top_k == 1:
             methods = [(scorer, rule) for scorer, rule in methods if scorer != "shape"]
-        if target == "stock":  # equal counts leave nothing to share out
+        if options.rules is not None:
+            named = dict.fromkeys(scorer for scorer, _ in methods)
+            methods = [(scorer, rule) for scorer in named for rule in options.rules]
+        elif target == "stock":  # equal counts leave nothing to share out
             methods = [(scorer, rule) for scorer, rule in methods if rule == "uniform"]
         methods = methods or [("frequency", "uniform")]
     return [Combination(scorer, rule, routing, target) for scorer, rule in methods for routing in routings]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,11 +10,11 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from shape_moe.architectures.fingerprint import fingerprint
-from shape_moe.architectures.loading import load_model, load_tokenizer
+from shape_moe.architectures.loading import load_model, load_tokenizer, release_memory
 from shape_moe.architectures.sizes import measure
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.records import DataOptions, load_records
-from shape_moe.errors import UsageError
+from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.evaluation.faithfulness import Faithfulness, faithfulness
 from shape_moe.evaluation.figures import document, worst_group
 from shape_moe.evaluation.footprint import Footprint, measure_footprint
@@ -147,6 +146,8 @@ def evaluate(
         if not isinstance(data, TraceOptions):
             tracing = replace(tracing, device=device, dtype=dtype)
         if options.by is not None:
+            if tracing.data.stratify not in {None, options.by}:
+                raise UsageError("--by and --stratify name different fields; leave one of them out.")
             tracing = replace(tracing, data=replace(tracing.data, stratify=options.by))
         device, dtype = tracing.device, tracing.dtype
     snapshot = open_snapshot(model)
@@ -201,20 +202,14 @@ class _Run:
 
     def carry_out(self) -> Evaluation:
         """Judge everything."""
-        model = self._dense_model()
-        if self.session is not None:
-            self.judges = self._judges(self.session)
-        models, checks = [self._dense(model)], []
-        for entry in self.candidates:
-            if entry.snapshot is None:
-                models.append(self._masked(entry, model))
-            if self.options.faithfulness and entry.selection is not None:
-                checks.append(self._faithfulness(entry, model))
-        del model
-        if self.session is not None:
-            self.session.unload()
-        gc.collect()
-        models += [self._checkpoint(entry, entry.snapshot) for entry in self.candidates if entry.snapshot]
+        tasks = self.options.tasks
+        if self.session is None and tasks is not None and tasks.engine == "vllm":
+            models, checks = self._described()
+        else:
+            models, checks = self._judged_on_dense()
+            release_memory()
+            models += [self._checkpoint(entry, entry.snapshot) for entry in self.candidates if entry.snapshot]
+        release_memory()
         for judge in self.judges.values():
             judge.close()
         order = {name: i for i, name in enumerate([self.snapshot.name, *(entry.name for entry in self.candidates)])}
@@ -222,6 +217,31 @@ class _Run:
         self._run_vllm_tasks(models)
         self._measure_footprints(models)
         return Evaluation(tuple(models), tuple(checks), self._document(models, checks), tuple(self.notes))
+
+    def _described(self) -> tuple[list[Evaluated], list[Faithfulness]]:
+        """All models without a figure: vLLM loads them itself."""
+        models = [Evaluated(self.snapshot.name, "dense", None, self.snapshot.total_bytes)]
+        for entry in self.candidates:
+            kind = "checkpoint" if entry.snapshot else "mask"
+            kept = entry.selection.kept if entry.selection else self.size.num_experts
+            size = entry.snapshot.total_bytes if entry.snapshot else round(self.size.at_keep(kept))
+            models.append(Evaluated(entry.name, kind, entry.selection, size))
+        return models, []
+
+    def _judged_on_dense(self) -> tuple[list[Evaluated], list[Faithfulness]]:
+        """The dense model and all masks on it, and what faithfulness says of every selection."""
+        model, checks = self._dense_model(), []
+        if self.session is not None:
+            self.judges = self._judges(self.session)
+        models = [self._dense(model)]
+        for entry in self.candidates:
+            if entry.snapshot is None:
+                models.append(self._masked(entry, model))
+            if self.options.faithfulness and entry.selection is not None:
+                checks.append(self._faithfulness(entry, model))
+        if self.session is not None:
+            self.session.unload()
+        return models, checks
 
     def _dense_model(self) -> PreTrainedModel:
         if self.session is not None:
@@ -260,7 +280,7 @@ class _Run:
         return Evaluated(entry.name, "mask", entry.selection, size, sets, tasks)
 
     def _checkpoint(self, entry: Candidate, snapshot: Snapshot) -> Evaluated:
-        gc.collect()
+        release_memory()
         with self.progress.phase(f"Loading {entry.name}", 1, "model") as advance:
             model = load_model(snapshot, device=self.device, dtype=self.dtype)
             advance(1)
@@ -319,7 +339,7 @@ class _Run:
     def _faithfulness(self, entry: Candidate, model: PreTrainedModel) -> Faithfulness:
         assert entry.selection is not None
         assert entry.trace is not None
-        draws = self.options.faithfulness
+        draws, facts = self.options.faithfulness, entry.trace.info.routing
         with self.progress.phase(f"Faithfulness of {entry.name}", draws + 2, "selection") as advance:
             return faithfulness(
                 model,
@@ -328,6 +348,7 @@ class _Run:
                 scores_of(entry.selection, entry.trace),
                 name=entry.name,
                 draws=draws,
+                groups=facts.groups if entry.selection.routing == "reroute" else 1,
                 seed=self.options.seed,
                 advance=advance,
             )
@@ -337,14 +358,19 @@ class _Run:
         workload = self.options.footprint
         if workload is None:
             return
-        gc.collect()
+        release_memory()
         paths = {self.snapshot.name: self.snapshot.path}
         paths |= {entry.name: entry.snapshot.path for entry in self.candidates if entry.snapshot is not None}
         with self.progress.phase("Measuring memory and speed", len(paths), "model") as advance:
             for found in models:
                 if found.name in paths:
                     path = paths[found.name]
-                    found.footprint = measure_footprint(path, device=self.device, dtype=self.dtype, workload=workload)
+                    try:
+                        found.footprint = measure_footprint(
+                            path, device=self.device, dtype=self.dtype, workload=workload
+                        )
+                    except ShapeMoeError as error:  # what was judged before is worth keeping
+                        self.notes.append(str(error))
                     advance(1)
 
     def _document(self, models: list[Evaluated], checks: list[Faithfulness]) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def held_out_set(
         batch_size=answers.batch_size,
         pad_id=pad_token_id(session.model, session.calibrator.tokeniser),
         stops=stop_ids(session.model),
+        vocabulary=int(session.model.config.vocab_size),
     )
 
 

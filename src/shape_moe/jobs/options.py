@@ -11,6 +11,7 @@ from shape_moe.calibration.calibrate import AnswerOptions
 from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.records import DataOptions
 from shape_moe.errors import UsageError
+from shape_moe.evaluation.faithfulness import FEWEST_RANDOM
 from shape_moe.evaluation.footprint import Workload
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.sweep import Limit
@@ -103,6 +104,7 @@ class ChoiceOptions:
 
     Attributes:
         limit: what may be lost; the keep rate is then the smallest that stays within. None keeps the rate asked for.
+        rules: rules to try with scorer ``auto``, None for those that the benchmark found good.
         routings: routings to try, None for both with scorer ``auto`` and for the one asked for otherwise.
         held_out: examples to judge by, None for a share of the calibration data.
         held_out_samples: how many, None for 64, with a limit 200.
@@ -110,6 +112,7 @@ class ChoiceOptions:
     """
 
     limit: Limit | None = None
+    rules: tuple[str, ...] | None = None
     routings: tuple[Routing, ...] | None = None
     held_out: DataOptions | None = None
     held_out_samples: int | None = None
@@ -204,3 +207,7 @@ class EvaluateOptions:
     faithfulness: int = 0
     trace: str | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.faithfulness and self.faithfulness < FEWEST_RANDOM:
+            raise UsageError(f"Faithfulness needs at least {FEWEST_RANDOM} random selections, not {self.faithfulness}.")

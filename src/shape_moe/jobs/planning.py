@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from os import PathLike
+from typing import Any
 
 from shape_moe.architectures.fingerprint import check_fingerprint, fingerprint
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.calibrate import AnswerOptions
 from shape_moe.calibration.examples import TokenOptions
-from shape_moe.calibration.records import DataOptions, Record, load_records, prompt_hash
+from shape_moe.calibration.records import DataOptions, Record, content_hash, load_records, prompt_hash
 from shape_moe.calibration.split import split_records
 from shape_moe.errors import UsageError
 from shape_moe.jobs.held_out import fresh_records, known_prompts
@@ -37,6 +38,10 @@ class Plan:
     data: DataOptions
     sentence: str
 
+    def held_out_job(self) -> list[Any]:
+        """What decides the held-out examples, for a job file: their content, and which of the source they are."""
+        return [content_hash(self.records), [record.index for record in self.records]]
+
 
 def held_out_tracing(
     data: TraceOptions | DataOptions | str | PathLike[str] | None,
@@ -63,7 +68,9 @@ def _as_traced(trace: Trace) -> TraceOptions:
     if not source.get("data"):
         raise UsageError("The trace does not name its examples; give held-out ones (--held-out).")
     return TraceOptions(
-        DataOptions(str(source["data"]), split=source.get("split"), subset=source.get("subset")),
+        DataOptions(
+            str(source["data"]), split=source.get("split"), subset=source.get("subset"), fields=source.get("fields")
+        ),
         tokens=TokenOptions(
             template=bool(source.get("template", True)),
             template_args=source.get("template_args") or {},
@@ -81,6 +88,8 @@ def plan_search(
     samples: int,
     seed: int,
     progress: Progress,
+    *,
+    force: bool = False,
 ) -> Plan:
     """Decide which examples calibrate and which judge.
 
@@ -92,6 +101,7 @@ def plan_search(
         samples: how many to judge by.
         seed: draws the sides of a split.
         progress: where to show notes.
+        force: accept a trace of unknown origin.
 
     Raises:
         ShapeMoeError: when the model, the trace or the examples cannot be used.
@@ -101,7 +111,7 @@ def plan_search(
         return _split_plan(snapshot, tracing, samples, seed, progress)
     if given is not None:
         traced = load_trace(given)
-        check_fingerprint(traced.info.fingerprint, fingerprint(snapshot), f"The trace {given}")
+        check_fingerprint(traced.info.fingerprint, fingerprint(snapshot), f"The trace {given}", force=force)
         named, session_records = known_prompts(traced), None
         if named is None:
             if other is None:

@@ -150,7 +150,8 @@ def prune(
     session = plan.session if plan else None
     if session is None and options.trace is not None:
         session = TraceSession.open(snapshot, options.trace, None, progress)
-    job = _job(snapshot, options, session, trace, chosen)
+    inputs += [plan.data.source] if plan else []
+    job = _job(snapshot, options, session, trace, chosen, plan)
     with Workspace(out, job, force=options.force, inputs=inputs) as work:
         _check_disk(snapshot, options, chosen, work.path)
         run = _Run(snapshot, options, work.path, progress, session, traced, plan)
@@ -199,7 +200,8 @@ def _plan_choice(
         return None
     tracing = held_out_tracing(options.trace, trace, choice.held_out)
     tracing = replace(tracing, device=options.device, dtype=options.dtype)
-    return plan_search(snapshot, tracing, trace, choice.held_out, choice.samples, select.scoring.seed, progress)
+    seed, samples = select.scoring.seed, choice.samples
+    return plan_search(snapshot, tracing, trace, choice.held_out, samples, seed, progress, force=options.force)
 
 
 def _target(options: PruneOptions, chosen: Selection | None) -> str:
@@ -227,6 +229,7 @@ def _job(
     session: TraceSession | None,
     trace: str | PathLike[str] | None,
     chosen: Selection | None,
+    plan: Plan | None,
 ) -> Mapping[str, Any]:
     """What decides the result, by its content: the model, the artifacts that enter, and the options."""
     description = asdict(options)
@@ -237,6 +240,7 @@ def _job(
         "model": fingerprint(snapshot),
         "layout": layout_fingerprint(snapshot),
         "session": session.job() if session else None,
+        "held_out": plan.held_out_job() if plan else None,
         "traced": [file_hash(file) for file in files],
         "selection": chosen.to_document() if chosen else None,
         **description,

@@ -54,15 +54,16 @@ def sweep(
     if not isinstance(data, TraceOptions):
         tracing = replace(tracing, device=device, dtype=dtype)
     snapshot = open_snapshot(model)
-    plan = plan_search(snapshot, tracing, trace, held_out, options.held_out, options.scoring.seed, progress)
+    seed = options.scoring.seed
+    plan = plan_search(snapshot, tracing, trace, held_out, options.held_out, seed, progress, force=force)
     if out is None:
         return _Sweep(snapshot, options, plan, progress, None).run()
-    inputs = [path for path in (model, trace, tracing.data.source) if path is not None]
+    inputs = [path for path in (model, trace, tracing.data.source, plan.data.source) if path is not None]
     job = {
         "verb": "sweep",
         "options": asdict(options),
         "trace": plan.trace.info.source.get("content_hash") if plan.trace else None,
-        "held_out": [record.index for record in plan.records],
+        "held_out": plan.held_out_job(),
         **plan.session.job(),
     }
     with Workspace(out, job, force=force, inputs=inputs) as work:
