@@ -143,7 +143,8 @@ def test_memory_and_speed_are_measured_in_a_process_of_their_own(embedded, prune
     assert found.device == "cpu"
     assert found.peak_bytes > 2**20
     assert found.load_seconds > 0
-    assert found.prefill_tokens_per_second > found.decode_tokens_per_second > 0
+    assert found.prefill_tokens_per_second > 0
+    assert found.decode_tokens_per_second > 0
     with pytest.raises(ShapeMoeError, match="could not be measured"):
         measure_footprint(pruned / "shape", device="cpu", workload=workload)
 
