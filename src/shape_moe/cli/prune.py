@@ -69,7 +69,7 @@ def prune(
         typer.Option(metavar="FILE", help="Judge candidates by these examples; default: a share of --data."),
     ] = None,
     held_out_samples: Annotated[
-        int | None, typer.Option(help="Judge by this many examples. Default: 200 for a limit, 64 for scorer auto.")
+        int | None, typer.Option(help="Judge by this many examples. Default: 300 for a limit, 64 for scorer auto.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     preset: Annotated[

@@ -42,7 +42,7 @@ def quality(result: TeacherForced, draws: Bootstrap, answered: list[int]) -> Fig
         "top1": draws.ratio(result.agree, result.tokens),
     }
     if answered:
-        figures["exact_match"] = _draws_for(answered, draws).share(result.exact[answered])
+        figures["exact_match"] = draws.of(len(answered)).share(result.exact[answered])
     return figures
 
 
@@ -51,13 +51,9 @@ def change(result: TeacherForced, dense: TeacherForced, draws: Bootstrap, answer
     nll = draws.ratio(result.nll - dense.nll, dense.tokens)
     figures = {"nll": nll, "perplexity": nll.mapped(exp)}
     if answered:
-        pairs = _draws_for(answered, draws)
+        pairs = draws.of(len(answered))
         figures["exact_match"] = pairs.share_difference(result.exact[answered], dense.exact[answered])
     return figures
-
-
-def _draws_for(chosen: list[int], draws: Bootstrap) -> Bootstrap:
-    return draws if len(chosen) == draws.weights.shape[1] else Bootstrap(len(chosen))
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from math import isnan, nan, sqrt
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-RESAMPLES = 2000
-_TAILS = (0.025, 0.975)
-_Z = 1.959964
+RESAMPLES = 4000
+_TAIL = 0.025
 Values = NDArray[np.float64]
 
 
@@ -44,11 +44,20 @@ class Bootstrap:
     Args:
         examples: how many examples.
         seed: draws the resamples.
+        comparisons: how many candidates the best is picked from: intervals then hold for all of them together
+            (Bonferroni), without which the luckiest one looks better than it is.
     """
 
-    def __init__(self, examples: int, seed: int = 0) -> None:
+    def __init__(self, examples: int, seed: int = 0, comparisons: int = 1) -> None:
+        self.examples, self.seed, self.comparisons = examples, seed, comparisons
+        self._tail = _TAIL / comparisons
+        self._z = NormalDist().inv_cdf(1 - self._tail)
         rng = np.random.default_rng(seed)
         self.weights = rng.multinomial(examples, np.full(examples, 1 / examples), size=RESAMPLES).astype(np.float64)
+
+    def of(self, examples: int) -> Bootstrap:
+        """Resamples of fewer examples, alike in all else."""
+        return self if examples == self.examples else Bootstrap(examples, self.seed, self.comparisons)
 
     def ratio(self, numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
         """``sum(numerators) / sum(denominators)``; resamples whose denominator is zero are left out.
@@ -58,7 +67,7 @@ class Bootstrap:
         above, below = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
         drawn_below = self.weights @ below
         drawn = (self.weights @ above)[drawn_below > 0] / drawn_below[drawn_below > 0]
-        low, high = np.quantile(drawn, _TAILS) if drawn.size else (np.nan, np.nan)
+        low, high = np.quantile(drawn, (self._tail, 1 - self._tail)) if drawn.size else (np.nan, np.nan)
         return Estimate(float(above.sum() / below.sum()), float(low), float(high))
 
     def share(self, hits: ArrayLike) -> Estimate:
@@ -69,8 +78,8 @@ class Bootstrap:
         """
         found = np.asarray(hits, dtype=np.float64)
         estimate, count = self.ratio(found, np.ones(found.shape)), found.size
-        centre = (found.sum() + _Z**2 / 2) / (count + _Z**2)
-        half = _Z / (count + _Z**2) * sqrt(found.sum() * (count - found.sum()) / count + _Z**2 / 4)
+        centre = (found.sum() + self._z**2 / 2) / (count + self._z**2)
+        half = self._z / (count + self._z**2) * sqrt(found.sum() * (count - found.sum()) / count + self._z**2 / 4)
         return _wider(estimate, centre - half, centre + half)
 
     def share_difference(self, hits: ArrayLike, baseline: ArrayLike) -> Estimate:
@@ -83,7 +92,7 @@ class Bootstrap:
         estimate = self.ratio(ours.astype(np.float64) - theirs, np.ones(ours.shape))
         gained, lost, count = int((ours & ~theirs).sum()) + 0.5, int((theirs & ~ours).sum()) + 0.5, ours.size + 2
         centre = (gained - lost) / count
-        half = _Z * sqrt(gained + lost - (gained - lost) ** 2 / count) / count
+        half = self._z * sqrt(gained + lost - (gained - lost) ** 2 / count) / count
         return _wider(estimate, centre - half, centre + half)
 
 

@@ -55,6 +55,7 @@ class Judge:
         held_out: the examples.
         generation: how to let models answer freely, None for not at all.
         seed: draws the resamples of all intervals.
+        comparisons: how many candidates the best is picked from.
         advance: called with the number of examples that the dense model has done.
 
     Raises:
@@ -69,13 +70,14 @@ class Judge:
         *,
         generation: GenerationOptions | None = None,
         seed: int = 0,
+        comparisons: int = 1,
         advance: Advance = lambda _: None,
     ) -> None:
         self.tokenizer, self.held_out, self.generation, self.seed = tokenizer, held_out, generation, seed
         self.reference = DenseReference()
         self.dense = record_dense(model, held_out, self.reference, advance)
         self.answered = held_out.answered()
-        self.draws = Bootstrap(len(held_out.examples), seed)
+        self.draws = Bootstrap(len(held_out.examples), seed, comparisons)
         self._dense_answers: Generated | None = None
 
     def close(self) -> None:

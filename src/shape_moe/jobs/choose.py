@@ -69,7 +69,7 @@ def choose(
         generation=options.generation,
         constraints=job.options,
     )
-    search = Search(snapshot, plan, trace, sweep, progress, folder)
+    search = Search(snapshot, plan, trace, sweep, progress, folder, comparisons=len(combinations))
     try:
         if options.limit is not None:
             return _smallest(search, combinations)

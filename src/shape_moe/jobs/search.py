@@ -129,6 +129,7 @@ class Search:
         options: what to search.
         progress: where to show progress.
         folder: where answers and finished points are kept for a later run, None for nowhere.
+        comparisons: how many combinations the best is picked from, None for those of the options.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class Search:
         options: SweepOptions,
         progress: Progress,
         folder: Path | None = None,
+        comparisons: int | None = None,
     ) -> None:
         self.options, self.plan, self.trace, self.progress = options, plan, trace, progress
         self.selector = TraceSelector(trace, options.scoring)
@@ -157,6 +159,7 @@ class Search:
                 held_out,
                 generation=generation,
                 seed=options.scoring.seed,
+                comparisons=comparisons or len(options.combinations()),
                 advance=advance,
             )
         self.known = _KnownSums(folder)
@@ -262,6 +265,7 @@ class Search:
             "model": self.snapshot.name,
             "fingerprint": fingerprint(self.snapshot),
             "split": self.plan.sentence,
+            "comparisons": self.judge.draws.comparisons,
             "calibration": self.trace.info.source,
             "held_out": {"data": self.plan.data.source, "examples": len(self.judge.held_out.examples)},
             "limit": {"kind": self.limit.kind, "value": self.limit.value},
