@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from shape_moe.cli import select, trace
-from shape_moe.cli.flags import ForceFlag, OutputFlags, with_flags
+from shape_moe.cli.flag_groups import with_flags
+from shape_moe.cli.flags import ForceFlag, OutputFlags
 from shape_moe.jobs import convert as job
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import Trace

@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 
 from shape_moe.cli.console import plain_table
-from shape_moe.cli.flags import ForceFlag, OutputFlags, SeedFlag, with_flags
+from shape_moe.cli.flag_groups import with_flags
+from shape_moe.cli.flags import ForceFlag, OutputFlags, SeedFlag
 from shape_moe.demo.run import CALIBRATION_EXAMPLES, KEEP_RATES, DemoRow, run_demo
 from shape_moe.demo.tasks import TASKS
 from shape_moe.units import readable_size

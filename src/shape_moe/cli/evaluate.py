@@ -11,18 +11,9 @@ from rich.markup import escape
 
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.console import plain_table
-from shape_moe.cli.flags import (
-    DataFlags,
-    DeviceFlags,
-    ForceFlag,
-    GenerationFlags,
-    ModelArgument,
-    OutputFlags,
-    SeedFlag,
-    TaskFlags,
-    changed_flags,
-    with_flags,
-)
+from shape_moe.cli.flag_groups import changed_flags, with_flags
+from shape_moe.cli.flags import DataFlags, DeviceFlags, ForceFlag, ModelArgument, OutputFlags, SeedFlag
+from shape_moe.cli.quality_flags import GenerationFlags, TaskFlags
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.faithfulness import Faithfulness
 from shape_moe.evaluation.figures import worst_group

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from shape_moe.cli.flags import ForceFlag, OutputFlags, with_flags
+from shape_moe.cli.flag_groups import with_flags
+from shape_moe.cli.flags import ForceFlag, OutputFlags
 from shape_moe.errors import UsageError
 from shape_moe.jobs import experiment as job
 from shape_moe.jobs.experiment_config import ExperimentConfig

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
-from functools import wraps
-from typing import Annotated, Any, get_type_hints
+from dataclasses import dataclass
+from typing import Annotated
 
 import typer
 
+from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.calibration.calibrate import AnswerOptions
 from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.console import Output
 from shape_moe.cli.values import (
+    parse_count,
     parse_layers,
     parse_pairs,
     parse_protect,
     parse_routing,
-    parse_share,
+    parse_size,
     parse_values,
 )
 from shape_moe.errors import UsageError
-from shape_moe.evaluation.generation import GenerationOptions
-from shape_moe.evaluation.sweep import Limit
-from shape_moe.jobs.options import SelectionJob, TaskOptions, TraceOptions
+from shape_moe.jobs.inspect import keep_that_fits
+from shape_moe.jobs.options import SelectionJob, TraceOptions
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.select import SelectOptions
 from shape_moe.tracing.trace import SegmentWeights
@@ -33,47 +31,9 @@ from shape_moe.tracing.trace import SegmentWeights
 DATA_PANEL = "Calibration data"
 CHOICE_PANEL = "Choosing experts"
 RUN_PANEL = "Running"
-LIMIT_PANEL = "What may be lost"
-GENERATION_PANEL = "Free answers"
-TASK_PANEL = "Benchmark tasks"
+MEMORY_PANEL = "What must fit"
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or a model's name on the hub.")]
-
-
-def with_flags(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Expand parameters whose type is a flag group into that group's options, as Typer wants them."""
-    hints = get_type_hints(function, include_extras=True)
-    groups = {name: hint for name, hint in hints.items() if isinstance(hint, type) and is_dataclass(hint)}
-    parameters: list[inspect.Parameter] = []
-    for name, parameter in inspect.signature(function).parameters.items():
-        if name not in groups:
-            parameters.append(parameter.replace(annotation=hints[name]))
-            continue
-        types = get_type_hints(groups[name], include_extras=True)
-        for entry in fields(groups[name]):
-            default = inspect.Parameter.empty if entry.default is MISSING else entry.default
-            kind = inspect.Parameter.KEYWORD_ONLY
-            parameters.append(inspect.Parameter(entry.name, kind, default=default, annotation=types[entry.name]))
-
-    @wraps(function)
-    def call(**values: Any) -> Any:
-        built = {
-            name: group(**{entry.name: values.pop(entry.name) for entry in fields(group)})
-            for name, group in groups.items()
-        }
-        return function(**values, **built)
-
-    ordered = sorted(parameters, key=lambda parameter: parameter.kind)
-    call.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]  # what Typer looks at
-    call.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
-    return call
-
-
-def changed_flags(group: Any) -> list[str]:
-    """The options of a group that the user set to something else than their default."""
-    return [
-        f"--{entry.name.replace('_', '-')}" for entry in fields(group) if getattr(group, entry.name) != entry.default
-    ]
 
 
 @dataclass
@@ -115,6 +75,42 @@ class DeviceFlags:
     dtype: Annotated[
         str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.", rich_help_panel=RUN_PANEL)
     ] = "auto"
+
+
+@dataclass
+class MemoryFlags:
+    """The memory that a model has to fit."""
+
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory of your device, as 24GiB. inspect: what fits, and how? prune: keep as many as fit, instead of "
+            "--keep. sweep: recommend only what fits.",
+            rich_help_panel=MEMORY_PANEL,
+        ),
+    ] = None
+    context: Annotated[
+        str, typer.Option(help="With --fit: tokens per sequence in the KV cache, as 16k.", rich_help_panel=MEMORY_PANEL)
+    ] = "4096"
+    concurrency: Annotated[
+        int, typer.Option(help="With --fit: sequences in the KV cache.", rich_help_panel=MEMORY_PANEL)
+    ] = 1
+
+    def size(self) -> int | None:
+        """Bytes of the device, None for any."""
+        return parse_size(self.fit) if self.fit else None
+
+    def tokens(self) -> int:
+        """Tokens per sequence in the KV cache."""
+        return parse_count(self.context)
+
+    def most_keep(self, model: str, revision: str | None = None) -> float | None:
+        """The largest keep rate of a model that fits, None for no limit."""
+        size = self.size()
+        if size is None:
+            return None
+        return keep_that_fits(open_snapshot(model, revision), size, self.tokens(), self.concurrency)
 
 
 @dataclass
@@ -207,127 +203,9 @@ class DataFlags:
 
 
 @dataclass
-class LimitFlags:
-    """What a pruned model may lose."""
+class WeightFlags:
+    """What counts when experts are valued."""
 
-    max_kl: Annotated[
-        float | None,
-        typer.Option(help="Limit on the KL divergence to the dense model, in nats.", rich_help_panel=LIMIT_PANEL),
-    ] = None
-    max_drop: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SHARE", help="Limit on the fall of exact match, as 1% or 0.01.", rich_help_panel=LIMIT_PANEL
-        ),
-    ] = None
-
-    def limit(self) -> Limit | None:
-        """The limit that these flags describe, None for none."""
-        if self.max_kl is not None and self.max_drop is not None:
-            raise UsageError("--max-kl and --max-drop exclude each other; give one of them.")
-        if self.max_kl is not None:
-            return Limit("max_kl", self.max_kl)
-        return Limit("max_drop", parse_share(self.max_drop, "--max-drop")) if self.max_drop is not None else None
-
-
-@dataclass
-class GenerationFlags:
-    """How models answer freely."""
-
-    generate: Annotated[
-        int,
-        typer.Option(
-            metavar="N", help="Let models answer N examples freely; 0 for none.", rich_help_panel=GENERATION_PANEL
-        ),
-    ] = 64
-    answer_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Longest answer; default: a quarter more than the longest response.", rich_help_panel=GENERATION_PANEL
-        ),
-    ] = None
-    answer_pattern: Annotated[
-        str | None,
-        typer.Option(
-            metavar="REGEX",
-            help="What of an answer must be right, as '#### (.*)'; default: all of it.",
-            rich_help_panel=GENERATION_PANEL,
-        ),
-    ] = None
-
-    def options(self) -> GenerationOptions | None:
-        """The generation options that these flags describe, None for no free answers."""
-        if self.generate == 0:
-            return None
-        return GenerationOptions(self.generate, self.answer_tokens, self.answer_pattern)
-
-    def required(self) -> GenerationOptions:
-        """The same, where nothing is chosen without free answers."""
-        options = self.options()
-        if options is None:
-            raise UsageError("Nothing is recommended that was not generated from: --generate must be at least 1 here.")
-        return options
-
-
-@dataclass
-class TaskFlags:
-    """Tasks of lm-evaluation-harness."""
-
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TASK,...",
-            help="Tasks of lm-evaluation-harness by name, or YAML files that define one.",
-            rich_help_panel=TASK_PANEL,
-        ),
-    ] = None
-    limit: Annotated[
-        int | None, typer.Option(help="The first N items of every task only.", rich_help_panel=TASK_PANEL)
-    ] = None
-    fewshot: Annotated[
-        int | None, typer.Option(help="Examples in the prompt; default: the task's own.", rich_help_panel=TASK_PANEL)
-    ] = None
-    chat_template: Annotated[
-        bool,
-        typer.Option("--chat-template", help="Ask through the tokenizer's chat template.", rich_help_panel=TASK_PANEL),
-    ] = False
-    unsafe_code: Annotated[
-        bool,
-        typer.Option("--unsafe-code", help="Run tasks that execute what the model writes.", rich_help_panel=TASK_PANEL),
-    ] = False
-    engine: Annotated[
-        str, typer.Option(help="What runs the tasks: transformers or vllm.", rich_help_panel=TASK_PANEL)
-    ] = "transformers"
-    engine_arg: Annotated[
-        list[str] | None,
-        typer.Option(help="Argument of vllm.LLM, as tensor_parallel_size=2.", rich_help_panel=TASK_PANEL),
-    ] = None
-
-    def options(self) -> TaskOptions | None:
-        """The task options that these flags describe, None for no tasks."""
-        if self.tasks is None:
-            if changed_flags(self):
-                raise UsageError(f"{', '.join(changed_flags(self))} goes with --tasks.")
-            return None
-        return TaskOptions(
-            names=tuple(name.strip() for name in self.tasks.split(",") if name.strip()),
-            limit=self.limit,
-            num_fewshot=self.fewshot,
-            chat_template=self.chat_template,
-            unsafe_code=self.unsafe_code,
-            engine=self.engine,
-            engine_args=parse_values(self.engine_arg, "--engine-arg"),
-        )
-
-
-@dataclass
-class ScoreFlags:
-    """How experts are valued."""
-
-    scorer: Annotated[
-        str,
-        typer.Option(help="How experts are valued; auto (prune only) tries several.", rich_help_panel=CHOICE_PANEL),
-    ] = "shape"
     prompt_weight: Annotated[
         float, typer.Option(help="How much a prompt token counts.", rich_help_panel=CHOICE_PANEL)
     ] = 1.0
@@ -338,6 +216,16 @@ class ScoreFlags:
     def options(self, seed: int) -> ScoreOptions:
         """The scoring options that these flags describe."""
         return ScoreOptions(SegmentWeights(self.prompt_weight, self.response_weight), seed)
+
+
+@dataclass
+class ScoreFlags(WeightFlags):
+    """How experts are valued."""
+
+    scorer: Annotated[
+        str,
+        typer.Option(help="How experts are valued; auto (prune only) tries several.", rich_help_panel=CHOICE_PANEL),
+    ] = "shape"
 
 
 @dataclass

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from shape_moe.cli.console import plain_table
-from shape_moe.cli.flags import ModelArgument, OutputFlags, with_flags
-from shape_moe.cli.values import parse_count, parse_size
+from shape_moe.cli.flag_groups import with_flags
+from shape_moe.cli.flags import MemoryFlags, ModelArgument, OutputFlags
 from shape_moe.jobs.inspect import Inspection, inspect_model
 from shape_moe.units import readable_size
 
@@ -22,24 +22,15 @@ def add_to(app: typer.Typer) -> None:
 
 def inspect(
     model: ModelArgument,
+    memory: MemoryFlags,
     output: OutputFlags,
-    fit: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory of your device, as 24GiB: what fits, and how?")
-    ] = None,
-    context: Annotated[str, typer.Option(help="Tokens per sequence in the KV cache, as 16k.")] = "4096",
-    concurrency: Annotated[int, typer.Option(help="Sequences in the KV cache.")] = 1,
 ) -> None:
     """Show a model's MoE layers, bytes per expert and size at each keep rate; no weight is read.
 
     Example: shape-moe inspect Qwen/Qwen3-30B-A3B --fit 24GiB --context 16k --concurrency 8
     """
     talk = output.output()
-    found = inspect_model(
-        model,
-        fit=parse_size(fit) if fit else None,
-        context=parse_count(context),
-        concurrency=concurrency,
-    )
+    found = inspect_model(model, fit=memory.size(), context=memory.tokens(), concurrency=memory.concurrency)
     talk.result(_document(found), lambda console: _show(console, found))
 
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from shape_moe.cli.flags import ForceFlag, OutputFlags, with_flags
+from shape_moe.cli.flag_groups import with_flags
+from shape_moe.cli.flags import ForceFlag, OutputFlags
 from shape_moe.cli.trace import document, show
 from shape_moe.jobs.trace import merge as merge_folders
 

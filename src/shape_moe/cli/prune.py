@@ -10,31 +10,27 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.console import plain_table
+from shape_moe.cli.flag_groups import changed_flags, with_flags
 from shape_moe.cli.flags import (
     DataFlags,
     DeviceFlags,
     ForceFlag,
-    GenerationFlags,
-    LimitFlags,
+    MemoryFlags,
     ModelArgument,
     OutputFlags,
     ScoreFlags,
     SeedFlag,
     SelectFlags,
-    changed_flags,
-    with_flags,
 )
+from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags
 from shape_moe.cli.select import summary
-from shape_moe.cli.values import parse_count, parse_routing, parse_size
+from shape_moe.cli.values import parse_routing
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.sweep import Limit
 from shape_moe.jobs import prune as job
-from shape_moe.jobs.inspect import keep_that_fits
 from shape_moe.jobs.options import AUTO, DEFAULT_SAMPLES, PAPER_SAMPLES, ChoiceOptions, PruneOptions
-from shape_moe.progress import Progress
 from shape_moe.selection.selection import Selection, load_selection
 from shape_moe.units import readable_size
 
@@ -50,27 +46,17 @@ def prune(
     data: DataFlags,
     select: SelectFlags,
     score: ScoreFlags,
+    judged_by: HeldOutFlags,
     limits: LimitFlags,
+    memory: MemoryFlags,
     generation: GenerationFlags,
     run: DeviceFlags,
     seed: SeedFlag,
     force: ForceFlag,
     output: OutputFlags,
     keep: Annotated[float | None, typer.Option(help="Share of the routed experts to keep, over all layers.")] = None,
-    fit: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Keep as many as fit this memory, as 24GiB, instead of --keep.")
-    ] = None,
-    context: Annotated[str, typer.Option(help="With --fit: tokens per sequence in the KV cache.")] = "4096",
-    concurrency: Annotated[int, typer.Option(help="With --fit: sequences in the KV cache.")] = 1,
     trace: Annotated[Path | None, typer.Option(help="Start from this trace instead of --data.")] = None,
     selection: Annotated[Path | None, typer.Option(help="Start from this selection instead of --data.")] = None,
-    held_out: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Judge candidates by these examples; default: a share of --data."),
-    ] = None,
-    held_out_samples: Annotated[
-        int | None, typer.Option(help="Judge by this many examples. Default: 300 for a limit, 64 for scorer auto.")
-    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     preset: Annotated[
         str, typer.Option(help="paper: shape, coverage, drop, ragged, 25 samples; other options override it.")
@@ -87,17 +73,21 @@ def prune(
     if preset != "paper":
         raise UsageError(f"There is no preset {preset!r}; there is paper.")
     limit = limits.limit()
-    _check_rate_options(keep, fit, selection, limit)
+    _check_rate_options(keep, memory.fit, selection, limit)
     choice = None
     if limit is not None or score.scorer == AUTO:
-        judged_by = data.held_out(held_out, seed.seed) if held_out else None
-        choice = _choice(limit, select, generation, judged_by, held_out_samples)
-    elif held_out is not None or held_out_samples is not None:
+        choice = _choice(limit, select, generation, judged_by.data(data, seed.seed), judged_by.held_out_samples)
+    elif changed_flags(judged_by):
         raise UsageError("--held-out goes with --scorer auto, --max-kl or --max-drop: nothing is judged without.")
     _refuse_ignored(data, select, score, trace, selection, chooses=choice is not None)
-    if fit is not None:
-        keep = _keep_that_fits(model, revision, (fit, context, concurrency), talk)
-        select = replace(select, allow_rounding=True)
+    most = memory.most_keep(model, revision)
+    if most is not None:
+        talk.note(
+            f"Keep {most:.4f} is the most that fits {memory.fit}."
+            if most < 1
+            else f"The unpruned model already fits {memory.fit}: nothing has to be removed."
+        )
+        keep, select = most, replace(select, allow_rounding=True)
     if selection is not None:
         _check_target(select.target, load_selection(selection))
     samples = PAPER_SAMPLES if choice is None else DEFAULT_SAMPLES
@@ -151,16 +141,6 @@ def _check_rate_options(keep: float | None, fit: str | None, selection: Path | N
         )
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} exclude each other; give one of them.")
-
-
-def _keep_that_fits(model: str, revision: str | None, device: tuple[str, str, int], progress: Progress) -> float:
-    fit, context, concurrency = device
-    keep = keep_that_fits(open_snapshot(model, revision), parse_size(fit), parse_count(context), concurrency)
-    if keep >= 1:
-        progress.note(f"The unpruned model already fits {fit}: nothing has to be removed.")
-    else:
-        progress.note(f"Keep {keep:.4f} is the most that fits {fit}.")
-    return keep
 
 
 def _check_target(target: str | None, selection: Selection) -> None:

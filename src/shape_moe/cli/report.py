@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from shape_moe.cli.flags import ForceFlag, OutputFlags, with_flags
+from shape_moe.cli.flag_groups import with_flags
+from shape_moe.cli.flags import ForceFlag, OutputFlags
 from shape_moe.jobs import report as job
 from shape_moe.units import readable_size
 

@@ -12,7 +12,8 @@ from typing import Annotated
 
 import typer
 
-from shape_moe.cli.flags import ForceFlag, ModelArgument, with_flags
+from shape_moe.cli.flag_groups import with_flags
+from shape_moe.cli.flags import ForceFlag, ModelArgument
 from shape_moe.errors import ServingError, UsageError
 
 PLUGIN = "shape-moe"

@@ -9,31 +9,27 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.cli.console import plain_table
 from shape_moe.cli.evaluate import number, share, signed
+from shape_moe.cli.flag_groups import changed_flags, with_flags
 from shape_moe.cli.flags import (
     DataFlags,
     DeviceFlags,
     ForceFlag,
-    GenerationFlags,
-    LimitFlags,
+    MemoryFlags,
     ModelArgument,
     OutputFlags,
     SeedFlag,
-    changed_flags,
-    with_flags,
+    WeightFlags,
 )
-from shape_moe.cli.values import parse_count, parse_size
+from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags
+from shape_moe.cli.values import parse_routing
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.sweep import SweepPoint
 from shape_moe.jobs import sweep as job
-from shape_moe.jobs.inspect import keep_that_fits
 from shape_moe.jobs.options import DEFAULT_SAMPLES, HELD_OUT_SAMPLES
 from shape_moe.jobs.search import SweepOptions, SweepResult
-from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.scoring.registry import scorers as known_scorers
-from shape_moe.tracing.trace import SegmentWeights
 from shape_moe.units import readable_size
 
 
@@ -45,8 +41,11 @@ def add_to(app: typer.Typer) -> None:
 def sweep(
     model: ModelArgument,
     data: DataFlags,
+    judged_by: HeldOutFlags,
     limits: LimitFlags,
+    memory: MemoryFlags,
     generation: GenerationFlags,
+    weights: WeightFlags,
     run: DeviceFlags,
     seed: SeedFlag,
     force: ForceFlag,
@@ -55,10 +54,6 @@ def sweep(
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for the curve and the recommendation.")
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="Start from this trace; its examples are never judged by.")] = None,
-    held_out: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Judge by these examples; default: a share of --data.")
-    ] = None,
-    held_out_samples: Annotated[int, typer.Option(help="Judge by this many examples.")] = HELD_OUT_SAMPLES,
     keep: Annotated[
         list[float] | None,
         typer.Option(help="A keep rate to judge; repeat it. Default: bisection to a given limit, else 0.9 to 0.25."),
@@ -67,29 +62,23 @@ def sweep(
     rule: Annotated[list[str] | None, typer.Option(help="How layers share the budget; repeat it.")] = None,
     routing: Annotated[list[str] | None, typer.Option(help="drop or reroute; repeat it for both.")] = None,
     target: Annotated[str, typer.Option(help="ragged, or stock (equal counts, rerouted).")] = "ragged",
-    prompt_weight: Annotated[float, typer.Option(help="How much a prompt token counts.")] = 1.0,
-    response_weight: Annotated[float, typer.Option(help="How much a response token counts.")] = 1.0,
-    fit: Annotated[str | None, typer.Option(metavar="SIZE", help="Recommend only what fits this memory.")] = None,
-    context: Annotated[str, typer.Option(help="With --fit: tokens per sequence in the KV cache.")] = "4096",
-    concurrency: Annotated[int, typer.Option(help="With --fit: sequences in the KV cache.")] = 1,
 ) -> None:
     """Find out which keep rate is safe: quality over keep rates from one trace and one loaded model.
 
     Example: shape-moe sweep ./Qwen3-30B-A3B --data gsm8k-train.jsonl --max-kl 0.02 -o sweeps/gsm8k
     """
     talk = output.output()
-    default = "reroute" if target == "stock" else "drop"
     options = SweepOptions(
         keep_rates=tuple(keep) if keep else None,
         limit=limits.limit(),
         scorers=_scorers(scorer),
         rules=tuple(rule or ["coverage"]),
-        routings=tuple(routing or [default]),
+        routings=tuple(routing or [parse_routing(None, target)]),
         target=target,
-        scoring=ScoreOptions(SegmentWeights(prompt_weight, response_weight), seed.seed),
-        held_out=held_out_samples,
+        scoring=weights.options(seed.seed),
+        held_out=HELD_OUT_SAMPLES if judged_by.held_out_samples is None else judged_by.held_out_samples,
         generation=generation.required(),
-        most_keep=_most_keep(model, fit, context, concurrency),
+        most_keep=memory.most_keep(model),
     )
     if trace is None and data.data is None:
         raise UsageError("Give examples (--data), a trace (--trace), or both.")
@@ -97,14 +86,13 @@ def sweep(
     ignored = [name for name in changed_flags(data) if name not in _HANDED_ON]
     if given is None and ignored:
         raise UsageError(f"The trace decides how examples are read: leave {', '.join(ignored)} out, or give --data.")
-    judged_by = data.held_out(held_out, seed.seed) if held_out else None
     result = job.sweep(
         model,
         options,
         out,
         data=given,
         trace=trace,
-        held_out=judged_by,
+        held_out=judged_by.data(data, seed.seed),
         device=run.device,
         dtype=run.dtype,
         force=force.force,
@@ -121,12 +109,6 @@ def _scorers(named: list[str] | None) -> tuple[str, ...]:
     if named == ["all"]:
         return tuple(known_scorers())
     return tuple(named or ["shape"])
-
-
-def _most_keep(model: str, fit: str | None, context: str, concurrency: int) -> float | None:
-    if fit is None:
-        return None
-    return keep_that_fits(open_snapshot(model), parse_size(fit), parse_count(context), concurrency)
 
 
 def _show(console: Console, result: SweepResult, model: str, out: Path | None) -> None:

@@ -10,16 +10,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from shape_moe.cli.flags import (
-    RUN_PANEL,
-    DataFlags,
-    DeviceFlags,
-    ForceFlag,
-    ModelArgument,
-    OutputFlags,
-    SeedFlag,
-    with_flags,
-)
+from shape_moe.cli.flag_groups import with_flags
+from shape_moe.cli.flags import RUN_PANEL, DataFlags, DeviceFlags, ForceFlag, ModelArgument, OutputFlags, SeedFlag
 from shape_moe.cli.values import parse_values
 from shape_moe.jobs import trace as job
 from shape_moe.jobs.options import DEFAULT_SAMPLES

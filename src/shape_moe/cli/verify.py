@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from shape_moe.cli.flags import DeviceFlags, OutputFlags, with_flags
+from shape_moe.cli.flag_groups import with_flags
+from shape_moe.cli.flags import DeviceFlags, OutputFlags
 from shape_moe.jobs import verify as job
 
 
