@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
 from shape_moe.architectures.fingerprint import origin
 from shape_moe.architectures.snapshot import Snapshot
+from shape_moe.made_with import versions
 from shape_moe.tracing.trace import TraceInfo
 
 UNKNOWN = "unknown"
 """Stands where a file does not say how the model was run."""
-
-_PACKAGES = ("shape-moe", "numpy", "polars")
 
 
 def converted_info(
@@ -39,5 +37,5 @@ def converted_info(
         implementation=UNKNOWN,
         dtype=UNKNOWN,
         source=source,
-        versions={name: version(name) for name in _PACKAGES},
+        versions=versions("numpy", "polars"),
     )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +23,7 @@ from shape_moe.jobs.candidates import Candidate, open_candidate, scores_of
 from shape_moe.jobs.held_out import held_out_set, known_prompts, overlap
 from shape_moe.jobs.options import HELD_OUT_SAMPLES, EvaluateOptions, TraceOptions, as_trace_options
 from shape_moe.jobs.session import TraceSession, load_original
+from shape_moe.made_with import made_with
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.masks import masked
 from shape_moe.selection.selection import Selection
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 TASK, ALSO = "task", "also"
-_PACKAGES = ("shape-moe", "torch", "transformers")
 
 
 @dataclass
@@ -383,9 +381,7 @@ class _Run:
             "data": self.tracing.data.source if self.tracing else None,
             "also": also.source if also else None,
             "examples": len(self.judges[TASK].held_out.examples) if self.judges else 0,
-            "seed": self.options.seed,
-            "versions": {name: version(name) for name in _PACKAGES},
-            "command": " ".join(["shape-moe", *sys.argv[1:]]),
+            **made_with(self.options.seed),
             "models": [found.to_document(self.options.by, models[0]) for found in models],
             "faithfulness": [check.to_document() for check in checks],
             "warnings": self.notes,

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import gc
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +30,7 @@ from shape_moe.jobs.options import TraceOptions
 from shape_moe.jobs.session import TraceSession, load_original
 from shape_moe.jobs.trace import kept_trace
 from shape_moe.journal import Journal
+from shape_moe.made_with import made_with
 from shape_moe.progress import Progress
 from shape_moe.selection.select import SelectOptions, TraceSelector
 from shape_moe.selection.selection import Routing, Selection
@@ -46,7 +45,6 @@ CELLS_FILE = "cells.jsonl"
 ANSWERS_FOLDER = "answers"
 """Where answers of dense models to prompts without a response are kept while an experiment is unfinished."""
 _DENSE = "dense"
-_PACKAGES = ("shape-moe", "torch", "transformers")
 Document = dict[str, Any]
 
 
@@ -104,9 +102,7 @@ class Grid:
             "evaluation": [self._evaluation(spec) for spec in config.evaluation],
             "dense": [part["dense"] for part in parts],
             "cells": [cell for part in parts for cell in part["cells"]],
-            "seed": config.seed,
-            "versions": {name: version(name) for name in _PACKAGES},
-            "command": " ".join(["shape-moe", *sys.argv[1:]]),
+            **made_with(config.seed),
         }
 
     def _evaluation(self, spec: EvaluationSpec) -> Document:

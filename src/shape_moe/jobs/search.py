@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +22,7 @@ from shape_moe.jobs.held_out import held_out_set
 from shape_moe.jobs.options import HELD_OUT_SAMPLES
 from shape_moe.jobs.planning import Plan
 from shape_moe.journal import Journal
+from shape_moe.made_with import made_with
 from shape_moe.progress import Progress
 from shape_moe.scoring.registry import ScoreOptions, get_scorer
 from shape_moe.selection.select import SelectOptions, TraceSelector
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 KEEP_RATES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25)
 DEFAULT_LIMIT = Limit("max_kl", 0.02)
-_PACKAGES = ("shape-moe", "torch", "transformers")
 """What a recommendation keeps to when no limit is given."""
 
 
@@ -274,9 +272,7 @@ class Search:
             "recommended": advice.chosen,
             "smallest_within_limit": advice.smallest,
             "reason": advice.reason,
-            "seed": self.options.scoring.seed,
-            "versions": {name: version(name) for name in _PACKAGES},
-            "command": " ".join(["shape-moe", *sys.argv[1:]]),
+            **made_with(self.options.scoring.seed),
         }
 
 

@@ -7,7 +7,6 @@ import shutil
 import time
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ from shape_moe.calibration.responses import generate_answers, pad_token_id
 from shape_moe.errors import DataError, ShapeMoeError, UsageError, first_line
 from shape_moe.interrupts import DeferredInterrupt
 from shape_moe.jobs.options import TraceOptions
+from shape_moe.made_with import versions
 from shape_moe.progress import Progress
 from shape_moe.pruning.canary import canary_tokens
 from shape_moe.tracing.trace import Trace, TraceInfo, load_trace, merge_traces
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SAVE_SECONDS = 120.0
-_PACKAGES = ("shape-moe", "torch", "transformers", "tokenizers", "numpy")
 
 
 class TraceSession:
@@ -205,7 +204,7 @@ class TraceSession:
             implementation=implementation,
             dtype=dtype,
             source=calibrator.source(),
-            versions={name: version(name) for name in _PACKAGES},
+            versions=versions("torch", "transformers", "tokenizers", "numpy"),
             canary=canary_tokens([example.tokens for example in examples]),
         )
 
