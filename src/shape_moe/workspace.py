@@ -184,12 +184,12 @@ def write_text(file: Path, text: str) -> None:
     A link stays one, and what is no regular file (a pipe, ``/dev/stdout``) is written to as it is.
     """
     if file.exists() and not file.is_file():
-        file.write_text(text, encoding="utf-8")
+        file.write_text(text, encoding="utf-8", newline="\n")
         return
     place = file.resolve()
     temporary = place.with_name(place.name + ".tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
         temporary.replace(place)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -171,6 +171,7 @@ def test_sources_that_are_none(traced, tmp_path) -> None:
 def test_an_existing_file_is_replaced_only_by_force(traced, monkeypatch) -> None:
     file = traced / "r.html"
     file.write_text("mine")
+    before = set(traced.iterdir())
     with pytest.raises(UsageError, match=r"exists.*--force"):
         shape_moe.report(traced / "values.csv", file)
     with pytest.raises(UsageError, match="is a folder"):
@@ -190,10 +191,10 @@ def test_an_existing_file_is_replaced_only_by_force(traced, monkeypatch) -> None
         with pytest.raises(ShapeMoeError, match="broken"):
             shape_moe.report(traced / "values.csv", file, force=True)
     assert file.read_text() == "mine"
-    assert [p.name for p in traced.glob(".*")] == []
+    assert set(traced.iterdir()) == before
     shape_moe.report(traced / "values.csv", file, force=True)
     assert file.read_text(encoding="utf-8").lstrip().startswith("<!doctype html>")
-    assert [p.name for p in traced.glob(".*")] == []
+    assert set(traced.iterdir()) == before
 
 
 def test_without_plotly_there_is_one_sentence(traced, monkeypatch) -> None:

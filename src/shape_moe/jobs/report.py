@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -26,6 +24,7 @@ from shape_moe.scoring.registry import scorers
 from shape_moe.scoring.scores import Scores, read_scores, score_trace
 from shape_moe.selection.selection import Selection, check_against_model, load_selection
 from shape_moe.tracing.trace import Trace, load_trace
+from shape_moe.workspace import check_output_file, write_text
 
 Place = str | PathLike[str]
 
@@ -85,7 +84,8 @@ def report(
         ShapeMoeError: when an input is damaged, or was made from another model.
     """
     file = Path(out)
-    _check_output(file, force=force)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    check_output_file(file, force=force)
     plotly_script()
     found = _find(Path(source), selection, sweep)
     with progress.phase("Reading and scoring", 1, "source") as advance:
@@ -93,16 +93,9 @@ def report(
         advance(1)
     with progress.phase("Writing the report", 1, "page") as advance:
         page, names = render_report(material)
-        _write(file, page)
+        write_text(file, page)
         advance(1)
     return ReportResult(file, tuple(names), file.stat().st_size)
-
-
-def _check_output(file: Path, *, force: bool) -> None:
-    if file.is_dir():
-        raise UsageError(f"{file} is a folder; choose a file for the report, such as {file / 'report.html'}.")
-    if file.exists() and not force:
-        raise UsageError(f"{file} exists; choose another output, or replace it with --force.")
 
 
 def _find(source: Path, selection: Place | Selection | None, sweep: Place | None) -> _Found:
@@ -259,24 +252,3 @@ def original_bytes(checkpoint: Path, selection: Selection) -> int:
             total += slot.size
     kept = {layer: len(ids) for layer, ids in selection.layers.items()}
     return total + sum(size * selection.num_experts // kept[layer] for layer, size in experts.items())
-
-
-def _write(file: Path, page: str) -> None:
-    """Write the file so that it is either old or new, never half."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".partial")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(page)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
