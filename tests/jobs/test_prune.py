@@ -21,10 +21,12 @@ from shape_moe.jobs.prune import prune
 from shape_moe.jobs.select import select
 from shape_moe.jobs.trace import trace
 from shape_moe.jobs.verify import verify
+from shape_moe.pruning import shards
 from shape_moe.scoring.scores import score_trace
 from shape_moe.selection.select import SelectOptions
 from shape_moe.selection.selection import load_selection
 from shape_moe.tracing.trace import load_trace
+from support.interruptions import stopped_after
 
 
 @pytest.fixture(scope="module")
@@ -297,22 +299,13 @@ def test_interrupted_jobs_go_on_where_they_stopped(embedded, data, tmp_path, mon
     model.save_pretrained(tmp_path / "shards", max_shard_size="1MB")
     AutoTokenizer.from_pretrained(embedded).save_pretrained(tmp_path / "shards")
     expected = prune(tmp_path / "shards", tmp_path / "expected", options(0.6, data))
-    real, written = job.write_shard, []
-
-    def interrupted(plan, folder, progress):
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(plan.file_name)
-        return real(plan, folder, progress)
-
-    monkeypatch.setattr(job, "write_shard", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shards, "write_shard", stopped_after(2, shards.write_shard)[0])
         prune(tmp_path / "shards", tmp_path / "out", options(0.6, data))
     assert not (tmp_path / "out").exists()
     kept = contents(tmp_path / "out.partial")
     assert "shape/trace/trace.json" in kept
     assert sum(name.endswith(".safetensors") and "shape" not in name for name in kept) >= 2
-    monkeypatch.setattr(job, "write_shard", real)
     monkeypatch.setattr(job.TraceSession, "run", lambda *_: pytest.fail("traced again"))
     with pytest.raises(UsageError, match="unfinished work of another job"):
         prune(tmp_path / "shards", tmp_path / "out", options(0.8, data))

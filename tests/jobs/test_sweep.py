@@ -21,6 +21,7 @@ from shape_moe.jobs.trace import trace
 from shape_moe.progress import Silent
 from shape_moe.selection.selection import load_selection
 from shape_moe.tracing.trace import merge_traces
+from support.interruptions import stopped_after
 
 
 class Notes(Silent):
@@ -84,15 +85,9 @@ def test_calibration_and_held_out_examples_do_not_overlap(swept, task_file) -> N
 def test_an_interrupted_sweep_goes_on_from_its_last_point(embedded, task_file, tmp_path, monkeypatch) -> None:
     options = SweepOptions(keep_rates=(0.9, 0.7, 0.5), held_out=30, generation=GenerationOptions(examples=4))
     data = TraceOptions(DataOptions(str(task_file), samples=20), device="cpu")
-    judged, whole = [], Judge.compare_masked
-
-    def counted(self, model, selection):
-        if len(judged) == 2:
-            raise KeyboardInterrupt
-        judged.append(selection.keep_asked)
-        return whole(self, model, selection)
-
-    monkeypatch.setattr(Judge, "compare_masked", counted)
+    whole = Judge.compare_masked
+    stopped, judged = stopped_after(2, whole)
+    monkeypatch.setattr(Judge, "compare_masked", stopped)
     with pytest.raises(KeyboardInterrupt):
         sweep(embedded, options, tmp_path / "out", data=data)
     partial = tmp_path / "out.partial"
@@ -102,7 +97,7 @@ def test_an_interrupted_sweep_goes_on_from_its_last_point(embedded, task_file, t
     again = []
     monkeypatch.setattr(Judge, "compare_masked", lambda s, m, c: again.append(c.keep_asked) or whole(s, m, c))
     resumed = sweep(embedded, options, tmp_path / "out", data=data)
-    assert judged == [0.9, 0.7]
+    assert [selection.keep_asked for _, _, selection in judged] == [0.9, 0.7]
     assert again == [0.5]
     fresh = sweep(embedded, options, data=data)
     assert [p["quality"] for p in fresh.document["points"]] == [p["quality"] for p in resumed.document["points"]]

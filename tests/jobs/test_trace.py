@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import signal
 
 import numpy as np
 import pytest
@@ -25,6 +23,7 @@ from shape_moe.tracing.trace import load_trace, merge_traces
 from shape_moe.tracing.transformers_model import ModelTracer
 from shape_moe.workspace import Workspace
 from support.fp8 import save_fp8_model
+from support.interruptions import press_ctrl_c, stopped_after
 from support.mxfp4 import save_mxfp4_model
 from support.tiny_models import make_model
 
@@ -171,14 +170,8 @@ def test_interrupted_traces_go_on(embedded, data, tmp_path, monkeypatch) -> None
     source = data([{"prompt": row["prompt"]} for row in examples("sorting", 20, seed=1)])
     chosen = options(source, batch_size=2, max_new_tokens=12)
     whole = trace(embedded, chosen)
-    real, count = ModelTracer.add, iter(range(100))
-
-    def interrupted(self, batch, **arguments):
-        if next(count) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(self, batch, **arguments)
-
-    monkeypatch.setattr(ModelTracer, "add", interrupted)
+    real = ModelTracer.add
+    monkeypatch.setattr(ModelTracer, "add", stopped_after(3, real, press_ctrl_c)[0])
     with pytest.raises(KeyboardInterrupt):
         trace(embedded, chosen, tmp_path / "t")
     assert not (tmp_path / "t").exists()
@@ -209,17 +202,9 @@ def test_another_job_does_not_take_over(embedded, data, tmp_path) -> None:
 def test_edited_data_is_another_job(embedded, data, tmp_path, monkeypatch) -> None:
     """The file's name stays, its content changes: what an interrupted run left must not be mixed in."""
     source = data(examples("sorting", 8, seed=1))
-    real, count = ModelTracer.add, iter(range(100))
-
-    def interrupted(self, batch, **arguments):
-        if next(count) == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(self, batch, **arguments)
-
-    monkeypatch.setattr(ModelTracer, "add", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ModelTracer, "add", stopped_after(1, ModelTracer.add, press_ctrl_c)[0])
         trace(embedded, options(source, batch_size=2), tmp_path / "t")
-    monkeypatch.setattr(ModelTracer, "add", real)
     data(examples("sorting", 8, seed=2))
     with pytest.raises(UsageError, match="unfinished work of another job"):
         trace(embedded, options(source, batch_size=2), tmp_path / "t")
@@ -227,24 +212,18 @@ def test_edited_data_is_another_job(embedded, data, tmp_path, monkeypatch) -> No
 
 def test_skipped_records_are_remembered_when_a_job_goes_on(embedded, data, tmp_path, monkeypatch) -> None:
     source = data(examples("sorting", 8, seed=1))
-    forward, add, count = ModelTracer._forward, ModelTracer.add, iter(range(100))
+    forward = ModelTracer._forward
 
     def fail(self, batch, *arguments):
         if any(example.index == 0 for example in batch.examples):
             raise RuntimeError("broken")
         return forward(self, batch, *arguments)
 
-    def interrupted(self, batch, **arguments):
-        if next(count) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return add(self, batch, **arguments)
-
     monkeypatch.setattr(ModelTracer, "_forward", fail)
-    monkeypatch.setattr(ModelTracer, "add", interrupted)
     chosen = options(source, batch_size=2, skip_bad=True)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ModelTracer, "add", stopped_after(2, ModelTracer.add, press_ctrl_c)[0])
         trace(embedded, chosen, tmp_path / "t")
-    monkeypatch.setattr(ModelTracer, "add", add)
     resumed = trace(embedded, chosen, tmp_path / "t")
     assert (resumed.info.examples, list(resumed.info.source["skipped"].values())) == (7, ["broken"])
     assert resumed.sums("layer_tokens").max() == 7 * 23

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
-import threading
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -29,12 +27,14 @@ from shape_moe.jobs.options import (
 from shape_moe.jobs.planning import Plan, held_out_tracing, plan_search
 from shape_moe.jobs.select import check_job
 from shape_moe.jobs.session import TraceSession, load_original
+from shape_moe.jobs.trace import kept_trace
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import Canary, CanaryResult, compare_canary, random_tokens, record_canary
-from shape_moe.pruning.checkpoint import ShardPlan, plan_checkpoint, write_index, write_shard
-from shape_moe.pruning.compare import compare_shard, file_hash
+from shape_moe.pruning.checkpoint import ShardPlan, plan_checkpoint, write_index
+from shape_moe.pruning.compare import file_hash
 from shape_moe.pruning.masks import masked
 from shape_moe.pruning.model_config import pruned_config
+from shape_moe.pruning.shards import write_compared
 from shape_moe.reporting.model_card import CardFacts, write_card
 from shape_moe.selection.select import select_from_trace
 from shape_moe.selection.selection import Selection, load_selection
@@ -43,7 +43,6 @@ from shape_moe.serving.manifest import write_manifest
 from shape_moe.tracing.trace import Trace, load_trace
 from shape_moe.workspace import Workspace, check_output, write_json
 
-_WORKERS = 2
 _DISK_MARGIN = 64 * 2**20
 
 
@@ -286,15 +285,10 @@ def _check_disk(snapshot: Snapshot, options: PruneOptions, chosen: Selection | N
 
 def _traced(run: _Run, session: TraceSession) -> Trace:
     """The trace of the calibration set: made now, or found where an interrupted run left it."""
-    folder, unfinished = run.artifacts / "trace", run.work / "trace.partial"
+    folder = run.artifacts / "trace"
     if (folder / "trace.json").is_file():
         run.progress.note("Going on with the trace of the interrupted run.")
-    else:
-        unfinished.mkdir(exist_ok=True)
-        session.run(unfinished).save(run.work / "trace.new")
-        (run.work / "trace.new").rename(folder)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    return load_trace(folder)
+    return kept_trace(lambda: session, folder)
 
 
 def _selected(run: _Run) -> Selection:
@@ -358,31 +352,8 @@ def _write(
         The shards, and the sha256 of each file.
     """
     plans = plan_checkpoint(run.snapshot, selection)
-    hashes: dict[str, str] = {}
     with run.progress.phase("Writing and comparing tensors", 2 * sum(plan.size for plan in plans), "B") as advance:
-        stop = threading.Event()
-
-        def step(count: int) -> None:
-            if stop.is_set():
-                raise ShapeMoeError("Stopped, because another file failed.")
-            advance(count)
-
-        def work(plan: ShardPlan) -> None:
-            file = write_shard(plan, run.work, step)
-            try:
-                hashes[plan.file_name] = compare_shard(plan, file, step)
-            except CheckpointError:  # left by an interrupted run and damaged since
-                file.unlink()
-                hashes[plan.file_name] = compare_shard(plan, write_shard(plan, run.work), lambda _: None)
-
-        with ThreadPoolExecutor(_WORKERS) as pool:
-            try:
-                for done in [pool.submit(work, plan) for plan in plans]:
-                    done.result()
-            except BaseException:
-                stop.set()
-                pool.shutdown(cancel_futures=True)
-                raise
+        hashes = write_compared(plans, run.work, advance)
     write_index(plans, run.work)
     write_json(run.work / "config.json", pruned_config(run.snapshot.config, run.snapshot.moe, selection, target))
     if target == "ragged":
