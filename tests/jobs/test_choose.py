@@ -11,6 +11,7 @@ from shape_moe.demo.tasks import examples
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.sweep import Limit
+from shape_moe.jobs import prune as job
 from shape_moe.jobs.choose import AUTO_METHODS, candidates
 from shape_moe.jobs.options import AUTO, ChoiceOptions, PruneOptions, SelectionJob, TraceOptions
 from shape_moe.jobs.prune import prune
@@ -22,6 +23,7 @@ from shape_moe.selection.select import SelectOptions, select_from_trace
 from shape_moe.selection.selection import load_selection
 from shape_moe.tracing.trace import load_trace
 from support.data import synthetic_trace
+from support.interruptions import stopped_after
 
 FEW = GenerationOptions(examples=8)
 
@@ -70,6 +72,23 @@ def test_the_card_tells_what_was_tried(chosen) -> None:
     card = (chosen.path / "README.md").read_text()
     assert "40 held-out examples" in card
     assert chosen.selection.choice["reason"] in card
+
+
+def test_an_interrupted_job_does_not_choose_again(chosen, embedded, data, tmp_path, monkeypatch) -> None:
+    options = PruneOptions(
+        select=SelectionJob(SelectOptions(keep=0.4), AUTO),
+        choice=ChoiceOptions(held_out_samples=40, generation=FEW),
+        device="cpu",
+        dtype="float32",
+    )
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(job, "record_canary", stopped_after(0, job.record_canary)[0])
+        prune(embedded, tmp_path / "out", options, data=data)
+    monkeypatch.setattr(job, "choose", lambda *_: pytest.fail("chosen again"))
+    result = prune(embedded, tmp_path / "out", options, data=data)
+    assert result.selection == chosen.selection
+    names = [sorted(file.relative_to(folder) for file in folder.rglob("*")) for folder in (result.path, chosen.path)]
+    assert names[0] == names[1]
 
 
 def test_a_limit_decides_the_keep_rate(embedded, data, tmp_path) -> None:

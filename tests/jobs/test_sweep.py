@@ -7,20 +7,24 @@ from dataclasses import replace
 
 import pytest
 
+from shape_moe.calibration.calibrate import SPLIT_KEY
 from shape_moe.calibration.records import DataOptions, load_records, prompt_hash
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import DataError, UsageError
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.judge import Judge
 from shape_moe.evaluation.sweep import Limit
+from shape_moe.jobs import session
+from shape_moe.jobs import sweep as job
 from shape_moe.jobs.held_out import known_prompts
 from shape_moe.jobs.options import TraceOptions
 from shape_moe.jobs.search import SweepOptions
 from shape_moe.jobs.sweep import sweep
 from shape_moe.jobs.trace import trace
 from shape_moe.progress import Silent
+from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.selection import load_selection
-from shape_moe.tracing.trace import merge_traces
+from shape_moe.tracing.trace import load_trace, merge_traces
 from support.interruptions import stopped_after
 
 
@@ -72,6 +76,7 @@ def test_every_point_is_judged_and_the_result_is_written(swept) -> None:
     assert recommended.keep == chosen["keep"]
     assert recommended.scorer == chosen["scorer"]
     assert sorted(path.name for path in out.iterdir()) == ["recommended.json", "sweep.json", "trace"]
+    assert load_trace(out / "trace").info.source[SPLIT_KEY] == document["split"]
 
 
 def test_calibration_and_held_out_examples_do_not_overlap(swept, task_file) -> None:
@@ -101,6 +106,62 @@ def test_an_interrupted_sweep_goes_on_from_its_last_point(embedded, task_file, t
     assert again == [0.5]
     fresh = sweep(embedded, options, data=data)
     assert [p["quality"] for p in fresh.document["points"]] == [p["quality"] for p in resumed.document["points"]]
+
+
+def test_written_answers_that_decide_are_made_once(embedded, task_file, tmp_path, monkeypatch) -> None:
+    options = SweepOptions(
+        keep_rates=(0.9, 0.7, 0.5),
+        limit=Limit("max_drop", 0.5),
+        held_out=16,
+        generation=GenerationOptions(answer_pattern="(.*)"),
+    )
+    data = TraceOptions(DataOptions(str(task_file), samples=20), device="cpu")
+    whole = Judge.answer_masked
+    stopped, made = stopped_after(2, whole)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Judge, "answer_masked", stopped)
+        sweep(embedded, options, tmp_path / "out", data=data)
+    assert [selection.keep_asked for _, _, selection in made] == [0.9, 0.7]
+    counted, again = stopped_after(100, whole)
+    monkeypatch.setattr(Judge, "answer_masked", counted)
+    resumed = sweep(embedded, options, tmp_path / "out", data=data)
+    assert [selection.keep_asked for _, _, selection in again] == [0.5]
+    assert resumed.chosen.selection.keep_asked == 0.5
+    again.clear()
+    fresh = sweep(embedded, options, data=data)
+    assert len(again) == 3
+    assert fresh.document["points"] == resumed.document["points"]
+
+
+def test_the_seed_draws_what_a_trace_is_judged_by(embedded, task_file, tmp_path, monkeypatch) -> None:
+    data = TraceOptions(DataOptions(str(task_file), samples=30), device="cpu")
+    trace(embedded, data, tmp_path / "trace")
+    judged, plan_search = [], job.plan_search
+
+    def planned(*given):
+        judged.append(plan_search(*given).records)
+        raise KeyboardInterrupt  # the search itself need not start
+
+    monkeypatch.setattr(job, "plan_search", planned)
+
+    def drawn(seed: int) -> set[str]:
+        with pytest.raises(KeyboardInterrupt):
+            sweep(embedded, SweepOptions(scoring=ScoreOptions(seed=seed), held_out=20), trace=tmp_path / "trace")
+        return {prompt_hash(record) for record in judged.pop()}
+
+    first, second = drawn(0), drawn(1)
+    assert len(first) == len(second) == 20
+    assert first == drawn(0)
+    assert first != second
+
+
+def test_another_engine_is_refused_before_the_work(embedded, task_file, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(session, "load_original", lambda *_: pytest.fail("the model was loaded"))
+    data = TraceOptions(DataOptions(str(task_file), samples=20), engine="vllm")
+    for out in (None, tmp_path / "out"):
+        with pytest.raises(UsageError, match=r"shape-moe trace --engine vllm.*--trace"):
+            sweep(embedded, SweepOptions(held_out=20), out, data=data)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_trace_judges_by_what_it_has_not_seen(embedded, task_file, tmp_path) -> None:

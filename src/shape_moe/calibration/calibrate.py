@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from shape_moe.calibration.examples import Example, Tokeniser
+from shape_moe.calibration.examples import Example, Tokeniser, TokenOptions
 from shape_moe.calibration.records import DataOptions, Record, content_hash, prompt_hash
 from shape_moe.calibration.responses import fetch_answers
 from shape_moe.errors import DataError, UsageError
@@ -16,6 +16,8 @@ from shape_moe.progress import Progress
 from shape_moe.workspace import write_json
 
 ANSWERS_FILE = "answers.json"
+SPLIT_KEY = "split_sentence"
+"""In a trace's source: how its examples were told from held-out ones, where the source was split in two."""
 
 
 class Answerer(Protocol):
@@ -237,6 +239,22 @@ class Calibrator:
             "template_args": dict(self.tokeniser.options.template_args),
             "max_length": self.tokeniser.options.max_length,
         }
+
+
+def options_of(source: Mapping[str, Any]) -> tuple[DataOptions, TokenOptions, AnswerOptions]:
+    """How to read more examples of a traced source: the options that :meth:`Calibrator.source` describes.
+
+    The number of samples, the seed and what is stratified by are not among them.
+    """
+    data = DataOptions(
+        str(source["data"]), split=source.get("split"), subset=source.get("subset"), fields=source.get("fields")
+    )
+    tokens = TokenOptions(
+        template=bool(source.get("template", True)),
+        template_args=source.get("template_args") or {},
+        max_length=source.get("max_length"),
+    )
+    return data, tokens, AnswerOptions(int(source.get("max_new_tokens", AnswerOptions.max_new_tokens)))
 
 
 def _with_response(record: Record, text: str) -> Record:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from shape_moe.evaluation import figures
 from shape_moe.evaluation.figures import Figures, Health
@@ -109,6 +111,18 @@ class Judge:
         """Let the dense model with a selection applied as a mask answer."""
         with masked(model, selection):
             return self.answer(model)
+
+    def by_answers(self, sums: TeacherForced, made: Generated) -> TeacherForced:
+        """Sums whose exact match is that of written answers; examples that were not answered count as wrong."""
+        exact = np.zeros(len(sums.exact), dtype=bool)
+        exact[list(made.positions)] = made.exact
+        return replace(sums, exact=exact)
+
+    def judge_dense_by_answers(self, model: PreTrainedModel) -> None:
+        """Let the dense model answer, and take its exact match from what it wrote."""
+        made = self.answer_as_dense(model)
+        if made is not None:
+            self.dense = self.by_answers(self.dense, made)
 
     def dense_verdict(self) -> Verdict:
         """Figures of the dense model itself."""

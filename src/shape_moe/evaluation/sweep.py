@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -156,6 +157,11 @@ def bisect(combination: Combination, measure: Measure, limit: Limit, *, most: fl
         else:
             fails = middle
     return points
+
+
+def bisection_steps(most: float = 1.0) -> int:
+    """How many keep rates :func:`bisect` judges."""
+    return max(0, math.ceil(math.log2(most / RESOLUTION)))
 
 
 @dataclass(frozen=True)

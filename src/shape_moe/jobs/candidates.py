@@ -11,7 +11,7 @@ from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.errors import CheckpointError
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.scoring.scores import Scores, score_trace
-from shape_moe.selection.selection import Selection, load_selection
+from shape_moe.selection.selection import Selection, load_selection, open_selection
 from shape_moe.tracing.trace import SegmentWeights, Trace, load_trace
 
 
@@ -32,9 +32,7 @@ class Candidate:
     trace: Trace | None
 
 
-def open_candidate(
-    given: str | PathLike[str] | Selection, dense: Snapshot, trace: str | PathLike[str] | None = None
-) -> Candidate:
+def open_candidate(given: str | PathLike[str] | Selection, dense: Snapshot, trace: Trace | None = None) -> Candidate:
     """Look at what is to be judged, before any weight is loaded.
 
     Args:
@@ -47,10 +45,12 @@ def open_candidate(
         CheckpointError: when it cannot be read.
     """
     if isinstance(given, Selection):
-        return _mask(f"{given.scorer}/{given.rule}, {given.routing} {given.keep:.2f}", given, dense, trace)
+        name = f"{given.scorer}/{given.rule}, {given.routing} {given.keep:.2f}"
+        return Candidate(name, None, open_selection(given, dense, force=True), trace)
     path = Path(given)
     if path.is_file():
-        return _mask(path.stem if path.stem != "selection" else path.parent.name, load_selection(path), dense, trace)
+        name = path.stem if path.stem != "selection" else path.parent.name
+        return Candidate(name, None, open_selection(path, dense, force=True), trace)
     snapshot = open_snapshot(given)
     if snapshot.config.get("vocab_size") != dense.config.get("vocab_size"):
         raise CheckpointError(f"{given} has another vocabulary than {dense.name}, so the two cannot be compared.")
@@ -59,23 +59,7 @@ def open_candidate(
     if selection is not None and selection.fingerprint is not None:
         check_fingerprint(selection.fingerprint, fingerprint(dense), f"The checkpoint {given}", force=True)
     own = folder / "trace"
-    return Candidate(
-        path.resolve().name, snapshot, selection, load_trace(own) if own.is_dir() else _loaded(trace, dense)
-    )
-
-
-def _mask(name: str, selection: Selection, dense: Snapshot, trace: str | PathLike[str] | None) -> Candidate:
-    if selection.fingerprint is not None:
-        check_fingerprint(selection.fingerprint, fingerprint(dense), f"The selection {name}", force=True)
-    return Candidate(name, None, selection, _loaded(trace, dense))
-
-
-def _loaded(trace: str | PathLike[str] | None, dense: Snapshot) -> Trace | None:
-    if trace is None:
-        return None
-    found = load_trace(trace)
-    check_fingerprint(found.info.fingerprint, fingerprint(dense), f"The trace {trace}", force=True)
-    return found
+    return Candidate(path.resolve().name, snapshot, selection, load_trace(own) if own.is_dir() else trace)
 
 
 def scores_of(selection: Selection, trace: Trace) -> Scores:

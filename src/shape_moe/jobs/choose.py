@@ -63,17 +63,14 @@ def choose(
     sweep = SweepOptions(
         limit=options.limit,
         scoring=job.scoring,
-        target=job.options.target,
-        routings=(combinations[0].routing,),
-        held_out=options.samples,
         generation=options.generation,
         constraints=job.options,
     )
-    search = Search(snapshot, plan, trace, sweep, progress, folder, comparisons=len(combinations))
+    search = Search(snapshot, plan, trace, sweep, combinations, progress, folder)
     try:
         if options.limit is not None:
-            return _smallest(search, combinations)
-        return _best(search, combinations, job.options.keep)
+            return _smallest(search)
+        return _best(search, job.options.keep)
     finally:
         search.judge.close()
 
@@ -100,8 +97,8 @@ def candidates(job: SelectionJob, options: ChoiceOptions, trace: Trace) -> list[
     return [Combination(scorer, rule, routing, target) for scorer, rule in methods for routing in routings]
 
 
-def _smallest(search: Search, combinations: list[Combination]) -> Selection:
-    found = search.run(combinations)
+def _smallest(search: Search) -> Selection:
+    found = search.run()
     if found.chosen is None:
         raise ShapeMoeError(
             f"{found.recommendation.reason} Nothing was pruned; allow more, or give a keep rate and see "
@@ -119,11 +116,11 @@ def _smallest(search: Search, combinations: list[Combination]) -> Selection:
     return replace(found.chosen.selection, choice=record)
 
 
-def _best(search: Search, combinations: list[Combination], keep: float) -> Selection:
+def _best(search: Search, keep: float) -> Selection:
     """The candidate closest to the dense model at one keep rate; ties within noise go to the preferred one."""
-    with search.progress.phase("Trying scorers, rules and routings", len(combinations), "candidate") as advance:
+    with search.progress.phase("Trying scorers, rules and routings", len(search.combinations), "candidate") as advance:
         points = []
-        for combination in combinations:
+        for combination in search.combinations:
             point = search.point(combination, keep)
             points += [point] if point is not None else []
             advance(1)

@@ -23,6 +23,7 @@ from shape_moe.jobs.candidates import Candidate, open_candidate, scores_of
 from shape_moe.jobs.held_out import held_out_set, known_prompts, overlap
 from shape_moe.jobs.options import HELD_OUT_SAMPLES, EvaluateOptions, TraceOptions, as_trace_options
 from shape_moe.jobs.session import TraceSession, load_original
+from shape_moe.jobs.trace import open_trace
 from shape_moe.made_with import made_with
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.masks import masked
@@ -149,7 +150,8 @@ def evaluate(
             tracing = replace(tracing, data=replace(tracing.data, stratify=options.by))
         device, dtype = tracing.device, tracing.dtype
     snapshot = open_snapshot(model)
-    known = [open_candidate(entry, snapshot, options.trace) for entry in candidates]
+    trace = open_trace(options.trace, snapshot, progress, force=True) if options.trace is not None else None
+    known = [open_candidate(entry, snapshot, trace) for entry in candidates]
     names = [snapshot.name, *(entry.name for entry in known)]
     if len(set(names)) < len(names):
         raise UsageError("Two of the models to evaluate have the same name; rename one, or leave it out.")

@@ -6,10 +6,8 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
-from shape_moe.architectures.fingerprint import check_fingerprint, fingerprint
 from shape_moe.architectures.snapshot import Snapshot
-from shape_moe.calibration.calibrate import AnswerOptions
-from shape_moe.calibration.examples import TokenOptions
+from shape_moe.calibration.calibrate import SPLIT_KEY, options_of
 from shape_moe.calibration.records import DataOptions, Record, content_hash, load_records, prompt_hash
 from shape_moe.calibration.split import split_records
 from shape_moe.errors import UsageError
@@ -17,7 +15,7 @@ from shape_moe.jobs.held_out import fresh_records, known_prompts
 from shape_moe.jobs.options import DEFAULT_SAMPLES, TraceOptions, as_trace_options
 from shape_moe.jobs.session import TraceSession
 from shape_moe.progress import Progress
-from shape_moe.tracing.trace import Trace, load_trace
+from shape_moe.tracing.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -45,10 +43,17 @@ class Plan:
 
 def held_out_tracing(
     data: TraceOptions | DataOptions | str | PathLike[str] | None,
-    trace: str | PathLike[str] | None,
-    held_out: DataOptions | str | PathLike[str] | None,
+    trace: Trace | None,
+    held_out: DataOptions | None,
+    seed: int = 0,
 ) -> TraceOptions:
     """How a search reads examples: as it traces them, or, with a finished trace alone, as that was made.
+
+    Args:
+        data: the examples that calibrate.
+        trace: a finished trace.
+        held_out: other examples to judge by.
+        seed: draws from the source of a trace.
 
     Raises:
         UsageError: when neither is given.
@@ -58,63 +63,42 @@ def held_out_tracing(
     if trace is None:
         raise UsageError("Give examples (--data), a trace (--trace), or both.")
     if held_out is not None:
-        return TraceOptions(held_out if isinstance(held_out, DataOptions) else DataOptions(str(held_out)))
-    return _as_traced(load_trace(trace))
-
-
-def _as_traced(trace: Trace) -> TraceOptions:
-    """The options with which a trace reads and tokenises its source."""
-    source = trace.info.source
-    if not source.get("data"):
+        return TraceOptions(held_out)
+    if not trace.info.source.get("data"):
         raise UsageError("The trace does not name its examples; give held-out ones (--held-out).")
-    return TraceOptions(
-        DataOptions(
-            str(source["data"]), split=source.get("split"), subset=source.get("subset"), fields=source.get("fields")
-        ),
-        tokens=TokenOptions(
-            template=bool(source.get("template", True)),
-            template_args=source.get("template_args") or {},
-            max_length=source.get("max_length"),
-        ),
-        answers=AnswerOptions(max_new_tokens=int(source.get("max_new_tokens", AnswerOptions.max_new_tokens))),
-    )
+    data, tokens, answers = options_of(trace.info.source)
+    return TraceOptions(replace(data, seed=seed), tokens, answers)
 
 
 def plan_search(
     snapshot: Snapshot,
     tracing: TraceOptions,
-    given: str | PathLike[str] | None,
-    held_out: DataOptions | str | PathLike[str] | None,
+    trace: Trace | None,
+    held_out: DataOptions | None,
     samples: int,
     seed: int,
     progress: Progress,
-    *,
-    force: bool = False,
 ) -> Plan:
     """Decide which examples calibrate and which judge.
 
     Args:
         snapshot: the model.
         tracing: the examples, and how they are tokenised and answered.
-        given: a finished trace.
+        trace: a finished trace.
         held_out: other examples to judge by; those whose prompts calibration has seen are left out.
         samples: how many to judge by.
         seed: draws the sides of a split.
         progress: where to show notes.
-        force: accept a trace of unknown origin.
 
     Raises:
         ShapeMoeError: when the model, the trace or the examples cannot be used.
     """
-    other = held_out if isinstance(held_out, DataOptions) or held_out is None else DataOptions(str(held_out))
-    if given is None and other is None:
+    if trace is None and held_out is None:
         return _split_plan(snapshot, tracing, samples, seed, progress)
-    if given is not None:
-        traced = load_trace(given)
-        check_fingerprint(traced.info.fingerprint, fingerprint(snapshot), f"The trace {given}", force=force)
-        named, session_records = known_prompts(traced), None
+    if trace is not None:
+        named, session_records = known_prompts(trace), None
         if named is None:
-            if other is None:
+            if held_out is None:
                 raise UsageError(
                     "The trace does not name its prompts, so held-out examples cannot be told from them: give others "
                     "with --held-out."
@@ -124,18 +108,17 @@ def plan_search(
             )
         known = named or frozenset()
     else:
-        traced = None
         session_records = load_records(tracing.data)
         known = frozenset(prompt_hash(record) for record in session_records)
-    source = other or tracing.data
+    source = held_out or tracing.data
     records, seen = fresh_records(source, known, samples)
-    session = TraceSession.open(snapshot, tracing, None, progress, records if traced else session_records)
+    session = TraceSession.open(snapshot, tracing, None, progress, records if trace else session_records)
     sentence = f"{len(records)} held-out examples of {source.source}"
     if seen:
         sentence += f"; {seen} more were left out, because calibration has seen their prompts"
-        if other is not None:
+        if held_out is not None:
             progress.note(f"{seen} examples of {source.source} are in the calibration set as well and were left out.")
-    return Plan(session, traced, records, source, sentence)
+    return Plan(session, trace, records, source, sentence)
 
 
 def _split_plan(snapshot: Snapshot, tracing: TraceOptions, held_out: int, seed: int, progress: Progress) -> Plan:
@@ -144,4 +127,5 @@ def _split_plan(snapshot: Snapshot, tracing: TraceOptions, held_out: int, seed: 
     pool = load_records(replace(tracing.data, samples=wanted + held_out))
     split = split_records(pool, wanted, held_out, seed=seed)
     session = TraceSession.open(snapshot, tracing, None, progress, split.calibration)
+    session.source_notes[SPLIT_KEY] = split.sentence
     return Plan(session, None, split.held_out, tracing.data, split.sentence)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -10,8 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from shape_moe.architectures.fingerprint import check_fingerprint, fingerprint, layout_fingerprint
-from shape_moe.architectures.loading import free_memory, load_model, loaded_bytes, why_not_loadable
+from shape_moe.architectures.fingerprint import fingerprint, layout_fingerprint
+from shape_moe.architectures.loading import free_memory, load_model, loaded_bytes, release_memory, why_not_loadable
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.records import DataOptions
 from shape_moe.errors import CheckpointError, ShapeMoeError, UsageError
@@ -27,7 +26,7 @@ from shape_moe.jobs.options import (
 from shape_moe.jobs.planning import Plan, held_out_tracing, plan_search
 from shape_moe.jobs.select import check_job
 from shape_moe.jobs.session import TraceSession, load_original
-from shape_moe.jobs.trace import kept_trace
+from shape_moe.jobs.trace import kept_trace, open_trace
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import Canary, CanaryResult, compare_canary, random_tokens, record_canary
 from shape_moe.pruning.checkpoint import ShardPlan, plan_checkpoint, write_index
@@ -37,10 +36,10 @@ from shape_moe.pruning.model_config import pruned_config
 from shape_moe.pruning.shards import write_compared
 from shape_moe.reporting.model_card import CardFacts, write_card
 from shape_moe.selection.select import select_from_trace
-from shape_moe.selection.selection import Selection, load_selection
+from shape_moe.selection.selection import Selection, load_selection, open_selection
 from shape_moe.serving.bundle import copy_code, copy_root_files
 from shape_moe.serving.manifest import write_manifest
-from shape_moe.tracing.trace import Trace, load_trace
+from shape_moe.tracing.trace import Trace
 from shape_moe.workspace import Workspace, check_output, write_json
 
 _DISK_MARGIN = 64 * 2**20
@@ -138,14 +137,14 @@ def prune(
     check_output(Path(out).absolute(), force=options.force, inputs=inputs)
     free_memory(options.device)
     snapshot = open_snapshot(model, revision)
-    chosen = _given_selection(snapshot, selection, force=options.force)
+    chosen = open_selection(selection, snapshot, force=options.force) if selection is not None else None
     if options.select is not None:
         moe, automatic = snapshot.moe, options.choice is not None
         check_job(options.select, snapshot.moe_layers, moe.num_experts, moe.routing, automatic=automatic)
     target = _target(options, chosen)
     _check_writable(snapshot, chosen, target)
-    traced = _given_trace(snapshot, trace, progress, force=options.force)
-    plan = _plan_choice(snapshot, options, trace, progress)
+    traced = open_trace(trace, snapshot, progress, force=options.force) if trace is not None else None
+    plan = _plan_choice(snapshot, options, traced, progress)
     session = plan.session if plan else None
     if session is None and options.trace is not None:
         session = TraceSession.open(snapshot, options.trace, None, progress)
@@ -190,17 +189,15 @@ def _complete_options(
     return options
 
 
-def _plan_choice(
-    snapshot: Snapshot, options: PruneOptions, trace: str | PathLike[str] | None, progress: Progress
-) -> Plan | None:
+def _plan_choice(snapshot: Snapshot, options: PruneOptions, trace: Trace | None, progress: Progress) -> Plan | None:
     """Which examples calibrate and which judge candidates, None where nothing is left to choose."""
     choice, select = options.choice, options.select
     if choice is None or select is None:
         return None
-    tracing = held_out_tracing(options.trace, trace, choice.held_out)
+    seed = select.scoring.seed
+    tracing = held_out_tracing(options.trace, trace, choice.held_out, seed)
     tracing = replace(tracing, device=options.device, dtype=options.dtype)
-    seed, samples = select.scoring.seed, choice.samples
-    return plan_search(snapshot, tracing, trace, choice.held_out, samples, seed, progress, force=options.force)
+    return plan_search(snapshot, tracing, trace, choice.held_out, choice.samples, seed, progress)
 
 
 def _target(options: PruneOptions, chosen: Selection | None) -> str:
@@ -246,30 +243,6 @@ def _job(
     }
 
 
-def _given_selection(
-    snapshot: Snapshot, given: str | PathLike[str] | Selection | None, *, force: bool
-) -> Selection | None:
-    if given is None:
-        return None
-    chosen = given if isinstance(given, Selection) else load_selection(Path(given))
-    if chosen.fingerprint is not None:
-        name = "The selection" if isinstance(given, Selection) else f"The selection {given}"
-        check_fingerprint(chosen.fingerprint, fingerprint(snapshot), name, force=force)
-    return chosen
-
-
-def _given_trace(
-    snapshot: Snapshot, given: str | PathLike[str] | None, progress: Progress, *, force: bool
-) -> Trace | None:
-    if given is None:
-        return None
-    traced = load_trace(Path(given))
-    check_fingerprint(traced.info.fingerprint, fingerprint(snapshot), f"The trace {given}", force=force)
-    if traced.info.layout_fingerprint != layout_fingerprint(snapshot):
-        progress.note("The trace was made from another copy of this model (other names, dtypes or shapes of tensors).")
-    return traced
-
-
 def _check_disk(snapshot: Snapshot, options: PruneOptions, chosen: Selection | None, folder: Path) -> None:
     keep = chosen.keep if chosen is not None else options.select.options.keep if options.select else 1.0
     expert_bytes = sum(s.size for s in snapshot.tensors.values() if snapshot.role(s.name).role in ("expert", "packed"))
@@ -296,10 +269,15 @@ def _selected(run: _Run) -> Selection:
     assert run.options.select is not None
     job = run.options.select
     if run.plan is not None and run.options.choice is not None:
-        folder = run.work / "candidates.partial"
-        folder.mkdir(exist_ok=True)
-        chosen = choose(run.snapshot, run.plan, run.trace, job, run.options.choice, run.progress, folder)
-        shutil.rmtree(folder)
+        folder, file = run.work / "candidates.partial", run.artifacts / "selection.json"
+        if file.is_file():
+            run.progress.note("Going on with the selection that the interrupted run has chosen.")
+            chosen = load_selection(file)
+        else:
+            folder.mkdir(exist_ok=True)
+            chosen = choose(run.snapshot, run.plan, run.trace, job, run.options.choice, run.progress, folder)
+            chosen.save(file)
+        shutil.rmtree(folder, ignore_errors=True)
         run.progress.note(f"Chosen: {chosen.choice['reason'] if chosen.choice else ''}")
         return chosen
     return select_from_trace(run.trace, job.options, scorer=job.scorer, scoring=job.scoring)
@@ -339,7 +317,7 @@ def _canary(run: _Run, selection: Selection) -> Canary | None:
     if run.session is not None:
         run.session.unload()
     del model
-    gc.collect()
+    release_memory()
     return canary
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,19 @@ from shape_moe.architectures.sizes import ModelSize, measure
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.errors import BudgetError, UsageError
 from shape_moe.evaluation.figures import Health, health
-from shape_moe.evaluation.generation import GenerationOptions
+from shape_moe.evaluation.generation import Generated, GenerationOptions
 from shape_moe.evaluation.judge import Judge
-from shape_moe.evaluation.sweep import Combination, Limit, Recommendation, SweepPoint, bisect, grid, recommend
+from shape_moe.evaluation.sweep import (
+    Combination,
+    Limit,
+    Measure,
+    Recommendation,
+    SweepPoint,
+    bisect,
+    bisection_steps,
+    grid,
+    recommend,
+)
 from shape_moe.evaluation.teacher_forced import TeacherForced
 from shape_moe.jobs.held_out import held_out_set
 from shape_moe.jobs.options import HELD_OUT_SAMPLES
@@ -34,6 +45,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 KEEP_RATES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25)
+POINTS_FILE = "points.jsonl"
+"""Sums of finished points, while a search is unfinished."""
 DEFAULT_LIMIT = Limit("max_kl", 0.02)
 """What a recommendation keeps to when no limit is given."""
 
@@ -124,10 +137,10 @@ class Search:
         snapshot: the model on disk.
         plan: the session and the held-out records.
         trace: the trace to select from.
-        options: what to search.
+        options: what to search; its combinations are not looked at.
+        combinations: the ways to choose; intervals hold for all of them together.
         progress: where to show progress.
         folder: where answers and finished points are kept for a later run, None for nowhere.
-        comparisons: how many combinations the best is picked from, None for those of the options.
     """
 
     def __init__(
@@ -136,11 +149,12 @@ class Search:
         plan: Plan,
         trace: Trace,
         options: SweepOptions,
+        combinations: Sequence[Combination],
         progress: Progress,
         folder: Path | None = None,
-        comparisons: int | None = None,
     ) -> None:
         self.options, self.plan, self.trace, self.progress = options, plan, trace, progress
+        self.combinations = combinations
         self.selector = TraceSelector(trace, options.scoring)
         self.size: ModelSize = measure(snapshot)
         self.snapshot = snapshot
@@ -157,30 +171,41 @@ class Search:
                 held_out,
                 generation=generation,
                 seed=options.scoring.seed,
-                comparisons=comparisons or len(options.combinations()),
+                comparisons=len(combinations),
                 advance=advance,
             )
         self.known = _KnownSums(folder)
-        self._advance: Any = lambda _: None
+        self._answers: dict[str, Generated | None] = {}
 
-    def run(self, combinations: list[Combination] | None = None) -> SweepResult:
-        """Judge all points, and recommend one; ``combinations`` replace those of the options."""
-        options, combinations = self.options, combinations or self.options.combinations()
+    def run(self) -> SweepResult:
+        """Judge all points, and recommend one."""
+        options, combinations = self.options, self.combinations
         self._check_limit()
         if options.keep_rates is None and options.limit is not None:
-            with self.progress.phase("Looking for the smallest safe keep rate", 7 * len(combinations), "point") as step:
-                self._advance = step
-                most = options.most_keep or 1.0
-                points = [p for c in combinations for p in bisect(c, self.point, self.limit, most=most)]
+            most = options.most_keep or 1.0
+            steps = len(combinations) * bisection_steps(most)
+            with self._measuring("Looking for the smallest safe keep rate", steps) as measure:
+                points = [p for c in combinations for p in bisect(c, measure, self.limit, most=most)]
         else:
             rates = options.keep_rates or KEEP_RATES
-            with self.progress.phase("Sweeping", len(combinations) * len(rates), "point") as step:
-                self._advance = step
-                points = grid(combinations, rates, self.point)
+            with self._measuring("Sweeping", len(combinations) * len(rates)) as measure:
+                points = grid(combinations, rates, measure)
         if not points:
             raise UsageError("No keep rate of the sweep can be met under the constraints; try larger ones.")
         advice = recommend(points, self.limit, self.health)
         return SweepResult(self._document(advice), advice, self.limit)
+
+    @contextmanager
+    def _measuring(self, title: str, steps: int) -> Iterator[Measure]:
+        """:meth:`point`, with its progress shown."""
+        with self.progress.phase(title, steps, "point") as advance:
+
+            def measure(combination: Combination, keep: float) -> SweepPoint | None:
+                point = self.point(combination, keep)
+                advance(1)
+                return point
+
+            yield measure
 
     def point(self, combination: Combination, keep: float) -> SweepPoint | None:
         """Judge one selection; None where none meets the budget."""
@@ -199,10 +224,7 @@ class Search:
         except BudgetError as error:
             self.progress.note(f"{combination} at keep {keep:g} is left out: {error}")
             return None
-        finally:
-            self._advance(1)
-        sums = self.sums(selection)
-        verdict = self.judge.verdict(self._with_exact(selection, sums))
+        verdict = self.judge.verdict(self.sums(selection))
         most = self.options.most_keep
         return SweepPoint(
             combination,
@@ -214,33 +236,31 @@ class Search:
         )
 
     def sums(self, selection: Selection) -> TeacherForced:
-        """Teacher-forced sums of a selection, judged once."""
+        """Sums of a selection, judged once; exact match is that of written answers where those decide."""
         sums = self.known.get(selection)
         if sums is None:
             sums = self.judge.compare_masked(self.model, selection)
+            made = self._answered(selection) if self._answers_decide() else None
+            sums = sums if made is None else self.judge.by_answers(sums, made)
             self.known.put(selection, sums)
         return sums
+
+    def _answered(self, selection: Selection) -> Generated | None:
+        """The free-running answers with a selection, made once."""
+        if selection.digest not in self._answers:
+            self._answers[selection.digest] = self.judge.answer_masked(self.model, selection)
+        return self._answers[selection.digest]
 
     def _answers_decide(self) -> bool:
         """Whether exact match is that of a part of the written answers, so that every point has to write them."""
         return self.options.generation.answer_pattern is not None and self.limit.kind == "max_drop"
-
-    def _with_exact(self, selection: Selection, sums: TeacherForced) -> TeacherForced:
-        """The sums, with exact match of written answers where only a part of them is the answer."""
-        if not self._answers_decide():
-            return sums
-        made = self.judge.answer_masked(self.model, selection)
-        return sums if made is None else replace(sums, exact=_scattered(made.positions, made.exact, len(sums.exact)))
 
     def _check_limit(self) -> None:
         """Refuse a limit on exact match where the dense model itself has none to lose."""
         if self.limit.kind != "max_drop":
             return
         if self._answers_decide():
-            made = self.judge.answer_as_dense(self.model)
-            if made is not None:
-                exact = _scattered(made.positions, made.exact, len(self.judge.dense.exact))
-                self.judge.dense = replace(self.judge.dense, exact=exact)
+            self.judge.judge_dense_by_answers(self.model)
         answered = self.judge.answered
         right = float(self.judge.dense.exact[answered].mean()) if answered else 0.0
         if right < 0.5:
@@ -252,7 +272,7 @@ class Search:
     def health(self, point: SweepPoint) -> Health | None:
         """Let a point answer freely, beside the dense model."""
         dense = self.judge.answer_as_dense(self.model)
-        made = self.judge.answer_masked(self.model, point.selection)
+        made = self._answered(point.selection)
         return health(made, dense) if made is not None else None
 
     def _document(self, advice: Recommendation) -> dict[str, Any]:
@@ -280,7 +300,7 @@ class _KnownSums:
     """Sums of selections that were judged already, in memory and in a file for the next run."""
 
     def __init__(self, folder: Path | None) -> None:
-        self.journal = Journal(folder / "points.jsonl" if folder is not None else None)
+        self.journal = Journal(folder / POINTS_FILE if folder is not None else None)
         self.sums = {
             entry["key"]: TeacherForced(**{name: np.array(value) for name, value in entry["sums"].items()})
             for entry in self.journal.entries
@@ -296,9 +316,3 @@ class _KnownSums:
         self.journal.add(
             {"key": selection.digest, "sums": {name: value.tolist() for name, value in vars(sums).items()}}
         )
-
-
-def _scattered(positions: Sequence[int], values: Any, count: int) -> Any:
-    found = np.zeros(count, dtype=bool)
-    found[list(positions)] = values
-    return found

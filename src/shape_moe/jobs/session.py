@@ -50,6 +50,9 @@ class TraceSession:
         options: how to trace.
         progress: where to show progress.
         records: the calibration records, None to load those that the options name.
+
+    Attributes:
+        source_notes: what a trace says of its source beside what its records say.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class TraceSession:
         config = snapshot.config if snapshot else model.config.to_dict()  # type: ignore[union-attr]  # one is there
         tokeniser = Tokeniser(tokenizer, config.get("max_position_embeddings"), options.tokens)
         self.tokenizer = tokenizer
+        self.source_notes: dict[str, str] = {}
         records = load_records(options.data) if records is None else records
         self.calibrator = Calibrator(records, tokeniser, options.data, options.answers, progress)
 
@@ -119,9 +123,15 @@ class TraceSession:
         """Answer, tokenise and trace; intermediate results go to ``folder`` and are found there again.
 
         Raises:
+            UsageError: when another engine was asked for: only ``shape-moe trace`` hands over to one.
             ShapeMoeError: when a batch cannot be traced; the message names the record.
             DataError: when no record could be traced.
         """
+        if self.options.engine != "transformers":
+            raise UsageError(
+                f"Only a trace by itself is made with {self.options.engine}: make it with `shape-moe trace --engine "
+                f"{self.options.engine}`, and start from it (--trace)."
+            )
         examples = self.calibrator.run(self.answerer, folder)
         tracer = ModelTracer(self.model)
         earlier, done = self._load_so_far(folder)
@@ -203,7 +213,7 @@ class TraceSession:
             engine=engine,
             implementation=implementation,
             dtype=dtype,
-            source=calibrator.source(),
+            source={**calibrator.source(), **self.source_notes},
             versions=versions("torch", "transformers", "tokenizers", "numpy"),
             canary=canary_tokens([example.tokens for example in examples]),
         )

@@ -7,11 +7,12 @@ from os import PathLike
 from pathlib import Path
 
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
+from shape_moe.calibration.calibrate import ANSWERS_FILE
 from shape_moe.calibration.records import DataOptions
 from shape_moe.jobs.options import TraceOptions
 from shape_moe.jobs.planning import Plan, held_out_tracing, plan_search
-from shape_moe.jobs.search import Search, SweepOptions, SweepResult
-from shape_moe.jobs.trace import kept_trace
+from shape_moe.jobs.search import POINTS_FILE, Search, SweepOptions, SweepResult
+from shape_moe.jobs.trace import kept_trace, open_trace
 from shape_moe.progress import SILENT, Progress
 from shape_moe.tracing.trace import Trace
 from shape_moe.workspace import Workspace, write_json
@@ -50,12 +51,13 @@ def sweep(
         ShapeMoeError: when something is wrong; the message says what to do.
     """
     options = options or SweepOptions()
-    tracing = held_out_tracing(data, trace, held_out)
+    snapshot, seed = open_snapshot(model), options.scoring.seed
+    traced = open_trace(trace, snapshot, progress, force=force) if trace is not None else None
+    judged_by = held_out if isinstance(held_out, DataOptions | None) else DataOptions(str(held_out), seed=seed)
+    tracing = held_out_tracing(data, traced, judged_by, seed)
     if not isinstance(data, TraceOptions):
         tracing = replace(tracing, device=device, dtype=dtype)
-    snapshot = open_snapshot(model)
-    seed = options.scoring.seed
-    plan = plan_search(snapshot, tracing, trace, held_out, options.held_out, seed, progress, force=force)
+    plan = plan_search(snapshot, tracing, traced, judged_by, options.held_out, seed, progress)
     if out is None:
         return _Sweep(snapshot, options, plan, progress, None).run()
     inputs = [path for path in (model, trace, tracing.data.source, plan.data.source) if path is not None]
@@ -83,7 +85,8 @@ class _Sweep:
 
     def run(self) -> SweepResult:
         trace = self.plan.trace or self._traced()
-        search = Search(self.snapshot, self.plan, trace, self.options, self.progress, self.folder)
+        combinations = self.options.combinations()
+        search = Search(self.snapshot, self.plan, trace, self.options, combinations, self.progress, self.folder)
         try:
             return search.run()
         finally:
@@ -101,5 +104,5 @@ def _write(result: SweepResult, folder: Path) -> None:
     write_json(folder / "sweep.json", result.document)
     if result.chosen is not None:
         result.chosen.selection.save(folder / "recommended.json")
-    for name in ("points.jsonl", "answers.json"):
+    for name in (POINTS_FILE, ANSWERS_FILE):
         (folder / name).unlink(missing_ok=True)

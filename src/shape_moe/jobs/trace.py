@@ -9,6 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shape_moe.architectures.fingerprint import UNVERIFIED, check_fingerprint, fingerprint, layout_fingerprint
+from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.calibrate import ANSWERS_FILE
 from shape_moe.calibration.records import DataOptions
 from shape_moe.jobs.options import DEFAULT_SAMPLES, TraceOptions, as_trace_options
@@ -75,6 +77,26 @@ def merge(
     with Workspace(out, job, force=force, inputs=traces) as work:
         merged.save(work.path)
         return load_trace(work.complete())
+
+
+def open_trace(given: str | PathLike[str], snapshot: Snapshot, progress: Progress, *, force: bool = False) -> Trace:
+    """Read a finished trace of a model.
+
+    Args:
+        given: its folder.
+        snapshot: the model.
+        progress: where to note that the trace was made from another copy of the model.
+        force: accept a trace of unknown origin.
+
+    Raises:
+        FingerprintError: when it was made from another model.
+        CheckpointError: when it cannot be read.
+    """
+    found = load_trace(given)
+    check_fingerprint(found.info.fingerprint, fingerprint(snapshot), f"The trace {given}", force=force)
+    if found.info.layout_fingerprint not in (UNVERIFIED, layout_fingerprint(snapshot)):
+        progress.note("The trace was made from another copy of this model (other names, dtypes or shapes of tensors).")
+    return found
 
 
 def kept_trace(session: Callable[[], TraceSession], folder: Path) -> Trace:

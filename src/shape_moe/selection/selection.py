@@ -13,8 +13,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from shape_moe.architectures.fingerprint import check_fingerprint, fingerprint
 from shape_moe.architectures.moe_config import MoeConfig
-from shape_moe.architectures.snapshot import read_json
+from shape_moe.architectures.snapshot import Snapshot, read_json
 from shape_moe.errors import CheckpointError, UsageError
 from shape_moe.workspace import write_text
 
@@ -138,6 +139,25 @@ def load_selection(path: str | PathLike[str]) -> Selection:
     except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
         raise CheckpointError(f"{file} is not a valid selection: {error}") from error
     return selection
+
+
+def open_selection(given: str | PathLike[str] | Selection, snapshot: Snapshot, *, force: bool = False) -> Selection:
+    """A selection for a model; one of unknown origin (from a table of values) is taken as it is.
+
+    Args:
+        given: a file, a pruned checkpoint's folder, or a selection.
+        snapshot: the model.
+        force: accept one that was made from a live model.
+
+    Raises:
+        FingerprintError: when it was made from another model.
+        CheckpointError: when it cannot be read.
+    """
+    chosen = given if isinstance(given, Selection) else load_selection(given)
+    if chosen.fingerprint is not None:
+        name = "The selection" if isinstance(given, Selection) else f"The selection {given}"
+        check_fingerprint(chosen.fingerprint, fingerprint(snapshot), name, force=force)
+    return chosen
 
 
 def check_selection(selection: Selection) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from os import PathLike
 from typing import Any
 
-from shape_moe.architectures.fingerprint import check_fingerprint, fingerprint
 from shape_moe.architectures.moe_config import PRUNING_KEY
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.errors import UnsupportedModelError
 from shape_moe.pruning.checkpoint import check_fits
 from shape_moe.pruning.model_config import pruned_config
-from shape_moe.selection.selection import Selection, load_selection
+from shape_moe.selection.selection import Selection, open_selection
 from shape_moe.serving.vllm.families import VLLM_FAMILIES
 from shape_moe.serving.vllm.plan import ORIGINAL, SOURCE_KEY
 
@@ -29,10 +28,7 @@ def config_overrides(
     if family not in VLLM_FAMILIES:
         served = ", ".join(sorted(VLLM_FAMILIES))
         raise UnsupportedModelError(f"The vLLM plugin does not serve {family}; it serves {served}.")
-    chosen = selection if isinstance(selection, Selection) else load_selection(selection)
-    if chosen.fingerprint is not None:
-        what = "The selection" if isinstance(selection, Selection) else f"The selection {selection}"
-        check_fingerprint(chosen.fingerprint, fingerprint(snapshot), what, force=force)
+    chosen = open_selection(selection, snapshot, force=force)
     check_fits(snapshot, chosen)
     pruned = pruned_config(snapshot.config, snapshot.moe, chosen, "ragged")
     pruned[PRUNING_KEY][SOURCE_KEY] = ORIGINAL
