@@ -12,6 +12,7 @@ from shape_moe.demo.tasks import examples
 from shape_moe.errors import CheckpointError, FingerprintError, ShapeMoeError, UsageError
 from shape_moe.evaluation.footprint import Workload, measure_footprint
 from shape_moe.evaluation.generation import GenerationOptions
+from shape_moe.jobs import session
 from shape_moe.jobs.evaluate import evaluate
 from shape_moe.jobs.options import EvaluateOptions, PruneOptions, TraceOptions
 from shape_moe.jobs.prune import prune
@@ -149,7 +150,7 @@ def test_memory_and_speed_are_measured_in_a_process_of_their_own(embedded, prune
         measure_footprint(pruned / "shape", device="cpu", workload=workload)
 
 
-def test_what_cannot_be_compared_is_refused(embedded, files, pruned, checkpoint, tmp_path) -> None:
+def test_what_cannot_be_compared_is_refused(embedded, files, pruned, checkpoint, tmp_path, monkeypatch) -> None:
     data = float32(files["task"])
     with pytest.raises(CheckpointError, match="another vocabulary"):
         evaluate(embedded, [checkpoint("mixtral")], data=data, options=QUICK)
@@ -160,6 +161,12 @@ def test_what_cannot_be_compared_is_refused(embedded, files, pruned, checkpoint,
     foreign.write_text(json.dumps({**selection, "fingerprint": "sha256:" + "0" * 64}))
     with pytest.raises(FingerprintError, match="another model"):
         evaluate(embedded, [foreign], data=data, options=QUICK)
+    nameless = tmp_path / "nameless.json"  # as a table of values gives it
+    layers = {**selection["layers"], "7": selection["layers"]["0"]}
+    nameless.write_text(json.dumps({**selection, "fingerprint": None, "layers": layers}))
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match="layer 7, which is not an MoE layer"):
+        patch.setattr(session, "load_original", lambda *_: pytest.fail("the model was loaded"))
+        evaluate(embedded, [nameless], data=data, options=QUICK)
     with pytest.raises(UsageError, match="give --trace TRACE"):
         mask = pruned / "shape" / "selection.json"
         evaluate(embedded, [mask], data=data, options=EvaluateOptions(**{**vars(QUICK), "faithfulness": 3}))

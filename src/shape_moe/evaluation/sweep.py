@@ -38,7 +38,8 @@ class Limit:
         if self.kind not in KINDS:
             raise UsageError(f"A limit is one of {', '.join(KINDS)}, not {self.kind!r}.")
         if not (self.value > 0 and (self.value < 1 or self.kind == "max_kl")):
-            raise UsageError(f"--{self.kind.replace('_', '-')} must be above 0 (1% or 0.01), not {self.value:g}.")
+            sense = "above 0, such as 0.02" if self.kind == "max_kl" else "a share between 0 and 1, such as 1% or 0.01"
+            raise UsageError(f"--{self.kind.replace('_', '-')} must be {sense}, not {self.value:g}.")
 
     def figure(self, verdict: Verdict) -> Estimate:
         """What the limit holds against a model, larger is worse.

@@ -11,7 +11,7 @@ from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.errors import CheckpointError
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.scoring.scores import Scores, score_trace
-from shape_moe.selection.selection import Selection, load_selection, open_selection
+from shape_moe.selection.selection import Selection, check_against_model, load_selection, open_selection
 from shape_moe.tracing.trace import SegmentWeights, Trace, load_trace
 
 
@@ -43,14 +43,15 @@ def open_candidate(given: str | PathLike[str] | Selection, dense: Snapshot, trac
     Raises:
         FingerprintError: when it was made from another model.
         CheckpointError: when it cannot be read.
+        UsageError: when a selection does not fit the model.
     """
     if isinstance(given, Selection):
         name = f"{given.scorer}/{given.rule}, {given.routing} {given.keep:.2f}"
-        return Candidate(name, None, open_selection(given, dense, force=True), trace)
+        return _mask(name, given, dense, trace)
     path = Path(given)
     if path.is_file():
         name = path.stem if path.stem != "selection" else path.parent.name
-        return Candidate(name, None, open_selection(path, dense, force=True), trace)
+        return _mask(name, path, dense, trace)
     snapshot = open_snapshot(given)
     if snapshot.config.get("vocab_size") != dense.config.get("vocab_size"):
         raise CheckpointError(f"{given} has another vocabulary than {dense.name}, so the two cannot be compared.")
@@ -60,6 +61,12 @@ def open_candidate(given: str | PathLike[str] | Selection, dense: Snapshot, trac
         check_fingerprint(selection.fingerprint, fingerprint(dense), f"The checkpoint {given}", force=True)
     own = folder / "trace"
     return Candidate(path.resolve().name, snapshot, selection, load_trace(own) if own.is_dir() else trace)
+
+
+def _mask(name: str, given: Path | Selection, dense: Snapshot, trace: Trace | None) -> Candidate:
+    selection = open_selection(given, dense, force=True)
+    check_against_model(selection, dense.moe, dense.moe_layers, selection.routing)
+    return Candidate(name, None, selection, trace)
 
 
 def scores_of(selection: Selection, trace: Trace) -> Scores:
