@@ -203,7 +203,7 @@ def test_a_task_of_lm_eval_is_paired_with_the_dense_model_of_an_earlier_run(tmp_
     assert "not possible" in (tmp_path / "out" / "experiment.md").read_text()
 
 
-def test_nothing_is_loaded_when_methods_do_not_fit_the_model(grid, monkeypatch):
+def test_nothing_is_loaded_when_a_record_is_too_long_for_the_model(grid, monkeypatch):
     def loaded(*_args, **_options):
         raise AssertionError("a model was loaded")
 

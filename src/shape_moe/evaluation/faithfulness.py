@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shape_moe.errors import UsageError
 from shape_moe.evaluation import figures
 from shape_moe.evaluation.judge import Judge, Verdict
+from shape_moe.progress import Advance
 from shape_moe.scoring.scores import Scores
 from shape_moe.selection.controls import inverted_selection, random_selection
 from shape_moe.selection.selection import Selection
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FEWEST_RANDOM = 3
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)

@@ -140,8 +140,3 @@ def _rows(result: TeacherForced, rows: list[int]) -> TeacherForced:
 def document(figures: Mapping[str, Estimate]) -> dict[str, Any]:
     """Figures for JSON."""
     return {name: estimate.to_document() for name, estimate in figures.items()}
-
-
-def from_document(found: Mapping[str, Any]) -> Figures:
-    """Figures that :func:`document` described."""
-    return {name: Estimate.from_document(entry) for name, entry in found.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +11,12 @@ from shape_moe.evaluation.generation import Generated, GenerationOptions, genera
 from shape_moe.evaluation.held_out import HeldOutSet
 from shape_moe.evaluation.intervals import Bootstrap
 from shape_moe.evaluation.teacher_forced import DenseReference, TeacherForced, compare_with_dense, record_dense
+from shape_moe.progress import Advance
 from shape_moe.pruning.masks import masked
 from shape_moe.selection.selection import Selection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Judge:
 
     def close(self) -> None:
         """Let go of the dense model's log-probabilities."""
-        self.reference.__exit__(None, None, None)
+        self.reference.close()
 
     def compare(self, model: PreTrainedModel, advance: Advance = lambda _: None) -> TeacherForced:
         """Teacher-forced sums of another model."""

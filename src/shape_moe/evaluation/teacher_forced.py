@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +16,7 @@ from shape_moe.architectures.loading import input_device
 from shape_moe.calibration.batches import Batch
 from shape_moe.errors import ShapeMoeError
 from shape_moe.evaluation.held_out import HeldOutSet, scored_positions
+from shape_moe.progress import Advance
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 _MEMORY_LIMIT = 2 * 2**30
 _ROWS_AT_A_TIME = 256
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TeacherForced:
 class DenseReference:
     """The dense model's log-probabilities at every scored position of a set, float32; on disk beyond 2 GiB.
 
-    Use it as a context manager where the set may be large: the files go when it ends.
+    Use it as a context manager, or call :meth:`close`: the files go when it ends.
     """
 
     def __init__(self, memory_limit: int = _MEMORY_LIMIT) -> None:
@@ -63,6 +63,10 @@ class DenseReference:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of everything that is kept; the files go as well."""
         self._kept.clear()
         if self._folder is not None:
             self._folder.cleanup()
