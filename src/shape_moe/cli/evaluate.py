@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.console import plain_table
+from shape_moe.cli.figures import number, share, signed
 from shape_moe.cli.flag_groups import changed_flags, with_flags
 from shape_moe.cli.flags import DataFlags, DeviceFlags, ForceFlag, ModelArgument, OutputFlags, SeedFlag
 from shape_moe.cli.quality_flags import GenerationFlags, TaskFlags
@@ -18,7 +19,6 @@ from shape_moe.errors import UsageError
 from shape_moe.evaluation.faithfulness import Faithfulness
 from shape_moe.evaluation.figures import worst_group
 from shape_moe.evaluation.footprint import Workload
-from shape_moe.evaluation.intervals import Estimate
 from shape_moe.jobs import evaluate as job
 from shape_moe.jobs.options import HELD_OUT_SAMPLES, EvaluateOptions
 from shape_moe.units import readable_size
@@ -187,18 +187,3 @@ def _show_faithfulness(console: Console, check: Faithfulness) -> None:
         if check.faithful
         else "[yellow]Not better than random, or random not better than the inversion: the values mean little.[/yellow]"
     )
-
-
-def number(estimate: Estimate, digits: int) -> str:
-    """A figure with its interval."""
-    return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
-
-
-def share(estimate: Estimate) -> str:
-    """A share with its interval, in percent."""
-    return f"{estimate.value:.1%} [{estimate.low:.1%}, {estimate.high:.1%}]"
-
-
-def signed(estimate: Estimate) -> str:
-    """A difference with its interval, in percent."""
-    return f"{estimate.value:+.1%} [{estimate.low:+.1%}, {estimate.high:+.1%}]"
