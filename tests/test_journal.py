@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shape_moe.journal import Journal
+from shape_moe.journal import Journal, Known
 
 
 def test_entries_come_back(tmp_path):
@@ -28,3 +28,24 @@ def test_without_a_file_entries_stay_in_memory():
     journal = Journal(None)
     journal.add({"a": 1})
     assert journal.entries == [{"a": 1}]
+
+
+def test_finished_work_is_found_by_its_key(tmp_path) -> None:
+    file = tmp_path / "journal.jsonl"
+    known = Known(file, "cell", "figures")
+    known.put(("model", "set"), {"kl": 0.5})
+    known.put(("model", "other"), {"kl": 1.5})
+    known.put(("model", "set"), {"kl": 0.25})
+    found = Known(file, "cell", "figures")
+    assert found == known == {("model", "set"): {"kl": 0.25}, ("model", "other"): {"kl": 1.5}}
+    assert ("model",) not in found
+    assert file.read_text().splitlines()[0] == '{"cell": ["model", "set"], "figures": {"kl": 0.5}}'
+
+
+def test_a_key_may_be_a_single_word(tmp_path) -> None:
+    file = tmp_path / "journal.jsonl"
+    Known(file, "key", "sums").put("digest", [1, 2])
+    assert Known(file, "key", "sums") == {"digest": [1, 2]}
+    nowhere = Known(None, "key", "sums")
+    nowhere.put("digest", [1])
+    assert nowhere["digest"] == [1]

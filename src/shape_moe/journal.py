@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Key = str | tuple[str, ...]
+Work = TypeVar("Work")
 
 
 class Journal:
@@ -38,3 +41,26 @@ class Journal:
         if self.file is not None:
             with self.file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry) + "\n")
+
+
+class Known(dict[Key, Work]):
+    """Finished work by its key, in memory and in a :class:`Journal` for the next run.
+
+    Args:
+        file: the journal, which need not exist; None keeps work in memory only.
+        key: what a line calls the key, a text or a list of them.
+        work: what a line calls the work, which must be fit for JSON.
+    """
+
+    def __init__(self, file: Path | None, key: str, work: str) -> None:
+        self._journal, self._names = Journal(file), (key, work)
+        super().__init__({_as_key(entry[key]): entry[work] for entry in self._journal.entries})
+
+    def put(self, key: Key, work: Work) -> None:
+        """Remember a piece of work, on disk at once."""
+        self[key] = work
+        self._journal.add(dict(zip(self._names, (key, work), strict=True)))
+
+
+def _as_key(found: str | list[str]) -> Key:
+    return found if isinstance(found, str) else tuple(found)
