@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class Plan:
     left_out: dict[str, int]
 
     def job(self) -> dict[str, Any]:
-        """What decides the results, by content."""
+        """What decides the results, by content; files are read when this is called."""
         files = [
             spec.task for spec in self.config.evaluation if isinstance(spec, TaskSpec) and Path(spec.task).is_file()
         ]
@@ -46,10 +47,11 @@ class Plan:
             "verb": "experiment",
             "config": self.config.echo(),
             "models": {name: fingerprint(snapshot) for name, snapshot in self.snapshots.items()},
-            **self.hashes(),
+            **self.hashes,
             "tasks": {file: sha256(Path(file).read_bytes()).hexdigest() for file in files},
         }
 
+    @cached_property
     def hashes(self) -> dict[str, dict[str, str]]:
         """Hashes of the records."""
         return {
