@@ -97,14 +97,11 @@ def _show(console: Console, result: job.Evaluation, *, by_pattern: bool) -> None
         _show_tasks(console, result)
     _show_footprints(console, result)
     for found in result.models:
-        groups = found.sets[job.TASK].groups if found.sets else {}
-        worst = worst_group(groups)
-        if worst is not None:
-            lost = groups[worst]["change"]
-            key = "exact_match" if "exact_match" in lost else "nll"
-            shown = signed(lost[key]) if key == "exact_match" else number(lost[key], 4)
-            change = f"{key.replace('_', ' ')} {shown}"
-            console.print(f"{found.name}: worst class is {worst!r} ({change})", markup=False)
+        if (worst := worst_group(found.classes)) is not None:
+            name, figure = worst
+            lost = found.classes[name]["change"][figure]
+            change = f"{figure.replace('_', ' ')} {signed(lost) if figure == 'exact_match' else number(lost, 4)}"
+            console.print(f"{found.name}: worst class is {name!r} ({change})", markup=False)
     for check in result.faithfulness:
         _show_faithfulness(console, check)
 

@@ -14,7 +14,7 @@ from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.records import DataOptions, load_records
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.evaluation.faithfulness import Faithfulness, faithfulness
-from shape_moe.evaluation.figures import document, worst_group
+from shape_moe.evaluation.figures import Groups, document, worst_group
 from shape_moe.evaluation.footprint import Footprint, measure_footprint
 from shape_moe.evaluation.harness import run_tasks, run_tasks_with_vllm
 from shape_moe.evaluation.judge import Judge, Verdict
@@ -45,6 +45,7 @@ class Evaluated:
         selection: what it keeps, None for the dense model and for checkpoints of other tools.
         size: bytes of its weights; of a mask, what its checkpoint would have.
         sets: verdicts by set, ``task`` and perhaps ``also``.
+        classes: figures over the task's examples by class, empty where no classes were asked for.
         tasks: results of lm-evaluation-harness by task.
         footprint: memory and speed, None where they were not measured (a mask has the dense model's).
     """
@@ -54,6 +55,7 @@ class Evaluated:
     selection: Selection | None
     size: int
     sets: dict[str, Verdict] = field(default_factory=dict)
+    classes: Groups = field(default_factory=dict)
     tasks: dict[str, TaskResult] = field(default_factory=dict)
     footprint: Footprint | None = None
 
@@ -61,14 +63,13 @@ class Evaluated:
         """For JSON."""
         chosen = self.selection
         keys = ("scorer", "rule", "routing", "keep")
-        groups = self.sets[TASK].groups if TASK in self.sets else {}
         return {
             "name": self.name,
             "kind": self.kind,
             "selection": {key: getattr(chosen, key) for key in keys} if chosen else None,
             "bytes": self.size,
             "sets": {name: verdict.to_document() for name, verdict in self.sets.items()},
-            "classes": _classes(by, groups) if by and groups else None,
+            "classes": _classes(by, self.classes) if by else None,
             "tasks": {name: result.to_document() for name, result in self.tasks.items()},
             "task_items": {name: result.items for name, result in self.tasks.items()},
             "task_changes": {
@@ -80,9 +81,12 @@ class Evaluated:
         }
 
 
-def _classes(by: str, groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _classes(by: str, groups: Groups) -> dict[str, Any] | None:
+    worst = worst_group(groups)
+    if worst is None:
+        return None
     found = {name: {key: document(entry) for key, entry in group.items()} for name, group in groups.items()}
-    return {"field": by, "worst": worst_group(groups), "by": found}
+    return {"field": by, "worst": worst[0], "by": found}
 
 
 def task_changes(result: TaskResult, dense: TaskResult) -> dict[str, Any]:
@@ -266,34 +270,39 @@ class _Run:
         return judges
 
     def _dense(self, model: PreTrainedModel) -> Evaluated:
-        sets = {name: judge.dense_verdict() for name, judge in self.judges.items()}
-        tasks = self._tasks(model)
-        return Evaluated(self.snapshot.name, "dense", None, self.snapshot.total_bytes, sets, tasks)
+        found = Evaluated(self.snapshot.name, "dense", None, self.snapshot.total_bytes)
+        found.sets = {name: judge.dense_verdict() for name, judge in self.judges.items()}
+        found.tasks = self._tasks(model)
+        return found
 
     def _masked(self, entry: Candidate, model: PreTrainedModel) -> Evaluated:
         assert entry.selection is not None
-        with masked(model, entry.selection):
-            sets, tasks = self._judged(entry.name, model), self._tasks(model)
         size = round(self.size.at_keep(entry.selection.kept))
-        return Evaluated(entry.name, "mask", entry.selection, size, sets, tasks)
+        found = Evaluated(entry.name, "mask", entry.selection, size)
+        with masked(model, entry.selection):
+            self._judge(found, model)
+        return found
 
     def _checkpoint(self, entry: Candidate, snapshot: Snapshot) -> Evaluated:
         release_memory()
         with self.progress.phase(f"Loading {entry.name}", 1, "model") as advance:
             model = load_model(snapshot, device=self.device, dtype=self.dtype)
             advance(1)
-        sets, tasks = self._judged(entry.name, model), self._tasks(model)
-        return Evaluated(entry.name, "checkpoint", entry.selection, snapshot.total_bytes, sets, tasks)
+        found = Evaluated(entry.name, "checkpoint", entry.selection, snapshot.total_bytes)
+        self._judge(found, model)
+        return found
 
-    def _judged(self, name: str, model: PreTrainedModel) -> dict[str, Verdict]:
-        sets: dict[str, Verdict] = {}
-        if not self.judges:
-            return sets
-        total = sum(len(judge.held_out.examples) for judge in self.judges.values())
-        with self.progress.phase(f"Judging {name}", total, "example") as advance:
-            for key, judge in self.judges.items():
-                sets[key] = judge.verdict(judge.compare(model, advance), judge.answer(model))
-        return sets
+    def _judge(self, found: Evaluated, model: PreTrainedModel) -> None:
+        """Figures of one model: over held-out examples, and at tasks."""
+        if self.judges:
+            total = sum(len(judge.held_out.examples) for judge in self.judges.values())
+            with self.progress.phase(f"Judging {found.name}", total, "example") as advance:
+                for name, judge in self.judges.items():
+                    sums = judge.compare(model, advance)
+                    found.sets[name] = judge.verdict(sums, judge.answer(model))
+                    if name == TASK and self.options.by is not None:
+                        found.classes = judge.by_group(sums)
+        found.tasks = self._tasks(model)
 
     def _tasks(self, model: PreTrainedModel) -> dict[str, TaskResult]:
         """Results of the tasks on a live model; those that vLLM runs come later, when nothing else is loaded."""

@@ -253,7 +253,7 @@ class Search:
         """Let a point answer freely, beside the dense model."""
         dense = self.judge.answer_as_dense(self.model)
         made = self.judge.answer_masked(self.model, point.selection)
-        return health(made, dense) if made is not None else None
+        return health(made, dense, self.judge.draws) if made is not None else None
 
     def _document(self, advice: Recommendation) -> dict[str, Any]:
         self.judge.answer_as_dense(self.model)
