@@ -20,6 +20,7 @@ from shape_moe.evaluation.faithfulness import Faithfulness
 from shape_moe.evaluation.figures import worst_group
 from shape_moe.evaluation.footprint import Workload
 from shape_moe.jobs import evaluate as job
+from shape_moe.jobs.evaluated import TASK, Evaluation
 from shape_moe.jobs.options import HELD_OUT_SAMPLES, EvaluateOptions
 from shape_moe.units import readable_size
 from shape_moe.workspace import check_output_file, write_json
@@ -90,7 +91,7 @@ def evaluate(
     talk.result(result.document, lambda console: _show(console, result, by_pattern=by_pattern))
 
 
-def _show(console: Console, result: job.Evaluation, *, by_pattern: bool) -> None:
+def _show(console: Console, result: Evaluation, *, by_pattern: bool) -> None:
     for name in result.models[0].sets:
         _show_set(console, result, name, by_pattern=by_pattern)
     if result.models[0].tasks:
@@ -106,8 +107,8 @@ def _show(console: Console, result: job.Evaluation, *, by_pattern: bool) -> None
         _show_faithfulness(console, check)
 
 
-def _show_set(console: Console, result: job.Evaluation, name: str, *, by_pattern: bool) -> None:
-    source = result.document["data"] if name == job.TASK else result.document["also"]
+def _show_set(console: Console, result: Evaluation, name: str, *, by_pattern: bool) -> None:
+    source = result.document["data"] if name == TASK else result.document["also"]
     title = f"{source}: figures with 95 % intervals"
     columns = ("model", "nll", "perplexity", "KL to dense", "same top-1", "exact match", "change", "loops", "no end")
     table = plain_table(*columns, title=title)
@@ -135,21 +136,20 @@ def _show_set(console: Console, result: job.Evaluation, name: str, *, by_pattern
             console.print(f"[yellow]{escape(found.name)}: {escape(complaint)}[/yellow]")
 
 
-def _show_tasks(console: Console, result: job.Evaluation) -> None:
+def _show_tasks(console: Console, result: Evaluation) -> None:
     table = plain_table("model", "task", "metric", "items", "score", "change", title="lm-evaluation-harness")
     for column in table.columns[1:3]:
         column.justify = "left"
-    dense = result.models[0]
     for found in result.models:
         for name, scored in found.tasks.items():
-            changes = job.task_changes(scored, dense.tasks[name]) if found is not dense else {}
+            changes = (found.task_changes or {}).get(name, {})
             for metric, estimate in scored.metrics.items():
                 change = number(changes[metric], 4) if metric in changes else ""
                 table.add_row(found.name, name, metric, f"{scored.items:,}", number(estimate, 4), change)
     console.print(table)
 
 
-def _show_footprints(console: Console, result: job.Evaluation) -> None:
+def _show_footprints(console: Console, result: Evaluation) -> None:
     if result.models[0].footprint is None:
         return
     table = plain_table("model", "on disk", "peak memory", "load", "prefill", "decode", title="Memory and speed")

@@ -11,6 +11,7 @@ from typing import Any
 from shape_moe.architectures.fingerprint import fingerprint
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.records import Record, content_hash, load_records, prompt_hash
+from shape_moe.evaluation.harness import check_chat_template, check_tasks
 from shape_moe.jobs.experiment_config import ExamplesSpec, ExperimentConfig, ModelSpec, TaskSpec
 from shape_moe.jobs.held_out import fresh_records
 from shape_moe.jobs.options import HELD_OUT_SAMPLES, SelectionJob, TraceOptions
@@ -72,6 +73,9 @@ def make_plan(config: ExperimentConfig) -> Plan:
     Raises:
         ShapeMoeError: when a model, a set of examples or a method cannot be used.
     """
+    tasks = [spec.task for spec in config.evaluation if isinstance(spec, TaskSpec)]
+    if tasks:
+        check_tasks(tasks)
     calibration = {spec.name: load_records(spec.tracing.data) for spec in config.calibration}
     held_out: dict[str, list[Record]] = {}
     left_out: dict[str, int] = {}
@@ -98,7 +102,7 @@ def _check_methods(plan: Plan, model: ModelSpec) -> None:
 
 
 def _check_records(plan: Plan, model: ModelSpec) -> None:
-    """Tokenise everything once, so that a record that this model cannot take shows before weights are loaded."""
+    """Tokenise everything once, so that what this model cannot take shows before weights are loaded."""
     config, tokenizer = plan.config, None
     sides = [(spec.tracing, plan.calibration[spec.name]) for spec in config.calibration]
     sides += [(s.tracing, plan.held_out[s.name]) for s in config.evaluation if isinstance(s, ExamplesSpec)]
@@ -106,6 +110,9 @@ def _check_records(plan: Plan, model: ModelSpec) -> None:
         options = on_device(tracing, model)
         session = TraceSession.open(plan.snapshots[model.name], options, tokenizer, SILENT, records)
         tokenizer = session.tokenizer
+    for spec in config.evaluation:
+        if tokenizer is not None and isinstance(spec, TaskSpec):
+            check_chat_template(spec.options, tokenizer)
 
 
 def on_device(tracing: TraceOptions, model: ModelSpec) -> TraceOptions:
