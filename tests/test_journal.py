@@ -5,26 +5,30 @@ from __future__ import annotations
 from shape_moe.journal import Journal
 
 
-def test_entries_come_back(tmp_path):
+def test_finished_work_is_found_by_its_key(tmp_path) -> None:
     file = tmp_path / "journal.jsonl"
-    journal = Journal(file)
-    journal.add({"a": 1})
-    journal.add({"text": "ü\n"})
-    assert Journal(file).entries == journal.entries == [{"a": 1}, {"text": "ü\n"}]
+    journal = Journal(file, "cell", "figures")
+    journal.put(("model", "set"), {"kl": 0.5})
+    journal.put(("model", "ü\n"), {"kl": 1.5})
+    journal.put(("model", "set"), {"kl": 0.25})
+    found = Journal(file, "cell", "figures")
+    assert found == journal == {("model", "set"): {"kl": 0.25}, ("model", "ü\n"): {"kl": 1.5}}
+    assert ("model",) not in found
+    assert file.read_text().splitlines()[0] == '{"cell": ["model", "set"], "figures": {"kl": 0.5}}'
 
 
-def test_a_line_cut_short_is_dropped_and_the_next_one_stands_by_itself(tmp_path):
+def test_a_line_cut_short_is_dropped_and_the_next_one_stands_by_itself(tmp_path) -> None:
     file = tmp_path / "journal.jsonl"
-    Journal(file).add({"a": 1})
+    Journal(file, "key", "sums").put("a", 1)
     with file.open("a") as stream:
-        stream.write('{"a": 2, "b": [1, ')
-    journal = Journal(file)
-    assert journal.entries == [{"a": 1}]
-    journal.add({"a": 3})
-    assert Journal(file).entries == [{"a": 1}, {"a": 3}]
+        stream.write('{"key": "b", "sums": [1, ')
+    journal = Journal(file, "key", "sums")
+    assert journal == {"a": 1}
+    journal.put("c", 3)
+    assert Journal(file, "key", "sums") == {"a": 1, "c": 3}
 
 
-def test_without_a_file_entries_stay_in_memory():
-    journal = Journal(None)
-    journal.add({"a": 1})
-    assert journal.entries == [{"a": 1}]
+def test_without_a_file_work_stays_in_memory() -> None:
+    journal = Journal(None, "key", "sums")
+    journal.put("digest", [1])
+    assert journal == {"digest": [1]}

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from shape_moe.calibration.examples import TokenOptions
     from shape_moe.calibration.records import DataOptions
     from shape_moe.evaluation.generation import GenerationOptions
+    from shape_moe.evaluation.harness import TaskOptions
     from shape_moe.evaluation.sweep import Limit
     from shape_moe.jobs.convert import convert
     from shape_moe.jobs.evaluate import evaluate
     from shape_moe.jobs.experiment import experiment
     from shape_moe.jobs.inspect import inspect_model
-    from shape_moe.jobs.options import EvaluateOptions, PruneOptions, SelectionJob, TaskOptions, TraceOptions
+    from shape_moe.jobs.options import EvaluateOptions, PruneOptions, SelectionJob, TraceOptions
     from shape_moe.jobs.prune import prune
     from shape_moe.jobs.report import report
     from shape_moe.jobs.search import SweepOptions
@@ -79,12 +80,13 @@ _HOMES = {
     "calibration.examples": ("TokenOptions",),
     "calibration.records": ("DataOptions",),
     "evaluation.generation": ("GenerationOptions",),
+    "evaluation.harness": ("TaskOptions",),
     "evaluation.sweep": ("Limit",),
     "jobs.convert": ("convert",),
     "jobs.evaluate": ("evaluate",),
     "jobs.experiment": ("experiment",),
     "jobs.inspect": ("inspect_model",),
-    "jobs.options": ("EvaluateOptions", "PruneOptions", "SelectionJob", "TaskOptions", "TraceOptions"),
+    "jobs.options": ("EvaluateOptions", "PruneOptions", "SelectionJob", "TraceOptions"),
     "jobs.prune": ("prune",),
     "jobs.report": ("report",),
     "jobs.search": ("SweepOptions",),

@@ -3,38 +3,46 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
+
+Key = str | tuple[str, ...]
+Work = TypeVar("Work")
 
 
-class Journal:
-    """What an earlier run has finished, and what this one adds.
+class Journal(dict[Key, Work]):
+    """Finished work by its key, that of an earlier run included.
 
     A line that was cut short when a run was stopped is taken out of the file, so that the next one stands by itself.
 
     Args:
-        file: the file, which need not exist; None keeps entries in memory only.
-
-    Attributes:
-        entries: everything that is known, oldest first.
+        file: the file, which need not exist; None keeps work in memory only.
+        key: what a line calls the key, a text or a list of them.
+        work: what a line calls the work, which must be fit for JSON.
     """
 
-    def __init__(self, file: Path | None) -> None:
-        self.file = file
-        self.entries: list[dict[str, Any]] = []
-        if file is None or not file.is_file():
-            return
-        content = file.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        self.entries = [json.loads(line) for line in whole.decode().splitlines()]
-        if len(whole) < len(content):
-            with file.open("r+b") as stream:
-                stream.truncate(len(whole))
+    def __init__(self, file: Path | None, key: str, work: str) -> None:
+        self._file, self._names = file, (key, work)
+        entries = [json.loads(line) for line in _whole_lines(file)] if file is not None and file.is_file() else []
+        super().__init__({_as_key(entry[key]): entry[work] for entry in entries})
 
-    def add(self, entry: Mapping[str, Any]) -> None:
-        """Remember an entry, on disk at once."""
-        self.entries.append(dict(entry))
-        if self.file is not None:
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(entry) + "\n")
+    def put(self, key: Key, work: Work) -> None:
+        """Remember a piece of work, on disk at once."""
+        self[key] = work
+        if self._file is not None:
+            with self._file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(dict(zip(self._names, (key, work), strict=True))) + "\n")
+
+
+def _whole_lines(file: Path) -> list[str]:
+    """The lines of a file; the beginning of one at its end is cut off."""
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with file.open("r+b") as stream:
+            stream.truncate(len(whole))
+    return whole.decode().splitlines()
+
+
+def _as_key(found: str | list[str]) -> Key:
+    return found if isinstance(found, str) else tuple(found)

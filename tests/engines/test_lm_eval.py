@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shape_moe.demo.embedded import exact_match
-from shape_moe.evaluation.harness import run_tasks
+from shape_moe.evaluation.harness import TaskOptions, run_tasks
 from shape_moe.evaluation.task_results import TaskResult
 from shape_moe.jobs.options import PruneOptions
 from shape_moe.jobs.prune import prune
@@ -43,17 +43,18 @@ def expected(embedded, tasks) -> dict[str, TaskResult]:
     model = AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(embedded)
     with masked(model, seven_of_eight()):
-        found = run_tasks(model, tokenizer, tasks, batch_size=50)
+        found = run_tasks(model, tokenizer, TaskOptions(tuple(tasks)), batch_size=50)
         share = exact_match(model, tokenizer, ["addition"], count=COUNT)["addition"]
     assert found["embedded_addition"].metrics["exact_match"].value == pytest.approx(share)
     assert 0 < share < 1
     return found
 
 
-def run(folder: Path, path: Path, tasks: list[str], **options: Any) -> dict[str, Any]:
+def run(folder: Path, path: Path, tasks: list[str], selection: Path | None = None) -> dict[str, Any]:
     """The tasks in a process of their own; nothing but results may reach stdout."""
-    options["engine_args"] = {"dtype": "float32", "max_model_len": 256}
-    (folder / "job.json").write_text(json.dumps({"path": str(path), "tasks": tasks, "options": options}))
+    engine_args = {"dtype": "float32", "max_model_len": 256}
+    job = {"path": str(path), "tasks": tasks, "engine_args": engine_args}
+    (folder / "job.json").write_text(json.dumps({**job, "selection": str(selection) if selection else None}))
     done = subprocess.run(
         [sys.executable, RUN, folder / "job.json", folder / "result.json"],
         env=environment(HF_DATASETS_OFFLINE="1"),
@@ -96,5 +97,5 @@ def test_the_command_of_lm_eval_scores_a_pruned_checkpoint_as_the_mask(tmp_path,
 
 def test_the_original_with_a_selection_scores_as_the_mask(tmp_path, embedded, tasks, expected) -> None:
     seven_of_eight().save(tmp_path / "selection.json")
-    found = run(tmp_path, embedded, tasks, selection=str(tmp_path / "selection.json"))
+    found = run(tmp_path, embedded, tasks, tmp_path / "selection.json")
     assert_same(found, expected)

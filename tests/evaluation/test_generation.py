@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from shape_moe.errors import DataError, UsageError
 from shape_moe.evaluation.figures import health
 from shape_moe.evaluation.generation import Generated, GenerationOptions, answer_limit, ends_in_loop, generate
+from shape_moe.evaluation.intervals import Bootstrap
 from shape_moe.pruning.masks import masked
 from shape_moe.selection.selection import Selection
 from support.held_out import random_set, task_set
@@ -48,7 +49,7 @@ def test_other_answers_are_no_loops(tokens) -> None:
 def test_the_dense_model_answers_well(embedded_model) -> None:
     model, tokenizer = embedded_model
     made = generate(model, tokenizer, task_set(tokenizer, "words", 20))
-    verdict = health(made)
+    verdict = health(made, None, Bootstrap(20))
     assert verdict.figures["exact_match"].value >= 0.95
     assert verdict.figures["no_end_rate"].value == verdict.figures["loop_rate"].value == 0
     assert not verdict.complaints
@@ -73,10 +74,10 @@ def test_a_broken_model_is_unhealthy_though_its_likelihood_may_look_fine(embedde
     dense = generate(model, tokenizer, held_out)
     with masked(model, keep([3, 7])):
         broken = generate(model, tokenizer, held_out)
-    verdict = health(broken, dense)
+    verdict = health(broken, dense, Bootstrap(16))
     assert verdict.complaints
     assert verdict.change["exact_match"].value < -0.5
-    assert health(dense, dense).complaints == ()
+    assert health(dense, dense, Bootstrap(16)).complaints == ()
 
 
 def test_a_pattern_picks_the_part_that_must_be_right(embedded_model) -> None:
@@ -121,5 +122,5 @@ def test_lengths_far_from_the_dense_models_are_a_complaint() -> None:
         ended = np.ones(10, dtype=bool)
         return Generated(tuple(range(10)), ((5,) * length,) * 10, 50, ended, ~ended, ended)
 
-    assert health(made(10), made(10)).complaints == ()
-    assert "tokens on average" in health(made(14), made(10)).complaints[0]
+    assert health(made(10), made(10), Bootstrap(10)).complaints == ()
+    assert "tokens on average" in health(made(14), made(10), Bootstrap(10)).complaints[0]

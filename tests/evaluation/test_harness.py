@@ -18,7 +18,7 @@ from shape_moe.calibration.examples import Example
 from shape_moe.demo.embedded import exact_match
 from shape_moe.errors import DataError, ShapeMoeError, UsageError
 from shape_moe.evaluation import harness
-from shape_moe.evaluation.harness import run_tasks, run_tasks_with_vllm
+from shape_moe.evaluation.harness import TaskOptions, check_tasks, run_tasks, run_tasks_with_vllm
 from shape_moe.evaluation.task_results import paired_difference
 from shape_moe.jobs.options import PruneOptions
 from shape_moe.jobs.prune import prune
@@ -46,19 +46,19 @@ def tokenizer(embedded):
 
 
 @pytest.fixture(scope="module")
-def both(folder) -> list[str]:
-    return [str(folder / "addition.yaml"), str(folder / "choice.yaml")]
+def both(folder) -> tuple[str, str]:
+    return str(folder / "addition.yaml"), str(folder / "choice.yaml")
 
 
 @pytest.fixture(scope="module")
 def dense(model, tokenizer, both):
-    return run_tasks(model, tokenizer, both, batch_size=50)
+    return run_tasks(model, tokenizer, TaskOptions(both), batch_size=50)
 
 
 @pytest.fixture(scope="module")
 def under_mask(model, tokenizer, both):
     with masked(model, seven_of_eight()):
-        return run_tasks(model, tokenizer, both, batch_size=50)
+        return run_tasks(model, tokenizer, TaskOptions(both), batch_size=50)
 
 
 def generated_right(model, tokenizer) -> list[bool]:
@@ -106,7 +106,7 @@ def not_masked():
 def test_a_mask_scores_as_the_checkpoint_that_is_written(tmp_path, embedded, tokenizer, both, under_mask) -> None:
     prune(embedded, tmp_path / "out", PruneOptions(device="cpu", check_logits=False), selection=seven_of_eight())
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert run_tasks(written, tokenizer, both, batch_size=50) == under_mask
+    assert run_tasks(written, tokenizer, TaskOptions(both), batch_size=50) == under_mask
 
 
 def test_intervals_and_provenance(dense, under_mask) -> None:
@@ -158,7 +158,7 @@ def test_pairs_say_more_than_two_separate_intervals(dense) -> None:
 
 
 def test_what_cannot_be_paired_is_refused(model, tokenizer, folder, dense) -> None:
-    fewer = run_tasks(model, tokenizer, [str(folder / "addition.yaml")], batch_size=50, limit=10)
+    fewer = run_tasks(model, tokenizer, TaskOptions((str(folder / "addition.yaml"),), limit=10), batch_size=50)
     assert fewer[ADDITION].items == 10
     with pytest.raises(UsageError, match=r"not of the same items \(100 and 10, 10 of them in common\)"):
         paired_difference(dense[ADDITION], fewer[ADDITION], "exact_match", seed=0)
@@ -171,10 +171,8 @@ def test_what_cannot_be_paired_is_refused(model, tokenizer, folder, dense) -> No
 def test_few_shot_examples_are_part_of_an_item(tmp_path, model, tokenizer, dense) -> None:
     path = write_tasks(tmp_path / "tasks") / "addition.yaml"
     path.write_text(path.read_text() + 'fewshot_split: test\ntarget_delimiter: ""\n')
-    runs = [
-        run_tasks(model, tokenizer, [str(path)], batch_size=50, num_fewshot=2, limit=20, seed=seed)[ADDITION]
-        for seed in (0, 0, 1)
-    ]
+    options = TaskOptions((str(path),), limit=20, num_fewshot=2)
+    runs = [run_tasks(model, tokenizer, options, batch_size=50, seed=seed)[ADDITION] for seed in (0, 0, 1)]
     assert runs[0] == runs[1]
     assert runs[0].num_fewshot == 2
     assert not set(runs[0].item_hashes) & set(dense[ADDITION].item_hashes)
@@ -183,7 +181,7 @@ def test_few_shot_examples_are_part_of_an_item(tmp_path, model, tokenizer, dense
 
 def test_names_tags_and_groups(model, tokenizer, folder, both, dense) -> None:
     def short(*tasks: str):
-        return run_tasks(model, tokenizer, list(tasks), batch_size=50, limit=10)
+        return run_tasks(model, tokenizer, TaskOptions(tasks, limit=10), batch_size=50)
 
     file = str(folder / "choice.yaml")
     assert list(short(file)) == [CHOICE]
@@ -199,7 +197,7 @@ def test_names_tags_and_groups(model, tokenizer, folder, both, dense) -> None:
 def test_the_task_says_how_much_is_generated(tmp_path, model, tokenizer) -> None:
     assert model.generation_config.max_new_tokens == 64
     path = write_tasks(tmp_path / "tasks", longest=2) / "addition.yaml"
-    result = run_tasks(model, tokenizer, [str(path)], batch_size=50, limit=10)
+    result = run_tasks(model, tokenizer, TaskOptions((str(path),), limit=10), batch_size=50)
     assert result[ADDITION].metrics["exact_match"].value == 0  # sums have three digits at least
     assert model.generation_config.max_new_tokens == 64
 
@@ -208,8 +206,8 @@ def test_an_offloaded_model_scores_as_one_in_memory(embedded, model, tokenizer, 
     offloaded = AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.float32)
     cpu_offload(offloaded, execution_device=torch.device("cpu"))
     assert offloaded.device.type == "meta"
-    found = run_tasks(offloaded, tokenizer, both, batch_size=50, limit=6)
-    assert found == run_tasks(model, tokenizer, both, batch_size=50, limit=6)
+    few = TaskOptions(both, limit=6)
+    assert run_tasks(offloaded, tokenizer, few, batch_size=50) == run_tasks(model, tokenizer, few, batch_size=50)
 
 
 def random_states() -> list:
@@ -233,11 +231,11 @@ def test_nothing_is_printed_or_changed(tmp_path, model, tokenizer, capfd) -> Non
     copied = copy.deepcopy(tokenizer)
     copied.pad_token = None
     model.train()
-    tasks = [str(folder / "addition.yaml"), str(folder / "choice.yaml")]
-    without = run_tasks(model, copied, tasks, batch_size=50, limit=8, progress=Recorder())
+    few = TaskOptions((str(folder / "addition.yaml"), str(folder / "choice.yaml")), limit=8)
+    without = run_tasks(model, copied, few, batch_size=50, progress=Recorder())
     assert model.training
     model.eval()
-    assert without == run_tasks(model, tokenizer, tasks, batch_size=50, limit=8)
+    assert without == run_tasks(model, tokenizer, few, batch_size=50)
     assert (model.generation_config, tokenizer.pad_token, copied.pad_token) == (settings, padding, None)
     assert random_states() == state
     assert phases == [("Running generate until requests", 8, 8), ("Running loglikelihood requests", 32, 32)]
@@ -248,16 +246,17 @@ def test_nothing_is_printed_or_changed(tmp_path, model, tokenizer, capfd) -> Non
 
 
 def test_a_chat_template_is_applied_when_asked_for(model, tokenizer, folder, dense) -> None:
-    path = [str(folder / "addition.yaml")]
+    plainly = TaskOptions((str(folder / "addition.yaml"),), limit=10)
+    through_it = replace(plainly, chat_template=True)
     chatty, bare = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
     chatty.chat_template = "{% for message in messages %}chat: {{ message['content'] }}{% endfor %}"
     bare.chat_template = None
-    plain = run_tasks(model, chatty, path, batch_size=50, limit=10)[ADDITION]
+    plain = run_tasks(model, chatty, plainly, batch_size=50)[ADDITION]
     assert plain.item_hashes == dense[ADDITION].item_hashes[:10]
-    templated = run_tasks(model, chatty, path, batch_size=50, limit=10, apply_chat_template=True)[ADDITION]
+    templated = run_tasks(model, chatty, through_it, batch_size=50)[ADDITION]
     assert not set(templated.item_hashes) & set(plain.item_hashes)
     with pytest.raises(UsageError, match="the tokenizer has none"):
-        run_tasks(model, bare, path, batch_size=50, apply_chat_template=True)
+        run_tasks(model, bare, through_it, batch_size=50)
 
 
 BROKEN = {
@@ -273,7 +272,7 @@ def test_broken_definitions_are_named(tmp_path, model, tokenizer, text) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text(text)
     with pytest.raises(ShapeMoeError, match=BROKEN[text]) as caught:
-        run_tasks(model, tokenizer, [str(path)], batch_size=1)
+        run_tasks(model, tokenizer, TaskOptions((str(path),)), batch_size=1)
     assert isinstance(caught.value, DataError if "no-such-set" in text else UsageError)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -282,10 +281,10 @@ def test_broken_definitions_are_named(tmp_path, model, tokenizer, text) -> None:
 def test_mistakes_are_one_sentence(tmp_path, model, tokenizer, folder, monkeypatch) -> None:
     def refused(error, words, tasks, **options) -> None:
         with pytest.raises(error, match=words):
-            run_tasks(model, tokenizer, tasks, batch_size=1, **options)
+            run_tasks(model, tokenizer, TaskOptions(tuple(tasks), **options), batch_size=1)
 
     file = str(folder / "addition.yaml")
-    refused(UsageError, "No tasks are given", [])
+    refused(UsageError, "Name at least one task", [])
     refused(UsageError, "There is no file nowhere.yaml", ["nowhere.yaml"])
     refused(UsageError, "limit must be at least 1", [file], limit=0)
     refused(UsageError, "num-fewshot must be at least 0", [file], num_fewshot=-1)
@@ -300,11 +299,46 @@ def test_mistakes_are_one_sentence(tmp_path, model, tokenizer, folder, monkeypat
     long = write_tasks(tmp_path / "long", longest=4096) / "addition.yaml"
     refused(ShapeMoeError, "lm-eval could not run embedded_addition: .*4096", [str(long)])
     with pytest.raises(UsageError, match="engine argument seed is decided by this run"):
-        run_tasks_with_vllm("model", [file], engine_args={"seed": 1})
+        run_tasks_with_vllm("model", TaskOptions((file,), engine="vllm", engine_args={"seed": 1}))
     with pytest.raises(UsageError, match="engine argument hf_overrides is decided"):
-        run_tasks_with_vllm("model", [file], selection="s.json", engine_args={"hf_overrides": {}})
+        overriding = TaskOptions((file,), engine="vllm", engine_args={"hf_overrides": {}})
+        run_tasks_with_vllm("model", overriding, selection="s.json")
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
     refused(UsageError, r"lm-evaluation-harness is not installed: pip install 'shape-moe\[eval\]'", [file])
     monkeypatch.setattr(harness, "find_spec", lambda name: name == "lm_eval" or None)
     with pytest.raises(UsageError, match=r"vLLM is not installed: pip install 'shape-moe\[vllm\]'"):
-        run_tasks_with_vllm("model", [file])
+        run_tasks_with_vllm("model", TaskOptions((file,), engine="vllm"))
+
+
+def test_tasks_are_looked_up_without_their_data(folder, monkeypatch, capfd) -> None:
+    """Names, tags and files that exist pass, though gsm8k's data cannot be loaded here; nothing is printed."""
+    file = str(folder / "choice.yaml")
+    check_tasks(["gsm8k", file, str(folder / "group.yaml"), "embedded_addition", "embedded_tag"])
+    assert capfd.readouterr().out == ""
+    with pytest.raises(UsageError, match="There is no task 'gsm8kk'; did you mean .*gsm8k"):
+        check_tasks([file, "gsm8kk"])
+    with pytest.raises(UsageError, match="There is no file nowhere.yaml"):
+        check_tasks([file, "nowhere.yaml"])
+    monkeypatch.setattr(harness, "find_spec", lambda name: name == "lm_eval" or None)
+    check_tasks([file])
+    with pytest.raises(UsageError, match=r"vLLM is not installed: pip install 'shape-moe\[vllm\]'"):
+        check_tasks([file], "vllm")
+    monkeypatch.setattr(harness, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"lm-evaluation-harness is not installed: pip install 'shape-moe\[eval\]'"):
+        check_tasks([file])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"names": ()}, "Name at least one task"),
+        ({"limit": 0}, "limit must be at least 1, not 0"),
+        ({"num_fewshot": -1}, "num-fewshot must be at least 0, not -1"),
+        ({"engine": "sglang"}, "There is no engine 'sglang'; there are transformers and vllm"),
+        ({"engine_args": {"dtype": "float32"}}, "Engine arguments go with --engine vllm"),
+        ({"engine": "vllm", "engine_args": {"model": "m"}}, "engine argument model is decided by this run"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_at_once(options, words) -> None:
+    with pytest.raises(UsageError, match=words):
+        TaskOptions(**{"names": ("gsm8k",), **options})

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from math import nan
 
+import pytest
+
+from shape_moe.errors import UsageError
 from shape_moe.evaluation.intervals import Estimate
-from shape_moe.evaluation.task_results import task_results
+from shape_moe.evaluation.task_results import TaskResult, paired_difference, task_changes, task_results
 
 
 def sample(item: int, filter_name: str, **metrics) -> dict:
@@ -67,3 +72,31 @@ def test_items_are_told_apart_by_document_prompt_and_target() -> None:
         other = task_results({**RESULTS, "samples": {"maths": changed}}, "1")["maths"]
         assert not set(first.item_hashes) & set(other.item_hashes)
         assert first.task_hash != other.task_hash
+
+
+def test_changes_are_of_the_metrics_that_both_results_have_by_item() -> None:
+    dense = task_results(RESULTS, "1")["maths"]
+    other = replace(dense, scores={**dense.scores, "f1": (0.0, 1.0), "exact_match,strict": (1.0, 1.0)})
+    found = task_changes(other, dense, seed=3)
+    assert set(found) == {"exact_match,strict", "exact_match,flexible"}  # f1 has no score by item in the dense result
+    for metric, estimate in found.items():
+        assert estimate == paired_difference(dense, other, metric, seed=3)
+    assert found["exact_match,strict"].value == 0.5
+    assert found["exact_match,flexible"] == Estimate(0, 0, 0)
+
+
+def test_what_has_no_items_has_no_changes_and_other_items_are_refused() -> None:
+    dense = task_results(RESULTS, "1")["maths"]
+    group = replace(dense, item_hashes=(), scores={})
+    assert task_changes(group, group, seed=0) == {}
+    with pytest.raises(UsageError, match="not of the same items"):
+        task_changes(replace(dense, item_hashes=("x", "y")), dense, seed=0)
+
+
+def test_a_result_with_its_items_outlives_json() -> None:
+    result = task_results(RESULTS, "1")["maths"]
+    again = TaskResult.from_items(json.loads(json.dumps(result.to_items())))
+    assert again.scores == result.scores
+    assert again.to_document() == result.to_document()
+    assert replace(again, metrics=result.metrics) == result  # an unknown end, NaN, is not equal to itself
+    assert not again.metrics["f1"].has_interval

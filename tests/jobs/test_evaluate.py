@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -10,14 +13,20 @@ from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.embedded import exact_match
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import CheckpointError, FingerprintError, ShapeMoeError, UsageError
+from shape_moe.evaluation import harness
 from shape_moe.evaluation.footprint import Workload, measure_footprint
 from shape_moe.evaluation.generation import GenerationOptions
+from shape_moe.evaluation.harness import TaskOptions
+from shape_moe.evaluation.task_results import task_changes
+from shape_moe.jobs import evaluate as jobs_evaluate
 from shape_moe.jobs import session
 from shape_moe.jobs.evaluate import evaluate
 from shape_moe.jobs.options import EvaluateOptions, PruneOptions, TraceOptions
 from shape_moe.jobs.prune import prune
+from shape_moe.progress import Silent
 from shape_moe.pruning.masks import masked
 from shape_moe.selection.selection import load_selection
+from support.harness_tasks import write_tasks
 
 QUICK = EvaluateOptions(generation=GenerationOptions(examples=10), footprint=None)
 
@@ -172,3 +181,125 @@ def test_what_cannot_be_compared_is_refused(embedded, files, pruned, checkpoint,
         evaluate(embedded, [mask], data=data, options=EvaluateOptions(**{**vars(QUICK), "faithfulness": 3}))
     with pytest.raises(UsageError, match="at least 3"):
         evaluate(embedded, [pruned], data=data, options=EvaluateOptions(**{**vars(QUICK), "faithfulness": 2}))
+
+
+class Phases(Silent):
+    """Remembers of every phase how much it announced and how much it did."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, tuple[int, int]] = {}
+
+    @contextmanager
+    def phase(self, title, total, unit):
+        counts: list[int] = []
+        yield counts.append
+        self.seen[title] = (total, sum(counts))
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch):
+    def loaded(*_args, **_options):
+        raise AssertionError("a model was loaded")
+
+    for module in ("evaluate", "session"):
+        monkeypatch.setattr(f"shape_moe.jobs.{module}.load_original", loaded)
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_tasks_that_cannot_be_run_are_refused_before_anything_is_loaded(embedded, files, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("lm_eval")
+    task = str(write_tasks(tmp_path / "tasks") / "choice.yaml")
+
+    def refused(words: str, asked: TaskOptions, model=embedded) -> None:
+        for data in (None, float32(files["task"])):
+            with pytest.raises(UsageError, match=words):
+                evaluate(model, [], data=data, options=EvaluateOptions(**{**vars(QUICK), "tasks": asked}))
+
+    refused("There is no task 'embedded_chioce'", TaskOptions((task, "embedded_chioce")))
+    refused("There is no file nowhere.yaml", TaskOptions(("nowhere.yaml",)))
+    bare = shutil.copytree(embedded, tmp_path / "bare", ignore=shutil.ignore_patterns("chat_template.jinja"))
+    refused("the tokenizer has none", TaskOptions((task,), chat_template=True), bare)
+    monkeypatch.setattr(harness, "find_spec", lambda name: name == "lm_eval" or None)
+    refused("vLLM is not installed", TaskOptions((task,), engine="vllm"))
+    monkeypatch.setattr(harness, "find_spec", lambda name: None)
+    refused("lm-evaluation-harness is not installed", TaskOptions((task,)))
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_values_that_cannot_be_found_again_are_refused_before_anything_is_loaded(embedded, files, pruned) -> None:
+    known = load_selection(pruned / "shape" / "selection.json")
+    checked = {**vars(QUICK), "faithfulness": 3, "trace": str(pruned / "shape" / "trace")}
+    for scorer in ("table", "somebodys"):
+        selection = replace(known, scorer=scorer)
+        with pytest.raises(UsageError, match=f"--faithfulness cannot value .*: There is no scorer '{scorer}'"):
+            evaluate(embedded, [selection], data=float32(files["task"]), options=EvaluateOptions(**checked))
+
+
+def test_faithfulness_takes_what_was_judged_before(embedded, files, pruned, monkeypatch) -> None:
+    phases = Phases()
+    options = EvaluateOptions(
+        generation=None, footprint=None, faithfulness=3, trace=str(pruned / "shape" / "trace"), seed=1
+    )
+    selection = load_selection(pruned / "shape" / "selection.json")
+    result = evaluate(embedded, [pruned, selection], data=float32(files["task"]), options=options, progress=phases)
+    checkpoint, mask = result.faithfulness
+    assert mask.kept is result.models[2].sets["task"]
+    assert checkpoint.kept == mask.kept
+    assert checkpoint.random == mask.random
+    steps = [counts for title, counts in phases.seen.items() if title.startswith("Faithfulness of ")]
+    assert steps == [(5, 5), (4, 4)]  # the selection of a checkpoint is judged as a mask for this alone
+
+
+def test_classes_are_those_that_were_asked_for(embedded, files, pruned) -> None:
+    data = DataOptions(str(files["task"]), stratify="task", samples=20)
+    tracing = TraceOptions(data, device="cpu", dtype="float32")
+    plain = evaluate(embedded, [pruned], data=tracing, options=QUICK)
+    assert plain.models[1].classes == {}
+    assert plain.document["models"][1]["classes"] is None
+    asked = evaluate(embedded, [pruned], data=tracing, options=EvaluateOptions(**{**vars(QUICK), "by": "task"}))
+    found = asked.models[1]
+    assert found.classes == {"sorting": {"quality": found.sets["task"].quality, "change": found.sets["task"].change}}
+    assert asked.models[0].classes == {}
+
+
+def test_task_changes_are_drawn_once_by_the_seed(embedded, pruned, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("lm_eval")
+    asked = TaskOptions((str(write_tasks(tmp_path / "tasks") / "addition.yaml"),), limit=20)
+    seeds, original = [], task_changes
+
+    def counted(result, dense, *, seed):
+        seeds.append(seed)
+        return original(result, dense, seed=seed)
+
+    monkeypatch.setattr("shape_moe.jobs.evaluate.task_changes", counted)
+    options = EvaluateOptions(footprint=None, tasks=asked, seed=5)
+    result = evaluate(embedded, [pruned], options=options, device="cpu", dtype="float32")
+    dense, found = result.models
+    assert seeds == [5]
+    assert found.task_changes == {
+        "embedded_addition": original(found.tasks["embedded_addition"], dense.tasks["embedded_addition"], seed=5)
+    }
+    assert dense.task_changes is None
+    change = result.document["models"][1]["task_changes"]["embedded_addition"]["exact_match"]
+    values = [model.tasks["embedded_addition"].metrics["exact_match"].value for model in (dense, found)]
+    assert change["value"] == pytest.approx(values[1] - values[0])
+    assert result.document["models"][0]["task_changes"] is None
+
+
+def test_items_that_differ_are_told_and_what_was_judged_is_kept(embedded, pruned, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("lm_eval")
+    asked = TaskOptions((str(write_tasks(tmp_path / "tasks") / "choice.yaml"),), limit=4)
+    run = jobs_evaluate.run_tasks
+
+    def other_items(model, *given, **options):
+        hashes.append("")
+        found = run(model, *given, **options)
+        return {name: replace(result, item_hashes=(str(len(hashes)),) * 4) for name, result in found.items()}
+
+    hashes: list[str] = []
+    monkeypatch.setattr(jobs_evaluate, "run_tasks", other_items)
+    options = EvaluateOptions(footprint=None, tasks=asked)
+    result = evaluate(embedded, [pruned], options=options, device="cpu", dtype="float32")
+    assert "not of the same items" in result.notes[0]
+    assert result.models[1].task_changes == {}
+    assert "acc" in result.document["models"][1]["tasks"]["embedded_choice"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ import shape_moe
 from shape_moe.calibration.records import DataOptions, load_records
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import UsageError
+from shape_moe.evaluation import harness
 from shape_moe.evaluation.generation import GenerationOptions
-from shape_moe.jobs import experiment_sets
+from shape_moe.jobs import experiment_plan, experiment_sets
 from shape_moe.jobs.experiment_sets import JudgedExamples, JudgedTask
 from shape_moe.jobs.options import EvaluateOptions, TraceOptions
 from shape_moe.tracing.trace import load_trace
@@ -203,7 +205,7 @@ def test_a_task_of_lm_eval_is_paired_with_the_dense_model_of_an_earlier_run(tmp_
     assert "not possible" in (tmp_path / "out" / "experiment.md").read_text()
 
 
-def test_nothing_is_loaded_when_methods_do_not_fit_the_model(grid, monkeypatch):
+def test_nothing_is_loaded_when_a_record_is_too_long_for_the_model(grid, monkeypatch):
     def loaded(*_args, **_options):
         raise AssertionError("a model was loaded")
 
@@ -214,3 +216,65 @@ def test_nothing_is_loaded_when_methods_do_not_fit_the_model(grid, monkeypatch):
     with pytest.raises(shape_moe.errors.DataError, match="addition.jsonl, line 1"):
         shape_moe.experiment(grid)
     assert not (grid.parent / "results.partial").exists()
+
+
+@pytest.fixture
+def task_grid(tmp_path):
+    """One selection, judged by one task of lm-eval."""
+    pytest.importorskip("lm_eval")
+    write_rows(tmp_path / "words.jsonl", examples("words", CALIBRATE, seed=5))
+    write_tasks(tmp_path / "tasks")
+    content = {
+        "models": [{"model": "embedded", "device": "cpu", "dtype": "float32"}],
+        "calibration": {"words": {"data": "words.jsonl"}},
+        "scorers": ["frequency"],
+        "keep": [0.6],
+        "evaluation": {"choice": {"task": "tasks/choice.yaml", "limit": 4}},
+    }
+
+    def write(model="embedded", **options):
+        content["models"][0]["model"] = str(model)
+        content["evaluation"]["choice"] |= options
+        file = tmp_path / "grid.yaml"
+        file.write_text(yaml.safe_dump(content))
+        return file
+
+    return write
+
+
+def test_the_hash_of_the_results_is_that_of_the_job_as_it_began(task_grid, tmp_path, monkeypatch):
+    hashed, run, original = [], JudgedTask._run, experiment_plan.content_hash
+    monkeypatch.setattr(experiment_plan, "content_hash", lambda records: hashed.append(records) or original(records))
+    task, digests = tmp_path / "tasks" / "choice.yaml", set()
+
+    def edited(self):
+        task.write_text(task.read_text() + "# a note\n")
+        digests.add(json.loads((tmp_path / "out.partial" / "job.json").read_text())["digest"])
+        return run(self)
+
+    monkeypatch.setattr(JudgedTask, "_run", edited)
+    document = shape_moe.experiment(task_grid(), tmp_path / "out").document
+    assert digests == {document["config_hash"]}
+    assert len(hashed) == 1  # records are hashed once, for the job and for the document
+    assert document["calibration"][0]["content_hash"] == original(hashed[0])
+
+
+def test_nothing_is_loaded_when_a_task_cannot_be_run(task_grid, tmp_path, monkeypatch, embedded):
+    def loaded(*_args, **_options):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("shape_moe.jobs.experiment_grid.load_original", loaded)
+    bare = shutil.copytree(embedded, tmp_path / "bare", ignore=shutil.ignore_patterns("chat_template.jinja"))
+    with pytest.raises(UsageError, match="the tokenizer has none"):
+        shape_moe.experiment(task_grid(bare, chat_template=True), tmp_path / "out")
+    with pytest.raises(UsageError, match="There is no task 'embedded_chioce'"):
+        shape_moe.experiment(task_grid(task="embedded_chioce"), tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_nothing_is_read_when_lm_eval_is_missing(task_grid, tmp_path, monkeypatch):
+    grid = task_grid()
+    (tmp_path / "words.jsonl").write_text("no JSON")
+    monkeypatch.setattr(harness, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="lm-evaluation-harness is not installed"):
+        shape_moe.experiment(grid, tmp_path / "out")

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.console import plain_table
+from shape_moe.cli.figures import number, share, signed
 from shape_moe.cli.flag_groups import changed_flags, with_flags
 from shape_moe.cli.flags import DataFlags, DeviceFlags, ForceFlag, ModelArgument, OutputFlags, SeedFlag
 from shape_moe.cli.quality_flags import GenerationFlags, TaskFlags
@@ -18,8 +19,8 @@ from shape_moe.errors import UsageError
 from shape_moe.evaluation.faithfulness import Faithfulness
 from shape_moe.evaluation.figures import worst_group
 from shape_moe.evaluation.footprint import Workload
-from shape_moe.evaluation.intervals import Estimate
 from shape_moe.jobs import evaluate as job
+from shape_moe.jobs.evaluated import TASK, Evaluation
 from shape_moe.jobs.options import HELD_OUT_SAMPLES, EvaluateOptions
 from shape_moe.units import readable_size
 from shape_moe.workspace import check_output_file, write_json
@@ -90,27 +91,24 @@ def evaluate(
     talk.result(result.document, lambda console: _show(console, result, by_pattern=by_pattern))
 
 
-def _show(console: Console, result: job.Evaluation, *, by_pattern: bool) -> None:
+def _show(console: Console, result: Evaluation, *, by_pattern: bool) -> None:
     for name in result.models[0].sets:
         _show_set(console, result, name, by_pattern=by_pattern)
     if result.models[0].tasks:
         _show_tasks(console, result)
     _show_footprints(console, result)
     for found in result.models:
-        groups = found.sets[job.TASK].groups if found.sets else {}
-        worst = worst_group(groups)
-        if worst is not None:
-            lost = groups[worst]["change"]
-            key = "exact_match" if "exact_match" in lost else "nll"
-            shown = signed(lost[key]) if key == "exact_match" else number(lost[key], 4)
-            change = f"{key.replace('_', ' ')} {shown}"
-            console.print(f"{found.name}: worst class is {worst!r} ({change})", markup=False)
+        if (worst := worst_group(found.classes)) is not None:
+            name, figure = worst
+            lost = found.classes[name]["change"][figure]
+            change = f"{figure.replace('_', ' ')} {signed(lost) if figure == 'exact_match' else number(lost, 4)}"
+            console.print(f"{found.name}: worst class is {name!r} ({change})", markup=False)
     for check in result.faithfulness:
         _show_faithfulness(console, check)
 
 
-def _show_set(console: Console, result: job.Evaluation, name: str, *, by_pattern: bool) -> None:
-    source = result.document["data"] if name == job.TASK else result.document["also"]
+def _show_set(console: Console, result: Evaluation, name: str, *, by_pattern: bool) -> None:
+    source = result.document["data"] if name == TASK else result.document["also"]
     title = f"{source}: figures with 95 % intervals"
     columns = ("model", "nll", "perplexity", "KL to dense", "same top-1", "exact match", "change", "loops", "no end")
     table = plain_table(*columns, title=title)
@@ -138,21 +136,20 @@ def _show_set(console: Console, result: job.Evaluation, name: str, *, by_pattern
             console.print(f"[yellow]{escape(found.name)}: {escape(complaint)}[/yellow]")
 
 
-def _show_tasks(console: Console, result: job.Evaluation) -> None:
+def _show_tasks(console: Console, result: Evaluation) -> None:
     table = plain_table("model", "task", "metric", "items", "score", "change", title="lm-evaluation-harness")
     for column in table.columns[1:3]:
         column.justify = "left"
-    dense = result.models[0]
     for found in result.models:
         for name, scored in found.tasks.items():
-            changes = job.task_changes(scored, dense.tasks[name]) if found is not dense else {}
+            changes = (found.task_changes or {}).get(name, {})
             for metric, estimate in scored.metrics.items():
                 change = number(changes[metric], 4) if metric in changes else ""
                 table.add_row(found.name, name, metric, f"{scored.items:,}", number(estimate, 4), change)
     console.print(table)
 
 
-def _show_footprints(console: Console, result: job.Evaluation) -> None:
+def _show_footprints(console: Console, result: Evaluation) -> None:
     if result.models[0].footprint is None:
         return
     table = plain_table("model", "on disk", "peak memory", "load", "prefill", "decode", title="Memory and speed")
@@ -187,18 +184,3 @@ def _show_faithfulness(console: Console, check: Faithfulness) -> None:
         if check.faithful
         else "[yellow]Not better than random, or random not better than the inversion: the values mean little.[/yellow]"
     )
-
-
-def number(estimate: Estimate, digits: int) -> str:
-    """A figure with its interval."""
-    return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
-
-
-def share(estimate: Estimate) -> str:
-    """A share with its interval, in percent."""
-    return f"{estimate.value:.1%} [{estimate.low:.1%}, {estimate.high:.1%}]"
-
-
-def signed(estimate: Estimate) -> str:
-    """A difference with its interval, in percent."""
-    return f"{estimate.value:+.1%} [{estimate.low:+.1%}, {estimate.high:+.1%}]"

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from shape_moe.cli.console import plain_table
-from shape_moe.cli.evaluate import number, share, signed
+from shape_moe.cli.figures import number, share, signed
 from shape_moe.cli.flag_groups import changed_flags, with_flags
 from shape_moe.cli.flags import (
     DataFlags,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shape_moe.errors import UsageError
 from shape_moe.evaluation import figures
 from shape_moe.evaluation.judge import Judge, Verdict
+from shape_moe.progress import Advance
 from shape_moe.scoring.scores import Scores
 from shape_moe.selection.controls import inverted_selection, random_selection
 from shape_moe.selection.selection import Selection
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FEWEST_RANDOM = 3
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,7 @@ def faithfulness(
     scores: Scores,
     *,
     name: str,
+    kept: Verdict | None = None,
     draws: int = FEWEST_RANDOM,
     groups: int = 1,
     seed: int = 0,
@@ -78,6 +78,7 @@ def faithfulness(
         selection: what to check.
         scores: the values that it was made from.
         name: what to call it.
+        kept: the verdict over the selection as a mask, where it is known already.
         draws: how many random selections, at least 3.
         groups: router groups whose counts the controls must keep, 1 for none.
         seed: draws the first of them; the others follow.
@@ -90,8 +91,8 @@ def faithfulness(
         raise UsageError(f"Faithfulness needs at least {FEWEST_RANDOM} random selections, not {draws}.")
     controls = [inverted_selection(selection, scores, groups=groups)]
     controls += [random_selection(selection, seed + i, groups=groups) for i in range(draws)]
-    verdicts = []
-    for chosen in (selection, *controls):
+    verdicts = [] if kept is None else [kept]
+    for chosen in controls if kept is not None else (selection, *controls):
         verdicts.append(judge.verdict(judge.compare_masked(model, chosen)))
         advance(1)
     return Faithfulness(name, verdicts[0], verdicts[1], tuple(verdicts[2:]))

@@ -16,6 +16,8 @@ from shape_moe.evaluation.intervals import Bootstrap, Estimate
 from shape_moe.evaluation.teacher_forced import TeacherForced
 
 Figures = dict[str, Estimate]
+Groups = dict[str, dict[str, Figures]]
+"""``quality`` and ``change`` by class of examples."""
 HEALTH_LIMIT = 0.02
 """Largest accepted increase of the share of answers that loop, or that do not end, over the dense model's."""
 LENGTH_LIMIT = 0.25
@@ -82,9 +84,15 @@ class Health:
         }
 
 
-def health(made: Generated, dense: Generated | None = None) -> Health:
-    """Judge free-running answers beside the dense model's to the same prompts."""
-    draws = Bootstrap(len(made.positions))
+def health(made: Generated, dense: Generated | None, draws: Bootstrap) -> Health:
+    """Judge free-running answers beside the dense model's to the same prompts.
+
+    Args:
+        made: the answers.
+        dense: the dense model's, None to judge its own.
+        draws: resamples of the set that the prompts are from.
+    """
+    draws = draws.of(len(made.positions))
     figures = {
         "loop_rate": draws.share(made.looped),
         "no_end_rate": draws.share(~made.ended),
@@ -105,29 +113,34 @@ def health(made: Generated, dense: Generated | None = None) -> Health:
     )
 
 
-def by_group(
-    held_out: HeldOutSet, result: TeacherForced, dense: TeacherForced, *, seed: int = 0
-) -> dict[str, dict[str, Figures]]:
-    """Quality and change of every class of examples, by the class's name."""
+def by_group(held_out: HeldOutSet, result: TeacherForced, dense: TeacherForced, draws: Bootstrap) -> Groups:
+    """Quality and change of every class of examples.
+
+    Args:
+        held_out: the examples; one without a class is in none.
+        result: a model's sums by example.
+        dense: the dense model's.
+        draws: resamples of the whole set.
+    """
     answered = set(held_out.answered())
-    found: dict[str, dict[str, Figures]] = {}
+    found: Groups = {}
     for group in sorted({str(group) for group in held_out.groups if group is not None}):
         rows = [i for i, name in enumerate(held_out.groups) if name == group and result.tokens[i] > 0]
         if not rows:
             continue
         local = [k for k, i in enumerate(rows) if i in answered]
-        draws, ours, theirs = Bootstrap(len(rows), seed), _rows(result, rows), _rows(dense, rows)
-        found[group] = {"quality": quality(ours, draws, local), "change": change(ours, theirs, draws, local)}
+        drawn, ours, theirs = draws.of(len(rows)), _rows(result, rows), _rows(dense, rows)
+        found[group] = {"quality": quality(ours, drawn, local), "change": change(ours, theirs, drawn, local)}
     return found
 
 
-def worst_group(groups: Mapping[str, Mapping[str, Figures]]) -> str | None:
-    """The class that lost most: by exact match where all have it, else by likelihood."""
+def worst_group(groups: Groups) -> tuple[str, str] | None:
+    """The class that lost most, and the figure that says so: ``exact_match`` where all have it, else ``nll``."""
     if not groups:
         return None
     if all("exact_match" in group["change"] for group in groups.values()):
-        return min(groups, key=lambda name: (groups[name]["change"]["exact_match"].value, name))
-    return max(groups, key=lambda name: (groups[name]["change"]["nll"].value, name))
+        return min(groups, key=lambda name: (groups[name]["change"]["exact_match"].value, name)), "exact_match"
+    return max(groups, key=lambda name: (groups[name]["change"]["nll"].value, name)), "nll"
 
 
 def _rows(result: TeacherForced, rows: list[int]) -> TeacherForced:
@@ -140,8 +153,3 @@ def _rows(result: TeacherForced, rows: list[int]) -> TeacherForced:
 def document(figures: Mapping[str, Estimate]) -> dict[str, Any]:
     """Figures for JSON."""
     return {name: estimate.to_document() for name, estimate in figures.items()}
-
-
-def from_document(found: Mapping[str, Any]) -> Figures:
-    """Figures that :func:`document` described."""
-    return {name: Estimate.from_document(entry) for name, entry in found.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from shape_moe.calibration.responses import greedy_answers
 from shape_moe.errors import DataError, UsageError
 from shape_moe.evaluation.held_out import HeldOutSet
+from shape_moe.progress import Advance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 _REPEATS = 4
 _LOOP_TOKENS = 16
 _SPARE = 1.25
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)

@@ -10,23 +10,21 @@ import copy
 import gc
 import os
 import random
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
-from difflib import get_close_matches
-from functools import cache
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from shape_moe.architectures.loading import input_device
-from shape_moe.errors import DataError, ShapeMoeError, UsageError, first_line
+from shape_moe.engines import check_engine
+from shape_moe.errors import ShapeMoeError, UsageError, first_line
+from shape_moe.evaluation.task_definitions import check_exist, load_tasks
 from shape_moe.evaluation.task_results import TaskResult, task_results
 from shape_moe.progress import SILENT, Advance, Progress
 from shape_moe.selection.selection import Selection
@@ -37,37 +35,81 @@ if TYPE_CHECKING:
 
 _BOOTSTRAP = 1000
 """Resamples for the few metrics whose standard error has no formula; lm-eval's 100,000 take hours."""
+_DECIDED = ("model", "pretrained", "seed", "batch_size")
+"""Arguments of an engine that a run decides itself."""
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What decides a run beside model and tasks."""
+class TaskOptions:
+    """Tasks of lm-evaluation-harness, and how they are run.
 
-    limit: int | None
-    num_fewshot: int | None
-    seed: int
-    apply_chat_template: bool
-    unsafe_code: bool
-    progress: Progress
+    Attributes:
+        names: lm-eval's tasks, groups or tags, or paths of YAML files that define one.
+        limit: the first items of each only.
+        num_fewshot: examples in the prompt, None for the task's own number. A task that sets it to 0 keeps 0.
+        chat_template: put prompts through the tokenizer's chat template.
+        unsafe_code: run tasks that execute the code that the model writes.
+        engine: ``transformers`` or ``vllm``.
+        engine_args: further arguments of ``vllm.LLM``, such as ``max_model_len`` or ``tensor_parallel_size``.
+
+    Raises:
+        UsageError: when no task is named, for numbers that make no sense, for an unknown engine, and for arguments
+            that the engine does not take or that the run decides.
+    """
+
+    names: tuple[str, ...]
+    limit: int | None = None
+    num_fewshot: int | None = None
+    chat_template: bool = False
+    unsafe_code: bool = False
+    engine: str = "transformers"
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.names:
+            raise UsageError("Name at least one task.")
         if self.limit is not None and self.limit < 1:
             raise UsageError(f"limit must be at least 1, not {self.limit}.")
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise UsageError(f"num-fewshot must be at least 0, not {self.num_fewshot}.")
+        check_engine(self.engine, self.engine_args)
+        _refuse_decided(self.engine_args, _DECIDED)
+
+
+def check_tasks(names: Sequence[str], engine: str = "transformers") -> None:
+    """Check what can be checked of tasks before a model is loaded.
+
+    Args:
+        names: as in :class:`TaskOptions`.
+        engine: what is to run them.
+
+    Raises:
+        UsageError: when lm-eval (or vLLM, where it is to run them) is missing, or a task does not exist.
+    """
+    _require("lm_eval", "lm-evaluation-harness", "eval")
+    if engine == "vllm":
+        _require("vllm", "vLLM", "vllm")
+    with _quietly():
+        check_exist(names)
+
+
+def check_chat_template(options: TaskOptions, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse to ask through a chat template where there is none.
+
+    Raises:
+        UsageError: when it is asked for and the tokenizer has none.
+    """
+    if options.chat_template and not tokenizer.chat_template:
+        raise UsageError("The chat template is asked for, but the tokenizer has none.")
 
 
 def run_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
+    options: TaskOptions,
     *,
     batch_size: int,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
     seed: int = 0,
-    apply_chat_template: bool = False,
-    unsafe_code: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, TaskResult]:
     """Run tasks on a live model, which may be under :func:`shape_moe.masked`.
@@ -75,13 +117,9 @@ def run_tasks(
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        tasks: names of lm-eval's tasks, groups or tags, or paths of YAML files that define one.
+        options: the tasks; what is said of an engine is not looked at.
         batch_size: requests per forward pass.
-        limit: the first items of every task only.
-        num_fewshot: examples in the prompt; None for the task's own number. A task that sets it to 0 keeps 0.
         seed: draws few-shot examples, and whatever else a task draws.
-        apply_chat_template: put prompts through the tokenizer's chat template.
-        unsafe_code: run tasks that execute the code that the model writes.
         progress: where to show progress.
 
     Returns:
@@ -92,31 +130,24 @@ def run_tasks(
         DataError: when the data set of a task cannot be loaded.
         ShapeMoeError: when lm-eval fails while it runs.
     """
-    run = _Run(limit, num_fewshot, seed, apply_chat_template, unsafe_code, progress)
-    if apply_chat_template and not tokenizer.chat_template:
-        raise UsageError("The chat template is asked for, but the tokenizer has none.")
+    check_chat_template(options, tokenizer)
     _require("lm_eval", "lm-evaluation-harness", "eval")
     with _quietly(), _seeded(seed), _own_limits(model):
-        loaded = _load(tasks)
+        loaded = load_tasks(options.names)
         from lm_eval.models.huggingface import HFLM
 
         lm = HFLM(pretrained=model, tokenizer=_with_padding(tokenizer), batch_size=batch_size)
         lm._device = input_device(model)  # noqa: SLF001  # lm-eval takes the first weight's, which offloading moves
-        return _evaluate(lm, loaded, run)
+        return _evaluate(lm, loaded, options, seed, progress)
 
 
 def run_tasks_with_vllm(
     path: str | PathLike[str],
-    tasks: Sequence[str],
+    options: TaskOptions,
     *,
     selection: Selection | str | PathLike[str] | None = None,
-    engine_args: Mapping[str, Any] | None = None,
     batch_size: int | str = "auto",
-    limit: int | None = None,
-    num_fewshot: int | None = None,
     seed: int = 0,
-    apply_chat_template: bool = False,
-    unsafe_code: bool = False,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, TaskResult]:
@@ -124,24 +155,21 @@ def run_tasks_with_vllm(
 
     Args:
         path: folder or hub id of the checkpoint.
-        tasks: as in :func:`run_tasks`.
+        options: the tasks, and arguments of the engine.
         selection: serve the original with this selection (or its file) applied.
-        engine_args: arguments of ``vllm.LLM``, such as ``max_model_len`` or ``tensor_parallel_size``.
         batch_size: ``auto`` leaves batching to the engine.
-        limit: as in :func:`run_tasks`, as are ``num_fewshot``, ``seed``, ``apply_chat_template``, ``unsafe_code`` and
-            ``progress``.
+        seed: as in :func:`run_tasks`.
         force: accept a selection made from a live model of unknown origin.
+        progress: where to show progress.
 
     Raises:
         UsageError: as in :func:`run_tasks`, and when vLLM is missing.
         DataError: when the data set of a task cannot be loaded.
         ShapeMoeError: when the selection does not fit, or vLLM cannot load or run the model.
     """
-    run = _Run(limit, num_fewshot, seed, apply_chat_template, unsafe_code, progress)
-    arguments = dict(engine_args or {})
-    taken = {"model", "pretrained", "seed", "batch_size"} | ({"hf_overrides"} if selection is not None else set())
-    if decided := sorted(taken & set(arguments)):
-        raise UsageError(f"The engine argument {decided[0]} is decided by this run; leave it out.")
+    arguments = dict(options.engine_args)
+    if selection is not None:
+        _refuse_decided(arguments, {"hf_overrides"})
     _require("lm_eval", "lm-evaluation-harness", "eval")
     _require("vllm", "vLLM", "vllm")
     if selection is not None:
@@ -150,11 +178,10 @@ def run_tasks_with_vllm(
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     with _quietly(), _seeded(seed):
-        loaded = _load(tasks)
+        loaded = load_tasks(options.names)
         with _engine(path, arguments, seed, batch_size, progress) as lm:
-            if apply_chat_template and not lm.tokenizer.chat_template:
-                raise UsageError("The chat template is asked for, but the tokenizer has none.")
-            return _evaluate(lm, loaded, run)
+            check_chat_template(options, lm.tokenizer)
+            return _evaluate(lm, loaded, options, seed, progress)
 
 
 @contextmanager
@@ -182,25 +209,34 @@ def _require(module: str, name: str, extra: str) -> None:
         raise UsageError(f"{name} is not installed: pip install 'shape-moe[{extra}]'.")
 
 
-def _evaluate(lm: Any, loaded: dict[str, Any], run: _Run) -> dict[str, TaskResult]:
+def _refuse_decided(arguments: Mapping[str, Any], taken: Collection[str]) -> None:
+    if decided := sorted(set(taken) & set(arguments)):
+        raise UsageError(f"The engine argument {decided[0]} is decided by this run; leave it out.")
+
+
+def _evaluate(
+    lm: Any, loaded: dict[str, Any], options: TaskOptions, seed: int, progress: Progress
+) -> dict[str, TaskResult]:
     import jinja2
     import lm_eval
 
     names = ", ".join(loaded["tasks"])
     for task in loaded["tasks"].values():
-        _set_fewshot(task, run)
-    if not run.unsafe_code and (unsafe := [n for n, t in loaded["tasks"].items() if getattr(t, "UNSAFE_CODE", False)]):
+        _set_fewshot(task, options.num_fewshot, seed)
+    if not options.unsafe_code and (
+        unsafe := [n for n, t in loaded["tasks"].items() if getattr(t, "UNSAFE_CODE", False)]
+    ):
         raise UsageError(f"Task {unsafe[0]} executes code that the model writes; it runs only where that is allowed.")
-    with _progress_of(lm, run.progress), _seeded(run.seed):
+    with _progress_of(lm, progress), _seeded(seed):
         try:
             results = lm_eval.evaluate(
                 lm=lm,
                 task_dict=loaded,
-                limit=run.limit,
+                limit=options.limit,
                 bootstrap_iters=_BOOTSTRAP,
-                apply_chat_template=run.apply_chat_template,
-                fewshot_as_multiturn=run.apply_chat_template,
-                confirm_run_unsafe_code=run.unsafe_code,
+                apply_chat_template=options.chat_template,
+                fewshot_as_multiturn=options.chat_template,
+                confirm_run_unsafe_code=options.unsafe_code,
             )
         except (AssertionError, LookupError, TypeError, ValueError, jinja2.TemplateError) as error:
             raise ShapeMoeError(f"lm-eval could not run {names}: {first_line(error)}") from error
@@ -209,83 +245,12 @@ def _evaluate(lm: Any, loaded: dict[str, Any], run: _Run) -> dict[str, TaskResul
     return task_results(results, version("lm_eval"))
 
 
-def _set_fewshot(task: Any, run: _Run) -> None:
+def _set_fewshot(task: Any, wanted: int | None, seed: int) -> None:
     """As lm-eval's own command does: a number of examples that a task sets to 0 stays."""
     own = task.get_config("num_fewshot")
     if own != 0:
-        task.set_config(key="num_fewshot", value=run.num_fewshot if run.num_fewshot is not None else own or 0)
-    task.set_fewshot_seed(seed=run.seed)
-
-
-def _load(specs: Iterable[str]) -> dict[str, Any]:
-    """The tasks and groups that names and files stand for, ready to run."""
-    from datasets.exceptions import DatasetsError
-
-    loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
-    folders = {str(_definition(spec).parent) for spec in specs if _is_file_name(spec)}
-    for spec in specs:
-        manager = _manager_of(spec, sorted(folders))
-        try:
-            found = manager.load([_name_in(manager, spec)])
-        except (DatasetsError, OSError) as error:
-            raise DataError(
-                f"The data of task {spec} could not be loaded: {first_line(error)}. Without a network it must lie in "
-                "the cache already."
-            ) from error
-        except ImportError as error:
-            raise UsageError(f"Task {spec} needs a package that is not installed: {first_line(error)}.") from error
-        except Exception as error:  # definitions are programs in part and raise what they like
-            raise UsageError(f"Task {spec} cannot be used: {first_line(error)}.") from error
-        for part, entries in loaded.items():
-            entries.update(found.get(part, {}))
-    if not loaded["tasks"]:
-        raise UsageError("No tasks are given.")
-    return loaded
-
-
-def _is_file_name(spec: str) -> bool:
-    return spec.endswith((".yaml", ".yml"))
-
-
-def _definition(spec: str) -> Path:
-    path = Path(spec).expanduser()
-    if not path.is_file():
-        raise UsageError(f"There is no file {spec}.")
-    return path.absolute()
-
-
-def _manager_of(spec: str, folders: Sequence[str]) -> Any:
-    """The index that knows a task. lm-eval's own holds 15,000 and takes seconds to build: only where it is needed."""
-    from lm_eval.tasks import TaskManager
-
-    if _is_file_name(spec):
-        is_group = re.search(r"^group\s*:", _definition(spec).read_text(encoding="utf-8"), re.MULTILINE)
-        return TaskManager(include_path=list(folders), include_defaults=bool(is_group))
-    local = TaskManager(include_path=list(folders), include_defaults=False)
-    if spec in local.all_tasks:
-        return local
-    known = _built_in().all_tasks
-    if spec not in known:
-        near = get_close_matches(spec, [*known, *local.all_tasks], n=3)
-        advice = f"did you mean {' or '.join(near)}?" if near else "lm-eval ls tasks lists them."
-        raise UsageError(f"There is no task {spec!r}; {advice}")
-    return _built_in()
-
-
-def _name_in(manager: Any, spec: str) -> str:
-    """What a task is called in an index; lm-eval can load a task from its file, but not a group."""
-    if not _is_file_name(spec):
-        return spec
-    path = _definition(spec)
-    names = (name for name, entry in manager.task_index.items() if entry.yaml_path == path)
-    return next(names, str(path))
-
-
-@cache
-def _built_in() -> Any:
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()
+        task.set_config(key="num_fewshot", value=wanted if wanted is not None else own or 0)
+    task.set_fewshot_seed(seed=seed)
 
 
 def _with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from shape_moe.evaluation import figures
-from shape_moe.evaluation.figures import Figures, Health
+from shape_moe.evaluation.figures import Figures, Groups, Health
 from shape_moe.evaluation.generation import Generated, GenerationOptions, generate
 from shape_moe.evaluation.held_out import HeldOutSet
 from shape_moe.evaluation.intervals import Bootstrap
 from shape_moe.evaluation.teacher_forced import DenseReference, TeacherForced, compare_with_dense, record_dense
+from shape_moe.progress import Advance
 from shape_moe.pruning.masks import masked
 from shape_moe.selection.selection import Selection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -31,13 +29,11 @@ class Verdict:
         quality: see :func:`shape_moe.evaluation.figures.quality`.
         change: paired differences to the dense model, empty for the dense model itself.
         health: free-running answers, None where none were made.
-        groups: quality and change by class.
     """
 
     quality: Figures
     change: Figures = field(default_factory=dict)
     health: Health | None = None
-    groups: dict[str, dict[str, Figures]] = field(default_factory=dict)
 
     def to_document(self) -> dict[str, Any]:
         """For JSON."""
@@ -75,7 +71,7 @@ class Judge:
         comparisons: int = 1,
         advance: Advance = lambda _: None,
     ) -> None:
-        self.tokenizer, self.held_out, self.generation, self.seed = tokenizer, held_out, generation, seed
+        self.tokenizer, self.held_out, self.generation = tokenizer, held_out, generation
         self.reference = DenseReference()
         self.dense = record_dense(model, held_out, self.reference, advance)
         self.answered = held_out.answered()
@@ -84,7 +80,7 @@ class Judge:
 
     def close(self) -> None:
         """Let go of the dense model's log-probabilities."""
-        self.reference.__exit__(None, None, None)
+        self.reference.close()
 
     def compare(self, model: PreTrainedModel, advance: Advance = lambda _: None) -> TeacherForced:
         """Teacher-forced sums of another model."""
@@ -128,7 +124,8 @@ class Judge:
         """Figures of the dense model itself."""
         made = self._dense_answers
         return Verdict(
-            figures.quality(self.dense, self.draws, self.answered), health=figures.health(made) if made else None
+            figures.quality(self.dense, self.draws, self.answered),
+            health=figures.health(made, None, self.draws) if made else None,
         )
 
     def verdict(self, sums: TeacherForced, made: Generated | None = None) -> Verdict:
@@ -136,6 +133,9 @@ class Judge:
         return Verdict(
             figures.quality(sums, self.draws, self.answered),
             figures.change(sums, self.dense, self.draws, self.answered),
-            figures.health(made, self._dense_answers) if made else None,
-            figures.by_group(self.held_out, sums, self.dense, seed=self.seed),
+            figures.health(made, self._dense_answers, self.draws) if made else None,
         )
+
+    def by_group(self, sums: TeacherForced) -> Groups:
+        """Figures of another model for every class of examples by itself, where examples have classes."""
+        return figures.by_group(self.held_out, sums, self.dense, self.draws)

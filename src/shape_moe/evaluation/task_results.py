@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from shape_moe.errors import UsageError
+from shape_moe.evaluation.figures import Figures
 from shape_moe.evaluation.intervals import Bootstrap, Estimate
 
 _NORMAL_95 = 1.96
@@ -47,6 +48,44 @@ class TaskResult:
         """The metrics as a JSON object."""
         return {name: estimate.to_document() for name, estimate in self.metrics.items()}
 
+    def to_items(self) -> dict[str, Any]:
+        """Everything, the scores of single items too, for JSON: what pairing with another result later needs."""
+        return asdict(self)
+
+    @classmethod
+    def from_items(cls, found: Mapping[str, Any]) -> TaskResult:
+        """The result that :meth:`to_items` took apart."""
+        return cls(
+            **{
+                **found,
+                "metrics": {name: Estimate(**estimate) for name, estimate in found["metrics"].items()},
+                "item_hashes": tuple(found["item_hashes"]),
+                "scores": {name: tuple(scores) for name, scores in found["scores"].items()},
+            }
+        )
+
+
+def task_changes(result: TaskResult, dense: TaskResult, *, seed: int) -> Figures:
+    """Paired differences to the dense model, as :func:`paired_difference` makes them, for all metrics that allow it.
+
+    Args:
+        result: what a model scored.
+        dense: what the dense model scored at the same task.
+        seed: draws the bootstrap samples, the same for every metric.
+
+    Returns:
+        Differences of the metrics for which both results have a score per item.
+
+    Raises:
+        UsageError: when the items differ.
+    """
+    shared = [metric for metric in result.scores if metric in dense.scores]
+    if not shared:
+        return {}
+    _check_same_items(dense, result)
+    draws = Bootstrap(len(result.item_hashes), seed)
+    return {metric: _difference(dense, result, metric, draws) for metric in shared}
+
 
 def paired_difference(dense: TaskResult, other: TaskResult, metric: str, *, seed: int) -> Estimate:
     """How much higher (or lower) a model scores than the dense model at the same items.
@@ -68,8 +107,12 @@ def paired_difference(dense: TaskResult, other: TaskResult, metric: str, *, seed
         if metric not in result.scores:
             known = f"{', '.join(result.scores) or 'none'} of its metrics"
             raise UsageError(f"Task {result.task} has no score per item for {metric!r}; it has them for {known}.")
+    return _difference(dense, other, metric, Bootstrap(len(dense.item_hashes), seed))
+
+
+def _difference(dense: TaskResult, other: TaskResult, metric: str, draws: Bootstrap) -> Estimate:
     differences = np.asarray(other.scores[metric]) - np.asarray(dense.scores[metric])
-    return Bootstrap(len(differences), seed).ratio(differences, np.ones(len(differences)))
+    return draws.ratio(differences, np.ones(len(differences)))
 
 
 def _check_same_items(dense: TaskResult, other: TaskResult) -> None:

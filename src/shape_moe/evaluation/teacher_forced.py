@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from shape_moe.architectures.loading import input_device
 from shape_moe.calibration.batches import Batch
 from shape_moe.errors import ShapeMoeError
 from shape_moe.evaluation.held_out import HeldOutSet, scored_positions
+from shape_moe.progress import Advance
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 _MEMORY_LIMIT = 2 * 2**30
 _ROWS_AT_A_TIME = 256
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,20 @@ class TeacherForced:
     agree: NDArray[np.int64]
     exact: NDArray[np.bool_]
 
+    def to_items(self) -> dict[str, list[Any]]:
+        """For JSON."""
+        return {name: value.tolist() for name, value in vars(self).items()}
+
+    @classmethod
+    def from_items(cls, items: Mapping[str, list[Any]]) -> TeacherForced:
+        """What :meth:`to_items` gave."""
+        return cls(**{name: np.array(value) for name, value in items.items()})
+
 
 class DenseReference:
     """The dense model's log-probabilities at every scored position of a set, float32; on disk beyond 2 GiB.
 
-    Use it as a context manager where the set may be large: the files go when it ends.
+    Use it as a context manager, or call :meth:`close`: the files go when it ends.
     """
 
     def __init__(self, memory_limit: int = _MEMORY_LIMIT) -> None:
@@ -63,6 +72,10 @@ class DenseReference:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of everything that is kept; the files go as well."""
         self._kept.clear()
         if self._folder is not None:
             self._folder.cleanup()

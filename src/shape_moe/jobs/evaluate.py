@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +14,12 @@ from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.records import DataOptions, load_records
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.evaluation.faithfulness import Faithfulness, faithfulness
-from shape_moe.evaluation.figures import document, worst_group
-from shape_moe.evaluation.footprint import Footprint, measure_footprint
-from shape_moe.evaluation.harness import run_tasks, run_tasks_with_vllm
+from shape_moe.evaluation.footprint import measure_footprint
+from shape_moe.evaluation.harness import check_chat_template, check_tasks, run_tasks, run_tasks_with_vllm
 from shape_moe.evaluation.judge import Judge, Verdict
-from shape_moe.evaluation.task_results import TaskResult, paired_difference
+from shape_moe.evaluation.task_results import TaskResult, task_changes
 from shape_moe.jobs.candidates import Candidate, open_candidate, scores_of
+from shape_moe.jobs.evaluated import ALSO, TASK, Evaluated, Evaluation
 from shape_moe.jobs.held_out import held_out_set, known_prompts, overlap
 from shape_moe.jobs.options import HELD_OUT_SAMPLES, EvaluateOptions, TraceOptions, as_trace_options
 from shape_moe.jobs.session import TraceSession, load_original
@@ -27,85 +27,13 @@ from shape_moe.jobs.trace import open_trace
 from shape_moe.made_with import made_with
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.masks import masked
+from shape_moe.scoring.scores import Scores
 from shape_moe.selection.selection import Selection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FORMAT_VERSION = 1
-TASK, ALSO = "task", "also"
-
-
-@dataclass
-class Evaluated:
-    """Everything that was found out about one model.
-
-    Attributes:
-        name: what the user called it.
-        kind: ``dense``, ``mask`` (a selection on the dense model) or ``checkpoint``.
-        selection: what it keeps, None for the dense model and for checkpoints of other tools.
-        size: bytes of its weights; of a mask, what its checkpoint would have.
-        sets: verdicts by set, ``task`` and perhaps ``also``.
-        tasks: results of lm-evaluation-harness by task.
-        footprint: memory and speed, None where they were not measured (a mask has the dense model's).
-    """
-
-    name: str
-    kind: str
-    selection: Selection | None
-    size: int
-    sets: dict[str, Verdict] = field(default_factory=dict)
-    tasks: dict[str, TaskResult] = field(default_factory=dict)
-    footprint: Footprint | None = None
-
-    def to_document(self, by: str | None, dense: Evaluated) -> dict[str, Any]:
-        """For JSON."""
-        chosen = self.selection
-        keys = ("scorer", "rule", "routing", "keep")
-        groups = self.sets[TASK].groups if TASK in self.sets else {}
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "selection": {key: getattr(chosen, key) for key in keys} if chosen else None,
-            "bytes": self.size,
-            "sets": {name: verdict.to_document() for name, verdict in self.sets.items()},
-            "classes": _classes(by, groups) if by and groups else None,
-            "tasks": {name: result.to_document() for name, result in self.tasks.items()},
-            "task_items": {name: result.items for name, result in self.tasks.items()},
-            "task_changes": {
-                name: document(task_changes(result, dense.tasks[name])) for name, result in self.tasks.items()
-            }
-            if self is not dense
-            else None,
-            "footprint": self.footprint.to_document() if self.footprint else None,
-        }
-
-
-def _classes(by: str, groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    found = {name: {key: document(entry) for key, entry in group.items()} for name, group in groups.items()}
-    return {"field": by, "worst": worst_group(groups), "by": found}
-
-
-def task_changes(result: TaskResult, dense: TaskResult) -> dict[str, Any]:
-    """Paired differences to the dense model for every metric that has a score per item."""
-    return {metric: paired_difference(dense, result, metric, seed=0) for metric in result.scores}
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The result: models in the order given, the dense one first.
-
-    Attributes:
-        models: the models.
-        faithfulness: one entry per selection, empty where it was not asked for.
-        document: what the JSON file holds.
-        notes: what the user should know.
-    """
-
-    models: tuple[Evaluated, ...]
-    faithfulness: tuple[Faithfulness, ...]
-    document: dict[str, Any]
-    notes: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -155,6 +83,8 @@ def evaluate(
     names = [snapshot.name, *(entry.name for entry in known)]
     if len(set(names)) < len(names):
         raise UsageError("Two of the models to evaluate have the same name; rename one, or leave it out.")
+    if options.tasks is not None:
+        check_tasks(options.tasks.names, options.tasks.engine)
     return _Run(snapshot, known, tracing, options, (device, dtype), progress).carry_out()
 
 
@@ -176,20 +106,29 @@ class _Run:
         self.notes: list[str] = []
         self.size = measure(snapshot)
         self.judges: dict[str, Judge] = {}
+        self.scores: dict[str, Scores] = {}
         self.session: TraceSession | None = None
+        self.tokenizer = load_tokenizer(snapshot.path)
+        if options.tasks is not None and options.tasks.engine != "vllm":
+            check_chat_template(options.tasks, self.tokenizer)
         if tracing is None:
-            self.tokenizer = load_tokenizer(snapshot.path)
             return
-        records = load_records(tracing.data)
         self._check_faithfulness()
+        records = load_records(tracing.data)
         self._warn_of_overlap(records, tracing.data)
-        self.session = TraceSession.open(snapshot, tracing, None, progress, records)
-        self.tokenizer = self.session.tokenizer
+        self.session = TraceSession.open(snapshot, tracing, self.tokenizer, progress, records)
 
     def _check_faithfulness(self) -> None:
+        """Find the values that selections were made from; what has none would else show when all is judged."""
         for entry in self.candidates if self.options.faithfulness else ():
-            if entry.selection is not None and entry.trace is None:
+            if entry.selection is None:
+                continue
+            if entry.trace is None:
                 raise UsageError(f"--faithfulness needs the trace that {entry.name} was made from: give --trace TRACE.")
+            try:
+                self.scores[entry.name] = scores_of(entry.selection, entry.trace)
+            except UsageError as error:
+                raise UsageError(f"--faithfulness cannot value the experts of {entry.name} anew: {error}") from error
 
     def _warn_of_overlap(self, records: list[Any], data: DataOptions) -> None:
         for entry in self.candidates:
@@ -215,6 +154,7 @@ class _Run:
         order = {name: i for i, name in enumerate([self.snapshot.name, *(entry.name for entry in self.candidates)])}
         models.sort(key=lambda found: order[found.name])
         self._run_vllm_tasks(models)
+        self._compare_tasks(models)
         self._measure_footprints(models)
         return Evaluation(tuple(models), tuple(checks), self._document(models, checks), tuple(self.notes))
 
@@ -235,10 +175,12 @@ class _Run:
             self.judges = self._judges(self.session)
         models = [self._dense(model)]
         for entry in self.candidates:
+            kept = None
             if entry.snapshot is None:
                 models.append(self._masked(entry, model))
+                kept = models[-1].sets.get(TASK)
             if self.options.faithfulness and entry.selection is not None:
-                checks.append(self._faithfulness(entry, model))
+                checks.append(self._faithfulness(entry, entry.selection, model, kept))
         if self.session is not None:
             self.session.unload()
         return models, checks
@@ -268,34 +210,39 @@ class _Run:
         return judges
 
     def _dense(self, model: PreTrainedModel) -> Evaluated:
-        sets = {name: judge.dense_verdict() for name, judge in self.judges.items()}
-        tasks = self._tasks(model)
-        return Evaluated(self.snapshot.name, "dense", None, self.snapshot.total_bytes, sets, tasks)
+        found = Evaluated(self.snapshot.name, "dense", None, self.snapshot.total_bytes)
+        found.sets = {name: judge.dense_verdict() for name, judge in self.judges.items()}
+        found.tasks = self._tasks(model)
+        return found
 
     def _masked(self, entry: Candidate, model: PreTrainedModel) -> Evaluated:
         assert entry.selection is not None
-        with masked(model, entry.selection):
-            sets, tasks = self._judged(entry.name, model), self._tasks(model)
         size = round(self.size.at_keep(entry.selection.kept))
-        return Evaluated(entry.name, "mask", entry.selection, size, sets, tasks)
+        found = Evaluated(entry.name, "mask", entry.selection, size)
+        with masked(model, entry.selection):
+            self._judge(found, model)
+        return found
 
     def _checkpoint(self, entry: Candidate, snapshot: Snapshot) -> Evaluated:
         release_memory()
         with self.progress.phase(f"Loading {entry.name}", 1, "model") as advance:
             model = load_model(snapshot, device=self.device, dtype=self.dtype)
             advance(1)
-        sets, tasks = self._judged(entry.name, model), self._tasks(model)
-        return Evaluated(entry.name, "checkpoint", entry.selection, snapshot.total_bytes, sets, tasks)
+        found = Evaluated(entry.name, "checkpoint", entry.selection, snapshot.total_bytes)
+        self._judge(found, model)
+        return found
 
-    def _judged(self, name: str, model: PreTrainedModel) -> dict[str, Verdict]:
-        sets: dict[str, Verdict] = {}
-        if not self.judges:
-            return sets
-        total = sum(len(judge.held_out.examples) for judge in self.judges.values())
-        with self.progress.phase(f"Judging {name}", total, "example") as advance:
-            for key, judge in self.judges.items():
-                sets[key] = judge.verdict(judge.compare(model, advance), judge.answer(model))
-        return sets
+    def _judge(self, found: Evaluated, model: PreTrainedModel) -> None:
+        """Figures of one model: over held-out examples, and at tasks."""
+        if self.judges:
+            total = sum(len(judge.held_out.examples) for judge in self.judges.values())
+            with self.progress.phase(f"Judging {found.name}", total, "example") as advance:
+                for name, judge in self.judges.items():
+                    sums = judge.compare(model, advance)
+                    found.sets[name] = judge.verdict(sums, judge.answer(model))
+                    if name == TASK and self.options.by is not None:
+                        found.classes = judge.by_group(sums)
+        found.tasks = self._tasks(model)
 
     def _tasks(self, model: PreTrainedModel) -> dict[str, TaskResult]:
         """Results of the tasks on a live model; those that vLLM runs come later, when nothing else is loaded."""
@@ -305,13 +252,9 @@ class _Run:
         return run_tasks(
             model,
             self.tokenizer,
-            asked.names,
+            asked,
             batch_size=self.tracing.answers.batch_size if self.tracing else 8,
-            limit=asked.limit,
-            num_fewshot=asked.num_fewshot,
             seed=self.options.seed,
-            apply_chat_template=asked.chat_template,
-            unsafe_code=asked.unsafe_code,
             progress=self.progress,
         )
 
@@ -319,36 +262,47 @@ class _Run:
         asked = self.options.tasks
         if asked is None or asked.engine != "vllm":
             return
+        own_dtype = {} if self.dtype == "auto" else {"dtype": self.dtype}
+        asked = replace(asked, engine_args={**own_dtype, **asked.engine_args})
         entries = {entry.name: entry for entry in self.candidates}
         for found in models:
             entry = entries.get(found.name)
             on_disk = entry.snapshot if entry is not None and entry.snapshot is not None else self.snapshot
             found.tasks = run_tasks_with_vllm(
                 on_disk.path,
-                asked.names,
+                asked,
                 selection=found.selection if found.kind == "mask" else None,
-                engine_args={**({} if self.dtype == "auto" else {"dtype": self.dtype}), **asked.engine_args},
-                limit=asked.limit,
-                num_fewshot=asked.num_fewshot,
                 seed=self.options.seed,
-                apply_chat_template=asked.chat_template,
-                unsafe_code=asked.unsafe_code,
                 progress=self.progress,
             )
 
-    def _faithfulness(self, entry: Candidate, model: PreTrainedModel) -> Faithfulness:
-        assert entry.selection is not None
+    def _compare_tasks(self, models: list[Evaluated]) -> None:
+        """Pair every model's tasks with the dense model's, item by item."""
+        dense = models[0].tasks
+        for found in models[1:]:
+            found.task_changes = {}
+            for name, result in found.tasks.items():
+                try:
+                    found.task_changes[name] = task_changes(result, dense[name], seed=self.options.seed)
+                except UsageError as error:  # what was judged before is worth keeping
+                    self.notes.append(f"{found.name} and the dense model cannot be compared: {error}")
+
+    def _faithfulness(
+        self, entry: Candidate, selection: Selection, model: PreTrainedModel, kept: Verdict | None
+    ) -> Faithfulness:
         assert entry.trace is not None
         draws, facts = self.options.faithfulness, entry.trace.info.routing
-        with self.progress.phase(f"Faithfulness of {entry.name}", draws + 2, "selection") as advance:
+        total = draws + (2 if kept is None else 1)
+        with self.progress.phase(f"Faithfulness of {entry.name}", total, "selection") as advance:
             return faithfulness(
                 model,
                 self.judges[TASK],
-                entry.selection,
-                scores_of(entry.selection, entry.trace),
+                selection,
+                self.scores[entry.name],
                 name=entry.name,
+                kept=kept,
                 draws=draws,
-                groups=facts.groups if entry.selection.routing == "reroute" else 1,
+                groups=facts.groups if selection.routing == "reroute" else 1,
                 seed=self.options.seed,
                 advance=advance,
             )
@@ -384,7 +338,7 @@ class _Run:
             "also": also.source if also else None,
             "examples": len(self.judges[TASK].held_out.examples) if self.judges else 0,
             **made_with(self.options.seed),
-            "models": [found.to_document(self.options.by, models[0]) for found in models],
+            "models": [found.to_document(self.options.by) for found in models],
             "faithfulness": [check.to_document() for check in checks],
             "warnings": self.notes,
         }

@@ -62,8 +62,9 @@ def experiment(
     inputs += [spec.tracing.data.source for spec in config.calibration]
     inputs += [spec.tracing.data.source for spec in config.evaluation if isinstance(spec, ExamplesSpec)]
     plan = make_plan(config)
-    with Workspace(folder, plan.job(), force=force, inputs=inputs) as work:
-        document = Grid(plan, work.path, progress).run()
+    job = plan.job()
+    with Workspace(folder, job, force=force, inputs=inputs) as work:
+        document = Grid(plan, job, work.path, progress).run()
         markdown = experiment_markdown(document)
         write_json(work.path / "experiment.json", document)
         write_text(work.path / "experiment.md", markdown)

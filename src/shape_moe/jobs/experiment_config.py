@@ -8,6 +8,7 @@ from typing import Any
 
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.generation import GenerationOptions
+from shape_moe.evaluation.harness import TaskOptions
 from shape_moe.jobs.options import TraceOptions
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.selection import Routing
@@ -76,6 +77,11 @@ class TaskSpec:
     unsafe_code: bool
     metrics: tuple[str, ...]
     calibration: tuple[str, ...]
+
+    @property
+    def options(self) -> TaskOptions:
+        """The task as lm-eval is asked for it."""
+        return TaskOptions((self.task,), self.limit, self.fewshot, self.chat_template, self.unsafe_code)
 
 
 EvaluationSpec = ExamplesSpec | TaskSpec

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shape_moe.architectures.fingerprint import fingerprint
-from shape_moe.architectures.loading import load_tokenizer
+from shape_moe.architectures.loading import load_tokenizer, release_memory
 from shape_moe.architectures.sizes import measure
 from shape_moe.calibration.records import Record
 from shape_moe.errors import BudgetError
@@ -67,13 +66,14 @@ class Grid:
 
     Args:
         plan: the grid and what it reads.
+        job: what decides the results, as the folder's own description says it.
         folder: where traces, selections and finished cells are kept.
         progress: where to show progress.
     """
 
-    def __init__(self, plan: Plan, folder: Path, progress: Progress) -> None:
-        self.plan, self.folder, self.progress = plan, folder, progress
-        self.known = _KnownFigures(folder / CELLS_FILE)
+    def __init__(self, plan: Plan, job: Mapping[str, Any], folder: Path, progress: Progress) -> None:
+        self.plan, self.job, self.folder, self.progress = plan, job, folder, progress
+        self.known: Journal[Document] = Journal(folder / CELLS_FILE, "cell", "figures")
         self.clock = _Clock(plan.config.cells, progress)
 
     def run(self) -> Document:
@@ -82,12 +82,12 @@ class Grid:
         return self._document(parts)
 
     def _document(self, parts: list[Document]) -> Document:
-        config, hashes = self.plan.config, self.plan.hashes()
+        config, hashes = self.plan.config, self.plan.hashes
         return {
             "format_version": FORMAT_VERSION,
             "verb": "experiment",
             "config": config.echo(),
-            "config_hash": job_digest(self.plan.job()),
+            "config_hash": job_digest(self.job),
             "models": [part["model"] for part in parts],
             "calibration": [
                 {
@@ -116,7 +116,7 @@ class Grid:
             "data": spec.tracing.data.source,
             "split": spec.tracing.data.split,
             "records": len(self.plan.held_out[spec.name]),
-            "content_hash": self.plan.hashes()["held_out"][spec.name],
+            "content_hash": self.plan.hashes["held_out"][spec.name],
             "sentence": self.plan.sentence(spec.name),
         }
 
@@ -144,7 +144,7 @@ class _ModelRun:
         for evaluation in self.config.evaluation:
             self._evaluate(evaluation, cells)
         self.__dict__.pop("model", None)
-        gc.collect()
+        release_memory()
         return self._document(cells)
 
     def _session(self, tracing: TraceOptions, records: list[Record]) -> TraceSession:
@@ -197,11 +197,11 @@ class _ModelRun:
         opened = self._open(spec)
         try:
             if (self.spec.name, spec.name, _DENSE) not in self.known:
-                self.known.put(self.spec.name, spec.name, _DENSE, opened.dense())
+                self.known.put((self.spec.name, spec.name, _DENSE), opened.dense())
             title = f"{self.spec.name}: judging by {spec.name}"
             with self.progress.phase(title, len(missing), "cell") as advance, self.clock.running():
                 for digest, selection in missing.items():
-                    self.known.put(self.spec.name, spec.name, digest, opened.judge(selection))
+                    self.known.put((self.spec.name, spec.name, digest), opened.judge(selection))
                     advance(1)
         finally:
             opened.close()
@@ -246,19 +246,6 @@ class _ModelRun:
             "reason": cell.reason,
             "sets": cell.sets,
         }
-
-
-class _KnownFigures(dict[tuple[str, str, str], Document]):
-    """Figures by model, evaluation and selection (or the dense model), in a file for the next run."""
-
-    def __init__(self, file: Path) -> None:
-        self.journal = Journal(file)
-        super().__init__({(*entry["cell"],): entry["figures"] for entry in self.journal.entries})
-
-    def put(self, model: str, evaluation: str, selection: str, figures: Document) -> None:
-        """Remember figures, on disk at once."""
-        self[model, evaluation, selection] = figures
-        self.journal.add({"cell": [model, evaluation, selection], "figures": figures})
 
 
 class _Clock:

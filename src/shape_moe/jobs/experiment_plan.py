@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from shape_moe.architectures.fingerprint import fingerprint
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.records import Record, content_hash, load_records, prompt_hash
+from shape_moe.evaluation.harness import check_chat_template, check_tasks
 from shape_moe.jobs.experiment_config import ExamplesSpec, ExperimentConfig, ModelSpec, TaskSpec
 from shape_moe.jobs.held_out import fresh_records
 from shape_moe.jobs.options import HELD_OUT_SAMPLES, SelectionJob, TraceOptions
@@ -38,7 +40,7 @@ class Plan:
     left_out: dict[str, int]
 
     def job(self) -> dict[str, Any]:
-        """What decides the results, by content."""
+        """What decides the results, by content; files are read when this is called."""
         files = [
             spec.task for spec in self.config.evaluation if isinstance(spec, TaskSpec) and Path(spec.task).is_file()
         ]
@@ -46,10 +48,11 @@ class Plan:
             "verb": "experiment",
             "config": self.config.echo(),
             "models": {name: fingerprint(snapshot) for name, snapshot in self.snapshots.items()},
-            **self.hashes(),
+            **self.hashes,
             "tasks": {file: sha256(Path(file).read_bytes()).hexdigest() for file in files},
         }
 
+    @cached_property
     def hashes(self) -> dict[str, dict[str, str]]:
         """Hashes of the records."""
         return {
@@ -70,6 +73,9 @@ def make_plan(config: ExperimentConfig) -> Plan:
     Raises:
         ShapeMoeError: when a model, a set of examples or a method cannot be used.
     """
+    tasks = [spec.task for spec in config.evaluation if isinstance(spec, TaskSpec)]
+    if tasks:
+        check_tasks(tasks)
     calibration = {spec.name: load_records(spec.tracing.data) for spec in config.calibration}
     held_out: dict[str, list[Record]] = {}
     left_out: dict[str, int] = {}
@@ -96,7 +102,7 @@ def _check_methods(plan: Plan, model: ModelSpec) -> None:
 
 
 def _check_records(plan: Plan, model: ModelSpec) -> None:
-    """Tokenise everything once, so that a record that this model cannot take shows before weights are loaded."""
+    """Tokenise everything once, so that what this model cannot take shows before weights are loaded."""
     config, tokenizer = plan.config, None
     sides = [(spec.tracing, plan.calibration[spec.name]) for spec in config.calibration]
     sides += [(s.tracing, plan.held_out[s.name]) for s in config.evaluation if isinstance(s, ExamplesSpec)]
@@ -104,6 +110,9 @@ def _check_records(plan: Plan, model: ModelSpec) -> None:
         options = on_device(tracing, model)
         session = TraceSession.open(plan.snapshots[model.name], options, tokenizer, SILENT, records)
         tokenizer = session.tokenizer
+    for spec in config.evaluation:
+        if tokenizer is not None and isinstance(spec, TaskSpec):
+            check_chat_template(spec.options, tokenizer)
 
 
 def on_device(tracing: TraceOptions, model: ModelSpec) -> TraceOptions:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shape_moe.calibration.records import Record
+from shape_moe.evaluation.figures import document
 from shape_moe.evaluation.harness import run_tasks
-from shape_moe.evaluation.intervals import Estimate
 from shape_moe.evaluation.judge import Judge
-from shape_moe.evaluation.task_results import TaskResult, paired_difference
+from shape_moe.evaluation.task_results import TaskResult, task_changes
 from shape_moe.jobs.experiment_config import ExamplesSpec, TaskSpec
 from shape_moe.jobs.held_out import held_out_set
 from shape_moe.jobs.session import TraceSession
@@ -114,7 +113,11 @@ class JudgedTask:
         known: Mapping[str, Any] | None,
     ) -> None:
         self.spec, self.model, self.tokenizer, self.seed = spec, model, tokenizer, seed
-        self._dense = self._run() if known is None else _restored(known["results"])
+        self._dense = (
+            self._run()
+            if known is None
+            else {name: TaskResult.from_items(found) for name, found in known["results"].items()}
+        )
 
     def dense(self) -> Document:
         """Figures of the dense model; ``results`` is what later runs need to pair items."""
@@ -123,22 +126,18 @@ class JudgedTask:
             "change": None,
             "items": {name: result.items for name, result in self._dense.items()},
             "versions": {name: result.task_version for name, result in self._dense.items()},
-            "results": {name: asdict(result) for name, result in self._dense.items()},
+            "results": {name: result.to_items() for name, result in self._dense.items()},
         }
 
     def judge(self, selection: Selection) -> Document:
         """Figures of a selection."""
         with masked(self.model, selection):
             made = self._run()
-        change: dict[str, dict[str, Any]] = {}
-        for name, result in made.items():
-            dense = self._dense[name]
-            change[name] = {
-                metric: paired_difference(dense, result, metric, seed=self.seed).to_document()
-                for metric in result.scores
-                if metric in dense.scores
-            }
-        return {"tasks": {name: result.to_document() for name, result in made.items()}, "change": change}
+        changes = {name: task_changes(result, self._dense[name], seed=self.seed) for name, result in made.items()}
+        return {
+            "tasks": {name: result.to_document() for name, result in made.items()},
+            "change": {name: document(found) for name, found in changes.items()},
+        }
 
     def close(self) -> None:
         """Nothing is held."""
@@ -147,26 +146,7 @@ class JudgedTask:
         return run_tasks(
             self.model,
             self.tokenizer,
-            [self.spec.task],
+            self.spec.options,
             batch_size=self.spec.batch_size,
-            limit=self.spec.limit,
-            num_fewshot=self.spec.fewshot,
             seed=self.seed,
-            apply_chat_template=self.spec.chat_template,
-            unsafe_code=self.spec.unsafe_code,
         )
-
-
-def _restored(results: Mapping[str, Mapping[str, Any]]) -> dict[str, TaskResult]:
-    """Task results that :func:`dataclasses.asdict` took apart."""
-    return {
-        name: TaskResult(
-            **{
-                **result,
-                "metrics": {metric: Estimate(**estimate) for metric, estimate in result["metrics"].items()},
-                "item_hashes": tuple(result["item_hashes"]),
-                "scores": {metric: tuple(scores) for metric, scores in result["scores"].items()},
-            }
-        )
-        for name, result in results.items()
-    }

@@ -10,10 +10,12 @@ from typing import Any
 from shape_moe.calibration.calibrate import AnswerOptions
 from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.records import DataOptions
+from shape_moe.engines import check_engine
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.faithfulness import FEWEST_RANDOM
 from shape_moe.evaluation.footprint import Workload
 from shape_moe.evaluation.generation import GenerationOptions
+from shape_moe.evaluation.harness import TaskOptions
 from shape_moe.evaluation.sweep import Limit
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.select import SelectOptions
@@ -21,7 +23,6 @@ from shape_moe.selection.selection import Routing
 
 DEFAULT_SAMPLES = 128
 """Records that are used when nothing else is said."""
-ENGINES = ("transformers", "vllm")
 HELD_OUT_SAMPLES = 300
 """Records to judge by when nothing else is said."""
 AUTO = "auto"
@@ -57,10 +58,7 @@ class TraceOptions:
     engine_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise UsageError(f"There is no engine {self.engine!r}; there are {' and '.join(ENGINES)}.")
-        if self.engine != "vllm" and self.engine_args:
-            raise UsageError("Engine arguments go with --engine vllm.")
+        check_engine(self.engine, self.engine_args)
 
     def job(self) -> dict[str, Any]:
         """What decides the trace, for the job file."""
@@ -148,40 +146,6 @@ class PruneOptions:
     choice: ChoiceOptions | None = None
     check_logits: bool = True
     force: bool = False
-
-
-@dataclass(frozen=True)
-class TaskOptions:
-    """Tasks of lm-evaluation-harness to run.
-
-    Attributes:
-        names: tasks, groups, tags, or paths of YAML files.
-        limit: the first items of each only.
-        num_fewshot: examples in the prompt, None for the task's own number.
-        chat_template: put prompts through the tokenizer's chat template.
-        unsafe_code: run tasks that execute what the model writes.
-        engine: ``transformers`` or ``vllm``.
-        engine_args: further arguments of ``vllm.LLM``.
-
-    Raises:
-        UsageError: when no task is named, for an unknown engine, and for arguments of one that takes none.
-    """
-
-    names: tuple[str, ...]
-    limit: int | None = None
-    num_fewshot: int | None = None
-    chat_template: bool = False
-    unsafe_code: bool = False
-    engine: str = "transformers"
-    engine_args: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not self.names:
-            raise UsageError("Name at least one task.")
-        if self.engine not in ENGINES:
-            raise UsageError(f"There is no engine {self.engine!r}; there are {' and '.join(ENGINES)}.")
-        if self.engine != "vllm" and self.engine_args:
-            raise UsageError("Engine arguments go with --engine vllm.")
 
 
 @dataclass(frozen=True)

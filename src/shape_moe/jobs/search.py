@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from shape_moe.architectures.fingerprint import fingerprint
 from shape_moe.architectures.sizes import ModelSize, measure
 from shape_moe.architectures.snapshot import Snapshot
@@ -174,7 +172,8 @@ class Search:
                 comparisons=len(combinations),
                 advance=advance,
             )
-        self.known = _KnownSums(folder)
+        file = folder / POINTS_FILE if folder is not None else None
+        self.known: Journal[dict[str, list[Any]]] = Journal(file, "key", "sums")
         self._answers: dict[str, Generated | None] = {}
 
     def run(self) -> SweepResult:
@@ -237,12 +236,12 @@ class Search:
 
     def sums(self, selection: Selection) -> TeacherForced:
         """Sums of a selection, judged once; exact match is that of written answers where those decide."""
-        sums = self.known.get(selection)
-        if sums is None:
-            sums = self.judge.compare_masked(self.model, selection)
-            made = self._answered(selection) if self._answers_decide() else None
-            sums = sums if made is None else self.judge.by_answers(sums, made)
-            self.known.put(selection, sums)
+        if selection.digest in self.known:
+            return TeacherForced.from_items(self.known[selection.digest])
+        sums = self.judge.compare_masked(self.model, selection)
+        made = self._answered(selection) if self._answers_decide() else None
+        sums = sums if made is None else self.judge.by_answers(sums, made)
+        self.known.put(selection.digest, sums.to_items())
         return sums
 
     def _answered(self, selection: Selection) -> Generated | None:
@@ -273,7 +272,7 @@ class Search:
         """Let a point answer freely, beside the dense model."""
         dense = self.judge.answer_as_dense(self.model)
         made = self._answered(point.selection)
-        return health(made, dense) if made is not None else None
+        return health(made, dense, self.judge.draws) if made is not None else None
 
     def _document(self, advice: Recommendation) -> dict[str, Any]:
         self.judge.answer_as_dense(self.model)
@@ -294,25 +293,3 @@ class Search:
             "reason": advice.reason,
             **made_with(self.options.scoring.seed),
         }
-
-
-class _KnownSums:
-    """Sums of selections that were judged already, in memory and in a file for the next run."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self.journal = Journal(folder / POINTS_FILE if folder is not None else None)
-        self.sums = {
-            entry["key"]: TeacherForced(**{name: np.array(value) for name, value in entry["sums"].items()})
-            for entry in self.journal.entries
-        }
-
-    def get(self, selection: Selection) -> TeacherForced | None:
-        """What is known of a selection."""
-        return self.sums.get(selection.digest)
-
-    def put(self, selection: Selection, sums: TeacherForced) -> None:
-        """Remember a selection's sums."""
-        self.sums[selection.digest] = sums
-        self.journal.add(
-            {"key": selection.digest, "sums": {name: value.tolist() for name, value in vars(sums).items()}}
-        )
