@@ -251,13 +251,15 @@ def test_commands_give_the_artifacts_again(tmp_path) -> None:
         "answers_from": "http://h/v1",
         "template_args": {"thinking": False},
         "max_length": 99,
+        "fields": {"prompt": "the question", "response": "answer"},
     }
     trace = replace(trace, info=replace(trace.info, model="org/model", source=source))
     options = SelectOptions(keep=0.55, multiple_of=4, allow_rounding=True, skip_layers=(1,), protect={2: (0, 5)})
     selection = select_from_trace(trace, options, scorer="reap")
     made = commands(Material("t", selection, score_trace(trace, "reap"), trace))
     assert made == [
-        "shape-moe trace org/model --data 'my data.jsonl' --samples 25 --seed 3 --max-length 99 --max-new-tokens 64 "
+        "shape-moe trace org/model --data 'my data.jsonl' --samples 25 --seed 3 --max-length 99 "
+        "--map 'prompt=the question' --map response=answer --max-new-tokens 64 "
         "--responses-from http://h/v1 --template-arg thinking=false --no-template -o trace",
         "shape-moe select trace --keep 0.55 --scorer reap --rule coverage --routing drop --skip-layers 1 "
         "--protect 2:0,5 --multiple-of 4 --allow-rounding -o selection.json",
@@ -268,6 +270,61 @@ def test_commands_give_the_artifacts_again(tmp_path) -> None:
     assert made[-1] == "shape-moe merge trace-1 trace-2 --weight 1 --weight 2 -o trace"
     converted = replace(trace.info, source={"data": "responses.jsonl"})
     assert commands(Material("t", trace=replace(trace, info=converted))) == []
+
+
+def test_the_printed_trace_command_reads_the_same_records(tmp_path, embedded) -> None:
+    import shlex
+
+    from shape_moe.cli.main import run
+    from shape_moe.demo.tasks import examples
+    from shape_moe.tracing.trace import load_trace
+
+    rows = [{"the question": row["prompt"], "answer": row["response"]} for row in examples("addition", 12, seed=0)]
+    data, first, again = tmp_path / "my data.jsonl", tmp_path / "first", tmp_path / "trace"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = ["--samples", "4", "--seed", "5", "--map", "prompt=the question", "--map", "response=answer"]
+    assert run(["trace", str(embedded), "--data", str(data), *drawn, "-o", str(first), "--device", "cpu", "-q"]) == 0
+    (made,) = commands(Material("first", trace=load_trace(first)))
+    words = [str(again) if word == "trace" and place > 1 else word for place, word in enumerate(shlex.split(made))]
+    assert run([*words[1:], "--device", "cpu", "-q"]) == 0
+    found = [load_trace(folder).info.source for folder in (first, again)]
+    assert found[0] == found[1]
+    assert len(found[0]["records"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "shown"),
+    [("org/data", "train", False), ("org/data", "test", True), ("preset:gsm8k", "train", True)],
+)
+def test_a_split_is_printed_where_it_is_not_the_default(source: str, split: str, shown: bool) -> None:
+    trace = synthetic_trace()
+    info = replace(trace.info, source={"data": source, "split": split, "content_hash": "sha256:1"})
+    (made,) = commands(Material("t", trace=replace(trace, info=info)))
+    assert (f"--split {split}" in made) is shown
+
+
+def test_a_trace_drawn_beside_held_out_examples_has_no_command_but_says_so(tmp_path) -> None:
+    trace, sentence = synthetic_trace(), "12 of 40 records calibrate, 28 others judge; seed 3"
+    source = {"data": "tasks.jsonl", "samples": 12, "content_hash": "sha256:1", "split_sentence": sentence}
+    trace = replace(trace, info=replace(trace.info, model="org/model", source=source))
+    selection = select_from_trace(trace, SelectOptions(keep=0.5))
+    material = Material("t", selection, score_trace(trace), trace)
+    assert [words.split()[1] for words in commands(material)] == ["select", "prune"]
+    _, _, page = page_of(material)
+    assert f"{sentence}." in page.words
+    plain = {**source, "split_sentence": None}
+    merged = replace(trace, info=replace(trace.info, source={"merged": [plain, source]}))
+    assert commands(Material("t", trace=merged)) == []
+    assert f"Split {sentence}." in page_of(Material("t", trace=merged))[2].words
+
+
+def test_results_without_a_command_print_none(tmp_path) -> None:
+    whole = full_material(tmp_path)
+    from_python = replace(
+        whole, trace=None, sweep=replace(whole.sweep, command=""), evaluation=replace(whole.evaluation, command="")
+    )
+    assert [words.split()[1] for words in commands(from_python)] == ["select", "prune"]
+    assert render_report(from_python)
 
 
 def test_the_selection_command_is_one_that_the_command_line_takes(tmp_path) -> None:
