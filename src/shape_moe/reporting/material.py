@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from shape_moe.reporting.results import Evaluation, Sweep
-from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.scoring.scores import Scores
+from shape_moe.selection.agreement import scoring_of
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import SegmentWeights, Trace
 
@@ -85,10 +85,3 @@ class Material:
         if self.scores is not None:
             return self.scores.layers
         return tuple(self.selection.layers) if self.selection is not None else ()
-
-
-def scoring_of(selection: Selection | None) -> ScoreOptions:
-    """The segment weights and the seed that a selection was scored with; the defaults where it does not say."""
-    options = selection.options if selection is not None else {}
-    weights = SegmentWeights(float(options.get("prompt", 1.0)), float(options.get("response", 1.0)))
-    return ScoreOptions(weights, int(options.get("seed", 0)))

@@ -181,7 +181,7 @@ def _select_command(selection: Selection, source: str) -> str:
         *(_scoring_options(selection) if source == "trace" else ()),
         ("--rule", selection.rule),
         ("--routing", selection.routing),
-        ("--target", _unless(rules.get("target"), "ragged")),
+        ("--target", _unless(selection.target, "ragged")),
         ("--tolerance", rules.get("tolerance")),
         ("--skip-layers", ",".join(map(str, rules.get("skip_layers") or ()))),
         *(("--protect", f"{layer}:{','.join(map(str, ids))}") for layer, ids in (rules.get("protect") or {}).items()),
