@@ -238,6 +238,21 @@ def test_warnings_are_prominent(tmp_path) -> None:
     assert "Beware of this." in page.words
 
 
+def test_a_sweep_names_the_smallest_selection_that_is_not_recommended(tmp_path) -> None:
+    sweep = full_material(tmp_path).sweep
+    place = sweep.smallest_within_limit
+    assert place == sweep.recommended
+    told = f"smallest selection within the limit keeps {100 * sweep.points[place].keep:.1f} %"
+    assert told not in page_of(Material("s", sweep=sweep))[2].words
+    for another in (None, place - 1):
+        words = page_of(Material("s", sweep=replace(sweep, recommended=another)))[2].words
+        assert f"{told} of the experts ({sweep.points[place].method})." in words
+    assert (
+        "smallest selection within the limit"
+        not in page_of(Material("s", sweep=replace(sweep, recommended=None, smallest_within_limit=None)))[2].words
+    )
+
+
 def test_commands_give_the_artifacts_again(tmp_path) -> None:
     trace = synthetic_trace(layers=4, experts=16, top_k=3)
     source = {

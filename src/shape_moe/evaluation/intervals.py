@@ -23,6 +23,11 @@ class Estimate:
     low: float
     high: float
 
+    @property
+    def has_interval(self) -> bool:
+        """Whether the ends are known (not NaN)."""
+        return not (isnan(self.low) or isnan(self.high))
+
     def to_document(self) -> dict[str, float | None]:
         """The three numbers by name; None for an end that is not known."""
         return {name: None if isnan(number) else number for name, number in asdict(self).items()}

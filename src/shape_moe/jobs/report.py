@@ -16,7 +16,6 @@ from shape_moe.architectures.tensor_names import tensor_role
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.jobs.select import is_table
 from shape_moe.progress import SILENT, Progress
-from shape_moe.reporting.figures.sweep import chosen_point
 from shape_moe.reporting.html import plotly_script, render_report
 from shape_moe.reporting.material import Material, Sizes
 from shape_moe.reporting.results import SWEEP_FILE, read_evaluation, read_sweep
@@ -235,7 +234,7 @@ def _sizes(checkpoint: Path | None, selection: Selection | None, model: Place | 
 def _swept_sizes(material: Material) -> Sizes | None:
     """The sizes of the selection as a sweep gives them, None where it does not."""
     sweep = material.sweep
-    point = chosen_point(sweep, material.selection) if sweep is not None else None
+    point = sweep.point_of(material.selection) if sweep is not None else None
     if sweep is None or point is None or point.size is None or sweep.dense_size is None:
         return None
     return Sizes(sweep.dense_size, point.size, "as the sweep says")

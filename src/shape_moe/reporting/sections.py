@@ -26,6 +26,7 @@ from shape_moe.reporting.figures.layers import kept_mass, layer_figure
 from shape_moe.reporting.figures.sweep import sweep_figure
 from shape_moe.reporting.figures.values import heat_map
 from shape_moe.reporting.material import Material
+from shape_moe.reporting.results import Sweep
 from shape_moe.selection.agreement import kept_by_scorer
 from shape_moe.selection.selection import Selection
 
@@ -168,8 +169,17 @@ def _sweep(material: Material) -> Section | Missing:
         command = f"shape-moe sweep {material.model_word} --trace TRACE -o SWEEP"
         return Missing("Quality against size", (command, _report_command(material, "--sweep SWEEP")))
     lead = "Each point is the model with one selection: left is smaller, and the ringed point is the operating point."
-    notes = tuple(sentence(text) for text in (sweep.reason, sweep.split) if text)
+    notes = tuple(sentence(text) for text in (sweep.reason, _smaller(sweep), sweep.split) if text)
     return Section("sweep", "Quality against size", lead, (sweep_figure(sweep, material.selection),), notes=notes)
+
+
+def _smaller(sweep: Sweep) -> str:
+    """What is within the limit and yet not recommended."""
+    place = sweep.smallest_within_limit
+    if place is None or place == sweep.recommended:
+        return ""
+    point = sweep.points[place]
+    return f"The smallest selection within the limit keeps {percent(point.keep)} of the experts ({point.method})"
 
 
 def _evaluate_commands(material: Material) -> tuple[str, str]:

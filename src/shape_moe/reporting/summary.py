@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
 
 import numpy as np
 
@@ -11,7 +10,6 @@ from shape_moe.reporting.figures.co_activation import experts_lost
 from shape_moe.reporting.figures.figure import number, percent, sentence
 from shape_moe.reporting.figures.layers import kept_mass
 from shape_moe.reporting.figures.metrics import METRICS, known_metrics
-from shape_moe.reporting.figures.sweep import chosen_point
 from shape_moe.reporting.material import Material, Sizes
 from shape_moe.reporting.results import EvaluatedModel, Measured
 from shape_moe.selection.selection import Selection
@@ -125,7 +123,7 @@ def _quality_tiles(material: Material) -> list[Tile]:
     if estimate is None:
         return []
     detail = f"{metric.better} is better"
-    if isfinite(estimate.low) and isfinite(estimate.high):
+    if estimate.has_interval:
         detail = f"95 % interval {number(estimate.low)} to {number(estimate.high)}; {detail}"
     return [Tile(metric.title, metric.shown(estimate.value), detail)]
 
@@ -133,7 +131,7 @@ def _quality_tiles(material: Material) -> list[Tile]:
 def measured_quality(material: Material) -> tuple[Measured, str] | None:
     """The selection's quality, and on what it was measured: from the sweep, else from the evaluation."""
     if material.sweep is not None:
-        point = chosen_point(material.sweep, material.selection)
+        point = material.sweep.point_of(material.selection)
         if point is not None:
             return point.measured, material.sweep.split
     if material.evaluation is not None and material.selection is not None:
@@ -238,7 +236,7 @@ def warnings(material: Material) -> list[str]:
     sweep = material.sweep
     if sweep is None:
         return found
-    point = chosen_point(sweep, material.selection)
+    point = sweep.point_of(material.selection)
     if sweep.recommended is None:
         found.append(sentence(f"The sweep recommends no selection. {sweep.reason}"))
     if point is not None and point.meets_limit is False:

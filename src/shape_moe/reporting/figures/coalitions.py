@@ -20,7 +20,6 @@ from shape_moe.reporting.figures.figure import (
     State,
     Swatch,
     Table,
-    counted,
     layer_axis,
     number,
     packed,
@@ -29,6 +28,7 @@ from shape_moe.reporting.figures.figure import (
 )
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import SegmentWeights, Trace
+from shape_moe.units import counted
 
 Matrices = Mapping[int, NDArray[np.float64]]
 MOST_SHOWN = 128
