@@ -158,6 +158,25 @@ def test_the_same_material_gives_the_same_page(tmp_path) -> None:
     assert render_report(full_material(tmp_path)) == render_report(full_material(tmp_path))
 
 
+def test_what_several_parts_show_is_computed_once(tmp_path, monkeypatch) -> None:
+    from shape_moe.reporting import material as parts
+    from shape_moe.reporting.figures import co_activation, values
+
+    calls: list[str] = []
+    for module, name in (
+        *((parts, name) for name in ("kept_mass", "lost_shares")),
+        *((values, name) for name in ("shares", "layer_ranks")),
+        (co_activation, "expected_together"),
+    ):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, f=original: (calls.append(f.__name__), f(*args))[1])
+    render_report(full_material(tmp_path))
+    assert {name: calls.count(name) for name in calls} == {
+        **dict.fromkeys(("kept_mass", "lost_shares", "shares", "layer_ranks"), 1),
+        "expected_together": 4,
+    }
+
+
 def test_what_is_missing_says_what_would_add_it(tmp_path) -> None:
     whole = full_material(tmp_path)
     _, names, page = page_of(Material("values.csv", scores=replace(whole.scores, scorer="table")))

@@ -6,6 +6,11 @@ import shlex
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
+
+from shape_moe.reporting.figures.co_activation import lost_shares
+from shape_moe.reporting.figures.layers import kept_mass
 from shape_moe.reporting.results import Evaluation, Sweep
 from shape_moe.scoring.scores import Scores
 from shape_moe.selection.agreement import scoring_of
@@ -78,6 +83,18 @@ class Material:
     def weights(self) -> SegmentWeights:
         """How much prompt and response tokens counted."""
         return scoring_of(self.selection).weights
+
+    @cached_property
+    def kept_mass(self) -> NDArray[np.float64] | None:
+        """Share of each layer's value that the selection keeps, float [L]; None without a selection."""
+        return kept_mass(self.selection, self.scores) if self.selection is not None else None
+
+    @cached_property
+    def lost_shares(self) -> NDArray[np.float64] | None:
+        """Share of each layer's tokens that lose 0, 1, ... k of their experts, float [L, k + 1]."""
+        if self.trace is None or self.selection is None:
+            return None
+        return lost_shares(self.trace, self.selection, self.weights)
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shape_moe.reporting.figures.co_activation import experts_lost
 from shape_moe.reporting.figures.figure import number, percent, sentence
-from shape_moe.reporting.figures.layers import kept_mass
 from shape_moe.reporting.figures.metrics import METRICS, known_metrics
 from shape_moe.reporting.material import Material, Sizes
 from shape_moe.reporting.results import EvaluatedModel, Measured
@@ -74,18 +72,10 @@ def tiles(material: Material) -> list[Tile]:
     if sizes is not None:
         share = sizes.after / sizes.before
         found.append(Tile("Weights", _shrunk(sizes), f"{percent(share)} of the original ({sizes.origin})", share))
-    if selection is not None:
-        mass = kept_mass(selection, material.scores)
-        if np.isfinite(mass).any():
-            low = percent(float(np.nanmin(mass)), 1)
-            found.append(
-                Tile(
-                    "Value kept",
-                    percent(float(np.nanmean(mass))),
-                    f"mean over layers; {low} in the lowest",
-                    float(np.nanmean(mass)),
-                )
-            )
+    mass = material.kept_mass
+    if mass is not None and np.isfinite(mass).any():
+        mean, low = float(np.nanmean(mass)), percent(float(np.nanmin(mass)))
+        found.append(Tile("Value kept", percent(mean), f"mean over layers; {low} in the lowest", mean))
     found += _quality_tiles(material)
     if selection is not None and selection.stability is not None:
         agreement, undecided = selection.stability["agreement"], selection.stability["undecided"]
@@ -181,9 +171,9 @@ def _routing(selection: Selection) -> str:
 
 
 def _value(selection: Selection, material: Material) -> str:
-    mass = kept_mass(selection, material.scores)
+    mass, lost = material.kept_mass, material.lost_shares
     text = ""
-    if np.isfinite(mass).any():
+    if mass is not None and np.isfinite(mass).any():
         worst, typical = list(selection.layers)[int(np.nanargmin(mass))], percent(float(np.nanmean(mass)))
         low = percent(float(np.nanmin(mass)))
         where = (
@@ -192,10 +182,7 @@ def _value(selection: Selection, material: Material) -> str:
             else f"in the mean over layers, and {low} in layer {worst}, which loses most"
         )
         text = f"The kept experts hold {typical} of the value {where}."
-    if material.trace is not None:
-        mask = dict(zip(selection.layers, selection.mask(), strict=True))
-        tables = material.trace.coalitions
-        lost = np.stack([experts_lost(tables[layer], mask[layer], material.weights) for layer in selection.layers])
+    if lost is not None:
         mean = float((lost @ np.arange(lost.shape[1])).mean())
         text += (
             f" In calibration, a token at a layer kept all of its {lost.shape[1] - 1} experts in "
