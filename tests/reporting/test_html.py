@@ -201,6 +201,22 @@ def test_what_is_missing_says_what_would_add_it(tmp_path) -> None:
     assert names == ["values", "layers", "quality", "provenance"]
 
 
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("org/name", "org/name"),
+        ("/models/Qwen3/", "Qwen3"),
+        ("./Qwen3", "Qwen3"),
+        ("C:\\models\\Qwen3", "Qwen3"),
+        ("/models/demo/model", "demo/model"),
+        ("model", "model"),
+        (None, "values.csv"),
+    ],
+)
+def test_the_heading_names_the_model(model: str | None, name: str) -> None:
+    assert Material("/tables/values.csv", given_model=model).model_name == name
+
+
 def test_summary_tells_sizes_value_quality_and_stability(tmp_path) -> None:
     material = full_material(tmp_path)
     found = {tile.label: tile for tile in tiles(material)}

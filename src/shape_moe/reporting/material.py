@@ -74,10 +74,14 @@ class Material:
 
     @property
     def model_name(self) -> str:
-        """The model's name for a heading: a hub id as it is, of a path its last part; the source's without one."""
+        """The model's name for a heading: a hub id as it is, of a path its last part; the source's without one.
+
+        A folder ``model`` is named together with the one that it lies in.
+        """
         name = (self.model or self.source).replace("\\", "/").rstrip("/")
         is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or self.model is None
-        return name.rsplit("/", 1)[-1] if is_path else name
+        parts = name.split("/")
+        return "/".join(parts[-2:] if parts[-1] == "model" else parts[-1:]) if is_path else name
 
     @property
     def weights(self) -> SegmentWeights:
