@@ -12,6 +12,16 @@ def readable_size(size: float) -> str:
     return f"{size:.2f} GiB"
 
 
+def size_unit(largest: float) -> tuple[str, float]:
+    """The unit for several sizes of weights side by side, by the largest of them, and its bytes."""
+    return ("GiB", 2.0**30) if largest >= 2**30 else ("MiB", 2.0**20)
+
+
+def counted(count: float, noun: str) -> str:
+    """A whole number with its noun."""
+    return f"{count:,.0f} {noun}{'' if count == 1 else 's'}"
+
+
 def readable_duration(seconds: float) -> str:
     """A time in seconds, minutes or hours."""
     if seconds < 90:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from statistics import fmean
 
 import pytest
@@ -21,7 +22,7 @@ from shape_moe.scoring.registry import scorers
 from shape_moe.scoring.scores import score_trace
 from shape_moe.selection.controls import inverted_selection, random_selection
 from shape_moe.selection.select import SelectOptions, select_from_trace
-from shape_moe.tracing.trace import Trace
+from shape_moe.tracing.trace import Trace, load_trace
 from shape_moe.tracing.transformers_model import ModelTracer
 from support.data import make_info
 
@@ -128,7 +129,8 @@ def test_controls_keep_the_counts(model, tokenizer) -> None:
 
 
 def test_the_demo_prunes_by_every_scorer(tmp_path) -> None:
-    rows = run_demo("sorting", keep_rates=(0.4,), folder=tmp_path)
+    made = run_demo("sorting", keep_rates=(0.4,), folder=tmp_path)
+    rows = made.rows
     assert rows[0].scorer == "dense"
     assert {row.scorer for row in rows} == {"dense", "shape, inverted", *scorers()}
     by_name = {row.scorer: row for row in rows}
@@ -138,6 +140,29 @@ def test_the_demo_prunes_by_every_scorer(tmp_path) -> None:
     assert all(row.size < 0.5 * rows[0].size for row in rows[1:])
     for folder in tmp_path.glob("sorting-*-0.4"):
         assert (folder / "model.safetensors").stat().st_size < 0.5 * rows[0].size
+    assert made.report == tmp_path / "report.html"
+    page = made.report.read_text(encoding="utf-8").replace("\N{NO-BREAK SPACE}", " ")
+    page = page[: page.index("plotly.js v")]
+    assert "Keeps 77 of 128 experts, size 6.47 → " in page
+    assert "Chosen by shape, rule coverage, routing drop." in page
+    assert str(tmp_path / "sorting.jsonl") in page
+    assert ".partial" not in page
+    assert (tmp_path / "sorting.jsonl").is_file()
+    assert load_trace(tmp_path / "sorting-trace").info.examples == 25
+
+
+def test_the_demo_names_its_report_where_there_can_be_one(tmp_path, capsys, monkeypatch) -> None:
+    job = ["demo", "--keep", "0.8", "-o", str(tmp_path / "d")]
+    monkeypatch.setattr("shape_moe.demo.run.scorers", lambda: {"frequency": None})
+    assert run(job) == 0
+    assert str(tmp_path / "d" / "report.html") in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    assert run([*job, "--force", "--json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["report"] is None
+    assert "pip install 'shape-moe[report]'" in told.err
+    assert not (tmp_path / "d" / "report.html").exists()
+    assert (tmp_path / "d" / "demo.json").is_file()
 
 
 def test_the_demo_shows_a_table(capsys) -> None:

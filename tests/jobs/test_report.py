@@ -87,7 +87,7 @@ def test_sizes_are_counted_back(checkpoint, tmp_path, family, routing) -> None:
     snapshot = open_snapshot(checkpoint(family))
     selection = random_selection(snapshot, routing, "ragged")
     shape_moe.prune(snapshot.path, tmp_path / "out", QUICKLY, selection=selection)
-    assert original_bytes(tmp_path / "out", selection) == snapshot.total_bytes
+    assert original_bytes(open_snapshot(tmp_path / "out"), selection) == snapshot.total_bytes
     if family == FAMILIES[0]:
         result = shape_moe.report(tmp_path / "out", tmp_path / "r.html")
         assert result.sections == ("values", "layers", "provenance")
@@ -195,6 +195,35 @@ def test_an_existing_file_is_replaced_only_by_force(traced, monkeypatch) -> None
     shape_moe.report(traced / "values.csv", file, force=True)
     assert file.read_text(encoding="utf-8").lstrip().startswith("<!doctype html>")
     assert set(traced.iterdir()) == before
+
+
+def test_nothing_is_read_or_scored_twice(traced, checkpoint, monkeypatch) -> None:
+    from shape_moe.jobs import report as job
+    from shape_moe.reporting import html
+
+    snapshot = open_snapshot(checkpoint("olmoe"))
+    shape_moe.prune(snapshot.path, traced / "out", QUICKLY, selection=random_selection(snapshot, "drop", "ragged"))
+    calls: list[str] = []
+
+    def counting(name: str):
+        original = getattr(job, name)
+        monkeypatch.setattr(job, name, lambda *args: (calls.append(f"{name} {args[-2]}"), original(*args))[1])
+
+    monkeypatch.setattr(job, "open_snapshot", lambda path: (calls.append("open"), open_snapshot(path))[1])
+    shape_moe.report(traced / "out", traced / "o.html")
+    assert calls == ["open"]
+    calls.clear()
+    counting("score_trace")
+    shape_moe.report(traced / "trace", traced / "r.html", selection=traced / "selection.json")
+    assert len(calls) == len(set(calls)) > 3
+    assert html.plotly_script() is html.plotly_script()
+
+
+def test_a_scorer_that_cannot_value_the_trace_says_what_it_needs(traced) -> None:
+    selection = replace(shape_moe.load_selection(traced / "selection.json"), scorer="contribution")
+    with pytest.raises(UsageError, match="'contribution' needs .* does not hold"):
+        shape_moe.report(traced / "trace", traced / "r.html", selection=selection)
+    assert not (traced / "r.html").exists()
 
 
 def test_without_plotly_there_is_one_sentence(traced, monkeypatch) -> None:

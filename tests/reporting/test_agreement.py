@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -12,9 +14,11 @@ from shape_moe.reporting.figures.agreement import (
     overlap_matrix,
     spearman,
 )
+from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.scoring.scores import Scores, score_trace
-from shape_moe.selection.agreement import kept_by_scorer, options_of
+from shape_moe.selection.agreement import kept_by_scorer, options_of, scoring_of
 from shape_moe.selection.select import SelectOptions, select_from_trace
+from shape_moe.tracing.trace import SegmentWeights
 from support.data import routing_trace, synthetic_trace
 
 
@@ -90,9 +94,19 @@ def test_the_selections_own_scorer_gives_the_selection_again(changes: dict) -> N
     assert masks["frequency"].sum() == selection.kept
 
 
-def test_an_unknown_rule_is_not_guessed() -> None:
-    from dataclasses import replace
+def test_a_selection_tells_its_scoring_and_target() -> None:
+    scoring = ScoreOptions(SegmentWeights(0.25, 2.0), seed=7)
+    trace = synthetic_trace(layers=2, experts=16, top_k=3)
+    stock = SelectOptions(keep=0.5, rule="uniform", routing="reroute", target="stock")
+    selection = select_from_trace(trace, stock, scorer="random", scoring=scoring)
+    assert scoring_of(selection) == scoring
+    assert scoring_of(None) == ScoreOptions()
+    assert selection.target == "stock"
+    assert select_from_trace(trace, SelectOptions(keep=0.5)).target == "ragged"
+    assert replace(selection, constraints={}, options={}).target == "ragged"
 
+
+def test_an_unknown_rule_is_not_guessed() -> None:
     trace = synthetic_trace()
     selection = replace(select_from_trace(trace, SelectOptions(keep=0.5)), rule="their own")
     assert options_of(selection) is None

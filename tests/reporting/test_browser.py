@@ -246,7 +246,7 @@ def test_a_phone_needs_no_sideways_scrolling(browser, page) -> None:
         assert 250 < plot["width"] <= 340, plot
     outside = browser.run(
         "return [...document.querySelectorAll('main *')].filter((e) => e.getBoundingClientRect().right > 361"
-        " && !e.closest('.scroll, pre, .plot, svg')).map((e) => e.outerHTML.slice(0, 90))"
+        " && !e.closest('.scroll, .plot, svg')).map((e) => e.outerHTML.slice(0, 90))"
     )
     assert outside == []
     assert browser.log() == []
@@ -295,6 +295,24 @@ def test_hostile_names_are_shown_and_do_nothing(browser, hostile) -> None:
     ticks = browser.run("return [...document.querySelectorAll('#plot-quality .ytick text')].map((e) => e.textContent)")
     assert len(ticks) == 3
     assert all(tick.endswith("window.hacked=1>%{y}") for tick in ticks)
+
+
+def test_commands_are_copied_as_they_are_typed(browser, demo) -> None:
+    browser.screen(360, 740, phone=True)
+    browser.open(demo)
+    copied = browser.run(
+        "getSelection().selectAllChildren(document.querySelector('.commands')); return getSelection().toString()"
+    )
+    lines = copied.strip().split("\n")
+    assert [line.split(" ")[:2] for line in lines] == [["shape-moe", verb] for verb in ("trace", "select", "prune")]
+    assert (
+        lines[1] == "shape-moe select trace --keep 0.6 --scorer shape --rule coverage --routing drop -o selection.json"
+    )
+    broken = browser.run(
+        "return [...document.querySelectorAll('.commands span')].filter((e) => e.textContent.startsWith('-')"
+        " && e.getClientRects()[0].height > 30).length"
+    )
+    assert broken == 0  # no option is torn apart
 
 
 def test_tables_can_be_reached_and_scrolled_by_keyboard(browser, large) -> None:

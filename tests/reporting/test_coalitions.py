@@ -12,9 +12,11 @@ from shape_moe.reporting.figures.co_activation import (
     CHANCE,
     NEVER,
     TOO_FEW,
+    Meetings,
     expected_together,
     experts_lost,
     lift_codes,
+    lost_shares,
     neighbours,
     strongest_pairs,
     tokens_together,
@@ -73,7 +75,7 @@ def test_strongest_pairs_are_the_clearest() -> None:
         (i, j): (together[i, j] - expected[i, j]) / max(expected[i, j], 1) ** 0.5 for i, j in combinations(range(9), 2)
     }
     best = sorted((pair for pair, z in surprise.items() if z > 0), key=lambda pair: -surprise[pair])[:5]
-    found = strongest_pairs(together, 5)
+    found = strongest_pairs(Meetings(together), 5)
     assert [(pair.first, pair.second) for pair in found] == best
     assert [pair.tokens for pair in found] == [together[pair] for pair in best]
     assert [pair.expected for pair in found] == pytest.approx([expected[pair] for pair in best])
@@ -83,7 +85,7 @@ def test_lift_survives_its_one_byte() -> None:
     together = tokens_together(tabulate(*tokens(count=4000)), 9, EVEN)
     expected = expected_together(together)
     shown = np.array([8, 3, 5, 0, 1])
-    codes = iter(lift_codes(together, shown))
+    codes = iter(lift_codes(Meetings(together), shown))
     for i, j in combinations(shown, 2):
         code = int(next(codes))
         if expected[i, j] < 5 and together[i, j] < 5:
@@ -96,7 +98,7 @@ def test_lift_survives_its_one_byte() -> None:
 
 def test_lift_codes_name_the_special_cases() -> None:
     together = np.array([[100.0, 0.0, 50.0, 1], [0.0, 100.0, 50.0, 0], [50.0, 50.0, 200.0, 1], [1, 0, 1, 2]])
-    codes = lift_codes(together, np.arange(4))
+    codes = lift_codes(Meetings(together), np.arange(4))
     pairs = dict(zip(combinations(range(4), 2), codes.tolist(), strict=True))
     assert pairs[0, 1] == NEVER
     assert pairs[0, 3] == pairs[1, 3] == TOO_FEW
@@ -106,7 +108,7 @@ def test_lift_codes_name_the_special_cases() -> None:
 def test_neighbours_find_blocks() -> None:
     members = np.array([[0, 4], [2, 5], [1, 3]] * 50 + [[4, 2], [5, 1]])
     together = tokens_together(tabulate(members, np.zeros(152, int), np.zeros(152, int)), 8, EVEN)
-    order = neighbours(together, np.array([0, 1, 2, 3, 6, 4, 5, 7])).tolist()
+    order = neighbours(Meetings(together), np.array([0, 1, 2, 3, 6, 4, 5, 7])).tolist()
     assert sorted(order) == list(range(8))
     assert order[-2:] == [6, 7]
     assert all(abs(order.index(a) - order.index(b)) == 1 for a, b in ((0, 4), (2, 5), (1, 3)))
@@ -130,7 +132,7 @@ def test_experts_lost_are_counted() -> None:
 def test_lost_figure_adds_up(top_k: int) -> None:
     trace = routing_trace(top_k=top_k)
     selection = select_from_trace(trace, SelectOptions(keep=0.5))
-    figure = lost_figure(trace, selection, EVEN)
+    figure = lost_figure(trace.info.layers, lost_shares(trace, selection, EVEN))
     columns = np.stack([unpacked(trace_["y"]) for trace_ in figure.data])
     assert columns.sum(axis=0) == pytest.approx(100, rel=1e-5)
     mask = dict(zip(selection.layers, selection.mask(), strict=True))
@@ -168,8 +170,8 @@ def test_of_many_experts_the_busiest_are_shown() -> None:
 def test_pairs_figure_names_pairs_and_what_becomes_of_them() -> None:
     trace = routing_trace()
     selection = select_from_trace(trace, SelectOptions(keep=0.5))
-    matrices = co_activations(trace, EVEN)
-    figure = pairs_figure(matrices, selection)
+    layers = co_activations(trace, EVEN)
+    figure = pairs_figure(layers, selection)
     for layer, state in zip(trace.info.layers, figure.states, strict=True):
         kept = selection.layers[layer]
         both, one, none, expected = state.data
@@ -177,15 +179,15 @@ def test_pairs_figure_names_pairs_and_what_becomes_of_them() -> None:
             i, j = (int(part) for part in name.split(" + "))
             by_status = [none, one, both]
             for count, column in enumerate(by_status):
-                wanted = matrices[layer][i, j] if count == (i in kept) + (j in kept) else None
+                wanted = layers[layer].together[i, j] if count == (i in kept) + (j in kept) else None
                 assert column["x"][place] == wanted
-            assert expected["x"][place] == pytest.approx(expected_together(matrices[layer])[i, j])
-    assert len(pairs_figure(matrices, None).data) == 2
+            assert expected["x"][place] == pytest.approx(expected_together(layers[layer].together)[i, j])
+    assert len(pairs_figure(layers, None).data) == 2
 
 
 def test_a_layer_without_coalitions_says_so() -> None:
     trace = routing_trace(layers=2)
-    matrices = {0: co_activations(trace, EVEN)[0], 1: np.zeros((16, 16))}
-    assert "no pair" in pairs_figure(matrices, None).states[1].lines[0]
-    codes = unpacked(matrix_figure(matrices, None).states[1].arrays["codes"])
+    layers = {0: co_activations(trace, EVEN)[0], 1: Meetings(np.zeros((16, 16)))}
+    assert "no pair" in pairs_figure(layers, None).states[1].lines[0]
+    codes = unpacked(matrix_figure(layers, None).states[1].arrays["codes"])
     assert (codes == TOO_FEW).all()

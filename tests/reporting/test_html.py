@@ -158,6 +158,25 @@ def test_the_same_material_gives_the_same_page(tmp_path) -> None:
     assert render_report(full_material(tmp_path)) == render_report(full_material(tmp_path))
 
 
+def test_what_several_parts_show_is_computed_once(tmp_path, monkeypatch) -> None:
+    from shape_moe.reporting import material as parts
+    from shape_moe.reporting.figures import co_activation, values
+
+    calls: list[str] = []
+    for module, name in (
+        *((parts, name) for name in ("kept_mass", "lost_shares")),
+        *((values, name) for name in ("shares", "layer_ranks")),
+        (co_activation, "expected_together"),
+    ):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, f=original: (calls.append(f.__name__), f(*args))[1])
+    render_report(full_material(tmp_path))
+    assert {name: calls.count(name) for name in calls} == {
+        **dict.fromkeys(("kept_mass", "lost_shares", "shares", "layer_ranks"), 1),
+        "expected_together": 4,
+    }
+
+
 def test_what_is_missing_says_what_would_add_it(tmp_path) -> None:
     whole = full_material(tmp_path)
     _, names, page = page_of(Material("values.csv", scores=replace(whole.scores, scorer="table")))
@@ -180,6 +199,22 @@ def test_what_is_missing_says_what_would_add_it(tmp_path) -> None:
     without = replace(whole.evaluation, models=tuple(replace(m, footprint={}) for m in whole.evaluation.models))
     _, names, _ = page_of(Material("TRACE", selection=whole.selection, evaluation=without))
     assert names == ["values", "layers", "quality", "provenance"]
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("org/name", "org/name"),
+        ("/models/Qwen3/", "Qwen3"),
+        ("./Qwen3", "Qwen3"),
+        ("C:\\models\\Qwen3", "Qwen3"),
+        ("/models/demo/model", "demo/model"),
+        ("model", "model"),
+        (None, "values.csv"),
+    ],
+)
+def test_the_heading_names_the_model(model: str | None, name: str) -> None:
+    assert Material("/tables/values.csv", given_model=model).model_name == name
 
 
 def test_summary_tells_sizes_value_quality_and_stability(tmp_path) -> None:
@@ -238,6 +273,21 @@ def test_warnings_are_prominent(tmp_path) -> None:
     assert "Beware of this." in page.words
 
 
+def test_a_sweep_names_the_smallest_selection_that_is_not_recommended(tmp_path) -> None:
+    sweep = full_material(tmp_path).sweep
+    place = sweep.smallest_within_limit
+    assert place == sweep.recommended
+    told = f"smallest selection within the limit keeps {100 * sweep.points[place].keep:.1f} %"
+    assert told not in page_of(Material("s", sweep=sweep))[2].words
+    for another in (None, place - 1):
+        words = page_of(Material("s", sweep=replace(sweep, recommended=another)))[2].words
+        assert f"{told} of the experts ({sweep.points[place].method})." in words
+    assert (
+        "smallest selection within the limit"
+        not in page_of(Material("s", sweep=replace(sweep, recommended=None, smallest_within_limit=None)))[2].words
+    )
+
+
 def test_commands_give_the_artifacts_again(tmp_path) -> None:
     trace = synthetic_trace(layers=4, experts=16, top_k=3)
     source = {
@@ -251,13 +301,15 @@ def test_commands_give_the_artifacts_again(tmp_path) -> None:
         "answers_from": "http://h/v1",
         "template_args": {"thinking": False},
         "max_length": 99,
+        "fields": {"prompt": "the question", "response": "answer"},
     }
     trace = replace(trace, info=replace(trace.info, model="org/model", source=source))
     options = SelectOptions(keep=0.55, multiple_of=4, allow_rounding=True, skip_layers=(1,), protect={2: (0, 5)})
     selection = select_from_trace(trace, options, scorer="reap")
     made = commands(Material("t", selection, score_trace(trace, "reap"), trace))
     assert made == [
-        "shape-moe trace org/model --data 'my data.jsonl' --samples 25 --seed 3 --max-length 99 --max-new-tokens 64 "
+        "shape-moe trace org/model --data 'my data.jsonl' --samples 25 --seed 3 --max-length 99 "
+        "--map 'prompt=the question' --map response=answer --max-new-tokens 64 "
         "--responses-from http://h/v1 --template-arg thinking=false --no-template -o trace",
         "shape-moe select trace --keep 0.55 --scorer reap --rule coverage --routing drop --skip-layers 1 "
         "--protect 2:0,5 --multiple-of 4 --allow-rounding -o selection.json",
@@ -268,6 +320,61 @@ def test_commands_give_the_artifacts_again(tmp_path) -> None:
     assert made[-1] == "shape-moe merge trace-1 trace-2 --weight 1 --weight 2 -o trace"
     converted = replace(trace.info, source={"data": "responses.jsonl"})
     assert commands(Material("t", trace=replace(trace, info=converted))) == []
+
+
+def test_the_printed_trace_command_reads_the_same_records(tmp_path, embedded) -> None:
+    import shlex
+
+    from shape_moe.cli.main import run
+    from shape_moe.demo.tasks import examples
+    from shape_moe.tracing.trace import load_trace
+
+    rows = [{"the question": row["prompt"], "answer": row["response"]} for row in examples("addition", 12, seed=0)]
+    data, first, again = tmp_path / "my data.jsonl", tmp_path / "first", tmp_path / "trace"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = ["--samples", "4", "--seed", "5", "--map", "prompt=the question", "--map", "response=answer"]
+    assert run(["trace", str(embedded), "--data", str(data), *drawn, "-o", str(first), "--device", "cpu", "-q"]) == 0
+    (made,) = commands(Material("first", trace=load_trace(first)))
+    words = [str(again) if word == "trace" and place > 1 else word for place, word in enumerate(shlex.split(made))]
+    assert run([*words[1:], "--device", "cpu", "-q"]) == 0
+    found = [load_trace(folder).info.source for folder in (first, again)]
+    assert found[0] == found[1]
+    assert len(found[0]["records"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "shown"),
+    [("org/data", "train", False), ("org/data", "test", True), ("preset:gsm8k", "train", True)],
+)
+def test_a_split_is_printed_where_it_is_not_the_default(source: str, split: str, shown: bool) -> None:
+    trace = synthetic_trace()
+    info = replace(trace.info, source={"data": source, "split": split, "content_hash": "sha256:1"})
+    (made,) = commands(Material("t", trace=replace(trace, info=info)))
+    assert (f"--split {split}" in made) is shown
+
+
+def test_a_trace_drawn_beside_held_out_examples_has_no_command_but_says_so(tmp_path) -> None:
+    trace, sentence = synthetic_trace(), "12 of 40 records calibrate, 28 others judge; seed 3"
+    source = {"data": "tasks.jsonl", "samples": 12, "content_hash": "sha256:1", "split_sentence": sentence}
+    trace = replace(trace, info=replace(trace.info, model="org/model", source=source))
+    selection = select_from_trace(trace, SelectOptions(keep=0.5))
+    material = Material("t", selection, score_trace(trace), trace)
+    assert [words.split()[1] for words in commands(material)] == ["select", "prune"]
+    _, _, page = page_of(material)
+    assert f"{sentence}." in page.words
+    plain = {**source, "split_sentence": None}
+    merged = replace(trace, info=replace(trace.info, source={"merged": [plain, source]}))
+    assert commands(Material("t", trace=merged)) == []
+    assert f"Split {sentence}." in page_of(Material("t", trace=merged))[2].words
+
+
+def test_results_without_a_command_print_none(tmp_path) -> None:
+    whole = full_material(tmp_path)
+    from_python = replace(
+        whole, trace=None, sweep=replace(whole.sweep, command=""), evaluation=replace(whole.evaluation, command="")
+    )
+    assert [words.split()[1] for words in commands(from_python)] == ["select", "prune"]
+    assert render_report(from_python)
 
 
 def test_the_selection_command_is_one_that_the_command_line_takes(tmp_path) -> None:

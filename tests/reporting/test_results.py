@@ -17,8 +17,9 @@ from shape_moe.reporting.figures.evaluation import (
     quality_figure,
     result_tables,
 )
+from shape_moe.reporting.figures.figure import with_interval
 from shape_moe.reporting.figures.metrics import METRICS, error_bars, is_wide, known_metrics, value_axis
-from shape_moe.reporting.figures.sweep import chosen_point, sweep_figure
+from shape_moe.reporting.figures.sweep import sweep_figure
 from shape_moe.reporting.results import read_evaluation, read_sweep
 from shape_moe.selection.selection import Selection
 from support.results import evaluation_document, sweep_document, write_evaluation, write_sweep
@@ -64,10 +65,15 @@ def test_an_evaluation_is_read_whole(tmp_path) -> None:
     assert len(evaluation.faithfulness[0].random) == 3
 
 
-def test_unknown_ends_and_a_single_check(tmp_path) -> None:
+def test_unknown_ends(tmp_path) -> None:
     unknown = {"value": 0.5, "low": None, "high": None}
-    check = {"selection": "s", "kept": {"kl": unknown}, "inverted": {"kl": {"value": None}}, "random": []}
-    evaluation = read_evaluation(write_evaluation(tmp_path, faithfulness=check, data=None, command=None))
+    check = {
+        "selection": "s",
+        "kept": {"quality": {"kl": unknown}},
+        "inverted": {"quality": {"kl": {"value": None}}},
+        "random": [],
+    }
+    evaluation = read_evaluation(write_evaluation(tmp_path, faithfulness=[check], data=None, command=None))
     (found,) = evaluation.faithfulness
     assert found.kept.quality["kl"].value == 0.5
     assert math.isnan(found.kept.quality["kl"].low)
@@ -159,12 +165,12 @@ def test_the_operating_point_is_the_given_selection(tmp_path) -> None:
     document = sweep_document()
     sweep = read_sweep(write_sweep(tmp_path))
     given = selection_like(document["points"][8])
-    assert chosen_point(sweep, given) == sweep.points[8]
+    assert sweep.point_of(given) == sweep.points[8]
     assert "this selection" in [swatch.text for swatch in sweep_figure(sweep, given).legend]
     unknown = replace(given, scorer="mine")
-    assert chosen_point(sweep, unknown) is None
+    assert sweep.point_of(unknown) is None
     assert sweep_figure(sweep, unknown).data[3]["x"] == []
-    assert chosen_point(sweep, None) == sweep.points[document["recommended"]]
+    assert sweep.point_of(None) == sweep.points[document["recommended"]]
 
 
 def test_limits_are_drawn_where_they_belong(tmp_path) -> None:
@@ -202,6 +208,12 @@ def test_quality_of_every_model_and_set(tmp_path) -> None:
     assert exact.data[1]["x"] == [None] * 3
     assert also["name"] == "other data"
     assert len(figure.table.rows) == 6
+
+
+@pytest.mark.parametrize("check", [{"selection": "s"}, [{"selection": "s", "kept": {"kl": 1}}]])
+def test_damaged_checks(tmp_path, check: object) -> None:
+    with pytest.raises(DataError, match="damaged"):
+        read_evaluation(write_evaluation(tmp_path, faithfulness=check))
 
 
 def test_a_dense_model_at_zero_keeps_the_axis_linear(tmp_path) -> None:
@@ -265,6 +277,13 @@ def test_wide_ranges_are_logarithmic_with_readable_ticks() -> None:
     assert wider["ticktext"][:3] == ["1e-06", "1e-05", "0.0001"]
 
 
+def test_intervals_are_told_where_they_are_known() -> None:
+    assert with_interval("x", Estimate(0.5, 0.25, 0.75)) == "x [0.250, 0.750]"
+    for low, high in ((math.nan, 1.0), (0.0, math.nan)):
+        assert not Estimate(0.5, low, high).has_interval
+        assert with_interval("x", Estimate(0.5, low, high)) == "x"
+
+
 def test_metrics_as_text(tmp_path) -> None:
     sweep = read_sweep(write_sweep(tmp_path))
     measured = sweep.points[3].measured
@@ -284,11 +303,3 @@ def test_numbers_that_json_lacks(tmp_path) -> None:
     figure = sweep_figure(read_sweep(tmp_path), None)
     assert figure.states[0].data[0]["y"][-1] is None
     assert figure.states[0].data[0]["error_y"]["array"][-1] is None
-
-
-def test_a_logarithmic_axis_leaves_out_what_is_zero() -> None:
-    values = [Estimate(0.0, 0.0, 0.0), None, Estimate(0.002, 0.001, 0.003), Estimate(0.4, 0.3, 0.5)]
-    axis = value_axis(values, log=True)
-    assert axis["type"] == "log"
-    assert 0.002 in axis["tickvals"]
-    assert all(tick > 0 for tick in axis["tickvals"])

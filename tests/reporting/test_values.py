@@ -12,6 +12,7 @@ from shape_moe.reporting.figures.figure import number, packed, percent, plain, s
 from shape_moe.reporting.figures.layers import kept_mass, layer_figure
 from shape_moe.reporting.figures.values import best_experts, brightness, heat_map, shares
 from shape_moe.scoring.scores import Scores, score_trace
+from shape_moe.selection.rules import layer_ranks
 from shape_moe.selection.select import SelectOptions, select_from_scores, select_from_trace
 from support.data import routing_trace
 from support.figures import unpacked
@@ -79,7 +80,7 @@ def test_every_layer_is_kept_until_its_curve_reaches_alpha(keep: float) -> None:
     for row, ids in enumerate(selection.layers.values()):
         assert curves[row, len(ids)] >= selection.alpha - 1e-12
         assert curves[row, len(ids) - 1] < selection.alpha
-    states = coverage_figure(scores, selection).states
+    states = coverage_figure(scores, selection, kept_mass(selection, scores)).states
     for row, (layer, state) in enumerate(zip(scores.layers, states, strict=True)):
         assert state.name == str(layer)
         assert unpacked(state.data[1]["y"]) == pytest.approx(100 * curves[row], rel=1e-6)
@@ -107,7 +108,7 @@ def test_experts_needed() -> None:
 
 def test_the_background_shows_every_layer_and_both_ends() -> None:
     scores = make_scores(layers=3, experts=500)
-    figure = coverage_figure(scores, None)
+    figure = coverage_figure(scores, None, None)
     x, y = (unpacked(figure.data[0][axis]) for axis in "xy")
     gaps = np.flatnonzero(np.isnan(x))
     assert len(gaps) == 3
@@ -122,9 +123,9 @@ def test_the_background_shows_every_layer_and_both_ends() -> None:
 def test_without_alpha_there_is_no_line(rule: str) -> None:
     scores = make_scores()
     selection = select_from_scores(scores, SelectOptions(keep=0.5, rule=rule))
-    assert "shapes" not in coverage_figure(scores, selection).layout
+    assert "shapes" not in coverage_figure(scores, selection, kept_mass(selection, scores)).layout
     by_alpha = select_from_scores(scores, SelectOptions(keep=0.5))
-    (line,) = coverage_figure(scores, by_alpha).layout["shapes"]
+    (line,) = coverage_figure(scores, by_alpha, kept_mass(by_alpha, scores)).layout["shapes"]
     assert line["y0"] == line["y1"] == pytest.approx(100 * by_alpha.alpha)
 
 
@@ -168,7 +169,7 @@ def test_heat_map_without_values_or_without_a_selection() -> None:
 def test_best_experts_are_the_best() -> None:
     scores = make_scores()
     selection = select_from_scores(scores, SelectOptions(keep=0.4))
-    table = best_experts(scores, selection, count=2)
+    table = best_experts(scores, selection, shares(scores), layer_ranks(scores.values, scores.activations), count=2)
     for row, cells in enumerate(table.rows):
         order = np.argsort(-scores.values[row])
         assert cells[1].startswith(f"{order[0]} (")

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
-from shape_moe.units import readable_size
+from shape_moe.units import counted, readable_size
 
 _PLAIN_SECONDS = 10.0
 _WIDE = 200
@@ -87,7 +87,7 @@ def _quiet_libraries() -> None:
 
 def amount(count: float, unit: str) -> str:
     """A number of units, readable."""
-    return readable_size(count) if unit == "B" else f"{count:,.0f} {unit}{'' if count == 1 else 's'}"
+    return readable_size(count) if unit == "B" else counted(count, unit)
 
 
 def speed(rate: float, unit: str) -> str:

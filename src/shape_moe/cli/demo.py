@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from shape_moe.cli.console import plain_table
 from shape_moe.cli.flag_groups import with_flags
 from shape_moe.cli.flags import ForceFlag, OutputFlags, SeedFlag
-from shape_moe.demo.run import CALIBRATION_EXAMPLES, KEEP_RATES, DemoRow, run_demo
+from shape_moe.demo.run import CALIBRATION_EXAMPLES, KEEP_RATES, REPORT_KEEP, DemoResult, run_demo
 from shape_moe.demo.tasks import TASKS
 from shape_moe.units import readable_size
 
@@ -30,7 +31,8 @@ def demo(
     rule: Annotated[str, typer.Option(help="How layers share the budget: coverage, uniform, global.")] = "coverage",
     keep: Annotated[list[float] | None, typer.Option(help="Keep rates; 0.8, 0.6, 0.4 and 0.25 if left out.")] = None,
     out: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Keep the trace and the checkpoints here.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Keep the trace, the checkpoints and a report here."),
     ] = None,
 ) -> None:
     """Prune a small trained model for one of its six tasks, by every scorer, and see what is left of it.
@@ -41,20 +43,30 @@ def demo(
     if task in TASKS:
         talk.note(f"{TASKS[task].description}: {CALIBRATION_EXAMPLES} examples")
     rates = tuple(keep or KEEP_RATES)
-    rows = run_demo(task, rule=rule, keep_rates=rates, seed=seed.seed, folder=out, force=force.force, progress=talk)
-    document = {"task": task, "rule": rule, "seed": seed.seed, "rows": [vars(row) for row in rows]}
-    talk.result(document, lambda console: _show(console, rows, task, rule))
+    found = run_demo(task, rule=rule, keep_rates=rates, seed=seed.seed, folder=out, force=force.force, progress=talk)
+    if out is not None and found.report is None:
+        talk.note("pip install 'shape-moe[report]' adds a report to look at.")
+    document = {
+        "task": task,
+        "rule": rule,
+        "seed": seed.seed,
+        "rows": [vars(row) for row in found.rows],
+        "report": str(found.report) if found.report is not None else None,
+    }
+    talk.result(document, lambda console: _show(console, found, task, rule))
 
 
-def _show(console: Console, rows: list[DemoRow], task: str, rule: str) -> None:
+def _show(console: Console, found: DemoResult, task: str, rule: str) -> None:
     title = f"Embedded model traced on {task}, rule {rule}: exact match on held-out prompts"
     table = plain_table("scorer", "keep", "weights", task, "other tasks", title=title)
-    for keep, group in groupby(rows, key=lambda row: round(row.keep, 2)):
+    for keep, group in groupby(found.rows, key=lambda row: round(row.keep, 2)):
         for row in sorted(group, key=lambda row: (-row.on_task, -row.off_task, row.scorer)):
             cells = (row.scorer, f"{keep:g}", readable_size(row.size), f"{row.on_task:.0%}", f"{row.off_task:.0%}")
             table.add_row(*cells, style="bold" if row.scorer in {"dense", "shape"} else None)
         table.add_row()
     console.print(table)
+    if found.report is not None:
+        console.print(f"Report of scorer shape at keep {REPORT_KEEP:g}: [bold]{escape(str(found.report))}[/bold]")
     console.print(
         "One task is kept, the others fade: that is the bargain. On your own model: "
         "shape-moe prune MODEL --data TASK.jsonl --keep 0.8 -o SMALLER"

@@ -29,6 +29,7 @@ from shape_moe.cli import (
     verify,
 )
 from shape_moe.errors import ShapeMoeError
+from shape_moe.made_with import command_line
 
 _INTERRUPTED = 130  # what Typer makes of Ctrl-C
 _GO_ON = "Interrupted; what is complete was kept, and the same command goes on from there."
@@ -95,8 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; errors of the program itself are raised."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        code = app(args=arguments, standalone_mode=False)
+        with command_line(words):
+            code = app(args=words, standalone_mode=False)
     except _USAGE_ERROR as error:
         error.show()
         return 2

@@ -144,9 +144,8 @@ def _check_rate_options(keep: float | None, fit: str | None, selection: Path | N
 
 
 def _check_target(target: str | None, selection: Selection) -> None:
-    made_for = selection.constraints.get("target", "ragged")
-    if target is not None and target != made_for:
-        raise UsageError(f"The selection was made for target {made_for}; select again with --target {target}.")
+    if target is not None and target != selection.target:
+        raise UsageError(f"The selection was made for target {selection.target}; select again with --target {target}.")
 
 
 def _refuse_ignored(

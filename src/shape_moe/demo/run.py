@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -19,8 +19,10 @@ from shape_moe.demo.tasks import TASKS, examples
 from shape_moe.errors import UsageError
 from shape_moe.jobs.options import PruneOptions, TraceOptions
 from shape_moe.jobs.prune import prune
+from shape_moe.jobs.report import report
 from shape_moe.jobs.trace import trace
 from shape_moe.progress import SILENT, Progress
+from shape_moe.reporting.html import plotly_script
 from shape_moe.scoring.registry import ScoreOptions, scorers
 from shape_moe.scoring.scores import score_trace
 from shape_moe.selection.controls import inverted_selection
@@ -32,6 +34,9 @@ from shape_moe.workspace import Workspace, write_json
 KEEP_RATES = (0.8, 0.6, 0.4, 0.25)
 CALIBRATION_EXAMPLES = 25
 EVALUATION_PROMPTS = 50
+REPORT_FILE = "report.html"
+REPORT_KEEP = 0.6
+"""The report shows what the scorer shape keeps at this rate."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,19 @@ class DemoRow:
     off_task: float
 
 
+@dataclass(frozen=True)
+class DemoResult:
+    """A demonstration.
+
+    Attributes:
+        rows: the unpruned model first, then by keep rate and scorer.
+        report: an HTML report; None where nothing is kept, or plotly is not installed.
+    """
+
+    rows: list[DemoRow]
+    report: Path | None
+
+
 def run_demo(
     task: str = "addition",
     *,
@@ -62,7 +80,7 @@ def run_demo(
     folder: Path | None = None,
     force: bool = False,
     progress: Progress = SILENT,
-) -> list[DemoRow]:
+) -> DemoResult:
     """Prune the embedded model for one task, by every scorer and at every keep rate, and judge each result.
 
     Checkpoints are really written, and loaded again from disk.
@@ -72,12 +90,9 @@ def run_demo(
         rule: how layers share the budget.
         keep_rates: keep rates.
         seed: draws the calibration examples, and the values of scorer random.
-        folder: keep trace, checkpoints and the table (``demo.json``) here; None throws them away.
+        folder: keep trace, checkpoints, the table (``demo.json``) and a report here; None throws them away.
         force: replace an earlier demonstration in ``folder``.
         progress: where to show progress.
-
-    Returns:
-        The unpruned model first, then by keep rate and scorer.
 
     Raises:
         UsageError: for an unknown task or rule, a keep rate outside (0, 1], and an output that exists.
@@ -89,19 +104,26 @@ def run_demo(
     with ExitStack() as stack:
         if folder is None:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            return _run(task, rule, keep_rates, seed, work, progress)
+            traced = _trace_task(task, seed, work, work, progress)
+            return DemoResult(_judged(traced, task, rule, keep_rates, seed, work, progress), None)
         job = {"verb": "demo", "task": task, "rule": rule, "keep_rates": keep_rates, "seed": seed}
         space = stack.enter_context(Workspace(folder, job, force=force))
-        rows = _run(task, rule, keep_rates, seed, space.path, progress)
+        traced = _trace_task(task, seed, space.path, folder, progress)
+        rows = _judged(traced, task, rule, keep_rates, seed, space.path, progress)
         write_json(space.path / "demo.json", {**job, "rows": [asdict(row) for row in rows]})
         space.complete()
-        return rows
+    return DemoResult(rows, _report(traced, task, rule, seed, folder, progress))
 
 
-def _run(
-    task: str, rule: str, keep_rates: tuple[float, ...], seed: int, work: Path, progress: Progress
+def _judged(
+    traced: Trace,
+    task: str,
+    rule: str,
+    keep_rates: tuple[float, ...],
+    seed: int,
+    work: Path,
+    progress: Progress,
 ) -> list[DemoRow]:
-    traced = _trace_task(task, seed, work, progress)
     chosen = list(_selections(traced, rule, keep_rates, seed))
     rows = [_judge("dense", 1.0, embedded_model_path(), task)]
     with progress.phase("Pruning, reloading and judging", len(chosen), "model") as advance:
@@ -114,13 +136,33 @@ def _run(
     return rows
 
 
-def _trace_task(task: str, seed: int, work: Path, progress: Progress) -> Trace:
+def _trace_task(task: str, seed: int, work: Path, home: Path, progress: Progress) -> Trace:
+    """Trace the task in a working folder, for one whose final name is ``home``."""
     file = work / f"{task}.jsonl"
     records = examples(task, CALIBRATION_EXAMPLES, seed=seed)
     file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     answers = AnswerOptions(batch_size=CALIBRATION_EXAMPLES)
     options = TraceOptions(DataOptions(str(file)), answers=answers, device="cpu")
-    return trace(embedded_model_path(), options, work / f"{task}-trace", force=True, progress=progress)
+    traced = trace(embedded_model_path(), options, progress=progress)
+    source = {**traced.info.source, "data": str(home / file.name)}
+    traced = replace(traced, info=replace(traced.info, source=source))
+    traced.save(work / _trace_folder(task))
+    return traced
+
+
+def _trace_folder(task: str) -> str:
+    return f"{task}-trace"
+
+
+def _report(traced: Trace, task: str, rule: str, seed: int, folder: Path, progress: Progress) -> Path | None:
+    try:
+        plotly_script()
+    except UsageError:  # plotly is an extra
+        return None
+    options = SelectOptions(keep=REPORT_KEEP, rule=rule)
+    selection = select_from_trace(traced, options, scorer="shape", scoring=ScoreOptions(seed=seed))
+    source, file = folder / _trace_folder(task), folder / REPORT_FILE
+    return report(source, file, selection=selection, model=embedded_model_path(), progress=progress).path
 
 
 def _selections(traced: Trace, rule: str, keep_rates: tuple[float, ...], seed: int) -> Iterator[Selection]:

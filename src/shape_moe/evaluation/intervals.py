@@ -25,7 +25,7 @@ class Estimate:
 
     @property
     def has_interval(self) -> bool:
-        """Whether both ends are known."""
+        """Whether the ends are known (not NaN)."""
         return not (isnan(self.low) or isnan(self.high))
 
     def to_document(self) -> dict[str, float | None]:

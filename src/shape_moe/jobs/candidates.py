@@ -9,10 +9,10 @@ from pathlib import Path
 from shape_moe.architectures.fingerprint import check_fingerprint, fingerprint
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.errors import CheckpointError
-from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.scoring.scores import Scores, score_trace
+from shape_moe.selection.agreement import scoring_of
 from shape_moe.selection.selection import Selection, check_against_model, load_selection, open_selection
-from shape_moe.tracing.trace import SegmentWeights, Trace, load_trace
+from shape_moe.tracing.trace import Trace, load_trace
 
 
 @dataclass(frozen=True)
@@ -71,5 +71,4 @@ def _mask(name: str, given: Path | Selection, dense: Snapshot, trace: Trace | No
 
 def scores_of(selection: Selection, trace: Trace) -> Scores:
     """The values that a selection was made from."""
-    weights = SegmentWeights(selection.options.get("prompt", 1.0), selection.options.get("response", 1.0))
-    return score_trace(trace, selection.scorer, ScoreOptions(weights, int(selection.options.get("seed", 0))))
+    return score_trace(trace, selection.scorer, scoring_of(selection))

@@ -11,17 +11,17 @@ from pathlib import Path
 from shape_moe.architectures.fingerprint import check_fingerprint
 from shape_moe.architectures.moe_config import find_family
 from shape_moe.architectures.sizes import measure
-from shape_moe.architectures.snapshot import open_headers, open_snapshot
+from shape_moe.architectures.snapshot import Snapshot, open_headers, open_snapshot
 from shape_moe.architectures.tensor_names import tensor_role
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.jobs.select import is_table
 from shape_moe.progress import SILENT, Progress
-from shape_moe.reporting.figures.sweep import chosen_point
 from shape_moe.reporting.html import plotly_script, render_report
-from shape_moe.reporting.material import Material, Sizes, scoring_of
+from shape_moe.reporting.material import Material, Sizes
 from shape_moe.reporting.results import SWEEP_FILE, read_evaluation, read_sweep
 from shape_moe.scoring.registry import scorers
 from shape_moe.scoring.scores import Scores, read_scores, score_trace
+from shape_moe.selection.agreement import scoring_of
 from shape_moe.selection.selection import Selection, check_against_model, load_selection
 from shape_moe.tracing.trace import Trace, load_trace
 from shape_moe.workspace import check_output_file, write_text
@@ -150,10 +150,10 @@ def _gather(
         given_model=str(model) if model is not None else None,
     )
     _check_origin(material, force=force)
-    scores, remarks = _values(found, trace, chosen)
+    rivals = _rivals(trace, chosen) if trace is not None else ()
+    scores, remarks = _values(found, trace, chosen, rivals)
     if chosen is not None and scores is not None:
         _check_shape(chosen, scores, source)
-    rivals = _rivals(trace, chosen) if trace is not None else ()
     sizes = _sizes(found.checkpoint, chosen, model) or _swept_sizes(material)
     return replace(material, scores=scores, rivals=rivals, sizes=sizes, remarks=tuple(remarks))
 
@@ -172,21 +172,28 @@ def _check_origin(material: Material, *, force: bool) -> None:
             check_fingerprint(text, first, what, force=force)
 
 
-def _values(found: _Found, trace: Trace | None, selection: Selection | None) -> tuple[Scores | None, list[str]]:
-    """The values to show, and what to say where they are not those that the selection was made with."""
+def _values(
+    found: _Found, trace: Trace | None, selection: Selection | None, rivals: tuple[Scores, ...]
+) -> tuple[Scores | None, list[str]]:
+    """The values to show, and what to say where they are not those that the selection was made with.
+
+    Raises:
+        ShapeMoeError: when the scorer cannot value this trace; the message says why.
+    """
     if found.table is not None:
         return read_scores(found.table), []
     if trace is None:
         return None, []
     usual = "shape" if trace.info.top_k > 1 else "frequency"
-    wanted = selection.scorer if selection is not None else usual
-    if wanted in scorers():
-        return score_trace(trace, wanted, scoring_of(selection)), []
-    remark = (
-        f"The selection was made by {wanted!r}, which is no scorer of this installation: the values shown are those of "
-        f"the scorer {usual}."
-    )
-    return score_trace(trace, usual, scoring_of(selection)), [remark]
+    wanted, remarks = selection.scorer if selection is not None else usual, []
+    if wanted not in scorers():
+        remarks.append(
+            f"The selection was made by {wanted!r}, which is no scorer of this installation: the values shown are "
+            f"those of the scorer {usual}."
+        )
+        wanted = usual
+    known = next((entry for entry in rivals if entry.scorer == wanted), None)
+    return known or score_trace(trace, wanted, scoring_of(selection)), remarks
 
 
 def _check_shape(selection: Selection, scores: Scores, source: str) -> None:
@@ -212,37 +219,36 @@ def _rivals(trace: Trace, selection: Selection | None) -> tuple[Scores, ...]:
 def _sizes(checkpoint: Path | None, selection: Selection | None, model: Place | None) -> Sizes | None:
     if selection is None:
         return None
+    pruned = open_snapshot(checkpoint) if checkpoint is not None else None
     if model is not None:
         snapshot = open_headers(model)
         check_against_model(selection, snapshot.moe, snapshot.moe_layers, selection.routing)
         size = measure(snapshot)
-        after = open_snapshot(checkpoint).total_bytes if checkpoint else size.at_keep(selection.kept)
-        return Sizes(size.total, after, "measured" if checkpoint else "from the tensors' sizes")
-    if checkpoint is not None:
-        after = open_snapshot(checkpoint).total_bytes
-        return Sizes(original_bytes(checkpoint, selection), after, "counted back from this checkpoint")
+        after = pruned.total_bytes if pruned is not None else size.at_keep(selection.kept)
+        return Sizes(size.total, after, "measured" if pruned is not None else "from the tensors' sizes")
+    if pruned is not None:
+        return Sizes(original_bytes(pruned, selection), pruned.total_bytes, "counted back from this checkpoint")
     return None
 
 
 def _swept_sizes(material: Material) -> Sizes | None:
     """The sizes of the selection as a sweep gives them, None where it does not."""
     sweep = material.sweep
-    point = chosen_point(sweep, material.selection) if sweep is not None else None
+    point = sweep.point_of(material.selection) if sweep is not None else None
     if sweep is None or point is None or point.size is None or sweep.dense_size is None:
         return None
     return Sizes(sweep.dense_size, point.size, "as the sweep says")
 
 
-def original_bytes(checkpoint: Path, selection: Selection) -> int:
+def original_bytes(checkpoint: Snapshot, selection: Selection) -> int:
     """Bytes of the model that a checkpoint was pruned from.
 
     A layer's experts are of one size, so that the removed ones can be counted back; what no pruned checkpoint keeps
     (layers of multi-token prediction) cannot.
     """
-    snapshot = open_snapshot(checkpoint)
-    family = find_family(snapshot.config)
+    family = find_family(checkpoint.config)
     total, experts = 0, Counter[int]()
-    for name, slot in snapshot.tensors.items():
+    for name, slot in checkpoint.tensors.items():
         role = tensor_role(family, name)
         if role.layer in selection.layers and role.role in ("expert", "packed"):
             experts[role.layer] += slot.size

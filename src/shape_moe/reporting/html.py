@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +36,13 @@ def plotly_script() -> str:
         raise UsageError(
             "The report draws with plotly, which is not installed: pip install 'shape-moe[report]'."
         ) from error
-    return str(get_plotlyjs())
+    return _script_of(get_plotlyjs)
+
+
+@cache
+def _script_of(read: Callable[[], str]) -> str:
+    """What the library reads from several megabytes of its files, once."""
+    return str(read())
 
 
 def render_report(material: Material) -> tuple[str, list[str]]:

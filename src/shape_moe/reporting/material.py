@@ -6,9 +6,14 @@ import shlex
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
+
+from shape_moe.reporting.figures.co_activation import lost_shares
+from shape_moe.reporting.figures.layers import kept_mass
 from shape_moe.reporting.results import Evaluation, Sweep
-from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.scoring.scores import Scores
+from shape_moe.selection.agreement import scoring_of
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import SegmentWeights, Trace
 
@@ -69,15 +74,31 @@ class Material:
 
     @property
     def model_name(self) -> str:
-        """The model's name for a heading: a hub id as it is, of a path its last part; the source's without one."""
+        """The model's name for a heading: a hub id as it is, of a path its last part; the source's without one.
+
+        A folder ``model`` is named together with the one that it lies in.
+        """
         name = (self.model or self.source).replace("\\", "/").rstrip("/")
         is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or self.model is None
-        return name.rsplit("/", 1)[-1] if is_path else name
+        parts = name.split("/")
+        return "/".join(parts[-2:] if parts[-1] == "model" else parts[-1:]) if is_path else name
 
     @property
     def weights(self) -> SegmentWeights:
         """How much prompt and response tokens counted."""
         return scoring_of(self.selection).weights
+
+    @cached_property
+    def kept_mass(self) -> NDArray[np.float64] | None:
+        """Share of each layer's value that the selection keeps, float [L]; None without a selection."""
+        return kept_mass(self.selection, self.scores) if self.selection is not None else None
+
+    @cached_property
+    def lost_shares(self) -> NDArray[np.float64] | None:
+        """Share of each layer's tokens that lose 0, 1, ... k of their experts, float [L, k + 1]."""
+        if self.trace is None or self.selection is None:
+            return None
+        return lost_shares(self.trace, self.selection, self.weights)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -85,10 +106,3 @@ class Material:
         if self.scores is not None:
             return self.scores.layers
         return tuple(self.selection.layers) if self.selection is not None else ()
-
-
-def scoring_of(selection: Selection | None) -> ScoreOptions:
-    """The segment weights and the seed that a selection was scored with; the defaults where it does not say."""
-    options = selection.options if selection is not None else {}
-    weights = SegmentWeights(float(options.get("prompt", 1.0)), float(options.get("response", 1.0)))
-    return ScoreOptions(weights, int(options.get("seed", 0)))

@@ -8,13 +8,16 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-from shape_moe.reporting.figures.figure import percent
+from shape_moe.calibration.calibrate import AnswerOptions
+from shape_moe.calibration.presets import PREFIX
+from shape_moe.reporting.figures.figure import percent, sentence
 from shape_moe.reporting.material import Material
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import TraceInfo
 
 Facts = list[tuple[str, str]]
-_DEFAULT_MAX_NEW_TOKENS = 512
+_SPLIT = "split_sentence"
+"""Where a trace says how its examples were told apart from held-out ones; it drew them as no verb alone does."""
 
 
 def facts(material: Material) -> list[tuple[str, Facts]]:
@@ -60,6 +63,7 @@ def _calibration(info: TraceInfo) -> Facts:
     tokens = " and ".join(f"{count:,.0f} {segment}" for segment, count in info.tokens.items())
     return [
         ("Data", ", ".join(str(source.get("data", "unknown")) for source in _sources(info))),
+        ("Split", " ".join(sentence(str(s[_SPLIT])) for s in _sources(info) if s.get(_SPLIT))),
         ("Examples", f"{info.examples:,}" if info.examples else ""),
         ("Tokens", tokens),
         ("Engine", f"{info.engine}, {info.dtype}"),
@@ -131,9 +135,9 @@ def commands(material: Material) -> list[str]:
 
 
 def _trace_commands(info: TraceInfo, model: str) -> list[str]:
-    """Empty when the trace was not made by this package's tracer from a calibration set."""
+    """Empty when the verb trace did not make it, or drew its examples together with held-out ones."""
     sources = _sources(info)
-    if not all("content_hash" in source for source in sources):
+    if not all("content_hash" in source and not source.get(_SPLIT) for source in sources):
         return []
     names = ["trace"] if len(sources) == 1 else [f"trace-{place}" for place in range(1, len(sources) + 1)]
     made = [
@@ -154,9 +158,10 @@ def _data_options(source: Mapping[str, Any]) -> str:
     options: list[tuple[str, Any]] = [("--data", source["data"])]
     options += [(f"--{name}", source.get(name)) for name in ("split", "subset", "samples", "stratify")]
     options += [("--seed", source.get("seed") or None), ("--max-length", source.get("max_length"))]
-    if source.get("split") == "train":
-        options.remove(("--split", "train"))
-    if source.get("max_new_tokens", _DEFAULT_MAX_NEW_TOKENS) != _DEFAULT_MAX_NEW_TOKENS:
+    if source.get("split") == "train" and not source["data"].startswith(PREFIX):
+        options.remove(("--split", "train"))  # elsewhere the default
+    options += [("--map", f"{ours}={theirs}") for ours, theirs in (source.get("fields") or {}).items()]
+    if source.get("max_new_tokens", AnswerOptions.max_new_tokens) != AnswerOptions.max_new_tokens:
         options.append(("--max-new-tokens", source["max_new_tokens"]))
     if source.get("answers_from", "none") not in ("none", "the model"):
         options.append(("--responses-from", source["answers_from"]))
@@ -176,7 +181,7 @@ def _select_command(selection: Selection, source: str) -> str:
         *(_scoring_options(selection) if source == "trace" else ()),
         ("--rule", selection.rule),
         ("--routing", selection.routing),
-        ("--target", _unless(rules.get("target"), "ragged")),
+        ("--target", _unless(selection.target, "ragged")),
         ("--tolerance", rules.get("tolerance")),
         ("--skip-layers", ",".join(map(str, rules.get("skip_layers") or ()))),
         *(("--protect", f"{layer}:{','.join(map(str, ids))}") for layer, ids in (rules.get("protect") or {}).items()),

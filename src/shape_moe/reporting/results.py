@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from shape_moe.architectures.snapshot import read_json
 from shape_moe.errors import DataError
 from shape_moe.evaluation.intervals import Estimate
+from shape_moe.selection.selection import Selection
 
 FORMAT_VERSION = 1
 FOOTPRINT = ("load_seconds", "peak_bytes", "prefill_tokens_per_second", "decode_tokens_per_second")
@@ -114,6 +115,14 @@ class Sweep:
     versions: Mapping[str, str]
     seed: int | None
     command: str
+
+    def point_of(self, selection: Selection | None) -> SweepPoint | None:
+        """The point that is this selection, None where there is none; the recommended one for no selection."""
+        if selection is None:
+            return self.points[self.recommended] if self.recommended is not None else None
+        wanted = (selection.scorer, selection.rule, selection.routing, selection.kept)
+        same = [p for p in self.points if (p.scorer, p.rule, p.routing, p.kept) == wanted]
+        return same[0] if same else None
 
 
 @dataclass(frozen=True)
@@ -242,14 +251,13 @@ def _point(entry: dict[str, Any]) -> SweepPoint:
 
 
 def _evaluation(document: dict[str, Any]) -> Evaluation:
-    checks = document.get("faithfulness") or []
     return Evaluation(
         model=str(document["model"]),
         data=str(document.get("data") or ""),
         seed=_whole(document.get("seed")),
         versions=_texts(document.get("versions")),
         models=tuple(_model(entry) for entry in document["models"]),
-        faithfulness=tuple(_faithfulness(entry) for entry in (checks if isinstance(checks, list) else [checks])),
+        faithfulness=tuple(_faithfulness(entry) for entry in document.get("faithfulness") or []),
         warnings=tuple(str(text) for text in document.get("warnings") or []),
         fingerprint=document.get("fingerprint"),
         command=str(document.get("command") or ""),
@@ -278,11 +286,8 @@ def _classes(entry: dict[str, Any]) -> tuple[str, str, Mapping[str, Measured]]:
 
 
 def _faithfulness(entry: dict[str, Any]) -> Faithfulness:
-    def measured(control: dict[str, Any]) -> Measured:
-        return _measured(control if "quality" in control else {"quality": control})
-
-    controls = tuple(measured(control) for control in entry.get("random") or [])
-    return Faithfulness(str(entry["selection"]), measured(entry["kept"]), measured(entry["inverted"]), controls)
+    controls = tuple(_measured(control) for control in entry["random"])
+    return Faithfulness(str(entry["selection"]), _measured(entry["kept"]), _measured(entry["inverted"]), controls)
 
 
 def _measured(entry: dict[str, Any]) -> Measured:

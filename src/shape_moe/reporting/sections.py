@@ -22,10 +22,11 @@ from shape_moe.reporting.figures.evaluation import (
     result_tables,
 )
 from shape_moe.reporting.figures.figure import Section, percent, sentence
-from shape_moe.reporting.figures.layers import kept_mass, layer_figure
+from shape_moe.reporting.figures.layers import layer_figure
 from shape_moe.reporting.figures.sweep import sweep_figure
 from shape_moe.reporting.figures.values import heat_map
 from shape_moe.reporting.material import Material
+from shape_moe.reporting.results import Sweep
 from shape_moe.selection.agreement import kept_by_scorer
 from shape_moe.selection.selection import Selection
 
@@ -87,15 +88,15 @@ def _values(material: Material) -> Section | Missing:
 
 
 def _layers(material: Material) -> Section | Missing:
-    selection = material.selection
-    if selection is None:
+    selection, mass = material.selection, material.kept_mass
+    if selection is None or mass is None:
         select = f"shape-moe select {shlex.quote(material.source)} --keep 0.8 -o selection.json"
         return Missing("What every layer keeps", (select, _report_command(material, "--selection selection.json")))
     lead = (
         "Bars show how many experts every layer keeps, diamonds above them how much of the layer's value these hold: a "
         "low bar with a high diamond is a layer that needs few experts."
     )
-    return Section("layers", "Layers", lead, (layer_figure(selection, kept_mass(selection, material.scores)),))
+    return Section("layers", "Layers", lead, (layer_figure(selection, mass),))
 
 
 def _coverage(material: Material) -> Section | Missing:
@@ -106,8 +107,8 @@ def _coverage(material: Material) -> Section | Missing:
         "carry the chosen layer; thin lines are the other layers."
     )
     notes = (_about_alpha(material.selection),) if material.selection is not None else ()
-    selection = material.selection
-    return Section("coverage", "Coverage", lead, (coverage_figure(material.scores, selection),), notes=notes)
+    figure = coverage_figure(material.scores, material.selection, material.kept_mass)
+    return Section("coverage", "Coverage", lead, (figure,), notes=notes)
 
 
 def _about_alpha(selection: Selection) -> str:
@@ -123,13 +124,13 @@ def _about_alpha(selection: Selection) -> str:
 
 
 def _coalitions(material: Material) -> Section | Missing:
-    trace, selection = material.trace, material.selection
+    trace, selection, lost = material.trace, material.selection, material.lost_shares
     if trace is None:
         return Missing("Coalitions", _trace_commands(material))
-    matrices = co_activations(trace, material.weights)
-    figures = [matrix_figure(matrices, selection), pairs_figure(matrices, selection)]
-    if selection is not None:
-        figures.insert(0, lost_figure(trace, selection, material.weights))
+    layers = co_activations(trace, material.weights)
+    figures = [matrix_figure(layers, selection), pairs_figure(layers, selection)]
+    if lost is not None:
+        figures.insert(0, lost_figure(trace.info.layers, lost))
     lead = (
         "A token is served by a coalition of experts; the matrix shows which experts of the chosen layer meet more "
         "often (warm) or less often (cool) than their traffic alone suggests, and the bars name the closest pairs."
@@ -168,8 +169,17 @@ def _sweep(material: Material) -> Section | Missing:
         command = f"shape-moe sweep {material.model_word} --trace TRACE -o SWEEP"
         return Missing("Quality against size", (command, _report_command(material, "--sweep SWEEP")))
     lead = "Each point is the model with one selection: left is smaller, and the ringed point is the operating point."
-    notes = tuple(sentence(text) for text in (sweep.reason, sweep.split) if text)
+    notes = tuple(sentence(text) for text in (sweep.reason, _smaller(sweep), sweep.split) if text)
     return Section("sweep", "Quality against size", lead, (sweep_figure(sweep, material.selection),), notes=notes)
+
+
+def _smaller(sweep: Sweep) -> str:
+    """What is within the limit and yet not recommended."""
+    place = sweep.smallest_within_limit
+    if place is None or place == sweep.recommended:
+        return ""
+    point = sweep.points[place]
+    return f"The smallest selection within the limit keeps {percent(point.keep)} of the experts ({point.method})"
 
 
 def _evaluate_commands(material: Material) -> tuple[str, str]:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
 
 import numpy as np
 
-from shape_moe.reporting.figures.co_activation import experts_lost
 from shape_moe.reporting.figures.figure import number, percent, sentence
-from shape_moe.reporting.figures.layers import kept_mass
 from shape_moe.reporting.figures.metrics import METRICS, known_metrics
-from shape_moe.reporting.figures.sweep import chosen_point
 from shape_moe.reporting.material import Material, Sizes
 from shape_moe.reporting.results import EvaluatedModel, Measured
 from shape_moe.selection.selection import Selection
@@ -76,18 +72,10 @@ def tiles(material: Material) -> list[Tile]:
     if sizes is not None:
         share = sizes.after / sizes.before
         found.append(Tile("Weights", _shrunk(sizes), f"{percent(share)} of the original ({sizes.origin})", share))
-    if selection is not None:
-        mass = kept_mass(selection, material.scores)
-        if np.isfinite(mass).any():
-            low = percent(float(np.nanmin(mass)), 1)
-            found.append(
-                Tile(
-                    "Value kept",
-                    percent(float(np.nanmean(mass))),
-                    f"mean over layers; {low} in the lowest",
-                    float(np.nanmean(mass)),
-                )
-            )
+    mass = material.kept_mass
+    if mass is not None and np.isfinite(mass).any():
+        mean, low = float(np.nanmean(mass)), percent(float(np.nanmin(mass)))
+        found.append(Tile("Value kept", percent(mean), f"mean over layers; {low} in the lowest", mean))
     found += _quality_tiles(material)
     if selection is not None and selection.stability is not None:
         agreement, undecided = selection.stability["agreement"], selection.stability["undecided"]
@@ -125,7 +113,7 @@ def _quality_tiles(material: Material) -> list[Tile]:
     if estimate is None:
         return []
     detail = f"{metric.better} is better"
-    if isfinite(estimate.low) and isfinite(estimate.high):
+    if estimate.has_interval:
         detail = f"95 % interval {number(estimate.low)} to {number(estimate.high)}; {detail}"
     return [Tile(metric.title, metric.shown(estimate.value), detail)]
 
@@ -133,7 +121,7 @@ def _quality_tiles(material: Material) -> list[Tile]:
 def measured_quality(material: Material) -> tuple[Measured, str] | None:
     """The selection's quality, and on what it was measured: from the sweep, else from the evaluation."""
     if material.sweep is not None:
-        point = chosen_point(material.sweep, material.selection)
+        point = material.sweep.point_of(material.selection)
         if point is not None:
             return point.measured, material.sweep.split
     if material.evaluation is not None and material.selection is not None:
@@ -183,9 +171,9 @@ def _routing(selection: Selection) -> str:
 
 
 def _value(selection: Selection, material: Material) -> str:
-    mass = kept_mass(selection, material.scores)
+    mass, lost = material.kept_mass, material.lost_shares
     text = ""
-    if np.isfinite(mass).any():
+    if mass is not None and np.isfinite(mass).any():
         worst, typical = list(selection.layers)[int(np.nanargmin(mass))], percent(float(np.nanmean(mass)))
         low = percent(float(np.nanmin(mass)))
         where = (
@@ -194,10 +182,7 @@ def _value(selection: Selection, material: Material) -> str:
             else f"in the mean over layers, and {low} in layer {worst}, which loses most"
         )
         text = f"The kept experts hold {typical} of the value {where}."
-    if material.trace is not None:
-        mask = dict(zip(selection.layers, selection.mask(), strict=True))
-        tables = material.trace.coalitions
-        lost = np.stack([experts_lost(tables[layer], mask[layer], material.weights) for layer in selection.layers])
+    if lost is not None:
         mean = float((lost @ np.arange(lost.shape[1])).mean())
         text += (
             f" In calibration, a token at a layer kept all of its {lost.shape[1] - 1} experts in "
@@ -238,7 +223,7 @@ def warnings(material: Material) -> list[str]:
     sweep = material.sweep
     if sweep is None:
         return found
-    point = chosen_point(sweep, material.selection)
+    point = sweep.point_of(material.selection)
     if sweep.recommended is None:
         found.append(sentence(f"The sweep recommends no selection. {sweep.reason}"))
     if point is not None and point.meets_limit is False:

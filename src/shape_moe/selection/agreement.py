@@ -1,4 +1,4 @@
-"""What other scorers would keep at the size and under the constraints of a given selection."""
+"""How a given selection was made, and what other scorers would keep at its size and under its constraints."""
 
 from __future__ import annotations
 
@@ -8,10 +8,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.architectures.moe_config import RoutingFacts
+from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.scoring.scores import Scores
 from shape_moe.selection.rules import RULES
 from shape_moe.selection.select import SelectOptions, select_from_scores
 from shape_moe.selection.selection import Selection
+from shape_moe.tracing.trace import SegmentWeights
+
+
+def scoring_of(selection: Selection | None) -> ScoreOptions:
+    """The segment weights and the seed that a selection was scored with; the defaults where it does not say."""
+    options = selection.options if selection is not None else {}
+    weights = SegmentWeights(float(options.get("prompt", 1.0)), float(options.get("response", 1.0)))
+    return ScoreOptions(weights, int(options.get("seed", 0)))
 
 
 def options_of(selection: Selection) -> SelectOptions | None:
@@ -27,7 +36,7 @@ def options_of(selection: Selection) -> SelectOptions | None:
         keep=selection.keep,
         rule=selection.rule,
         routing=selection.routing,
-        target=str(rules.get("target", "ragged")),
+        target=selection.target,
         skip_layers=tuple(rules.get("skip_layers") or ()),
         protect={int(layer): tuple(ids) for layer, ids in (rules.get("protect") or {}).items()},
         multiple_of=int(rules.get("multiple_of") or 1),

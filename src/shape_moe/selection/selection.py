@@ -89,6 +89,11 @@ class Selection:
         return counts.pop() if len(counts) == 1 else None
 
     @property
+    def target(self) -> str:
+        """What it was made for: ``ragged`` or ``stock``."""
+        return str(self.constraints.get("target", "ragged"))
+
+    @property
     def digest(self) -> str:
         """sha256 over what a model with this selection computes: the kept experts and the routing."""
         content = json.dumps([self.routing, sorted(self.layers.items())])

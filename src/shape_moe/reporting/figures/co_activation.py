@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shape_moe.selection.selection import Selection
 from shape_moe.tracing.coalitions import CoalitionTable
-from shape_moe.tracing.trace import SegmentWeights
+from shape_moe.tracing.trace import SegmentWeights, Trace
 
 ENOUGH = 5.0
 """Pairs that should meet, and do meet, in fewer tokens than this are not judged: a meeting or two is no habit."""
@@ -60,6 +62,22 @@ def expected_together(together: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 @dataclass(frozen=True)
+class Meetings:
+    """How often the experts of a layer meet.
+
+    Attributes:
+        together: float [E, E] from :func:`tokens_together`.
+    """
+
+    together: NDArray[np.float64]
+
+    @cached_property
+    def expected(self) -> NDArray[np.float64]:
+        """:func:`expected_together`."""
+        return expected_together(self.together)
+
+
+@dataclass(frozen=True)
 class Pair:
     """Two experts of a layer.
 
@@ -76,21 +94,20 @@ class Pair:
     expected: float
 
 
-def strongest_pairs(together: NDArray[np.float64], count: int) -> list[Pair]:
+def strongest_pairs(layer: Meetings, count: int) -> list[Pair]:
     """The pairs that meet most clearly above expectation: by ``(tokens - expected) / sqrt(expected)``."""
-    expected = expected_together(together)
-    rows, columns = np.triu_indices(len(together), 1)
-    meets, by_chance = together[rows, columns], expected[rows, columns]
+    rows, columns = np.triu_indices(len(layer.together), 1)
+    meets, by_chance = layer.together[rows, columns], layer.expected[rows, columns]
     surprise = (meets - by_chance) / np.sqrt(np.maximum(by_chance, 1.0))
     order = np.argsort(-surprise, kind="stable")[:count]
     return [Pair(int(rows[i]), int(columns[i]), float(meets[i]), float(by_chance[i])) for i in order if surprise[i] > 0]
 
 
-def lift_codes(together: NDArray[np.float64], shown: NDArray[np.integer]) -> NDArray[np.uint8]:
+def lift_codes(layer: Meetings, shown: NDArray[np.integer]) -> NDArray[np.uint8]:
     """How often pairs meet relative to expectation, in one byte per pair.
 
     Args:
-        together: float [E, E] from :func:`tokens_together`.
+        layer: how often its experts meet.
         shown: ids of the experts that are shown, in their order.
 
     Returns:
@@ -99,7 +116,7 @@ def lift_codes(together: NDArray[np.float64], shown: NDArray[np.integer]) -> NDA
     """
     rows, columns = np.triu_indices(len(shown), 1)
     pair = shown[rows], shown[columns]
-    meets, by_chance = together[pair], expected_together(together)[pair]
+    meets, by_chance = layer.together[pair], layer.expected[pair]
     codes = np.full(len(rows), TOO_FEW, dtype=np.uint8)
     known = (by_chance >= ENOUGH) | (meets >= ENOUGH)
     codes[known & (meets <= 0)] = NEVER
@@ -109,14 +126,14 @@ def lift_codes(together: NDArray[np.float64], shown: NDArray[np.integer]) -> NDA
     return codes
 
 
-def neighbours(together: NDArray[np.float64], ids: NDArray[np.integer]) -> NDArray[np.integer]:
+def neighbours(layer: Meetings, ids: NDArray[np.integer]) -> NDArray[np.integer]:
     """An order of experts that puts those beside each other which often meet.
 
     Groups grow by average linkage: the two with the strongest mean tie join, turned so that their closest ends touch.
     Larger groups come first; experts that meet nobody more often than expected are groups of one.
     """
-    expected = expected_together(together)[np.ix_(ids, ids)]
-    tie = np.maximum(together[np.ix_(ids, ids)] - expected, 0) / np.sqrt(np.maximum(expected, 1.0))
+    expected = layer.expected[np.ix_(ids, ids)]
+    tie = np.maximum(layer.together[np.ix_(ids, ids)] - expected, 0) / np.sqrt(np.maximum(expected, 1.0))
     np.fill_diagonal(tie, 0)
     near, groups = tie.copy(), {place: [place] for place in range(len(ids))}
     while groups:
@@ -155,3 +172,9 @@ def experts_lost(table: CoalitionTable, kept: NDArray[np.bool_], weights: Segmen
     tokens = np.bincount(lost, weights=counts, minlength=table.members.shape[1] + 1)
     whole = float(tokens.sum())
     return np.asarray(tokens / whole if whole > 0 else np.zeros(tokens.shape))
+
+
+def lost_shares(trace: Trace, selection: Selection, weights: SegmentWeights) -> NDArray[np.float64]:
+    """:func:`experts_lost` of every layer of a trace, float64 [L, k + 1]."""
+    mask = dict(zip(selection.layers, selection.mask(), strict=True))
+    return np.stack([experts_lost(trace.coalitions[layer], mask[layer], weights) for layer in trace.info.layers])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.reporting.figures.co_activation import (
-    experts_lost,
+    Meetings,
     lift_codes,
     neighbours,
     strongest_pairs,
@@ -20,7 +20,6 @@ from shape_moe.reporting.figures.figure import (
     State,
     Swatch,
     Table,
-    counted,
     layer_axis,
     number,
     packed,
@@ -29,8 +28,9 @@ from shape_moe.reporting.figures.figure import (
 )
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import SegmentWeights, Trace
+from shape_moe.units import counted
 
-Matrices = Mapping[int, NDArray[np.float64]]
+Layers = Mapping[int, Meetings]
 MOST_SHOWN = 128
 """Experts in a co-activation matrix: those with most tokens, where a layer has more."""
 _PAIRS = 12
@@ -39,11 +39,14 @@ _LOST_SHOWN = 4
 _LOST_COLOURS = ("@kept", "@lost-1", "@lost-2", "@lost-3", "@lost-4")
 
 
-def lost_figure(trace: Trace, selection: Selection, weights: SegmentWeights) -> Figure:
-    """Share of tokens, by layer, that lose none, one, two, ... of their experts."""
-    mask = dict(zip(selection.layers, selection.mask(), strict=True))
-    top_k = trace.info.top_k
-    shares = np.stack([experts_lost(trace.coalitions[layer], mask[layer], weights) for layer in trace.info.layers])
+def lost_figure(layer_ids: Sequence[int], shares: NDArray[np.float64]) -> Figure:
+    """Share of tokens, by layer, that lose none, one, two, ... of their experts.
+
+    Args:
+        layer_ids: the layers.
+        shares: float [L, k + 1], see :func:`~shape_moe.reporting.figures.co_activation.lost_shares`.
+    """
+    top_k = shares.shape[1] - 1
     shown = min(_LOST_SHOWN, top_k)
     grouped = np.concatenate([shares[:, :shown], shares[:, shown:].sum(axis=1, keepdims=True)], axis=1)
     names = [
@@ -51,7 +54,7 @@ def lost_figure(trace: Trace, selection: Selection, weights: SegmentWeights) -> 
         *(f"{count} lost" for count in range(1, shown)),
         f"{shown}{' or more' * (shown < top_k)} lost",
     ]
-    layers = [str(layer) for layer in trace.info.layers]
+    layers = [str(layer) for layer in layer_ids]
     data = [
         {
             "type": "bar",
@@ -90,26 +93,27 @@ def lost_figure(trace: Trace, selection: Selection, weights: SegmentWeights) -> 
     )
 
 
-def co_activations(trace: Trace, weights: SegmentWeights) -> Matrices:
-    """:func:`tokens_together` of every layer."""
-    experts = trace.info.num_experts
-    return {layer: tokens_together(trace.coalitions[layer], experts, weights) for layer in trace.info.layers}
+def co_activations(trace: Trace, weights: SegmentWeights) -> Layers:
+    """How often the experts of every layer meet."""
+    experts, tables = trace.info.num_experts, trace.coalitions
+    return {layer: Meetings(tokens_together(tables[layer], experts, weights)) for layer in trace.info.layers}
 
 
-def matrix_figure(matrices: Matrices, selection: Selection | None) -> Figure:
+def matrix_figure(layers: Layers, selection: Selection | None) -> Figure:
     """The chosen layer's co-activation matrix, relative to what traffic alone would give."""
     states = []
-    for layer, together in matrices.items():
-        shown = _order(together, set(selection.layers[layer]) if selection else None)
-        kept = sum(int(expert) in set(selection.layers[layer]) for expert in shown) if selection else len(shown)
+    for layer, meetings in layers.items():
+        is_kept = None if selection is None else np.isin(np.arange(selection.num_experts), selection.layers[layer])
+        shown = _order(meetings, is_kept)
+        kept = len(shown) if is_kept is None else int(is_kept[shown].sum())
         states.append(
             State(
                 str(layer),
-                _matrix_label(layer, together, len(shown)),
+                _matrix_label(layer, meetings.together, len(shown)),
                 layout=_kept_border(kept, len(shown)),
                 arrays={
-                    "ids": packed(smallest_integers(shown, len(together))),
-                    "codes": packed(lift_codes(together, shown)),
+                    "ids": packed(smallest_integers(shown, len(meetings.together))),
+                    "codes": packed(lift_codes(meetings, shown)),
                 },
             )
         )
@@ -144,12 +148,12 @@ def matrix_figure(matrices: Matrices, selection: Selection | None) -> Figure:
     )
 
 
-def pairs_figure(matrices: Matrices, selection: Selection | None) -> Figure:
+def pairs_figure(layers: Layers, selection: Selection | None) -> Figure:
     """The chosen layer's strongest pairs: tokens that both serve, and what traffic alone would give."""
     states, rows = [], []
-    for layer, together in matrices.items():
+    for layer, meetings in layers.items():
         kept = set(selection.layers[layer]) if selection else None
-        pairs = strongest_pairs(together, _PAIRS)[::-1]
+        pairs = strongest_pairs(meetings, _PAIRS)[::-1]
         status = [_status(pair.first, pair.second, kept) for pair in pairs]
         names = [f"{pair.first} + {pair.second}" for pair in pairs]
         tokens, expected = [pair.tokens for pair in pairs], [pair.expected for pair in pairs]
@@ -190,14 +194,13 @@ def pairs_figure(matrices: Matrices, selection: Selection | None) -> Figure:
     )
 
 
-def _order(together: NDArray[np.float64], kept: set[int] | None) -> NDArray[np.integer]:
+def _order(layer: Meetings, kept: NDArray[np.bool_] | None) -> NDArray[np.integer]:
     """The experts to show: kept ones first, and in both groups those side by side that often meet."""
-    alone = np.diag(together)
-    busiest = np.argsort(-alone, kind="stable")[:MOST_SHOWN]
+    busiest = np.argsort(-np.diag(layer.together), kind="stable")[:MOST_SHOWN]
     if kept is None:
-        return neighbours(together, busiest)
-    is_kept = np.array([int(expert) in kept for expert in busiest])
-    return np.concatenate([neighbours(together, busiest[is_kept]), neighbours(together, busiest[~is_kept])])
+        return neighbours(layer, busiest)
+    groups = busiest[kept[busiest]], busiest[~kept[busiest]]
+    return np.concatenate([neighbours(layer, group) for group in groups])
 
 
 def _matrix_trace() -> dict[str, Any]:

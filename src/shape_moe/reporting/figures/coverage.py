@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.reporting.figures.figure import Figure, State, Swatch, Table, packed, percent
-from shape_moe.reporting.figures.layers import kept_mass
 from shape_moe.reporting.figures.values import shares
 from shape_moe.scoring.scores import Scores
 from shape_moe.selection.rules import layer_ranks
@@ -37,8 +36,14 @@ def experts_needed(curves: NDArray[np.float64], level: float) -> NDArray[np.int6
     return np.asarray(np.where(reached.any(axis=1), reached.argmax(axis=1), curves.shape[1] - 1))
 
 
-def coverage_figure(scores: Scores, selection: Selection | None) -> Figure:
-    """All layers' curves in the background, the chosen layer's in front, and where the selection cuts it."""
+def coverage_figure(scores: Scores, selection: Selection | None, mass: NDArray[np.float64] | None) -> Figure:
+    """All layers' curves in the background, the chosen layer's in front, and where the selection cuts it.
+
+    Args:
+        scores: the values.
+        selection: what is kept, None where nothing was selected.
+        mass: float [L], see :func:`~shape_moe.reporting.figures.layers.kept_mass`; None where nothing was selected.
+    """
     curves = coverage_curves(scores)
     experts = np.arange(curves.shape[1])
     alpha = selection.alpha if selection is not None else None
@@ -58,7 +63,7 @@ def coverage_figure(scores: Scores, selection: Selection | None) -> Figure:
         layout=_layout(alpha, curves.shape[1] - 1),
         height=400,
         legend=_legend(selection),
-        states=_states(scores, selection, curves),
+        states=_states(scores, selection, mass, curves),
         choice="layer",
         table=_table(scores, curves),
     )
@@ -103,13 +108,14 @@ def _layout(alpha: float | None, experts: int) -> dict[str, Any]:
     return layout
 
 
-def _states(scores: Scores, selection: Selection | None, curves: NDArray[np.float64]) -> tuple[State, ...]:
-    mass = kept_mass(selection, scores) if selection is not None else None
+def _states(
+    scores: Scores, selection: Selection | None, mass: NDArray[np.float64] | None, curves: NDArray[np.float64]
+) -> tuple[State, ...]:
+    halves = experts_needed(curves, 0.5)
     states = []
     for row, layer in enumerate(scores.layers):
         curve = {"y": packed(100 * curves[row])}
-        half = int(experts_needed(curves, 0.5)[row])
-        text = f"Layer {layer}: its {half} best experts hold half of its value."
+        text = f"Layer {layer}: its {halves[row]} best experts hold half of its value."
         patches: list[dict[str, Any]] = [{}, curve]
         if selection is not None and mass is not None:
             kept = len(selection.layers[layer])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from math import isfinite
 from typing import Any
 
-from shape_moe.reporting.figures.figure import Figure, State, Swatch, Table, number, plain, shortened
+from shape_moe.reporting.figures.figure import Figure, State, Swatch, Table, number, plain, shortened, with_interval
 from shape_moe.reporting.figures.metrics import METRICS, Metric, error_bars, is_wide, known_metrics, value_axis
-from shape_moe.reporting.results import EvaluatedModel, Evaluation, Faithfulness, Measures
+from shape_moe.reporting.results import EvaluatedModel, Evaluation, Faithfulness
 from shape_moe.reporting.theme import SERIES
+from shape_moe.units import size_unit
 
 _SET_NAMES = {"task": "the task", "also": "other data"}
 _SYMBOLS = {"task": "circle", "also": "circle-open"}
@@ -71,8 +71,7 @@ def _quality_state(metric: Metric, evaluation: Evaluation, sets: list[str]) -> S
     log = is_wide(estimate for estimates in by_set for estimate in estimates)
     patches: list[dict[str, Any]] = [
         {
-            # a value of zero (the dense model's distance to itself) has no place on a logarithmic axis
-            "x": [e.value if e and (e.value > 0 or not log) else None for e in estimates],
+            "x": [e.value if e else None for e in estimates],
             "error_x": error_bars(estimates, log=log),
         }
         for estimates in by_set
@@ -153,7 +152,7 @@ def _footprint(model: EvaluatedModel, key: str) -> float | None:
 def _bars(name: str, title: str, unit: str, better: str, values: list[tuple[EvaluatedModel, float]]) -> Figure:
     divisor = 1.0
     if unit == "bytes":
-        unit, divisor = ("GiB", 2.0**30) if max(value for _, value in values) >= 2**30 else ("MiB", 2.0**20)
+        unit, divisor = size_unit(max(value for _, value in values))
     names = [model.name for model, _ in values]
     shown = [value / divisor for _, value in values]
     told = "; ".join(f"{model} {number(value)} {unit}" for model, value in zip(names, shown, strict=True))
@@ -192,10 +191,10 @@ def result_tables(evaluation: Evaluation) -> tuple[Table, ...]:
     """Tables of benchmark tasks and of classes, where there are such."""
     tables = []
     rows = [
-        (model.name, task, metric, _interval(metrics, metric))
+        (model.name, task, metric, with_interval(number(found.value), found))
         for model in evaluation.models
         for task, metrics in model.tasks.items()
-        for metric in metrics
+        for metric, found in metrics.items()
     ]
     if rows:
         tables.append(
@@ -211,13 +210,6 @@ def result_tables(evaluation: Evaluation) -> tuple[Table, ...]:
             )
             tables.append(Table(f"{model.name} by {field}", (field, *(m.title for m in metrics)), cells))
     return tuple(tables)
-
-
-def _interval(metrics: Measures, name: str) -> str:
-    found = metrics[name]
-    if not (isfinite(found.low) and isfinite(found.high)):
-        return number(found.value)
-    return f"{number(found.value)} [{number(found.low)}, {number(found.high)}]"
 
 
 def _legend(sets: list[str]) -> tuple[Swatch, ...]:

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from shape_moe.evaluation.intervals import Estimate
+
 NONE = "\N{EN DASH}"
 """Stands in tables where there is no number."""
 _CODES = {"float32": "f4", "uint8": "u1", "uint16": "u2", "int32": "i4"}
@@ -211,6 +213,6 @@ def sentence(text: str) -> str:
     return text if not text or text[-1] in ".!?" else f"{text}."
 
 
-def counted(count: float, noun: str) -> str:
-    """A count with its noun."""
-    return f"{count:,.0f} {noun}{'' if count == 1 else 's'}"
+def with_interval(text: str, estimate: Estimate) -> str:
+    """An estimate's text with the ends of its interval, where they are known."""
+    return f"{text} [{number(estimate.low)}, {number(estimate.high)}]" if estimate.has_interval else text

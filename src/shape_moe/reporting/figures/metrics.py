@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from shape_moe.evaluation.intervals import Estimate
-from shape_moe.reporting.figures.figure import NONE, number
+from shape_moe.reporting.figures.figure import NONE, number, with_interval
 from shape_moe.reporting.results import Measured
 
 _PERCENT = "\N{NO-BREAK SPACE}%"
 _TIMES = "\N{MULTIPLICATION SIGN}"
 _WIDE_RANGE = 30.0
 """Positive values that differ by more than this factor are drawn on a logarithmic axis."""
-
-
 _FEW_DECADES = 5
 
 
@@ -68,8 +66,7 @@ class Metric:
         found = self.of(measured)
         if found is None:
             return NONE
-        known = math.isfinite(found.low) and math.isfinite(found.high)
-        return self.shown(found.value) + (f" [{number(found.low)}, {number(found.high)}]" if known else "")
+        return with_interval(self.shown(found.value), found)
 
     def shown(self, value: float) -> str:
         """A value with its unit."""
@@ -111,7 +108,7 @@ def value_axis(estimates: Iterable[Estimate | None], *, log: bool) -> dict[str, 
     """An axis of values that are named above the figure; a logarithmic one has ticks at 1 (2 and 5) of a decade."""
     axis: dict[str, Any] = {"type": "log" if log else "linear"}
     if log:
-        values = [e.value for e in estimates if e is not None and e.value > 0]
+        values = [estimate.value for estimate in estimates if estimate is not None]
         decades = range(math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 1)
         steps = (1, 2, 5) if len(decades) <= _FEW_DECADES else (1,)
         ticks = [step * 10.0**decade for decade in decades for step in steps]
@@ -126,7 +123,7 @@ def error_bars(estimates: Sequence[Estimate | None], *, log: bool) -> dict[str, 
     above: list[float | None] = []
     below: list[float | None] = []
     for estimate in estimates:
-        if estimate is None or not (math.isfinite(estimate.low) and math.isfinite(estimate.high)):
+        if estimate is None or not estimate.has_interval:
             above.append(None)
             below.append(None)
             continue

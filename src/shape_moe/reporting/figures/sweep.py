@@ -9,18 +9,9 @@ from shape_moe.reporting.figures.metrics import METRICS, Metric, error_bars, is_
 from shape_moe.reporting.results import Sweep, SweepPoint
 from shape_moe.reporting.theme import SERIES
 from shape_moe.selection.selection import Selection
-from shape_moe.units import readable_size
+from shape_moe.units import readable_size, size_unit
 
 _SYMBOLS = ("circle", "square", "triangle-up", "pentagon", "star", "hexagon")
-
-
-def chosen_point(sweep: Sweep, selection: Selection | None) -> SweepPoint | None:
-    """The point of a sweep that is the report's selection; the recommended one where nothing was selected."""
-    if selection is None:
-        return sweep.points[sweep.recommended] if sweep.recommended is not None else None
-    wanted = (selection.scorer, selection.rule, selection.routing, selection.kept)
-    same = [p for p in sweep.points if (p.scorer, p.rule, p.routing, p.kept) == wanted]
-    return same[0] if same else None
 
 
 def sweep_figure(sweep: Sweep, selection: Selection | None) -> Figure:
@@ -28,7 +19,7 @@ def sweep_figure(sweep: Sweep, selection: Selection | None) -> Figure:
     methods = list(dict.fromkeys(point.method for point in sweep.points))
     groups = [sorted((p for p in sweep.points if p.method == method), key=lambda p: p.kept) for method in methods]
     axis = _SizeAxis(sweep)
-    chosen = chosen_point(sweep, selection)
+    chosen = sweep.point_of(selection)
     data = [_line(i, group, axis) for i, group in enumerate(groups)]
     data += [_ring(chosen, axis), _dense_trace(axis)]
     metrics = known_metrics(point.measured for point in sweep.points) or [METRICS[0]]
@@ -56,7 +47,7 @@ class _SizeAxis:
         sizes = [point.size for point in sweep.points]
         self.by_size = None not in sizes and bool(sizes)
         largest = max([size or 0 for size in sizes] + [sweep.dense_size or 0])
-        self.unit, self.divisor = ("GiB", 2**30) if largest >= 2**30 else ("MiB", 2**20)
+        self.unit, self.divisor = size_unit(largest)
         self.title = f"weights, {self.unit}" if self.by_size else "experts kept, %"
         self.dense = (sweep.dense_size / self.divisor if sweep.dense_size else None) if self.by_size else 100.0
 

@@ -60,23 +60,23 @@ def heat_map(scores: Scores | None, selection: Selection | None) -> Figure:
     """
     layers = list(scores.layers if scores is not None else selection.layers if selection is not None else ())
     mask = np.ones((len(layers), _experts(scores, selection)), dtype=bool) if selection is None else selection.mask()
-    arrays = {"kept": packed(mask.astype(np.uint8))}
+    valued, arrays = scores is not None, {"kept": packed(mask.astype(np.uint8))}
+    share, table = None, None
     if scores is None:
         arrays["shade"] = packed(np.ones(mask.shape))
     else:
-        ranks = layer_ranks(scores.values, scores.activations)
-        share = shares(scores)
+        share, ranks = shares(scores), layer_ranks(scores.values, scores.activations)
+        table = best_experts(scores, selection, share, ranks)
         arrays |= {
             "shade": packed(brightness(share)),
             "share": packed(100 * share),
             "rank": packed(smallest_integers(ranks, mask.shape[1])),
             "tokens": packed(scores.activations),
         }
-    valued = scores is not None
     return Figure(
         name="values",
         title="Value of every expert" if valued else "Kept experts",
-        label=_label(scores, selection),
+        label=_label(share, selection),
         data=[_trace("kept" if selection else "value", _KEPT_SCALE, valued), _trace("dropped", _DROPPED_SCALE, valued)],
         layout={
             "xaxis": {"title": {"text": "experts of the layer"}, "showgrid": False, "zeroline": False},
@@ -88,7 +88,7 @@ def heat_map(scores: Scores | None, selection: Selection | None) -> Figure:
         decode="cells",
         arrays={**arrays, "layers": layers},
         legend=_legend(valued=valued, selected=selection is not None),
-        table=best_experts(scores, selection) if scores is not None else None,
+        table=table,
     )
 
 
@@ -131,15 +131,15 @@ def _legend(*, valued: bool, selected: bool) -> tuple[Swatch, ...]:
     return tuple(Swatch(f"{name}{scale}", kind, pair) for name, pair in colours)
 
 
-def _label(scores: Scores | None, selection: Selection | None) -> str:
+def _label(share: NDArray[np.float64] | None, selection: Selection | None) -> str:
     parts = []
     if selection is not None:
         parts.append(
             f"{selection.kept:,} of {selection.total:,} experts are kept, {selection.num_experts} in each of "
             f"{len(selection.layers)} layers before pruning."
         )
-    if scores is not None:
-        top = shares(scores).max(axis=1)
+    if share is not None:
+        top = share.max(axis=1)
         parts.append(
             f"The most valuable expert of a layer holds {percent(float(top.min()))} to {percent(float(top.max()))} of "
             "its layer's value."
@@ -147,10 +147,22 @@ def _label(scores: Scores | None, selection: Selection | None) -> str:
     return "Heat map of layers by experts. " + " ".join(parts)
 
 
-def best_experts(scores: Scores, selection: Selection | None, count: int = 5) -> Table:
-    """The most valuable experts of every layer, and the most valuable one that is dropped."""
-    share = shares(scores)
-    ranks = layer_ranks(scores.values, scores.activations)
+def best_experts(
+    scores: Scores,
+    selection: Selection | None,
+    share: NDArray[np.float64],
+    ranks: NDArray[np.int64],
+    count: int = 5,
+) -> Table:
+    """The most valuable experts of every layer, and the most valuable one that is dropped.
+
+    Args:
+        scores: the values.
+        selection: what is kept, None where nothing was selected.
+        share: float [L, E], see :func:`shares`.
+        ranks: int [L, E], see :func:`~shape_moe.selection.rules.layer_ranks`.
+        count: how many of every layer.
+    """
     mask = np.ones(ranks.shape, dtype=bool) if selection is None else selection.mask()
     rows = []
     for row, layer in enumerate(scores.layers):
