@@ -222,6 +222,7 @@ def test_contradictions(call, embedded, traced, data, tmp_path) -> None:
     base = ("prune", embedded, "-o", tmp_path / "out", "--keep", "0.6")
     refused(call(*base), 2, "Calibration data is missing: give --data")
     refused(call(*base, "--trace", traced, "--data", data), 2, "--trace has decided that already: leave --data out")
+    refused(call(*base, "--trace", traced, "--map", "prompt=q", "--no-template"), 2, "leave --map, --no-template out")
     refused(call(*base, "--trace", traced, "--fit", "1GiB"), 2, "--keep and --fit exclude each other")
     call("select", traced, "--keep", "0.6", "-o", tmp_path / "s.json", "-q")
     selection = ("prune", embedded, "-o", tmp_path / "out", "--selection", tmp_path / "s.json")

@@ -8,6 +8,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import wraps
 from typing import Any, get_type_hints
 
+from typer.models import OptionInfo
+
 
 def with_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     """Expand parameters whose type is a flag group into that group's options, as Typer wants them."""
@@ -39,7 +41,18 @@ def with_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def changed_flags(group: Any) -> list[str]:
-    """The options of a group that the user set to something else than their default."""
-    return [
-        f"--{entry.name.replace('_', '-')}" for entry in fields(group) if getattr(group, entry.name) != entry.default
-    ]
+    """The options of a group that the user set to something else than their default, as they are typed."""
+    hints = get_type_hints(type(group), include_extras=True)
+    changed = [entry.name for entry in fields(group) if getattr(group, entry.name) != entry.default]
+    return [_option_name(name, hints[name]) for name in changed]
+
+
+def _option_name(field_name: str, hint: Any) -> str:
+    """The first long name that a field's ``typer.Option`` declares; without one Typer takes the field's own name."""
+    for entry in getattr(hint, "__metadata__", ()):
+        if isinstance(entry, OptionInfo):
+            # inside Annotated, Typer's first argument is a name, though its parameter is called default
+            for name in (entry.default, *(entry.param_decls or ())):
+                if isinstance(name, str) and name.startswith("--"):
+                    return name.split("/")[0]
+    return f"--{field_name.replace('_', '-')}"
