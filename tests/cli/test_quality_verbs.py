@@ -94,6 +94,7 @@ def test_tasks_alone_need_no_examples(call, embedded, tmp_path) -> None:
     [
         (("evaluate", "M"), ("--data", "--tasks")),
         (("evaluate", "M", "--samples", 4), ("give --data",)),
+        (("evaluate", "M", "--map", "prompt=q", "--no-template"), ("--map, --no-template says how", "give --data")),
         (("evaluate", "M", "--limit", 4), ("goes with --tasks",)),
         (("evaluate", "M", "--tasks", " , "), ("at least one task",)),
         (("evaluate", "M", "--tasks", "x", "--engine", "sglang"), ("no engine 'sglang'",)),
@@ -114,3 +115,35 @@ def test_tasks_alone_need_no_examples(call, embedded, tmp_path) -> None:
 def test_wrong_usage_is_one_sentence(call, embedded, task_file, tmp_path, arguments, words) -> None:
     known = {"M": embedded, "F": task_file, "O": tmp_path / "out", "G": task_file, "S": tmp_path / "s.json"}
     refused(call(*(known.get(argument, argument) for argument in arguments)), 2, *words)
+
+
+UNREAD = "The trace decides how examples are read: leave "
+
+
+@pytest.mark.parametrize(
+    "verb", [("prune", "-o", "out", "--keep", 0.5, "--scorer", "auto"), ("sweep",)], ids=lambda verb: verb[0]
+)
+@pytest.mark.parametrize(
+    ("options", "unread"),
+    [
+        (("--batch-size", 2), "--batch-size"),
+        (("--split", "test", "--subset", "main"), "--split, --subset"),
+        (("--map", "prompt=question"), "--map"),
+        (("--held-out", "F", "--split", "test", "--map", "prompt=question", "--no-template"), "--no-template"),
+    ],
+)
+def test_options_that_a_trace_leaves_unread_are_refused(call, embedded, tmp_path, verb, options, unread) -> None:
+    """Before anything is loaded: neither the trace nor the file is there."""
+    name, *arguments = verb
+    result = call(name, embedded, "--trace", tmp_path / "trace", *arguments, *options)
+    refused(result, 2, f"{UNREAD}{unread} out, or give --data.")
+
+
+@pytest.mark.parametrize(
+    "verb", [("prune", "-o", "out", "--keep", 0.5, "--scorer", "auto"), ("sweep",)], ids=lambda verb: verb[0]
+)
+def test_held_out_examples_are_read_as_split_subset_and_map_say(call, embedded, tmp_path, verb) -> None:
+    """Nothing is refused but the trace that is not there."""
+    name, *arguments = verb
+    other = ("--held-out", tmp_path / "f.jsonl", "--split", "test", "--subset", "main", "--map", "prompt=question")
+    refused(call(name, embedded, "--trace", tmp_path / "none", *arguments, *other), 1, "is not a trace")

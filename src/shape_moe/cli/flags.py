@@ -12,6 +12,7 @@ from shape_moe.calibration.calibrate import AnswerOptions
 from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.console import Output
+from shape_moe.cli.flag_groups import changed_flags
 from shape_moe.cli.values import (
     parse_count,
     parse_layers,
@@ -32,6 +33,8 @@ DATA_PANEL = "Calibration data"
 CHOICE_PANEL = "Choosing experts"
 RUN_PANEL = "Running"
 MEMORY_PANEL = "What must fit"
+_HELD_OUT_READING = ("--split", "--subset", "--map")
+"""The data options that --held-out is read with."""
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or a model's name on the hub.")]
 
@@ -173,6 +176,21 @@ class DataFlags:
         """Other examples, with fields named and split as these flags say."""
         fields = parse_pairs(self.field_map, "--map")
         return DataOptions(source, split=self.split, subset=self.subset, fields=fields, seed=seed)
+
+    def refuse_unread(self, held_out: str | None) -> None:
+        """Refuse options that would change nothing because examples are read as a trace was made.
+
+        Args:
+            held_out: other examples, which are read with some of these options whatever ``--data`` says.
+
+        Raises:
+            UsageError: naming the options that nobody reads.
+        """
+        if self.data is not None:
+            return
+        read = _HELD_OUT_READING if held_out is not None else ()
+        if unread := [name for name in changed_flags(self) if name not in read]:
+            raise UsageError(f"The trace decides how examples are read: leave {', '.join(unread)} out, or give --data.")
 
     def options(self, device: DeviceFlags, seed: int, samples: int) -> TraceOptions:
         """The trace options that these flags describe; ``samples`` is the verb's default."""

@@ -79,7 +79,7 @@ def prune(
         choice = _choice(limit, select, generation, judged_by.data(data, seed.seed), judged_by.held_out_samples)
     elif changed_flags(judged_by):
         raise UsageError("--held-out goes with --scorer auto, --max-kl or --max-drop: nothing is judged without.")
-    _refuse_ignored(data, select, score, trace, selection, chooses=choice is not None)
+    _refuse_ignored(data, select, score, judged_by, trace, selection, chooses=choice is not None)
     most = memory.most_keep(model, revision)
     if most is not None:
         talk.note(
@@ -153,6 +153,7 @@ def _refuse_ignored(
     data: DataFlags,
     select: SelectFlags,
     score: ScoreFlags,
+    judged_by: HeldOutFlags,
     trace: Path | None,
     selection: Path | None,
     *,
@@ -166,8 +167,11 @@ def _refuse_ignored(
         raise UsageError("--trace and --selection exclude each other; give one of them.")
     if trace is None and selection is None:
         return
+    if chooses and selection is None:
+        data.refuse_unread(judged_by.held_out)
+        return
     decided = "--selection" if selection is not None else "--trace"
-    ignored = [] if chooses and selection is None else changed_flags(data)
+    ignored = changed_flags(data)
     if selection is not None:
         ignored += changed_flags(score) + [name for name in changed_flags(select) if name != "--target"]
     if ignored:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from shape_moe.cli.console import plain_table
 from shape_moe.cli.evaluate import number, share, signed
-from shape_moe.cli.flag_groups import changed_flags, with_flags
+from shape_moe.cli.flag_groups import with_flags
 from shape_moe.cli.flags import (
     DataFlags,
     DeviceFlags,
@@ -82,10 +82,8 @@ def sweep(
     )
     if trace is None and data.data is None:
         raise UsageError("Give examples (--data), a trace (--trace), or both.")
+    data.refuse_unread(judged_by.held_out)
     given = data.options(run, seed.seed, DEFAULT_SAMPLES) if data.data is not None else None
-    ignored = [name for name in changed_flags(data) if name not in _HANDED_ON]
-    if given is None and ignored:
-        raise UsageError(f"The trace decides how examples are read: leave {', '.join(ignored)} out, or give --data.")
     result = job.sweep(
         model,
         options,
@@ -99,10 +97,6 @@ def sweep(
         progress=talk,
     )
     talk.result(result.document, lambda console: _show(console, result, model, out))
-
-
-_HANDED_ON = ("--split", "--subset", "--field-map")
-"""What --held-out is read with, whatever --data says."""
 
 
 def _scorers(named: list[str] | None) -> tuple[str, ...]:
