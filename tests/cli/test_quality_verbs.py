@@ -117,12 +117,13 @@ def test_wrong_usage_is_one_sentence(call, embedded, task_file, tmp_path, argume
     refused(call(*(known.get(argument, argument) for argument in arguments)), 2, *words)
 
 
-UNREAD = "The trace decides how examples are read: leave "
-
-
-@pytest.mark.parametrize(
+judging = pytest.mark.parametrize(
     "verb", [("prune", "-o", "out", "--keep", 0.5, "--scorer", "auto"), ("sweep",)], ids=lambda verb: verb[0]
 )
+"""The verbs that judge candidates by examples."""
+
+
+@judging
 @pytest.mark.parametrize(
     ("options", "unread"),
     [
@@ -136,12 +137,10 @@ def test_options_that_a_trace_leaves_unread_are_refused(call, embedded, tmp_path
     """Before anything is loaded: neither the trace nor the file is there."""
     name, *arguments = verb
     result = call(name, embedded, "--trace", tmp_path / "trace", *arguments, *options)
-    refused(result, 2, f"{UNREAD}{unread} out, or give --data.")
+    refused(result, 2, f"The trace decides how examples are read: leave {unread} out, or give --data.")
 
 
-@pytest.mark.parametrize(
-    "verb", [("prune", "-o", "out", "--keep", 0.5, "--scorer", "auto"), ("sweep",)], ids=lambda verb: verb[0]
-)
+@judging
 def test_held_out_examples_are_read_as_split_subset_and_map_say(call, embedded, tmp_path, verb) -> None:
     """Nothing is refused but the trace that is not there."""
     name, *arguments = verb
