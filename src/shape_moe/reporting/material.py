@@ -6,6 +6,7 @@ import shlex
 from dataclasses import dataclass
 from functools import cached_property
 
+from shape_moe.architectures.snapshot import looks_like_path
 from shape_moe.reporting.results import Evaluation, Sweep
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.scoring.scores import Scores
@@ -71,7 +72,7 @@ class Material:
     def model_name(self) -> str:
         """The model's name for a heading: a hub id as it is, of a path its last part; the source's without one."""
         name = (self.model or self.source).replace("\\", "/").rstrip("/")
-        is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or self.model is None
+        is_path = looks_like_path(name) or name.count("/") > 1 or self.model is None
         return name.rsplit("/", 1)[-1] if is_path else name
 
     @property
