@@ -83,6 +83,12 @@ def test_options_reach_their_place(write):
     assert config.calibration[0].tracing.data.fields == {"text": "t"}
 
 
+def test_presets_are_read_from_the_hub_or_from_a_copy_beside_the_file(write, tmp_path):
+    config = read_config(write(calibration={"a": {"data": "preset:gsm8k"}, "b": {"data": "preset:gsm8k@c/d.jsonl"}}))
+    copy = tmp_path / "c" / "d.jsonl"
+    assert [spec.tracing.data.source for spec in config.calibration] == ["preset:gsm8k", f"preset:gsm8k@{copy}"]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -93,6 +99,8 @@ def test_options_reach_their_place(write):
         ({"methods": ["shape"]}, ["'shape' is not SCORER/RULE"]),
         ({"methods": ["shape/coverage"], "rules": ["global"]}, ["methods stands for scorers and rules"]),
         ({"routings": ["droop"]}, ["routings", "'droop'"]),
+        ({"calibration": {"a": {"data": "b.jsonl"}}}, ["calibration.a.data", "there is no file", "b.jsonl"]),
+        ({"calibration": {"a": {"data": "./b"}}}, ["calibration.a.data", "there is no file", "/b"]),
         ({"models": []}, ["models is empty"]),
         ({"models": None}, ["models is missing"]),
         ({"models": "embedded"}, ["models must be a list"]),
