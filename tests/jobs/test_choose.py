@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from shape_moe.architectures.moe_config import RoutingFacts
 from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import ShapeMoeError, UsageError
@@ -14,7 +15,7 @@ from shape_moe.evaluation.sweep import Limit
 from shape_moe.jobs.choose import AUTO_METHODS, candidates
 from shape_moe.jobs.options import AUTO, ChoiceOptions, PruneOptions, SelectionJob, TraceOptions
 from shape_moe.jobs.prune import prune
-from shape_moe.jobs.select import select
+from shape_moe.jobs.select import check_job, select
 from shape_moe.jobs.trace import trace
 from shape_moe.scoring.registry import scorers
 from shape_moe.selection.rules import get_rule
@@ -120,6 +121,17 @@ def test_candidates_are_what_the_trace_and_the_target_allow() -> None:
     assert {(way.rule, way.routing) for way in candidates(stock, ChoiceOptions(), whole)} == {("uniform", "reroute")}
     named = SelectionJob(SelectOptions(0.5, rule="global"), "reap")
     assert [str(way) for way in candidates(named, ChoiceOptions(), whole)] == ["reap/global, drop"]
+
+
+def test_scorers_that_say_nothing_about_top_1_routing_are_left_out() -> None:
+    automatic = SelectionJob(SelectOptions(0.5), AUTO)
+    tried = {way.scorer for way in candidates(automatic, ChoiceOptions(), synthetic_trace(top_k=1))}
+    assert tried == {scorer for scorer, _ in AUTO_METHODS} - {"shape"}
+    model = ((0, 1, 2), 8, RoutingFacts(1, 1))
+    with pytest.raises(UsageError, match=r"^Scorer shape needs top-2 routing or more, and this model's is top-1"):
+        check_job(SelectionJob(SelectOptions(0.5)), *model)
+    check_job(SelectionJob(SelectOptions(0.5), "reap"), *model)
+    check_job(SelectionJob(SelectOptions(0.5)), (0, 1, 2), 8, RoutingFacts(2, 2))
 
 
 def test_every_method_exists() -> None:

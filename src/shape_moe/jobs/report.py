@@ -178,7 +178,7 @@ def _values(found: _Found, trace: Trace | None, selection: Selection | None) -> 
         return read_scores(found.table), []
     if trace is None:
         return None, []
-    usual = "shape" if trace.info.top_k > 1 else "frequency"
+    usual = "shape" if scorers()["shape"].can_value(trace.info.top_k) else "frequency"
     wanted = selection.scorer if selection is not None else usual
     if wanted in scorers():
         return score_trace(trace, wanted, scoring_of(selection)), []
