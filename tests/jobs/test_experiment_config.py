@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from shape_moe.architectures.embedded import embedded_model_path
 from shape_moe.calibration.presets import presets
-from shape_moe.demo.embedded import embedded_model_path
 from shape_moe.errors import UsageError
 from shape_moe.jobs.experiment_config import ExamplesSpec, TaskSpec
 from shape_moe.jobs.experiment_reader import read_config
