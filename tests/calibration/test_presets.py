@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from shape_moe.cli.main import run
 from shape_moe.errors import DataError, UsageError
 from shape_moe.jobs.options import TraceOptions
 from shape_moe.jobs.trace import trace
+from support.data import write_lines
 from support.preset_rows import DEALT, GPQA_DIAMOND, GPQA_EXTENDED, SETS
 
 DOCS = Path(__file__).parents[2] / "docs" / "presets.md"
@@ -25,7 +25,7 @@ FORMATS = ("d.jsonl", "d.parquet", "folder")
 
 def write(path: Path, rows: list[dict]) -> Path:
     if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(path, rows)
     elif path.suffix == ".parquet":
         pl.DataFrame(rows).write_parquet(path)
     elif path.suffix == ".csv":

@@ -9,14 +9,13 @@ import pytest
 from shape_moe.demo.tasks import examples
 from shape_moe.selection.selection import load_selection
 from support.cli import refused
+from support.data import write_lines
 from support.harness_tasks import write_tasks
 
 
 @pytest.fixture(scope="module")
 def task_file(tmp_path_factory):
-    file = tmp_path_factory.mktemp("data") / "sorting.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in examples("sorting", 90, seed=6)))
-    return file
+    return write_lines(tmp_path_factory.mktemp("data") / "sorting.jsonl", examples("sorting", 90, seed=6))
 
 
 QUICK = ("--device", "cpu", "--generate", 8, "--quiet")

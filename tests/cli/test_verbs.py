@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from shape_moe.cli.main import run
 from shape_moe.demo.tasks import examples
 from support.cli import refused
+from support.data import write_lines
 
 VERBS = ("inspect", "trace", "convert", "merge", "score", "select", "sweep", "prune", "serve", "verify", "evaluate")
 VERBS += ("experiment", "report", "demo")
@@ -22,9 +23,7 @@ VERBS += ("experiment", "report", "demo")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
-    file = tmp_path_factory.mktemp("data") / "sorting.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in examples("sorting", 30, seed=1)))
-    return str(file)
+    return str(write_lines(tmp_path_factory.mktemp("data") / "sorting.jsonl", examples("sorting", 30, seed=1)))
 
 
 @pytest.fixture(scope="module")

@@ -22,15 +22,14 @@ from shape_moe.selection.rules import get_rule
 from shape_moe.selection.select import SelectOptions, select_from_trace
 from shape_moe.selection.selection import load_selection
 from shape_moe.tracing.trace import load_trace
-from support.data import synthetic_trace
+from support.data import synthetic_trace, write_lines
 
 FEW = GenerationOptions(examples=8)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> TraceOptions:
-    file = tmp_path_factory.mktemp("data") / "sorting.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in examples("sorting", 130, seed=4)))
+    file = write_lines(tmp_path_factory.mktemp("data") / "sorting.jsonl", examples("sorting", 130, seed=4))
     return TraceOptions(DataOptions(str(file), samples=40), device="cpu", dtype="float32")
 
 

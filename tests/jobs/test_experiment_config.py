@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from shape_moe.jobs.experiment_config import ExamplesSpec, TaskSpec
 from shape_moe.jobs.experiment_reader import read_config
 from shape_moe.scoring.registry import scorers
 from shape_moe.selection.rules import get_rule
+from support.data import write_lines
 
 ROOT = Path(__file__).parents[2]
 PAPER = [ROOT / "examples" / "paper" / name for name in ("paper.yaml", "paper-further-tasks.yaml")]
@@ -25,7 +25,7 @@ PAPER = [ROOT / "examples" / "paper" / name for name in ("paper.yaml", "paper-fu
 @pytest.fixture
 def write(tmp_path):
     """Write a configuration that is right but for some changes; a key set to None is left out."""
-    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "p", "response": "r"}) + "\n")
+    write_lines(tmp_path / "a.jsonl", [{"prompt": "p", "response": "r"}])
 
     def make(text=None, **changes):
         content = {
