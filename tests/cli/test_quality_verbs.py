@@ -107,6 +107,11 @@ def test_tasks_alone_need_no_examples(call, embedded, tmp_path) -> None:
         (("prune", "M", "--data", "F", "-o", "O"), ("--keep", "--max-drop 1%")),
         (("prune", "M", "--data", "F", "-o", "O", "--keep", 0.5, "--max-kl", 0.1), ("exclude each other",)),
         (("prune", "M", "--data", "F", "-o", "O", "--keep", 0.5, "--held-out", "G"), ("nothing is judged without",)),
+        (("prune", "M", "--data", "F", "-o", "O", "--keep", 0.5, "--generate", 4), ("--generate goes with",)),
+        (
+            ("prune", "M", "--data", "F", "-o", "O", "--fit", "9GB", "--held-out", "G", "--answer-pattern", "."),
+            ("--held-out, --answer-pattern goes with",),
+        ),
         (("prune", "M", "--selection", "S", "-o", "O", "--scorer", "auto"), ("leave --scorer out",)),
         (("sweep", "M", "--data", "F", "--scorer", "best"), ("There is no scorer",)),
     ],
