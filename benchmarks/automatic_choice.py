@@ -12,14 +12,15 @@ from statistics import fmean, median
 import torch
 
 from benchmarks.harness import write
+from shape_moe.architectures.embedded import embedded_model_path
 from shape_moe.architectures.loading import load_model, load_tokenizer
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.calibration.records import DataOptions
-from shape_moe.demo.embedded import embedded_model_path, exact_match
+from shape_moe.demo.embedded import exact_match
 from shape_moe.demo.tasks import TASKS, examples
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.judge import Judge
-from shape_moe.evaluation.sweep import Limit
+from shape_moe.evaluation.sweep import Combination, Limit
 from shape_moe.jobs.choose import AUTO_METHODS, choose
 from shape_moe.jobs.held_out import held_out_set
 from shape_moe.jobs.options import AUTO, ChoiceOptions, PruneOptions, SelectionJob, TraceOptions
@@ -46,7 +47,7 @@ def write_task(folder: Path, task: str, seed: int, count: int = RECORDS) -> Path
 
 def regret(folder: Path, model, tokenizer) -> dict:
     """Exact match of every fixed method and of the automatic choice, by task and seed."""
-    methods = [(scorer, rule, routing) for scorer, rule in AUTO_METHODS for routing in ("drop", "reroute")]
+    methods = [Combination(scorer, rule, routing) for scorer, rule in AUTO_METHODS for routing in ("drop", "reroute")]
     scores: dict[str, list[float]] = {"auto": []}
     picked: dict[str, int] = {}
     for seed in SEEDS:
@@ -61,18 +62,17 @@ def regret(folder: Path, model, tokenizer) -> dict:
             selector, known = TraceSelector(trace), {}
 
             def judge(selection, task=task, seed=seed, known=known):
-                key = json.dumps([selection.routing, list(selection.layers.values())])
-                if key not in known:
+                if selection.digest not in known:
                     with masked(model, selection):
                         match = exact_match(model, tokenizer, [task], count=PROMPTS, seed=1000 + seed)
-                    known[key] = 100 * match[task]
-                return known[key]
+                    known[selection.digest] = 100 * match[task]
+                return known[selection.digest]
 
-            for scorer, rule, routing in methods:
-                name = f"{scorer}/{rule}, {routing}"
-                scores.setdefault(name, []).append(judge(selector.select(SelectOptions(KEEP, rule, routing), scorer)))
+            for way in methods:
+                selection = selector.select(SelectOptions(KEEP, way.rule, way.routing), way.scorer)
+                scores.setdefault(str(way), []).append(judge(selection))
             scores["auto"].append(judge(found))
-            name = f"{found.scorer}/{found.rule}, {found.routing}"
+            name = str(Combination(found.scorer, found.rule, found.routing))
             picked[name] = picked.get(name, 0) + 1
     means = {name: fmean(values) for name, values in scores.items()}
     fixed = {name: value for name, value in means.items() if name != "auto"}

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.gpu.shapes import SURVIVING_OF_8
 from benchmarks.harness import paired, write
 from shape_moe.architectures.safetensors_file import make_header
 from shape_moe.jobs.options import PruneOptions
@@ -21,7 +22,6 @@ from shape_moe.jobs.prune import prune
 from shape_moe.selection.selection import Selection
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, WIDTH, VOCABULARY = 3, 128, 8, 2048, 768, 4096
-SURVIVING = {0.8: 7.94, 0.6: 7.53}
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, PAIRS = 16, 64, 24, 7
 ROUTER_DEVIATION = 1.5
 """Of router logits: how sharply tokens choose."""
@@ -29,10 +29,10 @@ ROUTER_DEVIATION = 1.5
 
 def kept_sets(rng: np.random.Generator) -> dict[float, dict[int, list[int]]]:
     """Experts that each layer keeps: ragged counts, those at keep 0.6 among those at 0.8."""
-    sets: dict[float, dict[int, list[int]]] = {keep: {} for keep in SURVIVING}
+    sets: dict[float, dict[int, list[int]]] = {keep: {} for keep in SURVIVING_OF_8}
     for layer, shift in zip(range(LAYERS), (-6, 6, 0), strict=True):
         order = rng.permutation(EXPERTS)
-        for keep in SURVIVING:
+        for keep in SURVIVING_OF_8:
             sets[keep][layer] = sorted(order[: round(keep * EXPERTS) + shift].tolist())
     return sets
 
@@ -49,7 +49,7 @@ def router_scales(kept: dict[float, dict[int, list[int]]], layer: int) -> np.nda
         return float(mask[chosen].sum(1).mean())
 
     for _ in range(3):  # the two groups of experts depend on each other a little
-        for rows, mask, wanted in ((~outer, outer, SURVIVING[0.8]), (outer & ~inner, inner, SURVIVING[0.6])):
+        for rows, mask, wanted in ((~outer, outer, SURVIVING_OF_8[0.8]), (outer & ~inner, inner, SURVIVING_OF_8[0.6])):
             low, high = 0.0, 1.0
             for _ in range(20):
                 scales[rows] = (low + high) / 2
@@ -195,7 +195,7 @@ def main() -> None:
         dense = Engine(folder / "dense")
         rows = [
             measure(folder, dense, slots, keep, routing, kept[keep])
-            for keep in SURVIVING
+            for keep in SURVIVING_OF_8
             for routing in ("drop", "reroute")
         ]
         results = {

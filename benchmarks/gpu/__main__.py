@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.gpu.routing import nested_sets, set_survival, surviving_slots
+from benchmarks.gpu.routing import nested_sets, scale_routers, set_survival, surviving_slots
 from benchmarks.gpu.shapes import SHAPES, SURVIVING_OF_8, Shape
 from shape_moe.architectures.sites import find_sites, live_moe_config
 from shape_moe.calibration.batches import make_batch
 from shape_moe.calibration.examples import Example
+from shape_moe.evaluation.footprint import run_once
 from shape_moe.pruning.surgery import prune_model
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.transformers_model import ModelTracer
@@ -72,24 +73,12 @@ def build(shape: Shape, machine: Machine, *, tiny: bool) -> Any:
         return AutoModelForCausalLM.from_config(shape.build(tiny=tiny), dtype=torch.bfloat16).eval()
 
 
-def run_once(model: Any, machine: Machine, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds of a prefill and of ``new_tokens`` greedy steps after it."""
-    began = machine.now()
-    with torch.no_grad():
-        out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        between = machine.now()
-        for _ in range(new_tokens):
-            token = out.logits[:, -1:].argmax(-1)
-            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-    return between - began, machine.now() - between
-
-
 def measure(model: Any, machine: Machine, ids: torch.Tensor, new_tokens: int) -> dict[str, Any]:
     """Memory and speed of one model on the fixed workload."""
-    run_once(model, machine, ids, 2)
+    run_once(model, ids, 2)
     machine.reset()
     resident = machine.memory()["allocated"]
-    times = [run_once(model, machine, ids, new_tokens) for _ in range(REPEATS)]
+    times = [run_once(model, ids, new_tokens) for _ in range(REPEATS)]
     return {
         "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "allocated_bytes": resident,
@@ -125,6 +114,7 @@ def one_shape(shape: Shape, machine: Machine, *, tiny: bool) -> dict[str, Any]:
     """Dense, and both keep rates in both routings, each cut from the same random model."""
     batch, prompt, new = (2, 16, 4) if tiny else (8, 512, 64)
     rows: dict[str, Any] = {}
+    scales: dict[int, torch.Tensor] = {}
     for keep, routing in [(1.0, "dense"), *((keep, how) for keep in KEEP_RATES for how in ("drop", "reroute"))]:
         machine.reset()
         model = build(shape, machine, tiny=tiny)
@@ -133,7 +123,10 @@ def one_shape(shape: Shape, machine: Machine, *, tiny: bool) -> dict[str, Any]:
         ids = ids.to(machine.device)
         kept = nested_sets(moe.num_experts, layers, KEEP_RATES)
         wanted = {rate: SURVIVING_OF_8[rate] / 8 * moe.top_k for rate in KEEP_RATES}
-        set_survival(model, ids, kept, wanted, moe.top_k)
+        if scales:  # the same random model and input again
+            scale_routers(model, scales)
+        else:
+            scales = set_survival(model, ids, kept, wanted, moe.top_k)
         surviving = float(moe.top_k)
         if routing == "dense":
             rows["tracing_overhead"] = tracing_overhead(model, machine, ids)

@@ -43,15 +43,18 @@ def router_inputs(model: Any, ids: torch.Tensor) -> dict[int, torch.Tensor]:
 
 def set_survival(
     model: Any, ids: torch.Tensor, kept: dict[float, dict[int, list[int]]], wanted: dict[float, float], top_k: int
-) -> None:
+) -> dict[int, torch.Tensor]:
     """Scale the rows of every router until the wanted number of slots falls on the kept sets of each rate.
 
     Layers are set in order, each on what it sees once those before it are set.
+
+    Returns:
+        The factors on every layer's rows, for :func:`scale_routers` on the same model built again.
     """
+    found: dict[int, torch.Tensor] = {}
     for site in find_sites(model):
         hidden = router_inputs(model, ids)[site.layer]
-        weight = site.router.weight
-        logits = hidden @ weight.detach().float().T
+        logits = hidden @ site.router.weight.detach().float().T
         rates = sorted(kept, reverse=True)
         masks = {keep: _mask(kept[keep][site.layer], logits) for keep in rates}
         scales = torch.ones(logits.shape[1], device=logits.device)
@@ -59,8 +62,18 @@ def set_survival(
             for i, keep in enumerate(rates):
                 rows = ~masks[keep] & (masks[rates[i - 1]] if i else torch.ones_like(masks[keep]))
                 _bisect(logits, scales, rows, masks[keep], wanted[keep], top_k)
-        with torch.no_grad():
-            weight.mul_(scales[:, None].to(weight.dtype))
+        found[site.layer] = scales
+        scale_routers(model, {site.layer: scales})
+    return found
+
+
+def scale_routers(model: Any, scales: dict[int, torch.Tensor]) -> None:
+    """Multiply the rows of routers by factors, by layer."""
+    for site in find_sites(model):
+        if site.layer in scales:
+            weight = site.router.weight
+            with torch.no_grad():
+                weight.mul_(scales[site.layer][:, None].to(weight.dtype))
 
 
 def _mask(ids: list[int], logits: torch.Tensor) -> torch.Tensor:

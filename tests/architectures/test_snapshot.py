@@ -15,7 +15,7 @@ from shape_moe.architectures.fingerprint import fingerprint, layout_fingerprint
 from shape_moe.architectures.loading import loaded_bytes, why_not_loadable
 from shape_moe.architectures.moe_config import read_moe_config
 from shape_moe.architectures.sizes import kv_cache_bytes, measure
-from shape_moe.architectures.snapshot import open_snapshot
+from shape_moe.architectures.snapshot import looks_like_path, open_snapshot
 from shape_moe.errors import CheckpointError, UnsupportedModelError
 from support.mxfp4 import save_mxfp4_model
 from support.tiny_models import make_config, make_model, moe_block, router_of, save_model
@@ -204,3 +204,11 @@ def test_indices_that_promise_too_much(checkpoint, tmp_path) -> None:
     index.write_text("{}")
     with pytest.raises(CheckpointError, match="has no weight_map"):
         open_snapshot(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_path"),
+    [("./m", True), ("../m", True), ("/m", True), ("~/m", True), (".m", True), ("m", False), ("org/m", False)],
+)
+def test_names_that_can_only_be_paths(name, is_path) -> None:
+    assert looks_like_path(name) is is_path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -10,13 +9,14 @@ import datasets
 import polars as pl
 import pytest
 
-from shape_moe.calibration import records as records_module
-from shape_moe.calibration.presets import Preset, find_preset, presets
+from shape_moe.calibration import presets as presets_module
+from shape_moe.calibration.presets import Preset, find_preset, presets, with_base
 from shape_moe.calibration.records import DataOptions, content_hash, load_records
 from shape_moe.cli.main import run
 from shape_moe.errors import DataError, UsageError
 from shape_moe.jobs.options import TraceOptions
 from shape_moe.jobs.trace import trace
+from support.data import write_lines
 from support.preset_rows import DEALT, GPQA_DIAMOND, GPQA_EXTENDED, SETS
 
 DOCS = Path(__file__).parents[2] / "docs" / "presets.md"
@@ -25,7 +25,7 @@ FORMATS = ("d.jsonl", "d.parquet", "folder")
 
 def write(path: Path, rows: list[dict]) -> Path:
     if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(path, rows)
     elif path.suffix == ".parquet":
         pl.DataFrame(rows).write_parquet(path)
     elif path.suffix == ".csv":
@@ -148,7 +148,7 @@ def test_sets_on_the_hub_are_asked_for_by_their_names(monkeypatch) -> None:
         asked.append((source, subset, split, revision))
         return iter(())
 
-    monkeypatch.setattr(records_module, "_read", read)
+    monkeypatch.setattr(presets_module, "read_rows", read)
     for name in presets():
         with pytest.raises(DataError, match=f"preset:{name} holds no records"):
             load_records(DataOptions(f"preset:{name}"))
@@ -206,3 +206,12 @@ def table_line(preset: Preset) -> str:
 def test_only_presets_are_presets() -> None:
     assert find_preset("gsm8k") is None
     assert DataOptions("preset.jsonl").split == "train"
+
+
+def test_local_copies_are_found_beside_a_file_that_names_them(tmp_path) -> None:
+    assert with_base("preset:gsm8k@d/x.jsonl", tmp_path) == f"preset:gsm8k@{tmp_path / 'd' / 'x.jsonl'}"
+    assert with_base("preset:gsm8k@a@b.csv", tmp_path) == f"preset:gsm8k@{tmp_path / 'a@b.csv'}"
+    assert with_base("preset:gsm8k@/d.csv", tmp_path) == "preset:gsm8k@/d.csv"
+    assert with_base("preset:gsm8k@~/d.csv", tmp_path) == f"preset:gsm8k@{Path.home() / 'd.csv'}"
+    for source in ("preset:gsm8k", "preset:gsm8k@", "a@b.jsonl"):
+        assert with_base(source, tmp_path) == source

@@ -10,6 +10,7 @@ import pytest
 
 from shape_moe.calibration.records import DataOptions, Record, content_hash, load_records, prompt_hash
 from shape_moe.errors import DataError, UsageError
+from support.data import write_lines
 
 ROWS = [{"prompt": f"question {i}", "response": f"answer {i}", "kind": "ab"[i % 2]} for i in range(10)]
 
@@ -167,7 +168,7 @@ def prompt_hashes(tmp_path, name: str, rows: list[dict[str, str]]) -> list[str]:
     if name.endswith(".csv"):
         pl.DataFrame(rows).write_csv(file)
     else:
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(file, rows)
     return [prompt_hash(record) for record in load_records(DataOptions(str(file)))]
 
 

@@ -9,7 +9,8 @@ import pytest
 
 import shape_moe
 from support.cli import refused
-from support.served import random_ids, sglang_response, vllm_response, write_lines
+from support.data import write_lines
+from support.served import random_ids, sglang_response, vllm_response
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from support.cli import refused
+from support.data import write_lines
 
 GRID = """
 models: [embedded]
@@ -18,7 +19,7 @@ evaluation: {e: {data: a.jsonl}}
 
 @pytest.fixture
 def grid(tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "p", "response": "r"}) + "\n")
+    write_lines(tmp_path / "a.jsonl", [{"prompt": "p", "response": "r"}])
     file = tmp_path / "grid.yaml"
     file.write_text(GRID)
     return file

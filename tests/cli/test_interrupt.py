@@ -11,14 +11,14 @@ import time
 from pathlib import Path
 
 from shape_moe.demo.tasks import examples
+from support.data import write_lines
 
 EXAMPLES = 150
 
 
 def test_ctrl_c_and_resume(embedded, tmp_path) -> None:
     """The resumed trace is that of an undisturbed run."""
-    file = tmp_path / "d.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in examples("words", EXAMPLES, seed=1)))
+    file = write_lines(tmp_path / "d.jsonl", examples("words", EXAMPLES, seed=1))
 
     def command(out: Path) -> list[str]:
         options = ["--samples", str(EXAMPLES), "--batch-size", "1", "--device", "cpu", "-o", str(out)]

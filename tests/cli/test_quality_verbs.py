@@ -9,14 +9,13 @@ import pytest
 from shape_moe.demo.tasks import examples
 from shape_moe.selection.selection import load_selection
 from support.cli import refused
+from support.data import write_lines
 from support.harness_tasks import write_tasks
 
 
 @pytest.fixture(scope="module")
 def task_file(tmp_path_factory):
-    file = tmp_path_factory.mktemp("data") / "sorting.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in examples("sorting", 90, seed=6)))
-    return file
+    return write_lines(tmp_path_factory.mktemp("data") / "sorting.jsonl", examples("sorting", 90, seed=6))
 
 
 QUICK = ("--device", "cpu", "--generate", 8, "--quiet")
@@ -94,6 +93,7 @@ def test_tasks_alone_need_no_examples(call, embedded, tmp_path) -> None:
     [
         (("evaluate", "M"), ("--data", "--tasks")),
         (("evaluate", "M", "--samples", 4), ("give --data",)),
+        (("evaluate", "M", "--map", "prompt=q", "--no-template"), ("--map, --no-template says how", "give --data")),
         (("evaluate", "M", "--limit", 4), ("goes with --tasks",)),
         (("evaluate", "M", "--tasks", " , "), ("at least one task",)),
         (("evaluate", "M", "--tasks", "x", "--engine", "sglang"), ("no engine 'sglang'",)),
@@ -107,6 +107,11 @@ def test_tasks_alone_need_no_examples(call, embedded, tmp_path) -> None:
         (("prune", "M", "--data", "F", "-o", "O"), ("--keep", "--max-drop 1%")),
         (("prune", "M", "--data", "F", "-o", "O", "--keep", 0.5, "--max-kl", 0.1), ("exclude each other",)),
         (("prune", "M", "--data", "F", "-o", "O", "--keep", 0.5, "--held-out", "G"), ("nothing is judged without",)),
+        (("prune", "M", "--data", "F", "-o", "O", "--keep", 0.5, "--generate", 4), ("--generate goes with",)),
+        (
+            ("prune", "M", "--data", "F", "-o", "O", "--fit", "9GB", "--held-out", "G", "--answer-pattern", "."),
+            ("--held-out, --answer-pattern goes with",),
+        ),
         (("prune", "M", "--selection", "S", "-o", "O", "--scorer", "auto"), ("leave --scorer out",)),
         (("sweep", "M", "--data", "F", "--scorer", "best"), ("There is no scorer",)),
     ],
@@ -114,3 +119,34 @@ def test_tasks_alone_need_no_examples(call, embedded, tmp_path) -> None:
 def test_wrong_usage_is_one_sentence(call, embedded, task_file, tmp_path, arguments, words) -> None:
     known = {"M": embedded, "F": task_file, "O": tmp_path / "out", "G": task_file, "S": tmp_path / "s.json"}
     refused(call(*(known.get(argument, argument) for argument in arguments)), 2, *words)
+
+
+judging = pytest.mark.parametrize(
+    "verb", [("prune", "-o", "out", "--keep", 0.5, "--scorer", "auto"), ("sweep",)], ids=lambda verb: verb[0]
+)
+"""The verbs that judge candidates by examples."""
+
+
+@judging
+@pytest.mark.parametrize(
+    ("options", "unread"),
+    [
+        (("--batch-size", 2), "--batch-size"),
+        (("--split", "test", "--subset", "main"), "--split, --subset"),
+        (("--map", "prompt=question"), "--map"),
+        (("--held-out", "F", "--split", "test", "--map", "prompt=question", "--no-template"), "--no-template"),
+    ],
+)
+def test_options_that_a_trace_leaves_unread_are_refused(call, embedded, tmp_path, verb, options, unread) -> None:
+    """Before anything is loaded: neither the trace nor the file is there."""
+    name, *arguments = verb
+    result = call(name, embedded, "--trace", tmp_path / "trace", *arguments, *options)
+    refused(result, 2, f"The trace decides how examples are read: leave {unread} out, or give --data.")
+
+
+@judging
+def test_held_out_examples_are_read_as_split_subset_and_map_say(call, embedded, tmp_path, verb) -> None:
+    """Nothing is refused but the trace that is not there."""
+    name, *arguments = verb
+    other = ("--held-out", tmp_path / "f.jsonl", "--split", "test", "--subset", "main", "--map", "prompt=question")
+    refused(call(name, embedded, "--trace", tmp_path / "none", *arguments, *other), 1, "is not a trace")

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from shape_moe.cli.main import run
 from shape_moe.demo.tasks import examples
 from support.cli import refused
+from support.data import write_lines
 
 VERBS = ("inspect", "trace", "convert", "merge", "score", "select", "sweep", "prune", "serve", "verify", "evaluate")
 VERBS += ("experiment", "report", "demo")
@@ -22,9 +23,7 @@ VERBS += ("experiment", "report", "demo")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
-    file = tmp_path_factory.mktemp("data") / "sorting.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in examples("sorting", 30, seed=1)))
-    return str(file)
+    return str(write_lines(tmp_path_factory.mktemp("data") / "sorting.jsonl", examples("sorting", 30, seed=1)))
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +221,7 @@ def test_contradictions(call, embedded, traced, data, tmp_path) -> None:
     base = ("prune", embedded, "-o", tmp_path / "out", "--keep", "0.6")
     refused(call(*base), 2, "Calibration data is missing: give --data")
     refused(call(*base, "--trace", traced, "--data", data), 2, "--trace has decided that already: leave --data out")
+    refused(call(*base, "--trace", traced, "--map", "prompt=q", "--no-template"), 2, "leave --map, --no-template out")
     refused(call(*base, "--trace", traced, "--fit", "1GiB"), 2, "--keep and --fit exclude each other")
     call("select", traced, "--keep", "0.6", "-o", tmp_path / "s.json", "-q")
     selection = ("prune", embedded, "-o", tmp_path / "out", "--selection", tmp_path / "s.json")

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shape_moe.demo.embedded import exact_match
 from shape_moe.evaluation.harness import TaskOptions, run_tasks
@@ -38,10 +36,9 @@ def tasks(tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def expected(embedded, tasks) -> dict[str, TaskResult]:
+def expected(embedded_model, tasks) -> dict[str, TaskResult]:
     """What the masked original scores in Transformers."""
-    model = AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(embedded)
+    model, tokenizer = embedded_model
     with masked(model, seven_of_eight()):
         found = run_tasks(model, tokenizer, TaskOptions(tuple(tasks)), batch_size=50)
         share = exact_match(model, tokenizer, ["addition"], count=COUNT)["addition"]

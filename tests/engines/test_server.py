@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shape_moe.demo.embedded import EVALUATION_SEED, exact_match
 from shape_moe.demo.tasks import TASKS, examples
@@ -42,11 +40,11 @@ def served_exact_match(address: str) -> dict[str, float]:
     return scores
 
 
-def test_task_accuracy_is_that_of_transformers(tmp_path, embedded) -> None:
+def test_task_accuracy_is_that_of_transformers(tmp_path, embedded, embedded_model) -> None:
     selection = seven_of_eight()
-    model = AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.float32).eval()
+    model, tokenizer = embedded_model
     with masked(model, selection):
-        expected = exact_match(model, AutoTokenizer.from_pretrained(embedded), count=COUNT)
+        expected = exact_match(model, tokenizer, count=COUNT)
     assert 0 < min(expected.values()) < max(expected.values())
     prune(embedded, tmp_path / "out", PruneOptions(device="cpu", dtype="float32"), selection=selection)
     vllm = str(Path(sys.executable).with_name("vllm"))

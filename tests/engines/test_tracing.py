@@ -18,6 +18,7 @@ from shape_moe.jobs.select import select
 from shape_moe.jobs.trace import trace
 from shape_moe.scoring.scores import score_trace
 from shape_moe.tracing.trace import load_trace
+from support.data import write_lines
 from support.engines import environment, needs_vllm
 
 pytestmark = [needs_vllm, pytest.mark.timeout(900)]
@@ -29,8 +30,7 @@ def test_counts_equal_those_of_transformers(tmp_path, embedded) -> None:
     for row in rows[::3]:
         del row["response"]
     rows.append({"text": "".join(chr(33 + (7 * i) % 90) for i in range(512))})  # fills the context
-    file = tmp_path / "tasks.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = write_lines(tmp_path / "tasks.jsonl", rows)
     command = [
         sys.executable,
         "-m",

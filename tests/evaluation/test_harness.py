@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from shape_moe.calibration.batches import RESPONSE, make_batch
 from shape_moe.calibration.examples import Example
@@ -36,13 +36,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(embedded):
-    return AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.float32).eval()
+def model(embedded_model):
+    return embedded_model[0]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(embedded):
-    return AutoTokenizer.from_pretrained(embedded)
+def tokenizer(embedded_model):
+    return embedded_model[1]
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from shape_moe.scoring.scores import score_trace
 from shape_moe.selection.select import SelectOptions, select_from_trace
 from shape_moe.selection.selection import check_selection
 from shape_moe.tracing.trace import Trace
-from support.data import make_examples, trace_model
+from support.data import make_examples, trace_model, write_lines
 from support.served import (
     int32,
     npy,
@@ -33,7 +33,6 @@ from support.served import (
     sglang_response,
     usage,
     vllm_response,
-    write_lines,
 )
 from support.tiny_models import make_model
 

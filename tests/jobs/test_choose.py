@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from shape_moe.architectures.moe_config import RoutingFacts
 from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import ShapeMoeError, UsageError
@@ -15,14 +16,14 @@ from shape_moe.jobs import prune as job
 from shape_moe.jobs.choose import AUTO_METHODS, candidates
 from shape_moe.jobs.options import AUTO, ChoiceOptions, PruneOptions, SelectionJob, TraceOptions
 from shape_moe.jobs.prune import prune
-from shape_moe.jobs.select import select
+from shape_moe.jobs.select import check_job, select
 from shape_moe.jobs.trace import trace
 from shape_moe.scoring.registry import scorers
 from shape_moe.selection.rules import get_rule
 from shape_moe.selection.select import SelectOptions, select_from_trace
 from shape_moe.selection.selection import load_selection
 from shape_moe.tracing.trace import load_trace
-from support.data import synthetic_trace
+from support.data import synthetic_trace, write_lines
 from support.interruptions import stopped_after
 
 FEW = GenerationOptions(examples=8)
@@ -30,8 +31,7 @@ FEW = GenerationOptions(examples=8)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> TraceOptions:
-    file = tmp_path_factory.mktemp("data") / "sorting.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in examples("sorting", 130, seed=4)))
+    file = write_lines(tmp_path_factory.mktemp("data") / "sorting.jsonl", examples("sorting", 130, seed=4))
     return TraceOptions(DataOptions(str(file), samples=40), device="cpu", dtype="float32")
 
 
@@ -139,6 +139,17 @@ def test_candidates_are_what_the_trace_and_the_target_allow() -> None:
     assert {(way.rule, way.routing) for way in candidates(stock, ChoiceOptions(), whole)} == {("uniform", "reroute")}
     named = SelectionJob(SelectOptions(0.5, rule="global"), "reap")
     assert [str(way) for way in candidates(named, ChoiceOptions(), whole)] == ["reap/global, drop"]
+
+
+def test_scorers_that_say_nothing_about_top_1_routing_are_left_out() -> None:
+    automatic = SelectionJob(SelectOptions(0.5), AUTO)
+    tried = {way.scorer for way in candidates(automatic, ChoiceOptions(), synthetic_trace(top_k=1))}
+    assert tried == {scorer for scorer, _ in AUTO_METHODS} - {"shape"}
+    model = ((0, 1, 2), 8, RoutingFacts(1, 1))
+    with pytest.raises(UsageError, match=r"^Scorer shape needs top-2 routing or more, and this model's is top-1"):
+        check_job(SelectionJob(SelectOptions(0.5)), *model)
+    check_job(SelectionJob(SelectOptions(0.5), "reap"), *model)
+    check_job(SelectionJob(SelectOptions(0.5)), (0, 1, 2), 8, RoutingFacts(2, 2))
 
 
 def test_every_method_exists() -> None:

@@ -26,6 +26,7 @@ from shape_moe.jobs.prune import prune
 from shape_moe.progress import Silent
 from shape_moe.pruning.masks import masked
 from shape_moe.selection.selection import load_selection
+from support.data import write_lines
 from support.harness_tasks import write_tasks
 
 QUICK = EvaluateOptions(generation=GenerationOptions(examples=10), footprint=None)
@@ -33,8 +34,7 @@ QUICK = EvaluateOptions(generation=GenerationOptions(examples=10), footprint=Non
 
 def write(file, tasks: dict[str, int], *, seed: int, held_out: bool = False):
     rows = [row for task, count in tasks.items() for row in examples(task, count, seed=seed, held_out=held_out)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
+    return write_lines(file, rows)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_contamination_is_told(embedded, files, pruned) -> None:
 def test_prompts_without_answers_are_answered_by_the_dense_model(embedded, files, tmp_path) -> None:
     file = tmp_path / "prompts.jsonl"
     rows = examples("sorting", 12, seed=9, held_out=True)
-    file.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    write_lines(file, [{"prompt": row["prompt"]} for row in rows])
     result = evaluate(embedded, [], data=float32(file), options=QUICK)
     assert result.models[0].sets["task"].quality["exact_match"].value == 1.0
 

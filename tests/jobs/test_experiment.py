@@ -19,14 +19,14 @@ from shape_moe.jobs import experiment_plan, experiment_sets
 from shape_moe.jobs.experiment_sets import JudgedExamples, JudgedTask
 from shape_moe.jobs.options import EvaluateOptions, TraceOptions
 from shape_moe.tracing.trace import load_trace
+from support.data import write_lines
 from support.harness_tasks import write_tasks
 
 CALIBRATE, JUDGE = 6, 8
 
 
 def write_rows(file: Path, rows) -> str:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
+    return str(write_lines(file, rows))
 
 
 class _StoppedError(Exception):

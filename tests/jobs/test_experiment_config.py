@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+from shape_moe.architectures.embedded import embedded_model_path
 from shape_moe.calibration.presets import presets
-from shape_moe.demo.embedded import embedded_model_path
 from shape_moe.errors import UsageError
 from shape_moe.jobs.experiment_config import ExamplesSpec, TaskSpec
 from shape_moe.jobs.experiment_reader import read_config
 from shape_moe.scoring.registry import scorers
 from shape_moe.selection.rules import get_rule
+from support.data import write_lines
 
 ROOT = Path(__file__).parents[2]
 PAPER = [ROOT / "examples" / "paper" / name for name in ("paper.yaml", "paper-further-tasks.yaml")]
@@ -25,7 +25,7 @@ PAPER = [ROOT / "examples" / "paper" / name for name in ("paper.yaml", "paper-fu
 @pytest.fixture
 def write(tmp_path):
     """Write a configuration that is right but for some changes; a key set to None is left out."""
-    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "p", "response": "r"}) + "\n")
+    write_lines(tmp_path / "a.jsonl", [{"prompt": "p", "response": "r"}])
 
     def make(text=None, **changes):
         content = {
@@ -83,6 +83,12 @@ def test_options_reach_their_place(write):
     assert config.calibration[0].tracing.data.fields == {"text": "t"}
 
 
+def test_presets_are_read_from_the_hub_or_from_a_copy_beside_the_file(write, tmp_path):
+    config = read_config(write(calibration={"a": {"data": "preset:gsm8k"}, "b": {"data": "preset:gsm8k@c/d.jsonl"}}))
+    copy = tmp_path / "c" / "d.jsonl"
+    assert [spec.tracing.data.source for spec in config.calibration] == ["preset:gsm8k", f"preset:gsm8k@{copy}"]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -93,6 +99,8 @@ def test_options_reach_their_place(write):
         ({"methods": ["shape"]}, ["'shape' is not SCORER/RULE"]),
         ({"methods": ["shape/coverage"], "rules": ["global"]}, ["methods stands for scorers and rules"]),
         ({"routings": ["droop"]}, ["routings", "'droop'"]),
+        ({"calibration": {"a": {"data": "b.jsonl"}}}, ["calibration.a.data", "there is no file", "b.jsonl"]),
+        ({"calibration": {"a": {"data": "./b"}}}, ["calibration.a.data", "there is no file", "/b"]),
         ({"models": []}, ["models is empty"]),
         ({"models": None}, ["models is missing"]),
         ({"models": "embedded"}, ["models must be a list"]),

@@ -26,14 +26,13 @@ from shape_moe.scoring.scores import score_trace
 from shape_moe.selection.select import SelectOptions
 from shape_moe.selection.selection import load_selection
 from shape_moe.tracing.trace import load_trace
+from support.data import write_lines
 from support.interruptions import stopped_after
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    file = tmp_path_factory.mktemp("data") / "sorting.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in examples("sorting", 25, seed=1)))
-    return str(file)
+    return str(write_lines(tmp_path_factory.mktemp("data") / "sorting.jsonl", examples("sorting", 25, seed=1)))
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 
 from shape_moe.calibration.calibrate import SPLIT_KEY
-from shape_moe.calibration.records import DataOptions, load_records, prompt_hash
+from shape_moe.calibration.records import DataOptions, Record, load_records, prompt_hash
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import DataError, UsageError
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.judge import Judge
 from shape_moe.evaluation.sweep import Limit
-from shape_moe.jobs import session
+from shape_moe.jobs import search, session
 from shape_moe.jobs import sweep as job
 from shape_moe.jobs.held_out import known_prompts
 from shape_moe.jobs.options import TraceOptions
@@ -25,6 +25,7 @@ from shape_moe.progress import Silent
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.selection import load_selection
 from shape_moe.tracing.trace import load_trace, merge_traces
+from support.data import write_lines
 from support.interruptions import stopped_after
 
 
@@ -40,23 +41,33 @@ class Notes(Silent):
 
 @pytest.fixture(scope="module")
 def task_file(tmp_path_factory):
-    file = tmp_path_factory.mktemp("data") / "sorting.jsonl"
-    file.write_text("".join(json.dumps(record) + "\n" for record in examples("sorting", 120, seed=1)))
-    return file
+    return write_lines(tmp_path_factory.mktemp("data") / "sorting.jsonl", examples("sorting", 120, seed=1))
+
+
+def note_held_out(patch: pytest.MonkeyPatch) -> list[Record]:
+    """The records that searches judge by from now on."""
+    whole, judged = search.held_out_set, []
+    patch.setattr(
+        search, "held_out_set", lambda session, records, *rest: judged.extend(records) or whole(session, records, *rest)
+    )
+    return judged
 
 
 @pytest.fixture(scope="module")
 def swept(embedded, task_file, tmp_path_factory):
+    """A sweep's result, its folder, and the records that it judged by."""
     out = tmp_path_factory.mktemp("sweep") / "result"
     options = SweepOptions(
         keep_rates=(0.8, 0.3), scorers=("shape", "easy-ep"), held_out=60, limit=Limit("max_kl", 0.05)
     )
     data = TraceOptions(DataOptions(str(task_file), samples=40), device="cpu")
-    return sweep(embedded, options, out, data=data), out
+    with pytest.MonkeyPatch.context() as patch:
+        judged = note_held_out(patch)
+        return sweep(embedded, options, out, data=data), out, judged
 
 
 def test_every_point_is_judged_and_the_result_is_written(swept) -> None:
-    result, out = swept
+    result, out, _ = swept
     document = json.loads((out / "sweep.json").read_text())
     assert document == json.loads(json.dumps(result.document))
     assert [(p["scorer"], p["keep_asked"]) for p in document["points"]] == [
@@ -79,11 +90,11 @@ def test_every_point_is_judged_and_the_result_is_written(swept) -> None:
     assert load_trace(out / "trace").info.source[SPLIT_KEY] == document["split"]
 
 
-def test_calibration_and_held_out_examples_do_not_overlap(swept, task_file) -> None:
-    result, _ = swept
-    calibration = set(result.document["calibration"]["prompts"])
-    assert len(calibration) == 40
-    assert result.document["held_out"]["examples"] == 60
+def test_calibration_and_held_out_examples_do_not_overlap(swept) -> None:
+    result, _, records = swept
+    calibration, judged = set(result.document["calibration"]["prompts"]), set(map(prompt_hash, records))
+    assert (len(calibration), len(judged), result.document["held_out"]["examples"]) == (40, 60, 60)
+    assert not calibration & judged
     assert "40 examples to calibrate with and 60 held out" in result.document["split"]
 
 
@@ -164,14 +175,16 @@ def test_another_engine_is_refused_before_the_work(embedded, task_file, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_trace_judges_by_what_it_has_not_seen(embedded, task_file, tmp_path) -> None:
+def test_a_trace_judges_by_what_it_has_not_seen(embedded, task_file, tmp_path, monkeypatch) -> None:
     data = TraceOptions(DataOptions(str(task_file), samples=30), device="cpu")
     traced = trace(embedded, data, tmp_path / "trace")
     options = SweepOptions(keep_rates=(0.8,), held_out=500, generation=GenerationOptions(examples=4))
+    records = note_held_out(monkeypatch)
     result = sweep(embedded, options, trace=tmp_path / "trace")
-    assert result.document["held_out"]["examples"] == 90
-    records = load_records(DataOptions(str(task_file)))
-    assert {prompt_hash(record) for record in records} >= set(traced.info.source["prompts"])
+    seen, judged = set(traced.info.source["prompts"]), {prompt_hash(record) for record in records}
+    assert (len(judged), result.document["held_out"]["examples"]) == (90, 90)
+    assert not judged & seen
+    assert judged | seen == {prompt_hash(record) for record in load_records(DataOptions(str(task_file)))}
 
 
 def test_contamination_is_told_and_left_out(embedded, task_file, tmp_path) -> None:
@@ -219,7 +232,7 @@ def test_a_limit_alone_is_bisected_and_memory_bounds_the_advice(embedded, task_f
 def test_a_fall_of_nothing_is_no_limit(embedded, tmp_path) -> None:
     file = tmp_path / "noise.jsonl"
     rows = [{"prompt": f"sort {i}{i + 1}{i + 2}=", "response": f"wrong {i}\n"} for i in range(60)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(file, rows)
     data = TraceOptions(DataOptions(str(file), samples=20), device="cpu")
     with pytest.raises(UsageError, match="0% of the held-out examples"):
         sweep(embedded, SweepOptions(limit=Limit("max_drop", 0.01), held_out=30), data=data)

@@ -22,6 +22,7 @@ from shape_moe.jobs.trace import merge, trace
 from shape_moe.tracing.trace import load_trace, merge_traces
 from shape_moe.tracing.transformers_model import ModelTracer
 from shape_moe.workspace import Workspace
+from support.data import write_lines
 from support.fp8 import save_fp8_model
 from support.interruptions import press_ctrl_c, stopped_after
 from support.mxfp4 import save_mxfp4_model
@@ -31,9 +32,7 @@ from support.tiny_models import make_model
 @pytest.fixture
 def data(tmp_path):
     def write(records, name="data.jsonl"):
-        file = tmp_path / name
-        file.write_text("".join(json.dumps(record) + "\n" for record in records))
-        return str(file)
+        return str(write_lines(tmp_path / name, records))
 
     return write
 

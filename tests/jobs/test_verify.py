@@ -21,13 +21,13 @@ from shape_moe.pruning.compare import file_hash
 from shape_moe.selection.select import SelectOptions
 from shape_moe.selection.selection import load_selection
 from shape_moe.tracing.trace import load_trace
+from support.data import write_lines
 
 
 @pytest.fixture(scope="module")
 def pruned(embedded, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pruned")
-    file = folder / "data.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in examples("reversal", 16, seed=1)))
+    file = write_lines(folder / "data.jsonl", examples("reversal", 16, seed=1))
     chosen = SelectionJob(SelectOptions(keep=0.6, routing="reroute"))
     prune(
         embedded, folder / "out", PruneOptions(chosen, TraceOptions(DataOptions(str(file)), device="cpu"), device="cpu")

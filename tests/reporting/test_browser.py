@@ -18,7 +18,7 @@ from shape_moe.jobs.options import PruneOptions, SelectionJob, TraceOptions
 from shape_moe.scoring.scores import read_scores
 from shape_moe.selection.select import SelectOptions, select_from_scores, select_from_trace
 from support.browser import Browser, open_browser
-from support.data import routing_trace
+from support.data import routing_trace, write_lines
 from support.results import write_evaluation, write_sweep
 
 pytestmark = pytest.mark.browser
@@ -56,7 +56,7 @@ def demo(embedded, tmp_path_factory) -> Path:
     """The report of the embedded model, traced on all of its six tasks and pruned."""
     folder = tmp_path_factory.mktemp("demo")
     rows = [record for task in TASKS for record in examples(task, 3, seed=0)]
-    (folder / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(folder / "tasks.jsonl", rows)
     options = PruneOptions(
         trace=TraceOptions(DataOptions(str(folder / "tasks.jsonl"))),
         select=SelectionJob(SelectOptions(keep=0.6)),

@@ -106,6 +106,14 @@ def test_collisions_are_refused(monkeypatch) -> None:
     assert score_trace(synthetic_trace(), "mine").values.shape == (3, 8)
 
 
+def test_scorers_say_how_many_experts_per_token_they_need(monkeypatch) -> None:
+    monkeypatch.setattr(registry, "_SCORERS", dict(scorers()))
+    assert [name for name, scorer in scorers().items() if not scorer.can_value(1)] == ["shape"]
+    assert get_scorer("shape").can_value(2)
+    register("threes", needs=(), least_top_k=3)(lambda trace, options: np.zeros((3, 8)))
+    assert [get_scorer("threes").can_value(top_k) for top_k in (1, 2, 3, 4)] == [False, False, True, True]
+
+
 def test_entry_points_add_scorers(monkeypatch) -> None:
     class Point:
         def load(self):

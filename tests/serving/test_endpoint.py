@@ -20,13 +20,13 @@ from shape_moe.openai_server import OpenAIServer
 from shape_moe.pruning.canary import load_canary
 from shape_moe.selection.select import SelectOptions
 from shape_moe.serving.endpoint import ask_canary
+from support.data import write_lines
 
 
 @pytest.fixture(scope="module")
 def pruned(embedded, tmp_path_factory):
     folder = tmp_path_factory.mktemp("endpoint")
-    file = folder / "words.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in examples("words", 25, seed=1)))
+    file = write_lines(folder / "words.jsonl", examples("words", 25, seed=1))
     options = PruneOptions(
         SelectionJob(SelectOptions(keep=0.6)),
         TraceOptions(DataOptions(str(file))),

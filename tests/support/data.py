@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 
 from shape_moe.architectures.moe_config import RoutingFacts
 from shape_moe.calibration.batches import batches
 from shape_moe.calibration.examples import Example
+from shape_moe.tracing.coalitions import CoalitionTable, tabulate
+from shape_moe.tracing.statistics import STATISTICS
 from shape_moe.tracing.trace import Trace, TraceInfo
 from shape_moe.tracing.transformers_model import ModelTracer
+
+_FINGERPRINTS = {"fingerprint": "sha256:" + "a" * 64, "layout_fingerprint": "sha256:" + "b" * 64}
+
+
+def write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    """Write rows as JSON lines; gives the file."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
 
 
 def make_examples(count: int, *, seed: int = 0, vocab: int = 128, longest: int = 14) -> list[Example]:
@@ -25,8 +41,7 @@ def make_examples(count: int, *, seed: int = 0, vocab: int = 128, longest: int =
 def make_info(model: ModelTracer, **changes) -> TraceInfo:
     """Provenance for a trace made in a test."""
     entries = {
-        "fingerprint": "sha256:" + "a" * 64,
-        "layout_fingerprint": "sha256:" + "b" * 64,
+        **_FINGERPRINTS,
         "model": "tiny",
         "family": model.moe.family.model_type,
         "num_experts": model.moe.num_experts,
@@ -49,67 +64,76 @@ def routing_trace(
     layers: int = 4, experts: int = 16, top_k: int = 4, tokens: int = 400, *, seed: int = 0, model: str = "synthetic"
 ) -> Trace:
     """A trace of any size without a model or Gram matrices: tokens of ten topics, each with experts that it prefers."""
-    from shape_moe.tracing.coalitions import tabulate
-
     rng = np.random.default_rng(seed)
-    names = ("tokens", "gate", "norm", "gated_norm", "gated_norm_renormalised", "gated_norm_turned", "largest_norm")
+    names = ("gate", "norm", "gated_norm", "gated_norm_renormalised", "gated_norm_turned", "largest_norm")
     statistics = {name: np.zeros((layers, 2, 8, experts)) for name in names}
-    per_layer = np.zeros((layers, 2, 8), dtype=np.int64)
-    tables = {}
+    counts = []
     for row in range(layers):
         liking = rng.normal(size=experts) + 2.2 * (rng.integers(0, 10, experts) == np.arange(10)[:, None])
         scores = liking[rng.integers(0, 10, tokens)] + 0.25 * rng.gumbel(size=(tokens, experts))
-        members = np.argpartition(-scores, top_k, axis=1)[:, :top_k]
-        segments, folds = rng.integers(0, 2, tokens), rng.integers(0, 8, tokens)
-        tables[row] = tabulate(members, segments, folds)
-        np.add.at(per_layer[row], (segments, folds), 1)
-        np.add.at(statistics["tokens"][row], (segments[:, None], folds[:, None], members), 1)
-        for name in names[1:]:
-            statistics[name][row] = statistics["tokens"][row] * rng.lognormal(sigma=0.4, size=experts)
-    statistics |= {"tokens": statistics["tokens"].astype(np.int64), "layer_tokens": per_layer}
-    info = TraceInfo(
-        fingerprint="sha256:" + "a" * 64,
-        layout_fingerprint="sha256:" + "b" * 64,
+        counts.append(_count(rng, np.argpartition(-scores, top_k, axis=1)[:, :top_k], experts))
+        for name in names:
+            statistics[name][row] = counts[row].of_experts * rng.lognormal(sigma=0.4, size=experts)
+    info = _info_without_model(
+        layers,
+        experts,
+        top_k,
         model=model,
-        family="qwen3_moe",
-        num_experts=experts,
-        routing=RoutingFacts(top_k, top_k, 1, True),
-        layers=tuple(range(layers)),
         tokens={"prompt": tokens // 2, "response": tokens - tokens // 2},
         examples=tokens // 10,
         versions={"shape-moe": "0.1.0"},
     )
-    return Trace(info, statistics, tables)
+    return _trace_of(info, statistics, counts)
 
 
 def synthetic_trace(layers: int = 3, experts: int = 8, top_k: int = 2, tokens: int = 200, seed: int = 0) -> Trace:
     """A trace without a model: random routing and random statistics that are consistent with it."""
-    from shape_moe.tracing.coalitions import tabulate
-    from shape_moe.tracing.statistics import STATISTICS
-
     rng = np.random.default_rng(seed)
     shapes = {"expert": (layers, 2, 8, experts), "layer": (layers, 2, 8), "pair": (layers, 2, 2, experts, experts)}
     statistics = {name: rng.uniform(size=shapes[s.axes]) for name, s in STATISTICS.items()}
-    counts = np.zeros(shapes["expert"], dtype=np.int64)
-    per_layer = np.zeros(shapes["layer"], dtype=np.int64)
-    tables = {}
-    for row in range(layers):
+    counts = []
+    for _ in range(layers):
         popularity = rng.dirichlet(np.ones(experts))
         members = np.array([rng.choice(experts, top_k, replace=False, p=popularity) for _ in range(tokens)])
-        segments, folds = rng.integers(0, 2, tokens), rng.integers(0, 8, tokens)
-        tables[row] = tabulate(members, segments, folds)
-        np.add.at(per_layer[row], (segments, folds), 1)
-        np.add.at(counts[row], (segments[:, None], folds[:, None], members), 1)
-    statistics |= {"tokens": counts, "layer_tokens": per_layer}
-    info = TraceInfo(
-        fingerprint="sha256:" + "a" * 64,
-        layout_fingerprint="sha256:" + "b" * 64,
-        model="synthetic",
+        counts.append(_count(rng, members, experts))
+    info = _info_without_model(
+        layers, experts, top_k, model="synthetic", tokens={"prompt": 0, "response": tokens}, examples=tokens
+    )
+    return _trace_of(info, statistics, counts)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """One layer's tokens: by coalition, by segment, fold and expert, and by segment and fold."""
+
+    coalitions: CoalitionTable
+    of_experts: np.ndarray
+    of_layer: np.ndarray
+
+
+def _count(rng: np.random.Generator, members: np.ndarray, experts: int) -> _Counts:
+    """Count tokens, whose segments and folds are drawn here."""
+    segments, folds = rng.integers(0, 2, len(members)), rng.integers(0, 8, len(members))
+    of_experts, of_layer = np.zeros((2, 8, experts), dtype=np.int64), np.zeros((2, 8), dtype=np.int64)
+    np.add.at(of_experts, (segments[:, None], folds[:, None], members), 1)
+    np.add.at(of_layer, (segments, folds), 1)
+    return _Counts(tabulate(members, segments, folds), of_experts, of_layer)
+
+
+def _trace_of(info: TraceInfo, statistics: dict[str, np.ndarray], counts: list[_Counts]) -> Trace:
+    counted = {
+        "tokens": np.stack([layer.of_experts for layer in counts]),
+        "layer_tokens": np.stack([layer.of_layer for layer in counts]),
+    }
+    return Trace(info, {**statistics, **counted}, {row: layer.coalitions for row, layer in enumerate(counts)})
+
+
+def _info_without_model(layers: int, experts: int, top_k: int, **entries) -> TraceInfo:
+    return TraceInfo(
+        **_FINGERPRINTS,
         family="qwen3_moe",
         num_experts=experts,
         routing=RoutingFacts(top_k, top_k, 1, True),
         layers=tuple(range(layers)),
-        tokens={"prompt": 0, "response": tokens},
-        examples=tokens,
+        **entries,
     )
-    return Trace(info, statistics, tables)

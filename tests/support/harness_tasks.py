@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from shape_moe.demo.embedded import EVALUATION_SEED
 from shape_moe.demo.tasks import END, examples
+from support.data import write_lines
 
 COUNT = 100
 CHOICES = 4
@@ -70,7 +70,7 @@ def write_tasks(folder: Path, *, longest: int = 64) -> Path:
     """Write ``embedded_addition``, ``embedded_choice`` and a group of both into a folder; gives the folder."""
     folder.mkdir(exist_ok=True)
     for name, rows in (("addition", addition_rows()), ("choice", choice_rows())):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(folder / f"{name}.jsonl", rows)
     for name, text in (("addition", _GENERATION), ("choice", _CHOICE)):
         task = text.format(task=f"embedded_{name}", file=folder / f"{name}.jsonl", longest=longest)
         (folder / f"{name}.yaml").write_text(task)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -51,11 +48,6 @@ def sglang_response(array: np.ndarray, prompt: int, place: str = "meta_info") ->
     if place == "sglext":
         return {"model": "served", "choices": [choice], "sglext": payload, "usage": counts}
     return {"model": "served", "choices": [{**choice, place: payload}], "usage": counts}
-
-
-def write_lines(file: Path, rows: Sequence[dict]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
 
 
 def routed_ids(model, example, seed: int = 0) -> np.ndarray:

@@ -147,6 +147,11 @@ class Snapshot:
         return sum(slot.size for slot in self.tensors.values())
 
 
+def looks_like_path(name: str) -> bool:
+    """Whether a name can only be a path: none on the hub begins as this one does."""
+    return name.startswith((".", "/", "~"))
+
+
 def open_snapshot(model: str | os.PathLike[str], revision: str | None = None) -> Snapshot:
     """Open a local model folder, or the local copy of a hub model (downloaded when it is missing).
 
@@ -172,7 +177,7 @@ def open_headers(model: str | os.PathLike[str], revision: str | None = None) -> 
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError, OfflineModeIsEnabled
 
-    if Path(model).is_dir() or str(model).startswith((".", "/", "~")):
+    if Path(model).is_dir() or looks_like_path(str(model)):
         return open_snapshot(model, revision)
     try:
         metadata = get_safetensors_metadata(str(model), revision=revision)
@@ -190,7 +195,7 @@ def open_headers(model: str | os.PathLike[str], revision: str | None = None) -> 
 
 
 def _download(model: str, revision: str | None) -> tuple[Path, str | None]:
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+    if looks_like_path(model) or model.count("/") > 1:
         raise CheckpointError(f"There is no model folder {model}.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -19,18 +19,12 @@ from typing import Any
 
 import jinja2
 
+from shape_moe.calibration.sources import FIELDS, FILE_TYPES, Row, Rows, read_rows
 from shape_moe.errors import DataError, UsageError
 
 PREFIX = "preset:"
 CALIBRATION, EVALUATION = "calibration", "evaluation"
 """The parts of a set that is dealt out by this module because it has no split of its own for calibration."""
-_RECORD_FIELDS = ("text", "prompt", "response", "messages")
-_SUFFIXES = ("", ".csv", ".jsonl", ".json", ".parquet")
-
-Row = Mapping[str, Any]
-Rows = Iterator[tuple[str, Row]]
-Reader = Callable[[str, str | None, str, str | None], Rows]
-"""Reads rows with their places, from a source, configuration, split and revision."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +108,17 @@ def find_preset(source: str) -> Preset | None:
     return presets()[name]
 
 
+def local_copy(source: str) -> str:
+    """The path in ``preset:NAME@PATH``, empty where a source names no local copy."""
+    return source.partition("@")[2] if source.startswith(PREFIX) else ""
+
+
+def with_base(source: str, base: Path) -> str:
+    """A preset's source with the absolute path of its local copy; ``base`` is where a relative one begins."""
+    path = local_copy(source)
+    return source.removesuffix(path) + str((base / Path(path).expanduser()).resolve()) if path else source
+
+
 def check_split(preset: Preset, split: str, subset: str | None) -> None:
     """Refuse what a preset decides itself.
 
@@ -129,21 +134,18 @@ def check_split(preset: Preset, split: str, subset: str | None) -> None:
         )
 
 
-def preset_rows(source: str, split: str, read: Reader) -> Rows:
+def preset_rows(preset: Preset, local: str, split: str) -> Rows:
     """The rows of a preset as records: fields ``prompt`` and ``response``, and the row's own fields beside them.
 
     Args:
-        source: ``preset:NAME`` or ``preset:NAME@PATH``.
+        preset: the preset.
+        local: path of a local copy, empty for the set on the hub.
         split: the split, or :data:`CALIBRATION` or :data:`EVALUATION` of a set that is dealt out.
-        read: reads raw rows.
 
     Raises:
         DataError: when the set cannot be read, or a row lacks a field that the preset needs.
     """
-    preset = find_preset(source)
-    assert preset is not None
-    local = source.partition("@")[2]
-    for where, row in _raw_rows(preset, local, split, read):
+    for where, row in _raw_rows(preset, local, split):
         yield where, compose(preset, row, where)
 
 
@@ -163,15 +165,15 @@ def compose(preset: Preset, row: Row, where: str) -> dict[str, Any]:
         raise DataError(
             f"{where}: the record is not one of preset {preset.name}: {error}; its fields are {fields}."
         ) from error
-    return {key: value for key, value in row.items() if key not in _RECORD_FIELDS} | texts
+    return {key: value for key, value in row.items() if key not in FIELDS} | texts
 
 
-def _raw_rows(preset: Preset, local: str, split: str, read: Reader) -> Rows:
+def _raw_rows(preset: Preset, local: str, split: str) -> Rows:
     if preset.without is not None:
-        return _left_over(preset, local, split, read)
+        return _left_over(preset, local, split)
     if preset.one_in is None:
-        return _read(preset, local, preset.subset, split, read)
-    rows = _read(preset, local, preset.subset, preset.split, read)
+        return _rows_of(preset, local, preset.subset, split)
+    rows = _rows_of(preset, local, preset.subset, preset.split)
     return (
         (where, row)
         for where, row in rows
@@ -179,24 +181,24 @@ def _raw_rows(preset: Preset, local: str, split: str, read: Reader) -> Rows:
     )
 
 
-def _left_over(preset: Preset, local: str, split: str, read: Reader) -> Rows:
+def _left_over(preset: Preset, local: str, split: str) -> Rows:
     """What a configuration holds beside the rows of another one; or that other one, for evaluation."""
-    held_back = list(_read(preset, local, preset.without, preset.split, read))
+    held_back = list(_rows_of(preset, local, preset.without, preset.split))
     if split == EVALUATION:
         yield from held_back
         return
     keys = {_key(preset, row, where) for where, row in held_back}
-    for where, row in _read(preset, local, preset.subset, preset.split, read):
+    for where, row in _rows_of(preset, local, preset.subset, preset.split):
         if _key(preset, row, where) not in keys:
             yield where, row
 
 
-def _read(preset: Preset, local: str, subset: str | None, split: str, read: Reader) -> Rows:
+def _rows_of(preset: Preset, local: str, subset: str | None, split: str) -> Rows:
     if local:
-        yield from read(_local_copy(preset, local, subset), None, split, None)
+        yield from read_rows(_file_of(preset, local, subset), None, split)
         return
     try:
-        yield from read(preset.dataset, subset, split, preset.revision)
+        yield from read_rows(preset.dataset, subset, split, preset.revision)
     except DataError as error:
         terms = ". Its terms must be accepted on the hub first" if preset.gated else ""
         raise DataError(
@@ -205,14 +207,14 @@ def _read(preset: Preset, local: str, subset: str | None, split: str, read: Read
         ) from error
 
 
-def _local_copy(preset: Preset, local: str, subset: str | None) -> str:
+def _file_of(preset: Preset, local: str, subset: str | None) -> str:
     """Where a local copy lies: where the user says, or for two configurations in that folder under their names."""
     folder = Path(local).expanduser()
     if not folder.exists():
         raise DataError(f"There is no file {local}.")
     if preset.without is None:
         return str(folder)
-    for suffix in _SUFFIXES:
+    for suffix in ("", *FILE_TYPES):
         path = folder / f"{subset}{suffix}"
         if path.exists():
             return str(path)

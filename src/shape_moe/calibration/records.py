@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from shape_moe.calibration.presets import check_split, find_preset, preset_rows
-from shape_moe.errors import DataError, UsageError, first_line
+from shape_moe.calibration.presets import check_split, find_preset, local_copy, preset_rows
+from shape_moe.calibration.sources import FIELDS, Rows, read_rows
+from shape_moe.errors import DataError, UsageError
 
-FIELDS = ("text", "prompt", "response", "messages")
-_LARGEST_FIELD = 2**31 - 1  # Python's own limit of 128 KiB is less than a long document
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 Message = dict[str, Any]
 
@@ -193,122 +189,8 @@ def sample_records(records: list[Record], options: DataOptions) -> list[Record]:
     return sorted(chosen, key=lambda record: record.index)
 
 
-def _rows(options: DataOptions) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if find_preset(options.source):
-        return preset_rows(options.source, str(options.split), _read)
-    return _read(options.source, options.subset, str(options.split))
-
-
-def _read(
-    source: str, subset: str | None, split: str, revision: str | None = None
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    path = Path(source)
-    if path.is_file():
-        readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
-        reader = readers.get(path.suffix.lower())
-        if reader is None:
-            raise DataError(f"{path}: unknown file type; use .jsonl, .json, .csv or .parquet.")
-        return reader(path)
-    return _dataset(source, subset, split, revision)
-
-
-@contextmanager
-def _text(path: Path) -> Iterator[TextIO]:
-    """Open a text file; a byte-order mark is skipped, another encoding is an error that says where it begins."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            yield stream
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}, line {_undecodable_line(path)}: not UTF-8 text; save the file as UTF-8.") from error
-
-
-def _undecodable_line(path: Path) -> int:
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                return number
-    return 1
-
-
-def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with _text(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield f"{path}, line {number}", _as_object(line, f"{path}, line {number}")
-
-
-def _as_object(text: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON ({error.msg}).") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a record must be a JSON object, not {type(row).__name__}.")
-    return row
-
-
-def _json(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
-        with _text(path) as stream:
-            rows = json.load(stream)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: a .json file must hold a list of records; one record per line goes into .jsonl.")
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, record {i + 1}: a record must be a JSON object, not {type(row).__name__}.")
-        yield f"{path}, record {i + 1}", row
-
-
-def _csv(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    before = csv.field_size_limit(_LARGEST_FIELD)
-    try:
-        with _text(path) as stream:
-            reader = csv.DictReader(stream, strict=True)
-            try:
-                for row in reader:
-                    where = f"{path}, line {reader.line_num}"
-                    if None in row or None in row.values():
-                        raise DataError(f"{where}: the row has another number of columns than the header.")
-                    yield where, {key: value for key, value in row.items() if value != ""}
-            except csv.Error as error:
-                raise DataError(f"{path}, line {reader.line_num + 1}: not valid CSV ({first_line(error)}).") from error
-    finally:
-        csv.field_size_limit(before)
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    import polars as pl
-
-    try:
-        table = pl.read_parquet(path)
-    except (pl.exceptions.ComputeError, OSError) as error:
-        raise DataError(f"{path} is not a readable Parquet file.") from error
-    for i, row in enumerate(table.iter_rows(named=True)):
-        yield f"{path}, row {i + 1}", row
-
-
-def _dataset(
-    source: str, subset: str | None, split: str, revision: str | None
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if source.startswith((".", "/", "~")) and not Path(source).is_dir():
-        raise DataError(f"There is no file {source}.")
-    import datasets
-
-    try:
-        if Path(source).is_dir():
-            data = datasets.load_from_disk(source)
-            data = data[split] if isinstance(data, datasets.DatasetDict) else data
-        else:
-            data = datasets.load_dataset(source, subset, split=split, revision=revision)
-    except KeyError as error:
-        raise DataError(f"{source} has no split {split!r}.") from error
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"There is no file {source}, and no dataset of that name could be loaded: {first_line(error)}"
-        ) from error
-    for i, row in enumerate(data):
-        yield f"{source} ({split}), row {i + 1}", row
+def _rows(options: DataOptions) -> Rows:
+    preset, split = find_preset(options.source), str(options.split)
+    if preset is not None:
+        return preset_rows(preset, local_copy(options.source), split)
+    return read_rows(options.source, options.subset, split)

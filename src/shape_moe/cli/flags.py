@@ -12,6 +12,7 @@ from shape_moe.calibration.calibrate import AnswerOptions
 from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.console import Output
+from shape_moe.cli.flag_groups import changed_flags
 from shape_moe.cli.values import (
     parse_count,
     parse_layers,
@@ -28,10 +29,12 @@ from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.select import SelectOptions
 from shape_moe.tracing.trace import SegmentWeights
 
-DATA_PANEL = "Calibration data"
+DATA_PANEL = "Task examples"
 CHOICE_PANEL = "Choosing experts"
 RUN_PANEL = "Running"
 MEMORY_PANEL = "What must fit"
+_HELD_OUT_READING = ("--split", "--subset", "--map")
+"""The data options that --held-out is read with."""
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or a model's name on the hub.")]
 
@@ -70,10 +73,14 @@ class DeviceFlags:
     """Where and in what precision a model runs."""
 
     device: Annotated[
-        str, typer.Option(help="auto (GPUs where there are some), cpu, cuda, cuda:N.", rich_help_panel=RUN_PANEL)
+        str,
+        typer.Option(
+            help="Where to run: auto (GPUs where there are some), cpu, cuda, cuda:N.", rich_help_panel=RUN_PANEL
+        ),
     ] = "auto"
     dtype: Annotated[
-        str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.", rich_help_panel=RUN_PANEL)
+        str,
+        typer.Option(help="Precision: auto (the checkpoint's), float32, bfloat16, float16.", rich_help_panel=RUN_PANEL),
     ] = "auto"
 
 
@@ -85,16 +92,20 @@ class MemoryFlags:
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory of your device, as 24GiB. inspect: what fits, and how? prune: keep as many as fit, instead of "
-            "--keep. sweep: recommend only what fits.",
+            help="Memory that must hold weights and KV cache, as 24GiB.",
             rich_help_panel=MEMORY_PANEL,
         ),
     ] = None
     context: Annotated[
-        str, typer.Option(help="With --fit: tokens per sequence in the KV cache, as 16k.", rich_help_panel=MEMORY_PANEL)
+        str,
+        typer.Option(
+            metavar="TOKENS",
+            help="With --fit: tokens per sequence in the KV cache, as 16k.",
+            rich_help_panel=MEMORY_PANEL,
+        ),
     ] = "4096"
     concurrency: Annotated[
-        int, typer.Option(help="With --fit: sequences in the KV cache.", rich_help_panel=MEMORY_PANEL)
+        int, typer.Option(help="With --fit: sequences at once in the KV cache.", rich_help_panel=MEMORY_PANEL)
     ] = 1
 
     def size(self) -> int | None:
@@ -121,25 +132,31 @@ class DataFlags:
         str | None,
         typer.Option(
             help="JSONL, JSON, CSV or Parquet file, or a dataset's name: records with text, prompt (+ response) or "
-            "messages. preset:NAME or preset:NAME@PATH: a known benchmark's calibration set.",
+            "messages. A known benchmark is preset:NAME, or preset:NAME@PATH from a local copy.",
             rich_help_panel=DATA_PANEL,
         ),
     ] = None
-    samples: Annotated[
-        int | None, typer.Option(help="Use this many records. Default: see the verb.", rich_help_panel=DATA_PANEL)
-    ] = None
+    samples: Annotated[int | None, typer.Option(help="Use at most this many records.", rich_help_panel=DATA_PANEL)] = (
+        None
+    )
     stratify: Annotated[
         str | None, typer.Option(help="Equal numbers of samples per value of this field.", rich_help_panel=DATA_PANEL)
     ] = None
     split: Annotated[
-        str | None, typer.Option(help="Split of a dataset: train, or the preset's.", rich_help_panel=DATA_PANEL)
+        str | None,
+        typer.Option(help="Split of a dataset. Default: train, or the preset's.", rich_help_panel=DATA_PANEL),
     ] = None
     subset: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.", rich_help_panel=DATA_PANEL)] = (
         None
     )
     field_map: Annotated[
         list[str] | None,
-        typer.Option("--map", help="prompt=YOUR_FIELD where fields have other names.", rich_help_panel=DATA_PANEL),
+        typer.Option(
+            "--map",
+            metavar="OURS=YOURS",
+            help="Where a field has another name in your data, as prompt=question; repeat it.",
+            rich_help_panel=DATA_PANEL,
+        ),
     ] = None
     max_length: Annotated[
         int | None, typer.Option(help="Cut examples to this many tokens.", rich_help_panel=DATA_PANEL)
@@ -152,16 +169,18 @@ class DataFlags:
     ] = False
     template_arg: Annotated[
         list[str] | None,
-        typer.Option(help="Variable of the chat template, as enable_thinking=false.", rich_help_panel=DATA_PANEL),
+        typer.Option(
+            help="Variable of the chat template, as enable_thinking=false; repeat it.", rich_help_panel=DATA_PANEL
+        ),
     ] = None
     max_new_tokens: Annotated[
         int,
-        typer.Option(help="Length of answers to prompts without a response; 0 for none.", rich_help_panel=DATA_PANEL),
+        typer.Option(help="Longest answer to a prompt without a response; 0 for none.", rich_help_panel=DATA_PANEL),
     ] = 512
     responses_from: Annotated[
         str | None,
         typer.Option(
-            metavar="URL", help="Take answers from this OpenAI-compatible endpoint.", rich_help_panel=DATA_PANEL
+            metavar="URL", help="Take those answers from this OpenAI-compatible endpoint.", rich_help_panel=DATA_PANEL
         ),
     ] = None
     skip_bad: Annotated[
@@ -173,6 +192,21 @@ class DataFlags:
         """Other examples, with fields named and split as these flags say."""
         fields = parse_pairs(self.field_map, "--map")
         return DataOptions(source, split=self.split, subset=self.subset, fields=fields, seed=seed)
+
+    def refuse_unread(self, held_out: str | None) -> None:
+        """Refuse options that would change nothing because examples are read as a trace was made.
+
+        Args:
+            held_out: other examples, which are read with some of these options whatever ``--data`` says.
+
+        Raises:
+            UsageError: naming the options that nobody reads.
+        """
+        if self.data is not None:
+            return
+        read = _HELD_OUT_READING if held_out is not None else ()
+        if unread := [name for name in changed_flags(self) if name not in read]:
+            raise UsageError(f"The trace decides how examples are read: leave {', '.join(unread)} out, or give --data.")
 
     def options(self, device: DeviceFlags, seed: int, samples: int) -> TraceOptions:
         """The trace options that these flags describe; ``samples`` is the verb's default."""
@@ -224,7 +258,7 @@ class ScoreFlags(WeightFlags):
 
     scorer: Annotated[
         str,
-        typer.Option(help="How experts are valued; auto (prune only) tries several.", rich_help_panel=CHOICE_PANEL),
+        typer.Option(help="How experts are valued; shape-moe score --list tells how.", rich_help_panel=CHOICE_PANEL),
     ] = "shape"
 
 
@@ -255,21 +289,30 @@ class SelectFlags:
     ] = None
     tolerance: Annotated[
         float | None,
-        typer.Option(help="Reproduce the paper's bisection to this keep rate.", rich_help_panel=CHOICE_PANEL),
+        typer.Option(
+            help="Reproduce the paper's bisection, which stops this close to --keep.", rich_help_panel=CHOICE_PANEL
+        ),
     ] = None
     skip_layers: Annotated[
         str | None, typer.Option(help="Layers that keep every expert, as 0,1,47.", rich_help_panel=CHOICE_PANEL)
     ] = None
     protect: Annotated[
         list[str] | None,
-        typer.Option(help="Experts to keep in any case, as LAYER:EXPERT,EXPERT.", rich_help_panel=CHOICE_PANEL),
+        typer.Option(
+            help="Experts to keep in any case, as LAYER:EXPERT,EXPERT; repeat it.", rich_help_panel=CHOICE_PANEL
+        ),
     ] = None
     multiple_of: Annotated[
-        int, typer.Option(help="Every pruned layer keeps a multiple of this.", rich_help_panel=CHOICE_PANEL)
+        int,
+        typer.Option(help="Every pruned layer keeps a multiple of this many experts.", rich_help_panel=CHOICE_PANEL),
     ] = 1
     allow_rounding: Annotated[
         bool,
-        typer.Option("--allow-rounding", help="Take the nearest feasible budget below.", rich_help_panel=CHOICE_PANEL),
+        typer.Option(
+            "--allow-rounding",
+            help="Where --keep cannot be met, take the next smaller rate that can.",
+            rich_help_panel=CHOICE_PANEL,
+        ),
     ] = False
 
     def job(self, keep: float, score: ScoreFlags, seed: int) -> SelectionJob:

@@ -17,7 +17,8 @@ from shape_moe.units import readable_size
 
 def add_to(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command("inspect")(with_flags(inspect))
+    fit = "Say with which precision and keep rate the model fits this memory, KV cache included, as 24GiB."
+    app.command("inspect")(with_flags(inspect, fit=fit))
 
 
 def inspect(

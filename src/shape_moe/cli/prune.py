@@ -30,14 +30,38 @@ from shape_moe.cli.values import parse_routing
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.sweep import Limit
 from shape_moe.jobs import prune as job
-from shape_moe.jobs.options import AUTO, DEFAULT_SAMPLES, PAPER_SAMPLES, ChoiceOptions, PruneOptions
+from shape_moe.jobs.options import (
+    AUTO,
+    AUTO_HELD_OUT,
+    DEFAULT_SAMPLES,
+    HELD_OUT_SAMPLES,
+    PAPER_SAMPLES,
+    ChoiceOptions,
+    PruneOptions,
+)
 from shape_moe.selection.selection import Selection, load_selection
 from shape_moe.units import readable_size
 
 
 def add_to(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command("prune")(with_flags(prune))
+    app.command("prune")(with_flags(prune, **_HELPS))
+
+
+_HELPS = {
+    "samples": f"Calibrate with at most this many records. Default: {PAPER_SAMPLES}, or "
+    f"{DEFAULT_SAMPLES} where candidates are judged.",
+    "scorer": "How experts are valued (shape-moe score --list tells how); auto tries several and judges them.",
+    "max_kl": "Instead of --keep: keep as few as stay within this KL divergence to the dense model, in nats per token.",
+    "max_drop": "Instead of --keep: keep as few as lose no more of their exact match than this, as 1% or 0.01.",
+    "held_out": "Judge candidates (of --scorer auto, --max-kl or --max-drop) by these examples. Default: a share of "
+    "--data.",
+    "held_out_samples": f"Judge by at most this many examples. Default: {HELD_OUT_SAMPLES} with a limit, else "
+    f"{AUTO_HELD_OUT}.",
+    "generate": "Let a candidate answer N examples freely before it is chosen.",
+    "fit": "Instead of --keep: keep as many as fit this memory, KV cache included, as 24GiB.",
+}
+"""What options that other verbs have too say to those who prune."""
 
 
 def prune(
@@ -46,20 +70,25 @@ def prune(
     data: DataFlags,
     select: SelectFlags,
     score: ScoreFlags,
-    judged_by: HeldOutFlags,
     limits: LimitFlags,
-    memory: MemoryFlags,
+    judged_by: HeldOutFlags,
     generation: GenerationFlags,
+    memory: MemoryFlags,
     run: DeviceFlags,
     seed: SeedFlag,
     force: ForceFlag,
     output: OutputFlags,
-    keep: Annotated[float | None, typer.Option(help="Share of the routed experts to keep, over all layers.")] = None,
-    trace: Annotated[Path | None, typer.Option(help="Start from this trace instead of --data.")] = None,
-    selection: Annotated[Path | None, typer.Option(help="Start from this selection instead of --data.")] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Share of the routed experts to keep, over all layers, as 0.6.")
+    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="Start from this trace instead of tracing --data.")] = None,
+    selection: Annotated[
+        Path | None, typer.Option(help="Start from this selection: nothing is left to trace or to choose.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     preset: Annotated[
-        str, typer.Option(help="paper: shape, coverage, drop, ragged, 25 samples; other options override it.")
+        str,
+        typer.Option(help="Where defaults are from: paper is shape, coverage, drop, ragged, 25 samples."),
     ] = "paper",
     no_logits: Annotated[
         bool, typer.Option("--no-logits", help="Compare tensors only, not logits; writes no canary.")
@@ -77,9 +106,10 @@ def prune(
     choice = None
     if limit is not None or score.scorer == AUTO:
         choice = _choice(limit, select, generation, judged_by.data(data, seed.seed), judged_by.held_out_samples)
-    elif changed_flags(judged_by):
-        raise UsageError("--held-out goes with --scorer auto, --max-kl or --max-drop: nothing is judged without.")
-    _refuse_ignored(data, select, score, trace, selection, chooses=choice is not None)
+    elif idle := changed_flags(judged_by) + changed_flags(generation):
+        named = ", ".join(idle)
+        raise UsageError(f"{named} goes with --scorer auto, --max-kl or --max-drop: nothing is judged without.")
+    _refuse_ignored(data, select, score, judged_by, trace, selection, chooses=choice is not None)
     most = memory.most_keep(model, revision)
     if most is not None:
         talk.note(
@@ -152,6 +182,7 @@ def _refuse_ignored(
     data: DataFlags,
     select: SelectFlags,
     score: ScoreFlags,
+    judged_by: HeldOutFlags,
     trace: Path | None,
     selection: Path | None,
     *,
@@ -165,8 +196,11 @@ def _refuse_ignored(
         raise UsageError("--trace and --selection exclude each other; give one of them.")
     if trace is None and selection is None:
         return
+    if chooses and selection is None:
+        data.refuse_unread(judged_by.held_out)
+        return
     decided = "--selection" if selection is not None else "--trace"
-    ignored = [] if chooses and selection is None else changed_flags(data)
+    ignored = changed_flags(data)
     if selection is not None:
         ignored += changed_flags(score) + [name for name in changed_flags(select) if name != "--target"]
     if ignored:

@@ -28,14 +28,12 @@ class HeldOutFlags:
     held_out: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="Judge by these examples; default: a share of --data.", rich_help_panel=LIMIT_PANEL
+            metavar="FILE", help="Judge by these examples. Default: a share of --data.", rich_help_panel=LIMIT_PANEL
         ),
     ] = None
     held_out_samples: Annotated[
         int | None,
-        typer.Option(
-            help="Judge by this many examples. Default: 300; 64 for scorer auto.", rich_help_panel=LIMIT_PANEL
-        ),
+        typer.Option(help="Judge by at most this many examples.", rich_help_panel=LIMIT_PANEL),
     ] = None
 
     def data(self, data: DataFlags, seed: int) -> DataOptions | None:
@@ -49,7 +47,9 @@ class LimitFlags:
 
     max_kl: Annotated[
         float | None,
-        typer.Option(help="Limit on the KL divergence to the dense model, in nats.", rich_help_panel=LIMIT_PANEL),
+        typer.Option(
+            help="Limit on the KL divergence to the dense model, in nats per token.", rich_help_panel=LIMIT_PANEL
+        ),
     ] = None
     max_drop: Annotated[
         str | None,
@@ -80,14 +80,14 @@ class GenerationFlags:
     answer_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Longest answer; default: a quarter more than the longest response.", rich_help_panel=GENERATION_PANEL
+            help="Longest answer. Default: a quarter more than the longest response.", rich_help_panel=GENERATION_PANEL
         ),
     ] = None
     answer_pattern: Annotated[
         str | None,
         typer.Option(
             metavar="REGEX",
-            help="What of an answer must be right, as '#### (.*)'; default: all of it.",
+            help="What of an answer must be right, as '#### (.*)'. Default: all of it.",
             rich_help_panel=GENERATION_PANEL,
         ),
     ] = None
@@ -122,7 +122,7 @@ class TaskFlags:
         int | None, typer.Option(help="The first N items of every task only.", rich_help_panel=TASK_PANEL)
     ] = None
     fewshot: Annotated[
-        int | None, typer.Option(help="Examples in the prompt; default: the task's own.", rich_help_panel=TASK_PANEL)
+        int | None, typer.Option(help="Examples in the prompt. Default: the task's own.", rich_help_panel=TASK_PANEL)
     ] = None
     chat_template: Annotated[
         bool,

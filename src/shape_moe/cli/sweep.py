@@ -11,8 +11,9 @@ from rich.console import Console
 
 from shape_moe.cli.console import plain_table
 from shape_moe.cli.figures import number, share, signed
-from shape_moe.cli.flag_groups import changed_flags, with_flags
+from shape_moe.cli.flag_groups import with_flags
 from shape_moe.cli.flags import (
+    CHOICE_PANEL,
     DataFlags,
     DeviceFlags,
     ForceFlag,
@@ -35,33 +36,69 @@ from shape_moe.units import readable_size
 
 def add_to(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command("sweep")(with_flags(sweep))
+    app.command("sweep")(with_flags(sweep, **_HELPS))
+
+
+_HELPS = {
+    "samples": f"Calibrate with at most this many records. Default: {DEFAULT_SAMPLES}.",
+    "held_out_samples": f"Judge by at most this many examples. Default: {HELD_OUT_SAMPLES}.",
+    "generate": "Let what may be recommended answer N examples freely.",
+    "fit": "Recommend only what fits this memory, KV cache included, as 24GiB.",
+}
+"""What options that other verbs have too say to those who sweep."""
 
 
 def sweep(
     model: ModelArgument,
     data: DataFlags,
-    judged_by: HeldOutFlags,
-    limits: LimitFlags,
-    memory: MemoryFlags,
-    generation: GenerationFlags,
     weights: WeightFlags,
+    limits: LimitFlags,
+    judged_by: HeldOutFlags,
+    generation: GenerationFlags,
+    memory: MemoryFlags,
     run: DeviceFlags,
     seed: SeedFlag,
     force: ForceFlag,
     output: OutputFlags,
     out: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for the curve and the recommendation.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Folder for the figures, the recommended selection and the trace."
+        ),
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="Start from this trace; its examples are never judged by.")] = None,
     keep: Annotated[
         list[float] | None,
         typer.Option(help="A keep rate to judge; repeat it. Default: bisection to a given limit, else 0.9 to 0.25."),
     ] = None,
-    scorer: Annotated[list[str] | None, typer.Option(help="How experts are valued; repeat it, or say all.")] = None,
-    rule: Annotated[list[str] | None, typer.Option(help="How layers share the budget; repeat it.")] = None,
-    routing: Annotated[list[str] | None, typer.Option(help="drop or reroute; repeat it for both.")] = None,
-    target: Annotated[str, typer.Option(help="ragged, or stock (equal counts, rerouted).")] = "ragged",
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How experts are valued; repeat it, or say all. Default: shape.", rich_help_panel=CHOICE_PANEL
+        ),
+    ] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How layers share the budget: coverage (the default), uniform, global; repeat it.",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = None,
+    routing: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="drop (router unchanged, pruned slots add nothing) or reroute (pruned experts leave the router); "
+            "repeat it for both. Default: drop; reroute for target stock.",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = None,
+    target: Annotated[
+        str,
+        typer.Option(
+            help="ragged (counts differ per layer) or stock (equal counts: loads anywhere).",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = "ragged",
 ) -> None:
     """Find out which keep rate is safe: quality over keep rates from one trace and one loaded model.
 
@@ -82,10 +119,8 @@ def sweep(
     )
     if trace is None and data.data is None:
         raise UsageError("Give examples (--data), a trace (--trace), or both.")
+    data.refuse_unread(judged_by.held_out)
     given = data.options(run, seed.seed, DEFAULT_SAMPLES) if data.data is not None else None
-    ignored = [name for name in changed_flags(data) if name not in _HANDED_ON]
-    if given is None and ignored:
-        raise UsageError(f"The trace decides how examples are read: leave {', '.join(ignored)} out, or give --data.")
     result = job.sweep(
         model,
         options,
@@ -99,10 +134,6 @@ def sweep(
         progress=talk,
     )
     talk.result(result.document, lambda console: _show(console, result, model, out))
-
-
-_HANDED_ON = ("--split", "--subset", "--field-map")
-"""What --held-out is read with, whatever --data says."""
 
 
 def _scorers(named: list[str] | None) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from shape_moe.tracing.trace import Trace
 
 def add_to(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command("trace")(with_flags(trace))
+    app.command("trace")(with_flags(trace, samples=f"Use at most this many records. Default: {DEFAULT_SAMPLES}."))
 
 
 def trace(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from shape_moe.architectures.embedded import embedded_model_path
 from shape_moe.architectures.loading import input_device
 from shape_moe.calibration.batches import RESPONSE, make_batch
 from shape_moe.calibration.examples import Example
@@ -13,8 +12,6 @@ from shape_moe.demo.tasks import TASKS, examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-__all__ = ["EVALUATION_SEED", "embedded_model_path", "exact_match"]
 
 EVALUATION_SEED = 20_260_609
 

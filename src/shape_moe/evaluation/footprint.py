@@ -175,14 +175,14 @@ def _time(model: PreTrainedModel, workload: Workload) -> tuple[float, float]:
     ids = torch.randint(0, model.config.vocab_size, shape, generator=generator).to(device)
     prefills, decodes = [], []
     for repeat in range(_WARM_UPS + workload.repeats):
-        prefill, decode = _run_once(model, ids, workload.new_tokens)
+        prefill, decode = run_once(model, ids, workload.new_tokens)
         if repeat >= _WARM_UPS:
             prefills.append(ids.numel() / prefill)
             decodes.append(workload.batch_size * workload.new_tokens / decode)
     return median(prefills), median(decodes)
 
 
-def _run_once(model: PreTrainedModel, ids: Any, new_tokens: int) -> tuple[float, float]:
+def run_once(model: PreTrainedModel, ids: Any, new_tokens: int) -> tuple[float, float]:
     """Seconds of one prefill, and of ``new_tokens`` greedy steps after it."""
     import torch
 

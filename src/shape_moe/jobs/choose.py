@@ -86,8 +86,7 @@ def candidates(job: SelectionJob, options: ChoiceOptions, trace: Trace) -> list[
     if automatic:
         held = {"coalitions", *trace.statistics}
         methods = [(scorer, rule) for scorer, rule in AUTO_METHODS if set(get_scorer(scorer).needs) <= held]
-        if trace.info.routing.top_k == 1:
-            methods = [(scorer, rule) for scorer, rule in methods if scorer != "shape"]
+        methods = [method for method in methods if get_scorer(method[0]).can_value(trace.info.routing.top_k)]
         if options.rules is not None:
             named = dict.fromkeys(scorer for scorer, _ in methods)
             methods = [(scorer, rule) for scorer in named for rule in options.rules]

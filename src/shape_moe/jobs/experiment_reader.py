@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from shape_moe.architectures.embedded import EMBEDDED, embedded_model_path
+from shape_moe.architectures.snapshot import looks_like_path
 from shape_moe.calibration.calibrate import AnswerOptions
 from shape_moe.calibration.examples import TokenOptions
+from shape_moe.calibration.presets import PREFIX, with_base
 from shape_moe.calibration.records import DataOptions
+from shape_moe.calibration.sources import FILE_TYPES
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.jobs.config_section import Section, read_yaml
@@ -32,8 +35,6 @@ from shape_moe.selection.selection import ROUTINGS, Routing
 from shape_moe.tracing.trace import SegmentWeights
 
 _RANDOM = "random"
-_FILES = (".jsonl", ".json", ".csv", ".parquet")
-_PRESET_COPY = re.compile(r"(preset:[^@]+@)(.+)")
 
 
 def read_config(file: str | PathLike[str]) -> ExperimentConfig:
@@ -101,7 +102,7 @@ class _Reader:
         folder = (self.base / Path(model).expanduser()).resolve()
         if folder.exists():
             return str(folder)
-        if model.startswith((".", "/", "~")):
+        if looks_like_path(model):
             raise UsageError(f"{self.top.where('models')}: there is no folder {folder}.")
         return model
 
@@ -142,15 +143,12 @@ class _Reader:
     def _source(self, part: Section) -> str:
         """A file, folder or local copy beside the configuration; a preset or a dataset's name as it is."""
         source = part.one("data", str)
-        copy = _PRESET_COPY.fullmatch(source)
-        if copy is not None:
-            return copy[1] + str((self.base / Path(copy[2]).expanduser()).resolve())
-        if source.startswith("preset:"):
-            return source
+        if source.startswith(PREFIX):
+            return with_base(source, self.base)
         path = (self.base / Path(source).expanduser()).resolve()
         if path.exists():
             return str(path)
-        if path.suffix.lower() in _FILES or source.startswith((".", "/", "~")):
+        if path.suffix.lower() in FILE_TYPES or looks_like_path(source):
             raise UsageError(f"{part.where('data')}: there is no file {path}.")
         return source
 

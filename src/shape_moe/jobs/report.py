@@ -184,7 +184,7 @@ def _values(
         return read_scores(found.table), []
     if trace is None:
         return None, []
-    usual = "shape" if trace.info.top_k > 1 else "frequency"
+    usual = "shape" if scorers()["shape"].can_value(trace.info.top_k) else "frequency"
     wanted, remarks = selection.scorer if selection is not None else usual, []
     if wanted not in scorers():
         remarks.append(

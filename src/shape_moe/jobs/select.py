@@ -83,6 +83,9 @@ def check_job(
     """
     if not automatic:
         _refuse_auto(job)
-    if job.scorer != AUTO and get_scorer(job.scorer).name == "shape" and routing.top_k == 1:
-        raise UsageError("Scorer shape needs top-2 routing or more: with top-1 every value is 0; use --scorer reap.")
+    if job.scorer != AUTO and not (scorer := get_scorer(job.scorer)).can_value(routing.top_k):
+        raise UsageError(
+            f"Scorer {scorer.name} needs top-{scorer.least_top_k} routing or more, and this model's is "
+            f"top-{routing.top_k}: its values would say nothing; use --scorer reap."
+        )
     check_feasible(job.options, layers, experts, routing)

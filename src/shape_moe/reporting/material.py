@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from shape_moe.architectures.snapshot import looks_like_path
 from shape_moe.reporting.figures.co_activation import lost_shares
 from shape_moe.reporting.figures.layers import kept_mass
 from shape_moe.reporting.results import Evaluation, Sweep
@@ -79,7 +80,7 @@ class Material:
         A folder ``model`` is named together with the one that it lies in.
         """
         name = (self.model or self.source).replace("\\", "/").rstrip("/")
-        is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or self.model is None
+        is_path = looks_like_path(name) or name.count("/") > 1 or self.model is None
         parts = name.split("/")
         return "/".join(parts[-2:] if parts[-1] == "model" else parts[-1:]) if is_path else name
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-from shape_moe.calibration.calibrate import AnswerOptions
+from shape_moe.calibration.calibrate import SPLIT_KEY, AnswerOptions
 from shape_moe.calibration.presets import PREFIX
 from shape_moe.reporting.figures.figure import percent, sentence
 from shape_moe.reporting.material import Material
@@ -16,8 +16,6 @@ from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import TraceInfo
 
 Facts = list[tuple[str, str]]
-_SPLIT = "split_sentence"
-"""Where a trace says how its examples were told apart from held-out ones; it drew them as no verb alone does."""
 
 
 def facts(material: Material) -> list[tuple[str, Facts]]:
@@ -63,7 +61,7 @@ def _calibration(info: TraceInfo) -> Facts:
     tokens = " and ".join(f"{count:,.0f} {segment}" for segment, count in info.tokens.items())
     return [
         ("Data", ", ".join(str(source.get("data", "unknown")) for source in _sources(info))),
-        ("Split", " ".join(sentence(str(s[_SPLIT])) for s in _sources(info) if s.get(_SPLIT))),
+        ("Split", " ".join(sentence(str(s[SPLIT_KEY])) for s in _sources(info) if s.get(SPLIT_KEY))),
         ("Examples", f"{info.examples:,}" if info.examples else ""),
         ("Tokens", tokens),
         ("Engine", f"{info.engine}, {info.dtype}"),
@@ -137,7 +135,7 @@ def commands(material: Material) -> list[str]:
 def _trace_commands(info: TraceInfo, model: str) -> list[str]:
     """Empty when the verb trace did not make it, or drew its examples together with held-out ones."""
     sources = _sources(info)
-    if not all("content_hash" in source and not source.get(_SPLIT) for source in sources):
+    if not all("content_hash" in source and not source.get(SPLIT_KEY) for source in sources):
         return []
     names = ["trace"] if len(sources) == 1 else [f"trace-{place}" for place in range(1, len(sources) + 1)]
     made = [

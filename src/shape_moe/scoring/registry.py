@@ -38,11 +38,23 @@ class ScoreFunction(Protocol):
 
 @dataclass(frozen=True)
 class Scorer:
-    """A named score function and the statistics that it needs from a trace (``coalitions`` among them)."""
+    """A named score function.
+
+    Attributes:
+        name: what users type.
+        needs: names of statistics that the trace must hold, ``coalitions`` among them.
+        function: the score function.
+        least_top_k: fewest experts per token with which its values say anything.
+    """
 
     name: str
     needs: tuple[str, ...]
     function: ScoreFunction
+    least_top_k: int = 1
+
+    def can_value(self, top_k: int) -> bool:
+        """Whether its values say anything about a model with so many experts per token."""
+        return top_k >= self.least_top_k
 
     @property
     def summary(self) -> str:
@@ -53,12 +65,13 @@ class Scorer:
 _SCORERS: dict[str, Scorer] = {}
 
 
-def register(name: str, *, needs: tuple[str, ...]) -> Callable[[ScoreFunction], ScoreFunction]:
+def register(name: str, *, needs: tuple[str, ...], least_top_k: int = 1) -> Callable[[ScoreFunction], ScoreFunction]:
     """Register a score function under a name.
 
     Args:
         name: what users type.
         needs: names of statistics that the trace must hold, or ``coalitions``.
+        least_top_k: fewest experts per token with which the values say anything.
 
     Raises:
         UsageError: when another function has that name already.
@@ -71,7 +84,7 @@ def register(name: str, *, needs: tuple[str, ...]) -> Callable[[ScoreFunction], 
                 f"Two scorers are called {name!r}: {_origin(known.function)} and {_origin(function)}; "
                 "uninstall or rename one of them."
             )
-        _SCORERS[name] = Scorer(name, needs, function)
+        _SCORERS[name] = Scorer(name, needs, function, least_top_k)
         return function
 
     return add

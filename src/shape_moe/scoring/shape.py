@@ -229,7 +229,7 @@ def _remainder(
     return result
 
 
-@register("shape", needs=("coalitions",))
+@register("shape", needs=("coalitions",), least_top_k=2)
 def shape(trace: Trace, options: ScoreOptions) -> NDArray[np.float64]:
     """SHAPE value: coalitions in which no other expert takes the expert's place (arXiv 2606.09886).
 

@@ -96,14 +96,6 @@ class TraceSelector:
         self._halves = halves if all(half.sums("tokens", weights).any(axis=1).all() for half in halves) else []
         self._scores: dict[str, tuple[Scores, list[Scores]]] = {}
 
-    def scores(self, scorer: str) -> Scores:
-        """The scores of the whole trace.
-
-        Raises:
-            UsageError: for an unknown scorer, or one that needs what the trace does not hold.
-        """
-        return self._scored(scorer)[0]
-
     def _scored(self, scorer: str) -> tuple[Scores, list[Scores]]:
         if scorer not in self._scores:
             whole = score_trace(self.trace, scorer, self.scoring)
