@@ -137,7 +137,7 @@ def _fresh_loss(folder: Path, path: Path, limit: Limit, seed: int) -> float:
     rows = examples("addition", 1000, seed=9000 + seed, held_out=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     session = TraceSession.open(dense, TraceOptions(DataOptions(str(file)), device="cpu"), tokenizer, SILENT)
-    held_out = held_out_set(session, session.calibrator.records, session.options.data, "fresh")
+    held_out = held_out_set(session, session.calibrator, "fresh")
     judge = Judge(dense, tokenizer, held_out)
     sums = judge.compare(pruned)
     judge.close()

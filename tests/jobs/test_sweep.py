@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from shape_moe.calibration.calibrate import SPLIT_KEY
+from shape_moe.calibration.calibrate import SPLIT_KEY, AnswerOptions
 from shape_moe.calibration.records import DataOptions, Record, load_records, prompt_hash
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import DataError, UsageError
@@ -47,9 +47,12 @@ def task_file(tmp_path_factory):
 def note_held_out(patch: pytest.MonkeyPatch) -> list[Record]:
     """The records that searches judge by from now on."""
     whole, judged = search.held_out_set, []
-    patch.setattr(
-        search, "held_out_set", lambda session, records, *rest: judged.extend(records) or whole(session, records, *rest)
-    )
+
+    def noted(session, calibrator, *rest):
+        judged.extend(calibrator.records)
+        return whole(session, calibrator, *rest)
+
+    patch.setattr(search, "held_out_set", noted)
     return judged
 
 
@@ -150,7 +153,7 @@ def test_the_seed_draws_what_a_trace_is_judged_by(embedded, task_file, tmp_path,
     judged, plan_search = [], job.plan_search
 
     def planned(*given):
-        judged.append(plan_search(*given).records)
+        judged.append(plan_search(*given).held_out.records)
         raise KeyboardInterrupt  # the search itself need not start
 
     monkeypatch.setattr(job, "plan_search", planned)
@@ -199,6 +202,17 @@ def test_contamination_is_told_and_left_out(embedded, task_file, tmp_path) -> No
     assert any("10 examples" in note and "were left out" in note for note in progress.notes)
     with pytest.raises(DataError, match="has seen every example"):
         sweep(embedded, options, data=data, held_out=tmp_path / "same.jsonl")
+
+
+def test_records_that_cannot_be_judged_by_are_counted(embedded, task_file, tmp_path) -> None:
+    held = [{"prompt": "p", "response": "x" * 5000}, *examples("sorting", 20, seed=7)]
+    file = write_lines(tmp_path / "held.jsonl", held)
+    answers = AnswerOptions(skip_bad=True)
+    data = TraceOptions(DataOptions(str(task_file), samples=20), answers=answers, device="cpu")
+    options, progress = SweepOptions(keep_rates=(0.8,), generation=GenerationOptions(examples=4)), Notes()
+    result = sweep(embedded, options, data=data, held_out=file, progress=progress)
+    assert result.document["held_out"]["examples"] == 20
+    assert [note for note in progress.notes if "1 record left out" in note and "held.jsonl, line 1" in note]
 
 
 def test_traces_that_do_not_name_their_prompts_need_other_examples(embedded, task_file, tmp_path) -> None:

@@ -191,13 +191,13 @@ class _Run:
         return load_original(self.snapshot, self.device, self.dtype, self.progress)
 
     def _judges(self, session: TraceSession) -> dict[str, Judge]:
-        sources = {TASK: (session.calibrator.records, session.options.data)}
+        sources = {TASK: session.calibrator}
         if self.options.also is not None:
-            sources[ALSO] = (load_records(self.options.also), self.options.also)
+            sources[ALSO] = session.calibrator_of(load_records(self.options.also), self.options.also)
         judges = {}
-        for name, (records, data) in sources.items():
-            held_out = held_out_set(session, records, data, data.source)
-            with self.progress.phase(f"Dense model on {data.source}", len(held_out.examples), "example") as advance:
+        for name, calibrator in sources.items():
+            held_out = held_out_set(session, calibrator, calibrator.data.source)
+            with self.progress.phase(f"Dense model on {held_out.name}", len(held_out.examples), "example") as advance:
                 judges[name] = Judge(
                     session.model,
                     session.tokenizer,

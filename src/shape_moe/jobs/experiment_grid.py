@@ -210,11 +210,10 @@ class _ModelRun:
         if not isinstance(spec, ExamplesSpec):
             known = self.known.get((self.spec.name, spec.name, _DENSE))
             return JudgedTask(spec, self.model, self.tokenizer, self.config.seed, known)
-        records = self.plan.held_out[spec.name]
         folder = self.folder / ANSWERS_FOLDER / self.spec.name / spec.name
         folder.mkdir(parents=True, exist_ok=True)
-        session = self._session(spec.tracing, records)
-        return JudgedExamples(spec, records, session, self.config.seed, folder, self.progress)
+        session = self._session(spec.tracing, self.plan.held_out[spec.name])
+        return JudgedExamples(spec, session, self.config.seed, folder, self.progress)
 
     def _document(self, cells: list[_Cell]) -> Document:
         facts = {

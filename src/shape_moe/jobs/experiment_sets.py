@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from shape_moe.calibration.records import Record
 from shape_moe.evaluation.figures import document
 from shape_moe.evaluation.harness import run_tasks
 from shape_moe.evaluation.judge import Judge
@@ -43,8 +42,7 @@ class JudgedExamples:
 
     Args:
         spec: the evaluation.
-        records: its examples.
-        session: gives the model, its tokenizer and how records become tokens.
+        session: gives the model, its tokenizer and the examples.
         seed: draws the resamples of intervals.
         folder: where answers of the dense model are kept for a later run.
         progress: where to show progress.
@@ -56,14 +54,13 @@ class JudgedExamples:
     def __init__(
         self,
         spec: ExamplesSpec,
-        records: list[Record],
         session: TraceSession,
         seed: int,
         folder: Path,
         progress: Progress,
     ) -> None:
         self.model: PreTrainedModel = session.model
-        held_out = held_out_set(session, records, spec.tracing.data, f"Evaluation {spec.name}", folder)
+        held_out = held_out_set(session, session.calibrator, f"Evaluation {spec.name}", folder)
         with progress.phase(f"Dense model on {spec.name}", len(held_out.examples), "example") as advance:
             self._judge = Judge(
                 self.model, session.tokenizer, held_out, generation=spec.generation, seed=seed, advance=advance

@@ -14,37 +14,33 @@ from shape_moe.errors import DataError
 from shape_moe.evaluation.held_out import HeldOutSet
 from shape_moe.jobs.session import TraceSession
 from shape_moe.tracing.trace import Trace
+from shape_moe.units import counted
 
 
-def held_out_set(
-    session: TraceSession,
-    records: list[Record],
-    data: DataOptions,
-    name: str,
-    folder: Path | None = None,
-) -> HeldOutSet:
+def held_out_set(session: TraceSession, calibrator: Calibrator, name: str, folder: Path | None = None) -> HeldOutSet:
     """Tokenise records as the session's are, with answers of the dense model where they lack one.
 
     Args:
-        session: gives the model, its tokenizer and the options.
-        records: the records.
-        data: where they come from.
+        session: gives the model, and answers of it.
+        calibrator: the records: those of the session, or of :meth:`TraceSession.calibrator_of`. It runs once.
         name: what to call the set.
         folder: where answers are kept for a later run, None for nowhere.
 
     Raises:
         DataError: when no record can be used, or none has a token to score.
     """
-    answers = session.options.answers
-    calibrator = Calibrator(records, session.calibrator.tokeniser, data, answers, session.progress)
     examples = calibrator.run(session.answerer, folder)
-    group_of = {record.index: record.group for record in records}
+    if calibrator.skipped:
+        first = next(iter(calibrator.skipped.values()))
+        left_out = counted(len(calibrator.skipped), "record")
+        session.progress.note(f"{name}: {left_out} left out; the first: {first}")
+    group_of = {record.index: record.group for record in calibrator.records}
     return HeldOutSet(
         name=name,
         examples=tuple(examples),
         groups=tuple(group_of[example.index] for example in examples),
-        batch_size=answers.batch_size,
-        pad_id=pad_token_id(session.model, session.calibrator.tokeniser),
+        batch_size=session.options.answers.batch_size,
+        pad_id=pad_token_id(session.model, calibrator.tokeniser),
         stops=stop_ids(session.model),
         vocabulary=int(session.model.config.vocab_size),
     )

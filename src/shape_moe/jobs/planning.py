@@ -7,8 +7,8 @@ from os import PathLike
 from typing import Any
 
 from shape_moe.architectures.snapshot import Snapshot
-from shape_moe.calibration.calibrate import SPLIT_KEY, options_of
-from shape_moe.calibration.records import DataOptions, Record, content_hash, load_records, prompt_hash
+from shape_moe.calibration.calibrate import SPLIT_KEY, Calibrator, options_of
+from shape_moe.calibration.records import DataOptions, load_records, prompt_hash
 from shape_moe.calibration.split import split_records
 from shape_moe.errors import UsageError
 from shape_moe.jobs.held_out import fresh_records, known_prompts
@@ -25,20 +25,23 @@ class Plan:
     Attributes:
         session: the model, and the calibration records where they are still to be traced.
         trace: the finished trace, None where it is still to be made.
-        records: the held-out records.
-        data: where they come from.
+        held_out: the held-out records.
         sentence: how calibration and held-out examples were told apart.
     """
 
     session: TraceSession
     trace: Trace | None
-    records: list[Record]
-    data: DataOptions
+    held_out: Calibrator
     sentence: str
+
+    @property
+    def data(self) -> DataOptions:
+        """Where the held-out records come from."""
+        return self.held_out.data
 
     def held_out_job(self) -> list[Any]:
         """What decides the held-out examples, for a job file: their content, and which of the source they are."""
-        return [content_hash(self.records), [record.index for record in self.records]]
+        return [self.held_out.content_hash, [record.index for record in self.held_out.records]]
 
 
 def held_out_tracing(
@@ -95,30 +98,37 @@ def plan_search(
     """
     if trace is None and held_out is None:
         return _split_plan(snapshot, tracing, samples, seed, progress)
-    if trace is not None:
-        named, session_records = known_prompts(trace), None
-        if named is None:
-            if held_out is None:
-                raise UsageError(
-                    "The trace does not name its prompts, so held-out examples cannot be told from them: give others "
-                    "with --held-out."
-                )
-            progress.note(
-                "The trace does not name its prompts: make sure that calibration has not seen these examples."
-            )
-        known = named or frozenset()
-    else:
-        session_records = load_records(tracing.data)
-        known = frozenset(prompt_hash(record) for record in session_records)
     source = held_out or tracing.data
-    records, seen = fresh_records(source, known, samples)
-    session = TraceSession.open(snapshot, tracing, None, progress, records if trace else session_records)
+    if trace is not None:
+        known = _prompts_of(trace, progress, others=held_out is not None)
+        records, seen = fresh_records(source, known, samples)
+        session = TraceSession.open(snapshot, replace(tracing, data=source), None, progress, records)
+        judged = session.calibrator
+    else:
+        calibration = load_records(tracing.data)
+        records, seen = fresh_records(source, {prompt_hash(record) for record in calibration}, samples)
+        session = TraceSession.open(snapshot, tracing, None, progress, calibration)
+        judged = session.calibrator_of(records, source)
     sentence = f"{len(records)} held-out examples of {source.source}"
     if seen:
         sentence += f"; {seen} more were left out, because calibration has seen their prompts"
         if held_out is not None:
             progress.note(f"{seen} examples of {source.source} are in the calibration set as well and were left out.")
-    return Plan(session, trace, records, source, sentence)
+    return Plan(session, trace, judged, sentence)
+
+
+def _prompts_of(trace: Trace, progress: Progress, *, others: bool) -> frozenset[str]:
+    """The prompts that a trace has seen; where it does not name them, ``others`` have to be given to judge by."""
+    known = known_prompts(trace)
+    if known is not None:
+        return known
+    if not others:
+        raise UsageError(
+            "The trace does not name its prompts, so held-out examples cannot be told from them: give others with "
+            "--held-out."
+        )
+    progress.note("The trace does not name its prompts: make sure that calibration has not seen these examples.")
+    return frozenset()
 
 
 def _split_plan(snapshot: Snapshot, tracing: TraceOptions, held_out: int, seed: int, progress: Progress) -> Plan:
@@ -128,4 +138,4 @@ def _split_plan(snapshot: Snapshot, tracing: TraceOptions, held_out: int, seed: 
     split = split_records(pool, wanted, held_out, seed=seed)
     session = TraceSession.open(snapshot, tracing, None, progress, split.calibration)
     session.source_notes[SPLIT_KEY] = split.sentence
-    return Plan(session, None, split.held_out, tracing.data, split.sentence)
+    return Plan(session, None, session.calibrator_of(split.held_out, tracing.data), split.sentence)

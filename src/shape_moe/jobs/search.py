@@ -157,7 +157,7 @@ class Search:
         self.size: ModelSize = measure(snapshot)
         self.snapshot = snapshot
         self.limit = options.limit or DEFAULT_LIMIT
-        held_out = held_out_set(plan.session, plan.records, plan.data, "The held-out set", folder)
+        held_out = held_out_set(plan.session, plan.held_out, "The held-out set", folder)
         self.model: PreTrainedModel = plan.session.model
         count, generation = len(held_out.examples), options.generation
         if self._answers_decide():

@@ -22,7 +22,7 @@ from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.batches import Batch, batches
 from shape_moe.calibration.calibrate import Answerer, Calibrator
 from shape_moe.calibration.examples import Tokeniser
-from shape_moe.calibration.records import Record, load_records
+from shape_moe.calibration.records import DataOptions, Record, load_records
 from shape_moe.calibration.responses import generate_answers, pad_token_id
 from shape_moe.errors import DataError, ShapeMoeError, UsageError, first_line
 from shape_moe.interrupts import DeferredInterrupt
@@ -96,6 +96,14 @@ class TraceSession:
             raise UsageError("A live model needs its tokenizer: trace(model, data, tokenizer=...).")
         live_moe_config(model)
         return cls(None, model, tokenizer, options, progress, records)
+
+    def calibrator_of(self, records: list[Record], data: DataOptions) -> Calibrator:
+        """Other records, tokenised and answered as those of the session are.
+
+        Raises:
+            DataError: for a record that cannot be used, unless such are skipped.
+        """
+        return Calibrator(records, self.calibrator.tokeniser, data, self.options.answers, self.progress)
 
     def job(self) -> dict[str, Any]:
         """What decides the trace: the model and the records by their content, and the options."""
