@@ -205,7 +205,7 @@ def _target(options: PruneOptions, chosen: Selection | None) -> str:
     if options.select is not None:
         return options.select.options.target
     assert chosen is not None
-    return str(chosen.constraints.get("target", "ragged"))
+    return chosen.target
 
 
 def _check_writable(snapshot: Snapshot, chosen: Selection | None, target: str) -> None:
