@@ -168,20 +168,8 @@ def test_another_grid_does_not_go_on_from_this_ones_work(grid, counted):
         shape_moe.experiment(grid)
 
 
-def test_a_task_of_lm_eval_is_paired_with_the_dense_model_of_an_earlier_run(tmp_path, counted, monkeypatch):
-    pytest.importorskip("lm_eval")
-    write_rows(tmp_path / "words.jsonl", examples("words", CALIBRATE, seed=5))
-    write_tasks(tmp_path / "tasks")
-    content = {
-        "models": [{"model": "embedded", "device": "cpu", "dtype": "float32"}],
-        "calibration": {"words": {"data": "words.jsonl"}},
-        "scorers": ["frequency"],
-        "keep": [0.6, 0.3, 0.01],
-        "routings": ["reroute"],
-        "evaluation": {"choice": {"task": "tasks/choice.yaml", "limit": 4, "fewshot": 0}},
-    }
-    grid = tmp_path / "grid.yaml"
-    grid.write_text(yaml.safe_dump(content))
+def test_a_task_of_lm_eval_is_paired_with_the_dense_model_of_an_earlier_run(tmp_path, task_grid, counted, monkeypatch):
+    grid = task_grid({"keep": [0.6, 0.3, 0.01], "routings": ["reroute"]}, fewshot=0)
     counted["stop_at"] = 1
     with pytest.raises(_StoppedError):
         shape_moe.experiment(grid, tmp_path / "out")
@@ -220,7 +208,7 @@ def test_nothing_is_loaded_when_a_record_is_too_long_for_the_model(grid, monkeyp
 
 @pytest.fixture
 def task_grid(tmp_path):
-    """One selection, judged by one task of lm-eval."""
+    """One selection, judged by one task of lm-eval; further options are those of the task."""
     pytest.importorskip("lm_eval")
     write_rows(tmp_path / "words.jsonl", examples("words", CALIBRATE, seed=5))
     write_tasks(tmp_path / "tasks")
@@ -232,7 +220,8 @@ def task_grid(tmp_path):
         "evaluation": {"choice": {"task": "tasks/choice.yaml", "limit": 4}},
     }
 
-    def write(model="embedded", **options):
+    def write(changes=(), model="embedded", **options):
+        content.update(changes)
         content["models"][0]["model"] = str(model)
         content["evaluation"]["choice"] |= options
         file = tmp_path / "grid.yaml"
@@ -266,7 +255,7 @@ def test_nothing_is_loaded_when_a_task_cannot_be_run(task_grid, tmp_path, monkey
     monkeypatch.setattr("shape_moe.jobs.experiment_grid.load_original", loaded)
     bare = shutil.copytree(embedded, tmp_path / "bare", ignore=shutil.ignore_patterns("chat_template.jinja"))
     with pytest.raises(UsageError, match="the tokenizer has none"):
-        shape_moe.experiment(task_grid(bare, chat_template=True), tmp_path / "out")
+        shape_moe.experiment(task_grid(model=bare, chat_template=True), tmp_path / "out")
     with pytest.raises(UsageError, match="There is no task 'embedded_chioce'"):
         shape_moe.experiment(task_grid(task="embedded_chioce"), tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
