@@ -145,6 +145,13 @@ def test_options_that_a_trace_leaves_unread_are_refused(call, embedded, tmp_path
 
 
 @judging
+def test_samples_of_a_finished_trace_are_refused(call, embedded, task_file, tmp_path, verb) -> None:
+    name, *arguments = verb
+    result = call(name, embedded, "--trace", tmp_path / "t", "--data", task_file, "--samples", 9, *arguments)
+    refused(result, 2, "--held-out-samples says how many to judge by, not --samples")
+
+
+@judging
 def test_held_out_examples_are_read_as_split_subset_and_map_say(call, embedded, tmp_path, verb) -> None:
     """Nothing is refused but the trace that is not there."""
     name, *arguments = verb

@@ -241,7 +241,13 @@ def test_contradictions(call, embedded, traced, data, tmp_path) -> None:
 
 def test_values_that_cannot_be_read(call, embedded, traced, data, tmp_path) -> None:
     refused(call("inspect", embedded, "--fit", "huge"), 2, "'huge' is not a size; write it as 24GiB")
-    refused(call("inspect", embedded, "--context", "long"), 2, "not a number of tokens")
+    refused(call("inspect", embedded, "--fit", "1GiB", "--context", "long"), 2, "not a number of tokens")
+    for verb in (
+        ("inspect", embedded),
+        ("sweep", embedded, "--data", "x"),
+        ("prune", embedded, "--keep", "0.5", "-o", "o"),
+    ):
+        refused(call(*verb, "--context", "1k", "--concurrency", 2), 2, "--context and --concurrency count with --fit")
     refused(call("select", traced, "--keep", "0.6", "--protect", "abc"), 2, "LAYER:EXPERT,EXPERT")
     refused(call("select", traced, "--keep", "0.6", "--skip-layers", "x"), 2, "layer indices")
     refused(call("select", traced, "--keep", "0.6", "--skip-layers", "9"), 2, "Layer 9 is not an MoE layer")

@@ -26,11 +26,12 @@ from shape_moe.units import readable_size
 from shape_moe.workspace import check_output_file, write_json
 
 ALSO_SAMPLES = 100
+_SAMPLES = f"Judge by at most this many records. Default: {HELD_OUT_SAMPLES}."
 
 
 def add_to(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command("evaluate")(with_flags(evaluate))
+    app.command("evaluate")(with_flags(evaluate, samples=_SAMPLES))
 
 
 def evaluate(

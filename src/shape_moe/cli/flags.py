@@ -109,8 +109,16 @@ class MemoryFlags:
     ] = 1
 
     def size(self) -> int | None:
-        """Bytes of the device, None for any."""
-        return parse_size(self.fit) if self.fit else None
+        """Bytes of the device, None for any.
+
+        Raises:
+            UsageError: for options that say what else must fit where no memory is given.
+        """
+        if self.fit:
+            return parse_size(self.fit)
+        if unread := changed_flags(self):
+            raise UsageError(f"{' and '.join(unread)} count with --fit only: give it, or leave them out.")
+        return None
 
     def tokens(self) -> int:
         """Tokens per sequence in the KV cache."""
@@ -194,7 +202,7 @@ class DataFlags:
         return DataOptions(source, split=self.split, subset=self.subset, fields=fields, seed=seed)
 
     def refuse_unread(self, held_out: str | None) -> None:
-        """Refuse options that would change nothing because examples are read as a trace was made.
+        """Refuse options that would change nothing because a trace is there already.
 
         Args:
             held_out: other examples, which are read with some of these options whatever ``--data`` says.
@@ -203,6 +211,10 @@ class DataFlags:
             UsageError: naming the options that nobody reads.
         """
         if self.data is not None:
+            if self.samples is not None:
+                raise UsageError(
+                    "The trace has been made: --held-out-samples says how many to judge by, not --samples."
+                )
             return
         read = _HELD_OUT_READING if held_out is not None else ()
         if unread := [name for name in changed_flags(self) if name not in read]:

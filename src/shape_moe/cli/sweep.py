@@ -119,7 +119,8 @@ def sweep(
     )
     if trace is None and data.data is None:
         raise UsageError("Give examples (--data), a trace (--trace), or both.")
-    data.refuse_unread(judged_by.held_out)
+    if trace is not None:
+        data.refuse_unread(judged_by.held_out)
     given = data.options(run, seed.seed, DEFAULT_SAMPLES) if data.data is not None else None
     result = job.sweep(
         model,
