@@ -95,7 +95,7 @@ def limits_hold(folder: Path) -> dict:
         for seed in SEEDS:
             rows.append(_one_limit(folder, Limit(kind, value), seed))  # noqa: PERF401 -- a run each, not a table
     return {
-        "what": "sweeps of shape and easy-ep x coverage and uniform with 300 held-out examples of addition; the "
+        "what": "sweeps of shape and easy-ep x coverage and uniform with 640 held-out examples of addition; the "
         "recommended point pruned for real and judged on 1000 fresh prompts",
         "rows": rows,
         "kept_limit": {
@@ -106,9 +106,10 @@ def limits_hold(folder: Path) -> dict:
 
 
 def _one_limit(folder: Path, limit: Limit, seed: int) -> dict:
-    file, began = write_task(folder, "addition", 100 + seed, 500), time.perf_counter()
+    file, began = write_task(folder, "addition", 100 + seed, 128 + 640), time.perf_counter()
     options = SweepOptions(
         limit=limit,
+        held_out=640,
         scorers=("shape", "easy-ep"),
         rules=("coverage", "uniform"),
         scoring=ScoreOptions(seed=seed),

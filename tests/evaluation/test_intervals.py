@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shape_moe.evaluation.intervals import Bootstrap, Estimate
+from shape_moe.evaluation.intervals import Bootstrap, Estimate, examples_for, least_fall, score_interval
 
 
 def test_the_bootstrap_is_the_naive_one() -> None:
@@ -46,8 +46,52 @@ def test_two_models_that_agreed_on_every_example_may_still_differ() -> None:
     right = np.ones(200, dtype=bool)
     found = Bootstrap(200).share_difference(right, right)
     assert found.value == 0
-    assert found.low == pytest.approx(-0.0097, abs=2e-4)  # 1.96 / 202, the interval of Agresti and Min
-    assert found.high == pytest.approx(0.0097, abs=2e-4)
+    assert found.high == pytest.approx(1.959964**2 / (200 + 1.959964**2), abs=1e-6)
+    assert found.low == pytest.approx(-found.high, abs=1e-12)
+    for comparisons in (1, 4):
+        found = Bootstrap(200, comparisons=comparisons).share_difference(right, right)
+        assert least_fall(200, comparisons) == pytest.approx(found.high, abs=1e-12)
+        enough = examples_for(0.01, comparisons)
+        assert least_fall(enough, comparisons) <= 0.01 < least_fall(enough - 1, comparisons)
+
+
+def likeliest_losses(gained: int, lost: int, count: int, difference: float) -> float:
+    """The share of losses that makes counts likeliest where the shares differ by this much, by search."""
+    low, high = max(0.0, -difference), (1 - difference) / 2
+    shares = low + (high - low) * np.linspace(1e-9, 1 - 1e-9, 200_001)
+    rest = np.maximum(1 - 2 * shares - difference, 1e-300)
+    likelihood = gained * np.log(shares + difference) + lost * np.log(shares) + (count - gained - lost) * np.log(rest)
+    return float(shares[np.argmax(likelihood)])
+
+
+@pytest.mark.parametrize(("gained", "lost", "count"), [(12, 2, 50), (1, 3, 300), (0, 4, 200), (7, 7, 40), (2, 30, 60)])
+def test_the_ends_of_a_score_interval_are_where_its_statistic_says(gained: int, lost: int, count: int) -> None:
+    for end, sign in zip(score_interval(gained, lost, count, 1.96), (1, -1), strict=True):
+        q = likeliest_losses(gained, lost, count, end)
+        deviation = np.sqrt(count * (2 * q + end * (1 - end)))
+        assert (gained - lost - count * end) / deviation == pytest.approx(sign * 1.96, abs=2e-3)
+
+
+def test_score_intervals_against_known_ones() -> None:
+    """The ends of Wilson's interval where nothing is lost, and the mirrored interval of the exchanged models."""
+    for gained, count in ((0, 300), (3, 80), (40, 60)):
+        share, z = gained / count, 1.96
+        half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+        wilson = (share + z**2 / (2 * count) + half) / (1 + z**2 / count)
+        assert score_interval(gained, 0, count, z)[1] == pytest.approx(wilson, abs=1e-9)
+    low, high = score_interval(5, 2, 30, 1.96)
+    assert score_interval(2, 5, 30, 1.96) == (pytest.approx(-high, abs=1e-12), pytest.approx(-low, abs=1e-12))
+    assert score_interval(30, 0, 30, 1.96)[1] == pytest.approx(1)
+    assert score_interval(0, 30, 30, 1.96)[0] == pytest.approx(-1)
+
+
+@pytest.mark.parametrize(("lost", "gained", "count"), [(0.01, 0.0, 300), (0.01, 0.0, 400), (0.03, 0.01, 150)])
+def test_a_score_interval_covers_rare_losses(lost: float, gained: float, count: int) -> None:
+    """Most of all with the end that a limit is held to."""
+    drawn = np.random.default_rng(8).multinomial(count, (gained, lost, 1 - gained - lost), size=2000)
+    intervals = [score_interval(int(more), int(less), count, 1.96) for more, less, _ in drawn]
+    assert np.mean([low <= gained - lost <= high for low, high in intervals]) >= 0.94
+    assert np.mean([low <= gained - lost for low, _ in intervals]) >= 0.96
 
 
 def test_differences_of_shares_cover_the_truth() -> None:
@@ -87,7 +131,7 @@ def test_intervals_of_several_candidates_hold_together() -> None:
         for comparisons in fooled:
             draws = Bootstrap(300, trial, comparisons)
             fooled[comparisons] += any(-draws.share_difference(other, dense).low <= 0.03 for other in others)
-    assert fooled[8] <= 12  # of 60: the formula is an approximation, and losses are rare
+    assert fooled[8] <= 4  # of 60, where 1.5 are to be expected
     assert fooled[8] < fooled[1] / 2
 
 

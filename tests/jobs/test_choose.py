@@ -13,6 +13,7 @@ from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.sweep import Limit
 from shape_moe.jobs import prune as job
+from shape_moe.jobs import session
 from shape_moe.jobs.choose import AUTO_METHODS, candidates
 from shape_moe.jobs.options import AUTO, ChoiceOptions, PruneOptions, SelectionJob, TraceOptions
 from shape_moe.jobs.prune import prune
@@ -107,9 +108,19 @@ def test_a_limit_decides_the_keep_rate(embedded, data, tmp_path) -> None:
     assert result.logits.passed
 
 
+def test_too_few_examples_for_a_limit_are_refused_before_the_work(embedded, data, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(session, "load_original", lambda *_: pytest.fail("the model was loaded"))
+    options = PruneOptions(choice=ChoiceOptions(limit=Limit("max_drop", 0.01), held_out_samples=60), device="cpu")
+    with pytest.raises(UsageError, match=r"60 held-out examples .* below 6\.0%.*judge by 381 or more"):
+        prune(embedded, tmp_path / "out", options, data=data)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_within_the_limit_prunes_nothing(embedded, data, tmp_path) -> None:
     options = PruneOptions(
-        choice=ChoiceOptions(limit=Limit("max_drop", 0.001), held_out_samples=30, generation=FEW), device="cpu"
+        select=SelectionJob(SelectOptions(1.0), "random"),  # shape removes an expert that is never used first
+        choice=ChoiceOptions(limit=Limit("max_kl", 1e-9), held_out_samples=30, generation=FEW),
+        device="cpu",
     )
     with pytest.raises(ShapeMoeError, match="Nothing was pruned"):
         prune(embedded, tmp_path / "out", options, data=data)

@@ -249,7 +249,15 @@ def test_a_fall_of_nothing_is_no_limit(embedded, tmp_path) -> None:
     write_lines(file, rows)
     data = TraceOptions(DataOptions(str(file), samples=20), device="cpu")
     with pytest.raises(UsageError, match="0% of the held-out examples"):
-        sweep(embedded, SweepOptions(limit=Limit("max_drop", 0.01), held_out=30), data=data)
+        sweep(embedded, SweepOptions(limit=Limit("max_drop", 0.2), held_out=30), data=data)
+
+
+def test_too_few_examples_for_a_limit_are_refused_before_the_work(embedded, task_file, monkeypatch) -> None:
+    monkeypatch.setattr(session, "load_original", lambda *_: pytest.fail("the model was loaded"))
+    data = TraceOptions(DataOptions(str(task_file), samples=20), device="cpu")
+    options = SweepOptions(limit=Limit("max_drop", 0.01), held_out=60, rules=("coverage", "uniform"))
+    with pytest.raises(UsageError, match=r"below 7\.7% for 2 combinations together.*judge by 498 or more"):
+        sweep(embedded, options, data=data)
 
 
 def test_senseless_options_are_refused(embedded) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from math import isnan, nan, sqrt
+from math import ceil, copysign, inf, isnan, nan, sqrt
 from statistics import NormalDist
 
 import numpy as np
@@ -56,7 +56,7 @@ class Bootstrap:
     def __init__(self, examples: int, seed: int = 0, comparisons: int = 1) -> None:
         self.examples, self.seed, self.comparisons = examples, seed, comparisons
         self._tail = _TAIL / comparisons
-        self._z = NormalDist().inv_cdf(1 - self._tail)
+        self._z = _quantile(comparisons)
         rng = np.random.default_rng(seed)
         self.weights = rng.multinomial(examples, np.full(examples, 1 / examples), size=RESAMPLES).astype(np.float64)
 
@@ -90,15 +90,66 @@ class Bootstrap:
     def share_difference(self, hits: ArrayLike, baseline: ArrayLike) -> Estimate:
         """Difference of two shares over the same examples.
 
-        The wider interval of the paired bootstrap's and that of Agresti and Min (2005), which adds half an example to
-        each of the four cells: where two models agree on every example seen, they may still differ on the next.
+        The wider interval of the paired bootstrap's and the score interval (:func:`score_interval`): where two models
+        agree on every example seen, they may still differ on the next.
         """
         ours, theirs = np.asarray(hits, dtype=bool), np.asarray(baseline, dtype=bool)
         estimate = self.ratio(ours.astype(np.float64) - theirs, np.ones(ours.shape))
-        gained, lost, count = int((ours & ~theirs).sum()) + 0.5, int((theirs & ~ours).sum()) + 0.5, ours.size + 2
-        centre = (gained - lost) / count
-        half = self._z * sqrt(gained + lost - (gained - lost) ** 2 / count) / count
-        return _wider(estimate, centre - half, centre + half)
+        gained, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+        return _wider(estimate, *score_interval(gained, lost, ours.size, self._z))
+
+
+def least_fall(examples: int, comparisons: int = 1) -> float:
+    """The upper end of a fall's interval where two models agree on all of so many examples: ``z^2 / (n + z^2)``."""
+    z = _quantile(comparisons)
+    return z**2 / (examples + z**2)
+
+
+def examples_for(fall: float, comparisons: int = 1) -> int:
+    """How many examples :func:`least_fall` needs to be at most ``fall``."""
+    return ceil(_quantile(comparisons) ** 2 * (1 - fall) / fall)
+
+
+def score_interval(gained: int, lost: int, count: int, z: float) -> tuple[float, float]:
+    """The score interval of a difference of paired shares (Tango 1998).
+
+    It holds every difference ``d`` whose score statistic ``(gained - lost - n d) / sqrt(n (2 q + d (1 - d)))`` lies
+    within ``[-z, z]``; ``q`` is the likeliest share of losses for that ``d``, the positive root of ``2 n q^2 +
+    ((2 n - gained + lost) d - gained - lost) q - lost d (1 - d)``. Where nothing is lost, the upper end is that of
+    Wilson's interval of ``gained``.
+
+    Args:
+        gained: examples that only the first model has.
+        lost: examples that only the second model has.
+        count: all examples.
+        z: quantile of the normal distribution.
+
+    Returns:
+        The ends, within [-1, 1].
+    """
+
+    def statistic(difference: float) -> float:
+        slope = (2 * count - gained + lost) * difference - gained - lost
+        root = sqrt(max(0.0, slope**2 + 8 * count * lost * difference * (1 - difference)))
+        q = (root - slope) / (4 * count)
+        variance = count * (2 * q + difference * (1 - difference))
+        above = gained - lost - count * difference
+        return above / sqrt(variance) if variance > 0 else copysign(inf, above) if above else 0.0
+
+    middle = (gained - lost) / count
+    return _root(statistic, z, -1.0, middle), _root(statistic, -z, middle, 1.0)
+
+
+def _quantile(comparisons: int) -> float:
+    """How many standard deviations an interval reaches to hold for so many candidates together."""
+    return NormalDist().inv_cdf(1 - _TAIL / comparisons)
+
+
+def _root(falling: Callable[[float], float], level: float, low: float, high: float) -> float:
+    """Where a falling function reaches a level, by bisection to the last bit."""
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if falling(middle) > level else (low, middle)
+    return (low + high) / 2
 
 
 def _wider(estimate: Estimate, low: float, high: float) -> Estimate:

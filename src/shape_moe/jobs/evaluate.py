@@ -52,7 +52,7 @@ def evaluate(
         model: the dense model, a folder or hub id.
         candidates: folders of checkpoints, selection files or selections; the latter two are judged as masks on the
             dense model, and nothing is written.
-        data: held-out examples: a file (of which at most 300 records are used), or options that say more; None where
+        data: held-out examples: a file (of which at most 400 records are used), or options that say more; None where
             tasks alone are asked for.
         options: see :class:`EvaluateOptions`.
         device: where to run; what ``data`` says of it counts where it is :class:`TraceOptions`.

@@ -23,7 +23,7 @@ from shape_moe.selection.selection import Routing
 
 DEFAULT_SAMPLES = 128
 """Records that are used when nothing else is said."""
-HELD_OUT_SAMPLES = 300
+HELD_OUT_SAMPLES = 400
 """Records to judge by when nothing else is said."""
 AUTO = "auto"
 """The scorer that stands for trying several."""
@@ -105,7 +105,7 @@ class ChoiceOptions:
         rules: rules to try with scorer ``auto``, None for those that the benchmark found good.
         routings: routings to try, None for both with scorer ``auto`` and for the one asked for otherwise.
         held_out: examples to judge by, None for a share of the calibration data.
-        held_out_samples: how many, None for 64, with a limit 300.
+        held_out_samples: how many, None for 64, with a limit 400.
         generation: how candidates answer freely before one is chosen.
     """
 

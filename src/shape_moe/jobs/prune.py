@@ -24,6 +24,7 @@ from shape_moe.jobs.options import (
     as_trace_options,
 )
 from shape_moe.jobs.planning import Plan, held_out_tracing, plan_search
+from shape_moe.jobs.search import check_examples
 from shape_moe.jobs.select import check_job
 from shape_moe.jobs.session import TraceSession, load_original
 from shape_moe.jobs.trace import kept_trace, open_trace
@@ -197,7 +198,9 @@ def _plan_choice(snapshot: Snapshot, options: PruneOptions, trace: Trace | None,
     seed = select.scoring.seed
     tracing = held_out_tracing(options.trace, trace, choice.held_out, seed)
     tracing = replace(tracing, device=options.device, dtype=options.dtype)
-    return plan_search(snapshot, tracing, trace, choice.held_out, choice.samples, seed, progress)
+    plan = plan_search(snapshot, tracing, trace, choice.held_out, choice.samples, seed, progress)
+    check_examples(plan, choice.limit, 1)  # how many candidates there are is known once there is a trace
+    return plan
 
 
 def _target(options: PruneOptions, chosen: Selection | None) -> str:

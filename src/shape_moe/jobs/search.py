@@ -14,6 +14,7 @@ from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.errors import BudgetError, UsageError
 from shape_moe.evaluation.figures import Health, health
 from shape_moe.evaluation.generation import Generated, GenerationOptions
+from shape_moe.evaluation.intervals import examples_for, least_fall
 from shape_moe.evaluation.judge import Judge
 from shape_moe.evaluation.sweep import (
     Combination,
@@ -157,6 +158,7 @@ class Search:
         self.size: ModelSize = measure(snapshot)
         self.snapshot = snapshot
         self.limit = options.limit or DEFAULT_LIMIT
+        check_examples(plan, self.limit, len(combinations))
         held_out = held_out_set(plan.session, plan.held_out, "The held-out set", folder)
         self.model: PreTrainedModel = plan.session.model
         count, generation = len(held_out.examples), options.generation
@@ -293,3 +295,25 @@ class Search:
             "reason": advice.reason,
             **made_with(self.options.scoring.seed),
         }
+
+
+def check_examples(plan: Plan, limit: Limit | None, combinations: int) -> None:
+    """Refuse a limit that no selection could be shown to meet, because there are too few held-out examples.
+
+    Args:
+        plan: the held-out examples.
+        limit: what may be lost.
+        combinations: how many the best is picked from.
+
+    Raises:
+        UsageError: with the number that would do.
+    """
+    count = len(plan.held_out.records)
+    if limit is None or limit.kind != "max_drop" or least_fall(count, combinations) <= limit.value:
+        return
+    together = f" for {combinations} combinations together" if combinations > 1 else ""
+    raise UsageError(
+        f"{count} held-out examples cannot show a fall of exact match below {least_fall(count, combinations):.1%}"
+        f"{together}, even if no answer changes: judge by {examples_for(limit.value, combinations):,} or more "
+        "(--held-out-samples), allow a larger fall, or use --max-kl."
+    )

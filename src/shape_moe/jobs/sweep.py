@@ -11,7 +11,7 @@ from shape_moe.calibration.calibrate import ANSWERS_FILE
 from shape_moe.calibration.records import DataOptions
 from shape_moe.jobs.options import TraceOptions
 from shape_moe.jobs.planning import Plan, held_out_tracing, plan_search
-from shape_moe.jobs.search import POINTS_FILE, Search, SweepOptions, SweepResult
+from shape_moe.jobs.search import POINTS_FILE, Search, SweepOptions, SweepResult, check_examples
 from shape_moe.jobs.trace import kept_trace, open_trace
 from shape_moe.progress import SILENT, Progress
 from shape_moe.tracing.trace import Trace
@@ -58,6 +58,7 @@ def sweep(
     if not isinstance(data, TraceOptions):
         tracing = replace(tracing, device=device, dtype=dtype)
     plan = plan_search(snapshot, tracing, traced, judged_by, options.held_out, seed, progress)
+    check_examples(plan, options.limit, len(options.combinations()))
     if out is None:
         return _Sweep(snapshot, options, plan, progress, None).run()
     inputs = [path for path in (model, trace, tracing.data.source, plan.data.source) if path is not None]
