@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -113,6 +114,9 @@ def test_too_few_examples_for_a_limit_are_refused_before_the_work(embedded, data
     options = PruneOptions(choice=ChoiceOptions(limit=Limit("max_drop", 0.01), held_out_samples=60), device="cpu")
     with pytest.raises(UsageError, match=r"60 held-out examples .* below 6\.0%.*judge by 381 or more"):
         prune(embedded, tmp_path / "out", options, data=data)
+    automatic = replace(options, select=SelectionJob(SelectOptions(1.0), AUTO))
+    with pytest.raises(UsageError, match=r"for 16 combinations together.*judge by 865 or more"):
+        prune(embedded, tmp_path / "out", automatic, data=data)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -143,18 +147,18 @@ def test_a_finished_trace_is_not_made_again(embedded, data, tmp_path) -> None:
 def test_candidates_are_what_the_trace_and_the_target_allow() -> None:
     whole = synthetic_trace()
     job = SelectionJob(SelectOptions(0.5), AUTO)
-    assert len(candidates(job, ChoiceOptions(), whole)) == 2 * len(AUTO_METHODS)
+    assert len(candidates(job, ChoiceOptions(), 2, whole.statistics)) == 2 * len(AUTO_METHODS)
     counted = type(whole)(whole.info, {k: v for k, v in whole.statistics.items() if "tokens" in k}, whole.coalitions)
-    assert {way.scorer for way in candidates(job, ChoiceOptions(), counted)} == {"shape"}
+    assert {way.scorer for way in candidates(job, ChoiceOptions(), 2, counted.statistics)} == {"shape"}
     stock = SelectionJob(SelectOptions(0.5, routing="reroute", target="stock"), AUTO)
-    assert {(way.rule, way.routing) for way in candidates(stock, ChoiceOptions(), whole)} == {("uniform", "reroute")}
+    assert {(way.rule, way.routing) for way in candidates(stock, ChoiceOptions(), 2)} == {("uniform", "reroute")}
     named = SelectionJob(SelectOptions(0.5, rule="global"), "reap")
-    assert [str(way) for way in candidates(named, ChoiceOptions(), whole)] == ["reap/global, drop"]
+    assert [str(way) for way in candidates(named, ChoiceOptions(), 2)] == ["reap/global, drop"]
 
 
 def test_scorers_that_say_nothing_about_top_1_routing_are_left_out() -> None:
     automatic = SelectionJob(SelectOptions(0.5), AUTO)
-    tried = {way.scorer for way in candidates(automatic, ChoiceOptions(), synthetic_trace(top_k=1))}
+    tried = {way.scorer for way in candidates(automatic, ChoiceOptions(), 1)}
     assert tried == {scorer for scorer, _ in AUTO_METHODS} - {"shape"}
     model = ((0, 1, 2), 8, RoutingFacts(1, 1))
     with pytest.raises(UsageError, match=r"^Scorer shape needs top-2 routing or more, and this model's is top-1"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from shape_moe.jobs.search import Search, SweepOptions
 from shape_moe.progress import Progress
 from shape_moe.scoring.registry import get_scorer
 from shape_moe.selection.selection import Routing, Selection
+from shape_moe.tracing.statistics import STATISTICS
 from shape_moe.tracing.trace import Trace
 
 AUTO_METHODS = (
@@ -59,7 +60,7 @@ def choose(
     Raises:
         ShapeMoeError: when nothing stays within the limit.
     """
-    combinations = candidates(job, options, trace)
+    combinations = candidates(job, options, trace.info.top_k, trace.statistics)
     sweep = SweepOptions(
         limit=options.limit,
         scoring=job.scoring,
@@ -75,8 +76,17 @@ def choose(
         search.judge.close()
 
 
-def candidates(job: SelectionJob, options: ChoiceOptions, trace: Trace) -> list[Combination]:
-    """The ways to choose that are tried, preferred ones first."""
+def candidates(
+    job: SelectionJob, options: ChoiceOptions, top_k: int, statistics: Collection[str] = STATISTICS.keys()
+) -> list[Combination]:
+    """The ways to choose that are tried, preferred ones first.
+
+    Args:
+        job: what was asked for.
+        options: what is left to choose.
+        top_k: experts per token of the model.
+        statistics: what the trace holds beside coalitions.
+    """
     target = job.options.target
     asked: tuple[Routing, ...] = (job.options.routing,)
     both: tuple[Routing, ...] = ("drop", "reroute")
@@ -84,9 +94,9 @@ def candidates(job: SelectionJob, options: ChoiceOptions, trace: Trace) -> list[
     routings = options.routings or (both if automatic and target == "ragged" else asked)
     methods: Sequence[tuple[str, str]] = [(job.scorer, job.options.rule)]
     if automatic:
-        held = {"coalitions", *trace.statistics}
+        held = {"coalitions", *statistics}
         methods = [(scorer, rule) for scorer, rule in AUTO_METHODS if set(get_scorer(scorer).needs) <= held]
-        methods = [method for method in methods if get_scorer(method[0]).can_value(trace.info.routing.top_k)]
+        methods = [method for method in methods if get_scorer(method[0]).can_value(top_k)]
         if options.rules is not None:
             named = dict.fromkeys(scorer for scorer, _ in methods)
             methods = [(scorer, rule) for scorer in named for rule in options.rules]

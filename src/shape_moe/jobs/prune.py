@@ -14,7 +14,7 @@ from shape_moe.architectures.loading import free_memory, load_model, loaded_byte
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.records import DataOptions
 from shape_moe.errors import CheckpointError, ShapeMoeError, UsageError
-from shape_moe.jobs.choose import choose
+from shape_moe.jobs.choose import candidates, choose
 from shape_moe.jobs.options import (
     DEFAULT_SAMPLES,
     PAPER_SAMPLES,
@@ -40,6 +40,7 @@ from shape_moe.selection.select import select_from_trace
 from shape_moe.selection.selection import Selection, load_selection, open_selection
 from shape_moe.serving.bundle import copy_code, copy_root_files
 from shape_moe.serving.manifest import write_manifest
+from shape_moe.tracing.statistics import STATISTICS
 from shape_moe.tracing.trace import Trace
 from shape_moe.workspace import Workspace, check_output, write_json
 
@@ -199,7 +200,8 @@ def _plan_choice(snapshot: Snapshot, options: PruneOptions, trace: Trace | None,
     tracing = held_out_tracing(options.trace, trace, choice.held_out, seed)
     tracing = replace(tracing, device=options.device, dtype=options.dtype)
     plan = plan_search(snapshot, tracing, trace, choice.held_out, choice.samples, seed, progress)
-    check_examples(plan, choice.limit, 1)  # how many candidates there are is known once there is a trace
+    held = trace.statistics if trace is not None else STATISTICS
+    check_examples(plan, choice.limit, len(candidates(select, choice, snapshot.moe.top_k, held)))
     return plan
 
 
