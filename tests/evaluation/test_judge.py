@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from shape_moe.evaluation import judge as module
+from shape_moe.evaluation.dense_reference import DenseReference
 from shape_moe.evaluation.faithfulness import faithfulness
 from shape_moe.evaluation.figures import Figures
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.judge import Judge
-from shape_moe.evaluation.teacher_forced import DenseReference
 from shape_moe.scoring.scores import Scores
 from support.held_out import task_set
 from support.selections import seven_of_eight

@@ -11,8 +11,9 @@ import torch
 
 from shape_moe.calibration.examples import Example
 from shape_moe.errors import DataError, ShapeMoeError
+from shape_moe.evaluation.dense_reference import DenseReference
 from shape_moe.evaluation.held_out import HeldOutSet
-from shape_moe.evaluation.teacher_forced import DenseReference, compare_with_dense, record_dense
+from shape_moe.evaluation.teacher_forced import compare_with_dense, record_dense
 from shape_moe.pruning.masks import masked
 from shape_moe.selection.selection import Selection
 from support.held_out import random_set, task_set
@@ -83,6 +84,37 @@ def test_a_reference_on_disk_gives_the_same(judged) -> None:
         if folder is not None:
             assert not Path(folder.name).exists()
     assert (results[0].kl == results[1].kl).all()
+
+
+def test_a_reference_takes_the_room_of_hidden_states(judged) -> None:
+    model, held_out, _ = judged
+    with DenseReference() as reference:
+        dense = record_dense(model, held_out, reference)
+        assert reference._used == 4 * model.config.hidden_size * dense.tokens.sum()
+        again = compare_with_dense(model, held_out, reference)
+    assert again.kl.max() < 1e-9
+    assert (again.agree == dense.tokens).all()
+
+
+def test_logits_that_are_scaled_afterwards_are_kept_themselves(judged) -> None:
+    _, held_out, selection = judged
+    model = make_model("granitemoe")
+    layers = {layer: [0, 2, 3] for layer in range(model.config.num_hidden_layers)}
+    selection = dataclasses.replace(selection, layers=layers, num_experts=model.config.num_local_experts)
+    model.config.logits_scaling = 4.0
+    with torch.no_grad():
+        model.lm_head.weight.mul_(40)
+    with DenseReference() as reference:
+        dense = record_dense(model, held_out, reference)
+        assert reference._used == 4 * model.config.vocab_size * dense.tokens.sum()
+        with masked(model, selection):
+            pruned = compare_with_dense(model, held_out, reference)
+    for i in np.flatnonzero(dense.tokens):
+        p, _ = plain(model, held_out, i)
+        with masked(model, selection):
+            q, _ = plain(model, held_out, i)
+        assert pruned.kl[i] == pytest.approx((p.exp() * (p - q)).sum().item(), abs=1e-5 * len(p))
+    assert pruned.kl.sum() > 0.1
 
 
 def test_exact_match_is_what_greedy_generation_gives(embedded_model) -> None:

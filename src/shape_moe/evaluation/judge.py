@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shape_moe.evaluation import figures
+from shape_moe.evaluation.dense_reference import DenseReference
 from shape_moe.evaluation.figures import Figures, Groups, Health
 from shape_moe.evaluation.generation import Generated, GenerationOptions, generate
 from shape_moe.evaluation.held_out import HeldOutSet
 from shape_moe.evaluation.intervals import Bootstrap
-from shape_moe.evaluation.teacher_forced import DenseReference, TeacherForced, compare_with_dense, record_dense
+from shape_moe.evaluation.teacher_forced import TeacherForced, compare_with_dense, record_dense
 from shape_moe.progress import Advance
 from shape_moe.pruning.masks import masked
 from shape_moe.selection.selection import Selection
@@ -79,7 +80,7 @@ class Judge:
         self._dense_answers: Generated | None = None
 
     def close(self) -> None:
-        """Let go of the dense model's log-probabilities."""
+        """Let go of what the dense model said."""
         self.reference.close()
 
     def compare(self, model: PreTrainedModel, advance: Advance = lambda _: None) -> TeacherForced:

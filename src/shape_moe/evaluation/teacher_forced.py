@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shape_moe.architectures.loading import input_device
-from shape_moe.calibration.batches import Batch
 from shape_moe.errors import ShapeMoeError
+from shape_moe.evaluation.dense_reference import (
+    DenseReference,
+    Outputs,
+    RowLogits,
+    kl_divergence,
+    logprobs,
+    scored_outputs,
+)
 from shape_moe.evaluation.held_out import HeldOutSet, scored_positions
 from shape_moe.progress import Advance
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-_MEMORY_LIMIT = 2 * 2**30
-_ROWS_AT_A_TIME = 256
 
 
 @dataclass(frozen=True)
@@ -55,66 +55,10 @@ class TeacherForced:
         return cls(**{name: np.array(value) for name, value in items.items()})
 
 
-class DenseReference:
-    """The dense model's log-probabilities at every scored position of a set, float32; on disk beyond 2 GiB.
-
-    Use it as a context manager, or call :meth:`close`: the files go when it ends.
-    """
-
-    def __init__(self, memory_limit: int = _MEMORY_LIMIT) -> None:
-        self._kept: dict[int, torch.Tensor] = {}
-        self._used, self._limit = 0, memory_limit
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-
-    def __enter__(self) -> DenseReference:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Let go of everything that is kept; the files go as well."""
-        self._kept.clear()
-        if self._folder is not None:
-            self._folder.cleanup()
-
-    def put(self, batch: int, logprobs: torch.Tensor) -> None:
-        """Keep the log-probabilities [rows, vocabulary] of a batch."""
-        size = logprobs.numel() * logprobs.element_size()
-        if self._used + size <= self._limit:
-            self._kept[batch] = logprobs
-            self._used += size
-            return
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="shape-moe-")
-        try:
-            save_file({"logprobs": logprobs.contiguous()}, Path(self._folder.name) / f"{batch}.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise ShapeMoeError(
-                f"The dense model's log-probabilities do not fit {self._folder.name}: judge fewer or shorter examples "
-                "(--samples, --max-length), or name a larger disk in TMPDIR."
-            ) from error
-
-    def get(self, batch: int) -> torch.Tensor:
-        """The log-probabilities of a batch."""
-        if batch in self._kept:
-            return self._kept[batch]
-        from safetensors.torch import load_file
-
-        assert self._folder is not None
-        logprobs: torch.Tensor = load_file(Path(self._folder.name) / f"{batch}.safetensors")["logprobs"]
-        return logprobs
-
-
 def record_dense(
     model: PreTrainedModel, held_out: HeldOutSet, reference: DenseReference, advance: Advance = lambda _: None
 ) -> TeacherForced:
-    """Run the dense model over a set, keep its log-probabilities in ``reference`` and return its own figures.
+    """Run the dense model over a set, keep what it said in ``reference`` and return its own figures.
 
     Raises:
         ShapeMoeError: when its logits are not finite.
@@ -148,13 +92,14 @@ def _run(
     wrong = np.zeros(count, dtype=np.int64)
     for number, (positions, batch) in enumerate(held_out.batches()):
         scored = scored_positions(batch)
-        logprobs = scored_logprobs(model, batch, scored)
+        outputs = scored_outputs(model, batch, scored, entered=dense)
         row_of, column_of = (index.numpy() for index in scored.nonzero(as_tuple=True))
         example = np.asarray(positions)[row_of]
         targets = batch.input_ids[:, 1:][scored]
+        said = None if dense else reference.logits(number, outputs.logits.device)
+        figures = _Rows.measure(outputs, said, targets)
         if dense:
-            reference.put(number, logprobs)
-        figures = _Rows.measure(logprobs, None if dense else reference.get(number), targets)
+            reference.put(number, outputs)
         ends = np.array([len(row.tokens) for row in batch.examples])
         for row, position in enumerate(positions):
             prompt = batch.examples[row].prompt_length
@@ -170,36 +115,6 @@ def _run(
     return TeacherForced(tokens, nll, kl, agree, (wrong == 0) & (tokens > 0))
 
 
-def scored_logprobs(model: PreTrainedModel, batch: Batch, scored: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of the next token at the scored positions, float32 [rows, vocabulary], on the CPU.
-
-    Raises:
-        ShapeMoeError: when they are not finite.
-    """
-    import torch
-
-    device = input_device(model)
-    columns = scored.any(dim=0).nonzero()[:, 0]
-    with torch.no_grad():
-        logits = model(
-            input_ids=batch.input_ids.to(device),
-            attention_mask=batch.attention_mask.to(device),
-            logits_to_keep=columns.to(device),
-            use_cache=False,
-        ).logits
-        chosen = logits[scored[:, columns].to(logits.device)]
-        del logits
-        logprobs = torch.empty(chosen.shape, dtype=torch.float32)
-        for start in range(0, len(chosen), _ROWS_AT_A_TIME):
-            rows = slice(start, start + _ROWS_AT_A_TIME)
-            logprobs[rows] = chosen[rows].float().log_softmax(-1).cpu()
-    if not bool(logprobs.isfinite().all()):
-        raise ShapeMoeError(
-            "The model's logits are not finite: it cannot be judged in this dtype; try another --dtype."
-        )
-    return logprobs
-
-
 @dataclass(frozen=True)
 class _Rows:
     """Figures of single positions."""
@@ -210,24 +125,25 @@ class _Rows:
     right: NDArray[np.bool_]
 
     @classmethod
-    def measure(cls, logprobs: torch.Tensor, dense: torch.Tensor | None, targets: torch.Tensor) -> _Rows:
-        import torch
+    def measure(cls, outputs: Outputs, dense: RowLogits | None, targets: torch.Tensor) -> _Rows:
+        """Compare logits with the right tokens, and with the dense model's logits where they are given.
 
-        best = logprobs.argmax(-1)
-        nll = -logprobs.gather(1, targets[:, None])[:, 0].double().numpy()
-        right = (best == targets).numpy()
-        if dense is None:
-            return cls(nll, np.zeros(len(nll)), np.ones(len(nll), dtype=np.int64), right)
-        kl = torch.cat([_kl(p, q) for p, q in _pairs(dense, logprobs)])
-        return cls(nll, kl.numpy(), (best == dense.argmax(-1)).long().numpy(), right)
-
-
-def _pairs(dense: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for start in range(0, len(dense), _ROWS_AT_A_TIME):
-        rows = slice(start, start + _ROWS_AT_A_TIME)
-        yield dense[rows], other[rows]
-
-
-def _kl(dense: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    p = dense.double()
-    return (p.exp() * (p - other.double())).sum(-1).clamp(min=0)  # below zero by rounding only
+        Raises:
+            ShapeMoeError: when the logits are not finite.
+        """
+        count = len(targets)
+        figures = cls(np.zeros(count), np.zeros(count), np.ones(count, dtype=np.int64), np.zeros(count, dtype=bool))
+        for rows in outputs.slices():
+            q = logprobs(outputs.logits[rows])
+            if not bool(q.isfinite().all()):
+                raise ShapeMoeError(
+                    "The model's logits are not finite: it cannot be judged in this dtype; try another --dtype."
+                )
+            best, right = q.argmax(-1), targets[rows].to(q.device)
+            figures.nll[rows] = -q.gather(1, right[:, None])[:, 0].double().cpu().numpy()
+            figures.right[rows] = (best == right).cpu().numpy()
+            if dense is not None:
+                p = logprobs(dense(rows))
+                figures.kl[rows] = kl_divergence(p, q).cpu().numpy()
+                figures.agree[rows] = (best == p.argmax(-1)).cpu().numpy()
+        return figures
