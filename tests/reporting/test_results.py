@@ -187,6 +187,15 @@ def test_limits_are_drawn_where_they_belong(tmp_path) -> None:
     assert not any(lines(limit=None).values())
 
 
+def test_many_ways_to_choose_can_be_told_apart(tmp_path) -> None:
+    methods = tuple((scorer, rule) for scorer in ("shape", "reap", "ean", "easy-ep") for rule in ("a", "b", "c"))
+    figure = sweep_figure(read_sweep(write_sweep(tmp_path, methods=methods)), None)
+    marks = [(line["line"]["color"], line["marker"]["symbol"][0].removesuffix("-open")) for line in figure.data[:12]]
+    assert len(set(marks)) == 12
+    shown = [(f"@{swatch.colours[0]}", swatch.kind) for swatch in figure.legend[:12]]
+    assert shown == marks
+
+
 def test_without_bytes_the_keep_rate_is_the_axis(tmp_path) -> None:
     document = sweep_document()
     for point in document["points"]:

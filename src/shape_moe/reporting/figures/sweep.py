@@ -55,9 +55,14 @@ class _SizeAxis:
         return (point.size or 0) / self.divisor if self.by_size else 100 * point.keep
 
 
+def _mark(place: int) -> tuple[str, str]:
+    """Symbol and colour of a line: no two of 36 have both in common."""
+    colour = place % len(SERIES)
+    return _SYMBOLS[(colour + place // len(SERIES)) % len(_SYMBOLS)], SERIES[colour]
+
+
 def _line(place: int, group: list[SweepPoint], axis: _SizeAxis) -> dict[str, Any]:
-    symbol = _SYMBOLS[place % len(_SYMBOLS)]
-    colour = SERIES[place % len(SERIES)]
+    symbol, colour = _mark(place)
     return {
         "type": "scatter",
         "mode": "lines+markers",
@@ -81,9 +86,10 @@ def _size(point: SweepPoint) -> str:
 
 
 def _legend(methods: list[str], axis: _SizeAxis, chosen: SweepPoint | None, *, given: bool) -> tuple[Swatch, ...]:
+    marks = [_mark(i) for i in range(len(methods))]
     found = [
-        Swatch(method, _SYMBOLS[i % len(_SYMBOLS)], (SERIES[i % len(SERIES)][1:],), lined=True)
-        for i, method in enumerate(methods)
+        Swatch(method, symbol, (colour[1:],), lined=True)
+        for method, (symbol, colour) in zip(methods, marks, strict=True)
     ]
     if chosen is not None:
         found.append(Swatch("this selection" if given else "recommended", "circle-open", ("text",)))
