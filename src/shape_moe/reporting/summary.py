@@ -11,7 +11,7 @@ from shape_moe.reporting.figures.metrics import METRICS, known_metrics
 from shape_moe.reporting.material import Material, Sizes
 from shape_moe.reporting.results import EvaluatedModel, Measured
 from shape_moe.selection.selection import Selection
-from shape_moe.units import readable_size
+from shape_moe.units import counted, readable_size
 
 _SPACE = "\N{NO-BREAK SPACE}"
 _FIRM, _FAIR = 0.95, 0.9
@@ -83,7 +83,7 @@ def tiles(material: Material) -> list[Tile]:
             Tile(
                 "Halves agree",
                 percent(agreement),
-                f"{undecided:,.0f} places differ between halves of the data",
+                f"halves of the data fill {counted(undecided, 'place')} differently",
                 agreement,
             )
         )
