@@ -91,6 +91,7 @@ def test_a_fall_of_exact_match_is_judged_by_its_worse_end() -> None:
     change = {"exact_match": Estimate(0.0, -0.02, 0.02)}
     verdict = Verdict({"kl": Estimate(0, 0, 0)}, change)
     assert limit.figure(verdict) == Estimate(0.0, -0.02, 0.02)
+    assert f"{limit.figure(verdict).value:.1%}" == "0.0%"  # not -0.0%
     assert not limit.met(verdict)
     assert Limit("max_drop", 0.03).met(verdict)
     with pytest.raises(UsageError, match="needs held-out examples with responses"):

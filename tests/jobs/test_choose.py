@@ -106,6 +106,9 @@ def test_a_limit_decides_the_keep_rate(embedded, data, tmp_path) -> None:
     within = [entry["keep"] for entry in tried if entry["kl"]["high"] <= 0.05]
     assert result.selection.keep == min(within)
     assert result.selection.choice["limit"] == {"kind": "max_kl", "value": 0.05}
+    for entry in tried:
+        change = entry["exact_match_change"]
+        assert change["low"] <= change["value"] <= change["high"]
     assert result.logits.passed
 
 

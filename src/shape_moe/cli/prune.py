@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.console import plain_table
+from shape_moe.cli.figures import number, signed
 from shape_moe.cli.flag_groups import changed_flags, with_flags
 from shape_moe.cli.flags import (
     DataFlags,
@@ -28,6 +29,7 @@ from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlag
 from shape_moe.cli.select import summary
 from shape_moe.cli.values import parse_routing
 from shape_moe.errors import UsageError
+from shape_moe.evaluation.intervals import Estimate
 from shape_moe.evaluation.sweep import Limit
 from shape_moe.jobs import prune as job
 from shape_moe.jobs.options import (
@@ -228,11 +230,12 @@ def _document(result: job.PruneResult) -> dict[str, Any]:
 
 def _show_choice(console: Console, choice: dict[str, Any]) -> None:
     """What was tried, best first."""
-    table = plain_table("tried", "keep", "KL to dense", title=f"Judged by {choice['examples']} held-out examples")
+    columns = ("tried", "keep", "KL to dense", "exact match against dense")
+    table = plain_table(*columns, title=f"Judged by {choice['examples']} held-out examples")
     for entry in sorted(choice["tried"], key=lambda entry: (entry["keep"], entry["kl"]["value"])):
-        kl = entry["kl"]
-        figure = f"{kl['value']:.4f} [{kl['low']:.4f}, {kl['high']:.4f}]"
-        table.add_row(entry["method"], f"{entry['keep']:.3f}", figure)
+        kl, change = Estimate.from_document(entry["kl"]), entry["exact_match_change"]
+        changed = signed(Estimate.from_document(change)) if change else ""
+        table.add_row(entry["method"], f"{entry['keep']:.3f}", number(kl, 4), changed)
     console.print(table)
     console.print(f"Chosen: {choice['reason']}", markup=False)
 

@@ -52,7 +52,7 @@ class Limit:
         if "exact_match" not in verdict.change:
             raise UsageError("--max-drop needs held-out examples with responses; use --max-kl for plain text.")
         gain = verdict.change["exact_match"]
-        return Estimate(-gain.value, -gain.high, -gain.low)
+        return Estimate(0.0 - gain.value, 0.0 - gain.high, 0.0 - gain.low)  # no minus before a zero
 
     def met(self, verdict: Verdict) -> bool:
         """Whether the upper end of the interval is within the limit."""

@@ -158,10 +158,12 @@ def _kl(point: SweepPoint) -> float:
 
 
 def _tried(point: SweepPoint) -> dict[str, Any]:
+    change = point.verdict.change.get("exact_match")
     return {
         "method": str(point.combination),
         "keep": point.selection.keep,
         "kl": point.verdict.quality["kl"].to_document(),
+        "exact_match_change": change.to_document() if change is not None else None,
     }
 
 
