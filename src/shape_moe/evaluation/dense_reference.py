@@ -27,34 +27,50 @@ _SAME = 1e-6
 
 
 @dataclass(frozen=True)
+class Entered:
+    """What entered an output layer.
+
+    Attributes:
+        states: [rows, hidden].
+        head: the output layer.
+        device: where it takes them.
+    """
+
+    states: torch.Tensor
+    head: torch.nn.Module
+    device: torch.device
+
+    def logits(self, rows: slice) -> torch.Tensor:
+        """What the output layer makes of some of them."""
+        import torch
+
+        with torch.no_grad():
+            logits: torch.Tensor = self.head(self.states[rows].to(self.device))
+        return logits
+
+
+@dataclass(frozen=True)
 class Outputs:
     """A model's output at the scored positions of a batch.
 
     Attributes:
         logits: [rows, vocabulary], in the model's dtype, where the model computed them.
-        entered: [rows, hidden], what entered the output layer; None where that was not looked at.
-        head: the output layer.
+        entered: what they were computed from, None where that was not looked at.
     """
 
     logits: torch.Tensor
-    entered: torch.Tensor | None = None
-    head: torch.nn.Module | None = None
+    entered: Entered | None = None
 
     def slices(self) -> Iterator[slice]:
         """Rows that are worked on together."""
         step = max(1, _NUMBERS_AT_A_TIME // self.logits.shape[-1])
         yield from (slice(start, start + step) for start in range(0, len(self.logits), step))
 
-    def come_again(self) -> bool:
+    def come_again(self, entered: Entered) -> bool:
         """Whether the output layer alone gives the logits again: some models scale or cap them afterwards."""
-        import torch
-
-        if self.entered is None or self.head is None:
-            return False
         total = 0.0
         for rows in self.slices():
-            with torch.no_grad():
-                again = self.head(self.entered[rows]).to(self.logits.device)
+            again = entered.logits(rows).to(self.logits.device)
             total += float(kl_divergence(logprobs(self.logits[rows]), logprobs(again)).sum())
         return total <= _SAME * len(self.logits)
 
@@ -90,27 +106,20 @@ class DenseReference:
 
     def put(self, batch: int, outputs: Outputs) -> None:
         """Keep what a batch's logits are computed from, or the logits."""
-        if outputs.come_again() and outputs.entered is not None and outputs.head is not None:
-            self._heads[batch] = (outputs.head, outputs.entered.device)
-            self._keep(batch, outputs.entered.cpu())
+        entered = outputs.entered
+        if entered is not None and outputs.come_again(entered):
+            self._heads[batch] = (entered.head, entered.device)
+            self._keep(batch, entered.states.cpu())
         else:
             self._keep(batch, outputs.logits.cpu())
 
     def logits(self, batch: int, device: torch.device) -> RowLogits:
         """The logits of a batch."""
-        import torch
-
         kept = self._found(batch)
         if batch not in self._heads:
             return lambda rows: kept[rows].to(device)
-        head, place = self._heads[batch]
-
-        def again(rows: slice) -> torch.Tensor:
-            with torch.no_grad():
-                logits: torch.Tensor = head(kept[rows].to(place))
-            return logits.to(device)
-
-        return again
+        entered = Entered(kept, *self._heads[batch])
+        return lambda rows: entered.logits(rows).to(device)
 
     def _keep(self, batch: int, numbers: torch.Tensor) -> None:
         size = numbers.numel() * numbers.element_size()
@@ -167,9 +176,11 @@ def scored_outputs(model: PreTrainedModel, batch: Batch, scored: torch.Tensor, *
         if hook is not None:
             hook.remove()
     chosen = scored[:, columns]
-    hidden = seen[0] if len(seen) == 1 and seen[0].shape[:2] == chosen.shape else None
-    rows = None if hidden is None else hidden[chosen.to(hidden.device)]
-    return Outputs(logits[chosen.to(logits.device)], rows, head)
+    found = None
+    if head is not None and len(seen) == 1 and seen[0].shape[:2] == chosen.shape:
+        device = seen[0].device
+        found = Entered(seen[0][chosen.to(device)], head, device)
+    return Outputs(logits[chosen.to(logits.device)], found)
 
 
 def logprobs(logits: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.errors import ShapeMoeError, UsageError
-from shape_moe.evaluation.sweep import Combination, SweepPoint
+from shape_moe.evaluation.sweep import Combination, SweepPoint, grid
 from shape_moe.jobs.options import AUTO, ChoiceOptions, SelectionJob
 from shape_moe.jobs.planning import Plan
 from shape_moe.jobs.search import Search, SweepOptions
@@ -127,12 +127,9 @@ def _smallest(search: Search) -> Selection:
 
 def _best(search: Search, keep: float) -> Selection:
     """The candidate closest to the dense model at one keep rate; ties within noise go to the preferred one."""
-    with search.progress.phase("Trying scorers, rules and routings", len(search.combinations), "candidate") as advance:
-        points = []
-        for combination in search.combinations:
-            point = search.point(combination, keep)
-            points += [point] if point is not None else []
-            advance(1)
+    title = "Trying scorers, rules and routings"
+    with search.measuring(title, len(search.combinations), "candidate") as measure:
+        points = grid(search.combinations, [keep], measure)
     if not points:
         raise UsageError(f"No candidate can keep {keep:g} of the experts under the constraints; try a larger rate.")
     best = min(range(len(points)), key=lambda i: (_kl(points[i]), i))

@@ -158,7 +158,6 @@ class Search:
         self.size: ModelSize = measure(snapshot)
         self.snapshot = snapshot
         self.limit = options.limit or DEFAULT_LIMIT
-        check_examples(plan, self.limit, len(combinations))
         held_out = held_out_set(plan.session, plan.held_out, "The held-out set", folder)
         self.model: PreTrainedModel = plan.session.model
         count, generation = len(held_out.examples), options.generation
@@ -185,11 +184,11 @@ class Search:
         if options.keep_rates is None and options.limit is not None:
             most = options.most_keep or 1.0
             steps = len(combinations) * bisection_steps(most)
-            with self._measuring("Looking for the smallest safe keep rate", steps) as measure:
+            with self.measuring("Looking for the smallest safe keep rate", steps) as measure:
                 points = [p for c in combinations for p in bisect(c, measure, self.limit, most=most)]
         else:
             rates = options.keep_rates or KEEP_RATES
-            with self._measuring("Sweeping", len(combinations) * len(rates)) as measure:
+            with self.measuring("Sweeping", len(combinations) * len(rates)) as measure:
                 points = grid(combinations, rates, measure)
         if not points:
             raise UsageError("No keep rate of the sweep can be met under the constraints; try larger ones.")
@@ -197,9 +196,9 @@ class Search:
         return SweepResult(self._document(advice), advice, self.limit)
 
     @contextmanager
-    def _measuring(self, title: str, steps: int) -> Iterator[Measure]:
+    def measuring(self, title: str, steps: int, unit: str = "point") -> Iterator[Measure]:
         """:meth:`point`, with its progress shown."""
-        with self.progress.phase(title, steps, "point") as advance:
+        with self.progress.phase(title, steps, unit) as advance:
 
             def measure(combination: Combination, keep: float) -> SweepPoint | None:
                 point = self.point(combination, keep)

@@ -14,7 +14,6 @@ from shape_moe.jobs.planning import Plan, held_out_tracing, plan_search
 from shape_moe.jobs.search import POINTS_FILE, Search, SweepOptions, SweepResult, check_examples
 from shape_moe.jobs.trace import kept_trace, open_trace
 from shape_moe.progress import SILENT, Progress
-from shape_moe.tracing.trace import Trace
 from shape_moe.workspace import Workspace, write_json
 
 
@@ -60,7 +59,7 @@ def sweep(
     plan = plan_search(snapshot, tracing, traced, judged_by, options.held_out, seed, progress)
     check_examples(plan, options.limit, len(options.combinations()))
     if out is None:
-        return _Sweep(snapshot, options, plan, progress, None).run()
+        return _searched(snapshot, options, plan, progress, None)
     inputs = [path for path in (model, trace, tracing.data.source, plan.data.source) if path is not None]
     job = {
         "verb": "sweep",
@@ -70,34 +69,24 @@ def sweep(
         **plan.session.job(),
     }
     with Workspace(out, job, force=force, inputs=inputs) as work:
-        result = _Sweep(snapshot, options, plan, progress, work.path).run()
+        result = _searched(snapshot, options, plan, progress, work.path)
         _write(result, work.path)
         work.complete()
     return result
 
 
-class _Sweep:
-    """One sweep on its way."""
-
-    def __init__(
-        self, snapshot: Snapshot, options: SweepOptions, plan: Plan, progress: Progress, folder: Path | None
-    ) -> None:
-        self.snapshot, self.options, self.plan, self.progress, self.folder = snapshot, options, plan, progress, folder
-
-    def run(self) -> SweepResult:
-        trace = self.plan.trace or self._traced()
-        combinations = self.options.combinations()
-        search = Search(self.snapshot, self.plan, trace, self.options, combinations, self.progress, self.folder)
-        try:
-            return search.run()
-        finally:
-            search.judge.close()
-
-    def _traced(self) -> Trace:
-        """The calibration trace: made now, or found where an interrupted sweep left it."""
-        if self.folder is None:
-            return self.plan.session.run(None)
-        return kept_trace(lambda: self.plan.session, self.folder / "trace")
+def _searched(
+    snapshot: Snapshot, options: SweepOptions, plan: Plan, progress: Progress, folder: Path | None
+) -> SweepResult:
+    """Trace, or find the trace that an interrupted sweep left in the folder; then judge and recommend."""
+    trace = plan.trace
+    if trace is None:
+        trace = plan.session.run(None) if folder is None else kept_trace(lambda: plan.session, folder / "trace")
+    search = Search(snapshot, plan, trace, options, options.combinations(), progress, folder)
+    try:
+        return search.run()
+    finally:
+        search.judge.close()
 
 
 def _write(result: SweepResult, folder: Path) -> None:
