@@ -20,14 +20,14 @@ from shape_moe.demo.embedded import exact_match
 from shape_moe.demo.tasks import TASKS, examples
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.judge import Judge
-from shape_moe.evaluation.sweep import Combination, Limit
+from shape_moe.evaluation.keep_rate import Combination, Limit
 from shape_moe.jobs.choose import AUTO_METHODS, choose
 from shape_moe.jobs.held_out import held_out_set
-from shape_moe.jobs.options import AUTO, ChoiceOptions, PruneOptions, SelectionJob, TraceOptions
+from shape_moe.jobs.options import AUTO, ChoiceOptions, ExampleOptions, PruneOptions, SelectionJob
 from shape_moe.jobs.planning import plan_search
 from shape_moe.jobs.prune import prune
 from shape_moe.jobs.search import SweepOptions
-from shape_moe.jobs.session import TraceSession
+from shape_moe.jobs.session import ModelSession
 from shape_moe.jobs.sweep import sweep
 from shape_moe.progress import SILENT
 from shape_moe.pruning.masks import masked
@@ -52,7 +52,7 @@ def regret(folder: Path, model, tokenizer) -> dict:
     picked: dict[str, int] = {}
     for seed in SEEDS:
         for task in TASKS:
-            options = TraceOptions(DataOptions(str(write_task(folder, task, seed)), samples=128), device="cpu")
+            options = ExampleOptions(DataOptions(str(write_task(folder, task, seed)), samples=128), device="cpu")
             snapshot = open_snapshot(embedded_model_path())
             plan = plan_search(snapshot, options, None, None, 64, seed, SILENT)
             plan.session.use(model)
@@ -115,7 +115,7 @@ def _one_limit(folder: Path, limit: Limit, seed: int) -> dict:
         scoring=ScoreOptions(seed=seed),
         generation=FEW,
     )
-    data = TraceOptions(DataOptions(str(file), samples=128), device="cpu")
+    data = ExampleOptions(DataOptions(str(file), samples=128), device="cpu")
     result = sweep(embedded_model_path(), options, data=data)
     seconds = time.perf_counter() - began
     row = {"kind": limit.kind, "limit": limit.value, "seed": seed, "seconds": seconds}
@@ -137,7 +137,7 @@ def _fresh_loss(folder: Path, path: Path, limit: Limit, seed: int) -> float:
     file = folder / f"fresh-{seed}.jsonl"
     rows = examples("addition", 1000, seed=9000 + seed, held_out=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    session = TraceSession.open(dense, TraceOptions(DataOptions(str(file)), device="cpu"), tokenizer, SILENT)
+    session = ModelSession.open(dense, ExampleOptions(DataOptions(str(file)), device="cpu"), tokenizer, SILENT)
     held_out = held_out_set(session, session.calibrator, "fresh")
     judge = Judge(dense, tokenizer, held_out)
     sums = judge.compare(pruned)

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 from shape_moe.serving.transformers_auto import install as _install
 
 if TYPE_CHECKING:
-    from shape_moe.calibration.calibrate import AnswerOptions
+    from shape_moe.calibration.example_maker import AnswerOptions
     from shape_moe.calibration.examples import TokenOptions
     from shape_moe.calibration.records import DataOptions
     from shape_moe.evaluation.generation import GenerationOptions
     from shape_moe.evaluation.harness import TaskOptions
-    from shape_moe.evaluation.sweep import Limit
+    from shape_moe.evaluation.keep_rate import Limit
+    from shape_moe.experiments.run import experiment
     from shape_moe.jobs.convert import convert
     from shape_moe.jobs.evaluate import evaluate
-    from shape_moe.jobs.experiment import experiment
     from shape_moe.jobs.inspect import inspect_model
-    from shape_moe.jobs.options import EvaluateOptions, PruneOptions, SelectionJob, TraceOptions
+    from shape_moe.jobs.options import EvaluateOptions, ExampleOptions, PruneOptions, SelectionJob
     from shape_moe.jobs.prune import prune
     from shape_moe.jobs.report import report
     from shape_moe.jobs.search import SweepOptions
@@ -43,6 +43,7 @@ __all__ = [
     "AnswerOptions",
     "DataOptions",
     "EvaluateOptions",
+    "ExampleOptions",
     "GenerationOptions",
     "Limit",
     "PruneOptions",
@@ -55,7 +56,6 @@ __all__ = [
     "TaskOptions",
     "TokenOptions",
     "Trace",
-    "TraceOptions",
     "__version__",
     "convert",
     "evaluate",
@@ -76,17 +76,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "calibration.calibrate": ("AnswerOptions",),
+    "calibration.example_maker": ("AnswerOptions",),
     "calibration.examples": ("TokenOptions",),
     "calibration.records": ("DataOptions",),
     "evaluation.generation": ("GenerationOptions",),
     "evaluation.harness": ("TaskOptions",),
-    "evaluation.sweep": ("Limit",),
+    "evaluation.keep_rate": ("Limit",),
     "jobs.convert": ("convert",),
     "jobs.evaluate": ("evaluate",),
-    "jobs.experiment": ("experiment",),
+    "experiments.run": ("experiment",),
     "jobs.inspect": ("inspect_model",),
-    "jobs.options": ("EvaluateOptions", "PruneOptions", "SelectionJob", "TraceOptions"),
+    "jobs.options": ("EvaluateOptions", "PruneOptions", "SelectionJob", "ExampleOptions"),
     "jobs.prune": ("prune",),
     "jobs.report": ("report",),
     "jobs.search": ("SweepOptions",),

@@ -14,7 +14,7 @@ from shape_moe.calibration.presets import Preset, find_preset, presets, with_bas
 from shape_moe.calibration.records import DataOptions, content_hash, load_records
 from shape_moe.cli.main import run
 from shape_moe.errors import DataError, UsageError
-from shape_moe.jobs.options import TraceOptions
+from shape_moe.jobs.options import ExampleOptions
 from shape_moe.jobs.trace import trace
 from support.data import write_lines
 from support.preset_rows import DEALT, GPQA_DIAMOND, GPQA_EXTENDED, SETS
@@ -170,7 +170,7 @@ def test_a_set_that_cannot_be_loaded_says_how_to_go_on(tmp_path) -> None:
 def test_a_trace_says_which_preset_it_was_made_with(tmp_path, embedded) -> None:
     rows = [row for row, _, _ in SETS["gsm8k"]]
     source = f"preset:gsm8k@{write(tmp_path / 'd.jsonl', rows)}"
-    made = trace(embedded, TraceOptions(DataOptions(source), device="cpu")).info.source
+    made = trace(embedded, ExampleOptions(DataOptions(source), device="cpu")).info.source
     assert (made["data"], made["split"]) == (source, "train")
     composed = [{"prompt": prompt, "response": response} for _, prompt, response in SETS["gsm8k"]]
     assert made["content_hash"] == content_hash(

@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pytest
 
-from shape_moe.calibration.calibrate import AnswerOptions
+from shape_moe.calibration.example_maker import AnswerOptions
 from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.tasks import TASKS, examples
 from shape_moe.errors import UsageError
-from shape_moe.jobs.options import TraceOptions
+from shape_moe.jobs.options import ExampleOptions
 from shape_moe.jobs.select import select
 from shape_moe.jobs.trace import trace
 from shape_moe.scoring.scores import score_trace
@@ -56,7 +56,7 @@ def test_counts_equal_those_of_transformers(tmp_path, embedded) -> None:
     found = load_trace(tmp_path / "t")
     assert found.info.engine == "vllm"
     answers = AnswerOptions(max_new_tokens=40)
-    expected = trace(embedded, TraceOptions(DataOptions(str(file)), answers=answers, device="cpu", dtype="float32"))
+    expected = trace(embedded, ExampleOptions(DataOptions(str(file)), answers=answers, device="cpu", dtype="float32"))
     assert found.info.tokens == expected.info.tokens
     for layer, table in expected.coalitions.items():
         np.testing.assert_array_equal(found.coalitions[layer].members, table.members)

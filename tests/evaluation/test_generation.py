@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shape_moe.errors import DataError, UsageError
-from shape_moe.evaluation.figures import health
 from shape_moe.evaluation.generation import Generated, GenerationOptions, answer_limit, ends_in_loop, generate
 from shape_moe.evaluation.intervals import Bootstrap
+from shape_moe.evaluation.measures import health
 from shape_moe.pruning.masks import masked
 from shape_moe.selection.selection import Selection
 from support.held_out import random_set, task_set

@@ -10,9 +10,9 @@ import pytest
 from shape_moe.evaluation import judge as module
 from shape_moe.evaluation.dense_reference import DenseReference
 from shape_moe.evaluation.faithfulness import faithfulness
-from shape_moe.evaluation.figures import Figures
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.judge import Judge
+from shape_moe.evaluation.measures import Figures
 from shape_moe.scoring.scores import Scores
 from support.held_out import task_set
 from support.selections import seven_of_eight
@@ -58,8 +58,8 @@ def test_every_interval_of_a_verdict_holds_for_all_candidates(embedded_model, ju
 def test_classes_are_judged_only_where_they_are_asked_for(embedded_model, judge_of, monkeypatch) -> None:
     model, _ = embedded_model
     judge, asked = judge_of(), []
-    original = module.figures.by_group
-    monkeypatch.setattr(module.figures, "by_group", lambda *given: asked.append(given) or original(*given))
+    original = module.measures.by_group
+    monkeypatch.setattr(module.measures, "by_group", lambda *given: asked.append(given) or original(*given))
     sums = judge.compare_masked(model, seven_of_eight())
     whole = judge.verdict(sums)
     assert not asked

@@ -12,11 +12,11 @@ from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.evaluation.generation import GenerationOptions
-from shape_moe.evaluation.sweep import Limit
+from shape_moe.evaluation.keep_rate import Limit
 from shape_moe.jobs import prune as job
 from shape_moe.jobs import session
 from shape_moe.jobs.choose import AUTO_METHODS, candidates
-from shape_moe.jobs.options import AUTO, ChoiceOptions, PruneOptions, SelectionJob, TraceOptions
+from shape_moe.jobs.options import AUTO, ChoiceOptions, ExampleOptions, PruneOptions, SelectionJob
 from shape_moe.jobs.prune import prune
 from shape_moe.jobs.select import check_job, select
 from shape_moe.jobs.trace import trace
@@ -32,9 +32,9 @@ FEW = GenerationOptions(examples=8)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> TraceOptions:
+def data(tmp_path_factory) -> ExampleOptions:
     file = write_lines(tmp_path_factory.mktemp("data") / "sorting.jsonl", examples("sorting", 130, seed=4))
-    return TraceOptions(DataOptions(str(file), samples=40), device="cpu", dtype="float32")
+    return ExampleOptions(DataOptions(str(file), samples=40), device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from shape_moe.evaluation.task_results import task_changes
 from shape_moe.jobs import evaluate as jobs_evaluate
 from shape_moe.jobs import session
 from shape_moe.jobs.evaluate import evaluate
-from shape_moe.jobs.options import EvaluateOptions, PruneOptions, TraceOptions
+from shape_moe.jobs.options import EvaluateOptions, ExampleOptions, PruneOptions
 from shape_moe.jobs.prune import prune
 from shape_moe.progress import Silent
 from shape_moe.pruning.masks import masked
@@ -54,8 +54,8 @@ def pruned(embedded, files, tmp_path_factory):
     return prune(embedded, out, PruneOptions(device="cpu"), data=files["calibration"], keep=0.4).path
 
 
-def float32(file, **more) -> TraceOptions:
-    return TraceOptions(DataOptions(str(file)), device="cpu", dtype="float32", **more)
+def float32(file, **more) -> ExampleOptions:
+    return ExampleOptions(DataOptions(str(file)), device="cpu", dtype="float32", **more)
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +252,7 @@ def test_faithfulness_takes_what_was_judged_before(embedded, files, pruned, monk
 
 def test_classes_are_those_that_were_asked_for(embedded, files, pruned) -> None:
     data = DataOptions(str(files["task"]), stratify="task", samples=20)
-    tracing = TraceOptions(data, device="cpu", dtype="float32")
+    tracing = ExampleOptions(data, device="cpu", dtype="float32")
     plain = evaluate(embedded, [pruned], data=tracing, options=QUICK)
     assert plain.models[1].classes == {}
     assert plain.document["models"][1]["classes"] is None

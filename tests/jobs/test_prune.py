@@ -16,7 +16,7 @@ from shape_moe.demo.embedded import exact_match
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import CheckpointError, FingerprintError, ShapeMoeError, UsageError
 from shape_moe.jobs import prune as job
-from shape_moe.jobs.options import PruneOptions, SelectionJob, TraceOptions
+from shape_moe.jobs.options import ExampleOptions, PruneOptions, SelectionJob
 from shape_moe.jobs.prune import prune
 from shape_moe.jobs.select import select
 from shape_moe.jobs.trace import trace
@@ -38,14 +38,14 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def traced(embedded, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trace") / "t"
-    trace(embedded, TraceOptions(data=DataOptions(data), device="cpu"), folder)
+    trace(embedded, ExampleOptions(data=DataOptions(data), device="cpu"), folder)
     return folder
 
 
 def options(keep: float = 0.6, data: str | None = None, **changes) -> PruneOptions:
     entries = {
         "select": SelectionJob(SelectOptions(keep=keep)),
-        "trace": TraceOptions(data=DataOptions(data), device="cpu") if data else None,
+        "trace": ExampleOptions(data=DataOptions(data), device="cpu") if data else None,
         "device": "cpu",
     }
     return PruneOptions(**{**entries, **changes})
@@ -305,7 +305,7 @@ def test_interrupted_jobs_go_on_where_they_stopped(embedded, data, tmp_path, mon
     kept = contents(tmp_path / "out.partial")
     assert "shape/trace/trace.json" in kept
     assert sum(name.endswith(".safetensors") and "shape" not in name for name in kept) >= 2
-    monkeypatch.setattr(job.TraceSession, "run", lambda *_: pytest.fail("traced again"))
+    monkeypatch.setattr(job.ModelSession, "run", lambda *_: pytest.fail("traced again"))
     with pytest.raises(UsageError, match="unfinished work of another job"):
         prune(tmp_path / "shards", tmp_path / "out", options(0.8, data))
     resumed = prune(tmp_path / "shards", tmp_path / "out", options(0.6, data))

@@ -7,17 +7,17 @@ from dataclasses import replace
 
 import pytest
 
-from shape_moe.calibration.calibrate import SPLIT_KEY, AnswerOptions
+from shape_moe.calibration.example_maker import SPLIT_KEY, AnswerOptions
 from shape_moe.calibration.records import DataOptions, Record, load_records, prompt_hash
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import DataError, UsageError
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.judge import Judge
-from shape_moe.evaluation.sweep import Limit
+from shape_moe.evaluation.keep_rate import Limit
 from shape_moe.jobs import search, session
 from shape_moe.jobs import sweep as job
 from shape_moe.jobs.held_out import known_prompts
-from shape_moe.jobs.options import TraceOptions
+from shape_moe.jobs.options import ExampleOptions
 from shape_moe.jobs.search import SweepOptions
 from shape_moe.jobs.sweep import sweep
 from shape_moe.jobs.trace import trace
@@ -63,7 +63,7 @@ def swept(embedded, task_file, tmp_path_factory):
     options = SweepOptions(
         keep_rates=(0.8, 0.3), scorers=("shape", "easy-ep"), held_out=60, limit=Limit("max_kl", 0.05)
     )
-    data = TraceOptions(DataOptions(str(task_file), samples=40), device="cpu")
+    data = ExampleOptions(DataOptions(str(task_file), samples=40), device="cpu")
     with pytest.MonkeyPatch.context() as patch:
         judged = note_held_out(patch)
         return sweep(embedded, options, out, data=data), out, judged
@@ -103,7 +103,7 @@ def test_calibration_and_held_out_examples_do_not_overlap(swept) -> None:
 
 def test_an_interrupted_sweep_goes_on_from_its_last_point(embedded, task_file, tmp_path, monkeypatch) -> None:
     options = SweepOptions(keep_rates=(0.9, 0.7, 0.5), held_out=30, generation=GenerationOptions(examples=4))
-    data = TraceOptions(DataOptions(str(task_file), samples=20), device="cpu")
+    data = ExampleOptions(DataOptions(str(task_file), samples=20), device="cpu")
     whole = Judge.compare_masked
     stopped, judged = stopped_after(2, whole)
     monkeypatch.setattr(Judge, "compare_masked", stopped)
@@ -129,7 +129,7 @@ def test_written_answers_that_decide_are_made_once(embedded, task_file, tmp_path
         held_out=16,
         generation=GenerationOptions(answer_pattern="(.*)"),
     )
-    data = TraceOptions(DataOptions(str(task_file), samples=20), device="cpu")
+    data = ExampleOptions(DataOptions(str(task_file), samples=20), device="cpu")
     whole = Judge.answer_masked
     stopped, made = stopped_after(2, whole)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -148,7 +148,7 @@ def test_written_answers_that_decide_are_made_once(embedded, task_file, tmp_path
 
 
 def test_the_seed_draws_what_a_trace_is_judged_by(embedded, task_file, tmp_path, monkeypatch) -> None:
-    data = TraceOptions(DataOptions(str(task_file), samples=30), device="cpu")
+    data = ExampleOptions(DataOptions(str(task_file), samples=30), device="cpu")
     trace(embedded, data, tmp_path / "trace")
     judged, plan_search = [], job.plan_search
 
@@ -171,7 +171,7 @@ def test_the_seed_draws_what_a_trace_is_judged_by(embedded, task_file, tmp_path,
 
 def test_another_engine_is_refused_before_the_work(embedded, task_file, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(session, "load_original", lambda *_: pytest.fail("the model was loaded"))
-    data = TraceOptions(DataOptions(str(task_file), samples=20), engine="vllm")
+    data = ExampleOptions(DataOptions(str(task_file), samples=20), engine="vllm")
     for out in (None, tmp_path / "out"):
         with pytest.raises(UsageError, match=r"shape-moe trace --engine vllm.*--trace"):
             sweep(embedded, SweepOptions(held_out=20), out, data=data)
@@ -179,7 +179,7 @@ def test_another_engine_is_refused_before_the_work(embedded, task_file, tmp_path
 
 
 def test_a_trace_judges_by_what_it_has_not_seen(embedded, task_file, tmp_path, monkeypatch) -> None:
-    data = TraceOptions(DataOptions(str(task_file), samples=30), device="cpu")
+    data = ExampleOptions(DataOptions(str(task_file), samples=30), device="cpu")
     traced = trace(embedded, data, tmp_path / "trace")
     options = SweepOptions(keep_rates=(0.8,), held_out=500, generation=GenerationOptions(examples=4))
     records = note_held_out(monkeypatch)
@@ -195,7 +195,7 @@ def test_contamination_is_told_and_left_out(embedded, task_file, tmp_path) -> No
     for name, chosen in (("calibration", lines[:30]), ("held", lines[20:60]), ("same", lines[:30])):
         (tmp_path / f"{name}.jsonl").write_text("".join(chosen))
     options = SweepOptions(keep_rates=(0.8,), generation=GenerationOptions(examples=4))
-    data = TraceOptions(DataOptions(str(tmp_path / "calibration.jsonl")), device="cpu")
+    data = ExampleOptions(DataOptions(str(tmp_path / "calibration.jsonl")), device="cpu")
     progress = Notes()
     result = sweep(embedded, options, data=data, held_out=tmp_path / "held.jsonl", progress=progress)
     assert result.document["held_out"]["examples"] == 30
@@ -208,7 +208,7 @@ def test_records_that_cannot_be_judged_by_are_counted(embedded, task_file, tmp_p
     held = [{"prompt": "p", "response": "x" * 5000}, *examples("sorting", 20, seed=7)]
     file = write_lines(tmp_path / "held.jsonl", held)
     answers = AnswerOptions(skip_bad=True)
-    data = TraceOptions(DataOptions(str(task_file), samples=20), answers=answers, device="cpu")
+    data = ExampleOptions(DataOptions(str(task_file), samples=20), answers=answers, device="cpu")
     options, progress = SweepOptions(keep_rates=(0.8,), generation=GenerationOptions(examples=4)), Notes()
     result = sweep(embedded, options, data=data, held_out=file, progress=progress)
     assert result.document["held_out"]["examples"] == 20
@@ -216,7 +216,7 @@ def test_records_that_cannot_be_judged_by_are_counted(embedded, task_file, tmp_p
 
 
 def test_traces_that_do_not_name_their_prompts_need_other_examples(embedded, task_file, tmp_path) -> None:
-    data = TraceOptions(DataOptions(str(task_file), samples=20), device="cpu")
+    data = ExampleOptions(DataOptions(str(task_file), samples=20), device="cpu")
     traced = trace(embedded, data)
     nameless = {key: value for key, value in traced.info.source.items() if key != "prompts"}
     replace(traced, info=replace(traced.info, source=nameless)).save(tmp_path / "old")
@@ -227,7 +227,7 @@ def test_traces_that_do_not_name_their_prompts_need_other_examples(embedded, tas
 
 
 def test_a_limit_alone_is_bisected_and_memory_bounds_the_advice(embedded, task_file) -> None:
-    data = TraceOptions(DataOptions(str(task_file), samples=40), device="cpu")
+    data = ExampleOptions(DataOptions(str(task_file), samples=40), device="cpu")
     options = SweepOptions(limit=Limit("max_kl", 0.05), held_out=40, generation=GenerationOptions(examples=8))
     result = sweep(embedded, options, data=data)
     keeps = [point.selection.keep_asked for point in result.recommendation.points]
@@ -247,14 +247,14 @@ def test_a_fall_of_nothing_is_no_limit(embedded, tmp_path) -> None:
     file = tmp_path / "noise.jsonl"
     rows = [{"prompt": f"sort {i}{i + 1}{i + 2}=", "response": f"wrong {i}\n"} for i in range(60)]
     write_lines(file, rows)
-    data = TraceOptions(DataOptions(str(file), samples=20), device="cpu")
+    data = ExampleOptions(DataOptions(str(file), samples=20), device="cpu")
     with pytest.raises(UsageError, match="0% of the held-out examples"):
         sweep(embedded, SweepOptions(limit=Limit("max_drop", 0.2), held_out=30), data=data)
 
 
 def test_too_few_examples_for_a_limit_are_refused_before_the_work(embedded, task_file, monkeypatch) -> None:
     monkeypatch.setattr(session, "load_original", lambda *_: pytest.fail("the model was loaded"))
-    data = TraceOptions(DataOptions(str(task_file), samples=20), device="cpu")
+    data = ExampleOptions(DataOptions(str(task_file), samples=20), device="cpu")
     options = SweepOptions(limit=Limit("max_drop", 0.01), held_out=60, rules=("coverage", "uniform"))
     with pytest.raises(UsageError, match=r"below 7\.7% for 2 combinations together.*judge by 498 or more"):
         sweep(embedded, options, data=data)

@@ -11,13 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shape_moe.architectures.fingerprint import UNVERIFIED
-from shape_moe.calibration.calibrate import AnswerOptions
+from shape_moe.calibration.example_maker import AnswerOptions
 from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import CheckpointError, DataError, ShapeMoeError, UnsupportedModelError, UsageError
 from shape_moe.jobs import session as job
-from shape_moe.jobs.options import TraceOptions
+from shape_moe.jobs.options import ExampleOptions
 from shape_moe.jobs.trace import merge, trace
 from shape_moe.tracing.trace import load_trace, merge_traces
 from shape_moe.tracing.transformers_model import ModelTracer
@@ -37,10 +37,10 @@ def data(tmp_path):
     return write
 
 
-def options(source: str, **changes) -> TraceOptions:
+def options(source: str, **changes) -> ExampleOptions:
     entries = {"data": DataOptions(source), "device": "cpu", "dtype": "float32"}
     answers = {name: changes.pop(name) for name in list(changes) if name in AnswerOptions.__dataclass_fields__}
-    return TraceOptions(answers=AnswerOptions(**{"batch_size": 4, **answers}), **{**entries, **changes})
+    return ExampleOptions(answers=AnswerOptions(**{"batch_size": 4, **answers}), **{**entries, **changes})
 
 
 def assert_same(first, second) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import CheckpointError
-from shape_moe.jobs.options import PruneOptions, SelectionJob, TraceOptions
+from shape_moe.jobs.options import ExampleOptions, PruneOptions, SelectionJob
 from shape_moe.jobs.prune import prune
 from shape_moe.jobs.verify import Check, verify
 from shape_moe.pruning.compare import file_hash
@@ -30,7 +30,9 @@ def pruned(embedded, tmp_path_factory) -> Path:
     file = write_lines(folder / "data.jsonl", examples("reversal", 16, seed=1))
     chosen = SelectionJob(SelectOptions(keep=0.6, routing="reroute"))
     prune(
-        embedded, folder / "out", PruneOptions(chosen, TraceOptions(DataOptions(str(file)), device="cpu"), device="cpu")
+        embedded,
+        folder / "out",
+        PruneOptions(chosen, ExampleOptions(DataOptions(str(file)), device="cpu"), device="cpu"),
     )
     return folder / "out"
 

@@ -14,7 +14,7 @@ from selenium.webdriver.common.keys import Keys
 import shape_moe
 from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.tasks import TASKS, examples
-from shape_moe.jobs.options import PruneOptions, SelectionJob, TraceOptions
+from shape_moe.jobs.options import ExampleOptions, PruneOptions, SelectionJob
 from shape_moe.scoring.scores import read_scores
 from shape_moe.selection.select import SelectOptions, select_from_scores, select_from_trace
 from support.browser import Browser, open_browser
@@ -58,7 +58,7 @@ def demo(embedded, tmp_path_factory) -> Path:
     rows = [record for task in TASKS for record in examples(task, 3, seed=0)]
     write_lines(folder / "tasks.jsonl", rows)
     options = PruneOptions(
-        trace=TraceOptions(DataOptions(str(folder / "tasks.jsonl"))),
+        trace=ExampleOptions(DataOptions(str(folder / "tasks.jsonl"))),
         select=SelectionJob(SelectOptions(keep=0.6)),
         device="cpu",
         check_logits=False,

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import ShapeMoeError
-from shape_moe.jobs.options import PruneOptions, SelectionJob, TraceOptions
+from shape_moe.jobs.options import ExampleOptions, PruneOptions, SelectionJob
 from shape_moe.jobs.prune import prune
 from shape_moe.jobs.verify import verify
 from shape_moe.openai_server import OpenAIServer
@@ -29,7 +29,7 @@ def pruned(embedded, tmp_path_factory):
     file = write_lines(folder / "words.jsonl", examples("words", 25, seed=1))
     options = PruneOptions(
         SelectionJob(SelectOptions(keep=0.6)),
-        TraceOptions(DataOptions(str(file))),
+        ExampleOptions(DataOptions(str(file))),
         device="cpu",
         dtype="float32",
     )

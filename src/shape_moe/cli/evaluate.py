@@ -17,8 +17,8 @@ from shape_moe.cli.flags import DataFlags, DeviceFlags, ForceFlag, ModelArgument
 from shape_moe.cli.quality_flags import GenerationFlags, TaskFlags
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.faithfulness import Faithfulness
-from shape_moe.evaluation.figures import worst_group
 from shape_moe.evaluation.footprint import Workload
+from shape_moe.evaluation.measures import worst_group
 from shape_moe.jobs import evaluate as job
 from shape_moe.jobs.evaluated import TASK, Evaluation
 from shape_moe.jobs.options import HELD_OUT_SAMPLES, EvaluateOptions

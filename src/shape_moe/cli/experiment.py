@@ -11,9 +11,9 @@ from rich.console import Console
 from shape_moe.cli.flag_groups import with_flags
 from shape_moe.cli.flags import ForceFlag, OutputFlags
 from shape_moe.errors import UsageError
-from shape_moe.jobs import experiment as job
-from shape_moe.jobs.experiment_config import ExperimentConfig
-from shape_moe.jobs.experiment_reader import read_config
+from shape_moe.experiments import run as job
+from shape_moe.experiments.config import ExperimentConfig
+from shape_moe.experiments.reader import read_config
 
 
 def add_to(app: typer.Typer) -> None:

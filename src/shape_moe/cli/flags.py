@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from shape_moe.architectures.snapshot import open_snapshot
-from shape_moe.calibration.calibrate import AnswerOptions
+from shape_moe.calibration.example_maker import AnswerOptions
 from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.console import Output
@@ -24,7 +24,7 @@ from shape_moe.cli.values import (
 )
 from shape_moe.errors import UsageError
 from shape_moe.jobs.inspect import keep_that_fits
-from shape_moe.jobs.options import SelectionJob, TraceOptions
+from shape_moe.jobs.options import ExampleOptions, SelectionJob
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.select import SelectOptions
 from shape_moe.tracing.trace import SegmentWeights
@@ -220,7 +220,7 @@ class DataFlags:
         if unread := [name for name in changed_flags(self) if name not in read]:
             raise UsageError(f"The trace decides how examples are read: leave {', '.join(unread)} out, or give --data.")
 
-    def options(self, device: DeviceFlags, seed: int, samples: int) -> TraceOptions:
+    def options(self, device: DeviceFlags, seed: int, samples: int) -> ExampleOptions:
         """The trace options that these flags describe; ``samples`` is the verb's default."""
         if self.data is None:
             raise UsageError("Calibration data is missing: give --data FILE.")
@@ -245,7 +245,7 @@ class DataFlags:
             max_tokens=self.max_tokens,
             skip_bad=self.skip_bad,
         )
-        return TraceOptions(data=data, tokens=tokens, answers=answers, device=device.device, dtype=device.dtype)
+        return ExampleOptions(data=data, tokens=tokens, answers=answers, device=device.device, dtype=device.dtype)
 
 
 @dataclass

@@ -30,7 +30,7 @@ from shape_moe.cli.select import summary
 from shape_moe.cli.values import parse_routing
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.intervals import Estimate
-from shape_moe.evaluation.sweep import Limit
+from shape_moe.evaluation.keep_rate import Limit
 from shape_moe.jobs import prune as job
 from shape_moe.jobs.options import (
     AUTO,

@@ -14,7 +14,7 @@ from shape_moe.cli.values import parse_share, parse_values
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.harness import TaskOptions
-from shape_moe.evaluation.sweep import Limit
+from shape_moe.evaluation.keep_rate import Limit
 
 LIMIT_PANEL = "What may be lost"
 GENERATION_PANEL = "Free answers"

@@ -26,7 +26,7 @@ from shape_moe.cli.flags import (
 from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags
 from shape_moe.cli.values import parse_routing
 from shape_moe.errors import UsageError
-from shape_moe.evaluation.sweep import SweepPoint
+from shape_moe.evaluation.keep_rate import SweepPoint
 from shape_moe.jobs import sweep as job
 from shape_moe.jobs.options import DEFAULT_SAMPLES, HELD_OUT_SAMPLES
 from shape_moe.jobs.search import SweepOptions, SweepResult

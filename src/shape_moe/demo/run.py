@@ -13,12 +13,12 @@ from statistics import fmean
 from shape_moe.architectures.embedded import embedded_model_path
 from shape_moe.architectures.loading import load_model, load_tokenizer
 from shape_moe.architectures.snapshot import open_snapshot
-from shape_moe.calibration.calibrate import AnswerOptions
+from shape_moe.calibration.example_maker import AnswerOptions
 from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.embedded import exact_match
 from shape_moe.demo.tasks import TASKS, examples
 from shape_moe.errors import UsageError
-from shape_moe.jobs.options import PruneOptions, TraceOptions
+from shape_moe.jobs.options import ExampleOptions, PruneOptions
 from shape_moe.jobs.prune import prune
 from shape_moe.jobs.report import report
 from shape_moe.jobs.trace import trace
@@ -143,7 +143,7 @@ def _trace_task(task: str, seed: int, work: Path, home: Path, progress: Progress
     records = examples(task, CALIBRATION_EXAMPLES, seed=seed)
     file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     answers = AnswerOptions(batch_size=CALIBRATION_EXAMPLES)
-    options = TraceOptions(DataOptions(str(file)), answers=answers, device="cpu")
+    options = ExampleOptions(DataOptions(str(file)), answers=answers, device="cpu")
     traced = trace(embedded_model_path(), options, progress=progress)
     source = {**traced.info.source, "data": str(home / file.name)}
     traced = replace(traced, info=replace(traced.info, source=source))

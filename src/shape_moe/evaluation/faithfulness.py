@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shape_moe.errors import UsageError
-from shape_moe.evaluation import figures
+from shape_moe.evaluation import measures
 from shape_moe.evaluation.judge import Judge, Verdict
 from shape_moe.progress import Advance
 from shape_moe.scoring.scores import Scores
@@ -46,7 +46,7 @@ class Faithfulness:
         """For JSON."""
 
         def entry(verdict: Verdict) -> dict[str, Any]:
-            return {"quality": figures.document(verdict.quality), "change": figures.document(verdict.change)}
+            return {"quality": measures.document(verdict.quality), "change": measures.document(verdict.change)}
 
         return {
             "selection": self.name,

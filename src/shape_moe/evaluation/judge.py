@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shape_moe.evaluation import figures
+from shape_moe.evaluation import measures
 from shape_moe.evaluation.dense_reference import DenseReference
-from shape_moe.evaluation.figures import Figures, Groups, Health
 from shape_moe.evaluation.generation import Generated, GenerationOptions, generate
 from shape_moe.evaluation.held_out import HeldOutSet
 from shape_moe.evaluation.intervals import Bootstrap
+from shape_moe.evaluation.measures import Figures, Groups, Health
 from shape_moe.evaluation.teacher_forced import TeacherForced, compare_with_dense, record_dense
 from shape_moe.progress import Advance
 from shape_moe.pruning.masks import masked
@@ -27,7 +27,7 @@ class Verdict:
     """Figures of one model over one set.
 
     Attributes:
-        quality: see :func:`shape_moe.evaluation.figures.quality`.
+        quality: see :func:`shape_moe.evaluation.measures.quality`.
         change: paired differences to the dense model, empty for the dense model itself.
         health: free-running answers, None where none were made.
     """
@@ -39,8 +39,8 @@ class Verdict:
     def to_document(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            "quality": figures.document(self.quality),
-            "change": figures.document(self.change) or None,
+            "quality": measures.document(self.quality),
+            "change": measures.document(self.change) or None,
             "generation": self.health.to_document() if self.health else None,
         }
 
@@ -125,18 +125,18 @@ class Judge:
         """Figures of the dense model itself."""
         made = self._dense_answers
         return Verdict(
-            figures.quality(self.dense, self.draws, self.answered),
-            health=figures.health(made, None, self.draws) if made else None,
+            measures.quality(self.dense, self.draws, self.answered),
+            health=measures.health(made, None, self.draws) if made else None,
         )
 
     def verdict(self, sums: TeacherForced, made: Generated | None = None) -> Verdict:
         """Figures of another model, beside the dense one."""
         return Verdict(
-            figures.quality(sums, self.draws, self.answered),
-            figures.change(sums, self.dense, self.draws, self.answered),
-            figures.health(made, self._dense_answers, self.draws) if made else None,
+            measures.quality(sums, self.draws, self.answered),
+            measures.change(sums, self.dense, self.draws, self.answered),
+            measures.health(made, self._dense_answers, self.draws) if made else None,
         )
 
     def by_group(self, sums: TeacherForced) -> Groups:
         """Figures of another model for every class of examples by itself, where examples have classes."""
-        return figures.by_group(self.held_out, sums, self.dense, self.draws)
+        return measures.by_group(self.held_out, sums, self.dense, self.draws)

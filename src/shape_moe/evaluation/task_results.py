@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from shape_moe.errors import UsageError
-from shape_moe.evaluation.figures import Figures
 from shape_moe.evaluation.intervals import Bootstrap, Estimate
+from shape_moe.evaluation.measures import Figures
 
 _NORMAL_95 = 1.96
 _SAME_MEAN = 1e-9

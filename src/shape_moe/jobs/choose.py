@@ -9,7 +9,7 @@ from typing import Any
 
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.errors import ShapeMoeError, UsageError
-from shape_moe.evaluation.sweep import Combination, SweepPoint, grid
+from shape_moe.evaluation.keep_rate import Combination, SweepPoint, grid
 from shape_moe.jobs.options import AUTO, ChoiceOptions, SelectionJob
 from shape_moe.jobs.planning import Plan
 from shape_moe.jobs.search import Search, SweepOptions

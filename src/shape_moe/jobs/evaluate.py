@@ -17,12 +17,12 @@ from shape_moe.evaluation.faithfulness import Faithfulness, faithfulness
 from shape_moe.evaluation.footprint import measure_footprint
 from shape_moe.evaluation.harness import check_chat_template, check_tasks, run_tasks, run_tasks_with_vllm
 from shape_moe.evaluation.judge import Judge, Verdict
+from shape_moe.evaluation.subjects import Candidate, open_candidate, scores_of
 from shape_moe.evaluation.task_results import TaskResult, task_changes
-from shape_moe.jobs.candidates import Candidate, open_candidate, scores_of
 from shape_moe.jobs.evaluated import ALSO, TASK, Evaluated, Evaluation
 from shape_moe.jobs.held_out import held_out_set, known_prompts, overlap
-from shape_moe.jobs.options import HELD_OUT_SAMPLES, EvaluateOptions, TraceOptions, as_trace_options
-from shape_moe.jobs.session import TraceSession, load_original
+from shape_moe.jobs.options import HELD_OUT_SAMPLES, EvaluateOptions, ExampleOptions, as_trace_options
+from shape_moe.jobs.session import ModelSession, load_original
 from shape_moe.jobs.trace import open_trace
 from shape_moe.made_with import made_with
 from shape_moe.progress import SILENT, Progress
@@ -40,7 +40,7 @@ def evaluate(
     model: str | PathLike[str],
     candidates: Sequence[str | PathLike[str] | Selection] = (),
     *,
-    data: TraceOptions | DataOptions | str | PathLike[str] | None = None,
+    data: ExampleOptions | DataOptions | str | PathLike[str] | None = None,
     options: EvaluateOptions | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -55,7 +55,7 @@ def evaluate(
         data: held-out examples: a file (of which at most 400 records are used), or options that say more; None where
             tasks alone are asked for.
         options: see :class:`EvaluateOptions`.
-        device: where to run; what ``data`` says of it counts where it is :class:`TraceOptions`.
+        device: where to run; what ``data`` says of it counts where it is :class:`ExampleOptions`.
         dtype: in which dtype; likewise.
         progress: where to show progress.
 
@@ -70,7 +70,7 @@ def evaluate(
     tracing = None
     if data is not None:
         tracing = as_trace_options(data, HELD_OUT_SAMPLES)
-        if not isinstance(data, TraceOptions):
+        if not isinstance(data, ExampleOptions):
             tracing = replace(tracing, device=device, dtype=dtype)
         if options.by is not None:
             if tracing.data.stratify not in {None, options.by}:
@@ -95,7 +95,7 @@ class _Run:
         self,
         snapshot: Snapshot,
         candidates: list[Candidate],
-        tracing: TraceOptions | None,
+        tracing: ExampleOptions | None,
         options: EvaluateOptions,
         placement: tuple[str, str],
         progress: Progress,
@@ -107,7 +107,7 @@ class _Run:
         self.size = measure(snapshot)
         self.judges: dict[str, Judge] = {}
         self.scores: dict[str, Scores] = {}
-        self.session: TraceSession | None = None
+        self.session: ModelSession | None = None
         self.tokenizer = load_tokenizer(snapshot.path)
         if options.tasks is not None and options.tasks.engine != "vllm":
             check_chat_template(options.tasks, self.tokenizer)
@@ -116,7 +116,7 @@ class _Run:
         self._check_faithfulness()
         records = load_records(tracing.data)
         self._warn_of_overlap(records, tracing.data)
-        self.session = TraceSession.open(snapshot, tracing, self.tokenizer, progress, records)
+        self.session = ModelSession.open(snapshot, tracing, self.tokenizer, progress, records)
 
     def _check_faithfulness(self) -> None:
         """Find the values that selections were made from; what has none would else show when all is judged."""
@@ -190,7 +190,7 @@ class _Run:
             return self.session.model
         return load_original(self.snapshot, self.device, self.dtype, self.progress)
 
-    def _judges(self, session: TraceSession) -> dict[str, Judge]:
+    def _judges(self, session: ModelSession) -> dict[str, Judge]:
         sources = {TASK: session.calibrator}
         if self.options.also is not None:
             sources[ALSO] = session.calibrator_of(load_records(self.options.also), self.options.also)

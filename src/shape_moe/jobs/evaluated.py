@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shape_moe.evaluation.faithfulness import Faithfulness
-from shape_moe.evaluation.figures import Figures, Groups, document, worst_group
 from shape_moe.evaluation.footprint import Footprint
 from shape_moe.evaluation.judge import Verdict
+from shape_moe.evaluation.measures import Figures, Groups, document, worst_group
 from shape_moe.evaluation.task_results import TaskResult
 from shape_moe.selection.selection import Selection
 

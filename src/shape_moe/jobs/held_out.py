@@ -6,23 +6,23 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from shape_moe.calibration.calibrate import Calibrator
+from shape_moe.calibration.example_maker import ExampleMaker
 from shape_moe.calibration.records import DataOptions, Record, load_records, prompt_hash, sample_records
 from shape_moe.calibration.responses import pad_token_id, stop_ids
 from shape_moe.calibration.split import without_prompts
 from shape_moe.errors import DataError
 from shape_moe.evaluation.held_out import HeldOutSet
-from shape_moe.jobs.session import TraceSession
+from shape_moe.jobs.session import ModelSession
 from shape_moe.tracing.trace import Trace
 from shape_moe.units import counted
 
 
-def held_out_set(session: TraceSession, calibrator: Calibrator, name: str, folder: Path | None = None) -> HeldOutSet:
+def held_out_set(session: ModelSession, calibrator: ExampleMaker, name: str, folder: Path | None = None) -> HeldOutSet:
     """Tokenise records as the session's are, with answers of the dense model where they lack one.
 
     Args:
         session: gives the model, and answers of it.
-        calibrator: the records: those of the session, or of :meth:`TraceSession.calibrator_of`. It runs once.
+        calibrator: the records: those of the session, or of :meth:`ModelSession.calibrator_of`. It runs once.
         name: what to call the set.
         folder: where answers are kept for a later run, None for nowhere.
 

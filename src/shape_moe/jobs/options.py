@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from os import PathLike
 from typing import Any
 
-from shape_moe.calibration.calibrate import AnswerOptions
+from shape_moe.calibration.example_maker import AnswerOptions
 from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.records import DataOptions
 from shape_moe.engines import check_engine
@@ -16,7 +16,7 @@ from shape_moe.evaluation.faithfulness import FEWEST_RANDOM
 from shape_moe.evaluation.footprint import Workload
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.harness import TaskOptions
-from shape_moe.evaluation.sweep import Limit
+from shape_moe.evaluation.keep_rate import Limit
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.select import SelectOptions
 from shape_moe.selection.selection import Routing
@@ -33,7 +33,7 @@ PAPER_SAMPLES = 25
 
 
 @dataclass(frozen=True)
-class TraceOptions:
+class ExampleOptions:
     """How a model is traced.
 
     Attributes:
@@ -65,13 +65,13 @@ class TraceOptions:
         return asdict(self)
 
 
-def as_trace_options(data: TraceOptions | DataOptions | str | PathLike[str], samples: int) -> TraceOptions:
+def as_trace_options(data: ExampleOptions | DataOptions | str | PathLike[str], samples: int) -> ExampleOptions:
     """Trace options from a file name or data options alone; ``samples`` is for the former."""
-    if isinstance(data, TraceOptions):
+    if isinstance(data, ExampleOptions):
         return data
     if isinstance(data, DataOptions):
-        return TraceOptions(data)
-    return TraceOptions(DataOptions(str(data), samples=samples))
+        return ExampleOptions(data)
+    return ExampleOptions(DataOptions(str(data), samples=samples))
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class PruneOptions:
     """
 
     select: SelectionJob | None = None
-    trace: TraceOptions | None = None
+    trace: ExampleOptions | None = None
     device: str = "auto"
     dtype: str = "auto"
     choice: ChoiceOptions | None = None

@@ -7,13 +7,13 @@ from os import PathLike
 from typing import Any
 
 from shape_moe.architectures.snapshot import Snapshot
-from shape_moe.calibration.calibrate import SPLIT_KEY, Calibrator, options_of
+from shape_moe.calibration.example_maker import SPLIT_KEY, ExampleMaker, options_of
 from shape_moe.calibration.records import DataOptions, load_records, prompt_hash
 from shape_moe.calibration.split import split_records
 from shape_moe.errors import UsageError
 from shape_moe.jobs.held_out import fresh_records, known_prompts
-from shape_moe.jobs.options import DEFAULT_SAMPLES, TraceOptions, as_trace_options
-from shape_moe.jobs.session import TraceSession
+from shape_moe.jobs.options import DEFAULT_SAMPLES, ExampleOptions, as_trace_options
+from shape_moe.jobs.session import ModelSession
 from shape_moe.progress import Progress
 from shape_moe.tracing.trace import Trace
 
@@ -29,9 +29,9 @@ class Plan:
         sentence: how calibration and held-out examples were told apart.
     """
 
-    session: TraceSession
+    session: ModelSession
     trace: Trace | None
-    held_out: Calibrator
+    held_out: ExampleMaker
     sentence: str
 
     @property
@@ -45,11 +45,11 @@ class Plan:
 
 
 def held_out_tracing(
-    data: TraceOptions | DataOptions | str | PathLike[str] | None,
+    data: ExampleOptions | DataOptions | str | PathLike[str] | None,
     trace: Trace | None,
     held_out: DataOptions | None,
     seed: int = 0,
-) -> TraceOptions:
+) -> ExampleOptions:
     """How a search reads examples: as it traces them, or, with a finished trace alone, as that was made.
 
     Args:
@@ -66,16 +66,16 @@ def held_out_tracing(
     if trace is None:
         raise UsageError("Give examples (--data), a trace (--trace), or both.")
     if held_out is not None:
-        return TraceOptions(held_out)
+        return ExampleOptions(held_out)
     if not trace.info.source.get("data"):
         raise UsageError("The trace does not name its examples; give held-out ones (--held-out).")
     data, tokens, answers = options_of(trace.info.source)
-    return TraceOptions(replace(data, seed=seed), tokens, answers)
+    return ExampleOptions(replace(data, seed=seed), tokens, answers)
 
 
 def plan_search(
     snapshot: Snapshot,
-    tracing: TraceOptions,
+    tracing: ExampleOptions,
     trace: Trace | None,
     held_out: DataOptions | None,
     samples: int,
@@ -102,12 +102,12 @@ def plan_search(
     if trace is not None:
         known = _prompts_of(trace, progress, others=held_out is not None)
         records, seen = fresh_records(source, known, samples)
-        session = TraceSession.open(snapshot, replace(tracing, data=source), None, progress, records)
+        session = ModelSession.open(snapshot, replace(tracing, data=source), None, progress, records)
         judged = session.calibrator
     else:
         calibration = load_records(tracing.data)
         records, seen = fresh_records(source, {prompt_hash(record) for record in calibration}, samples)
-        session = TraceSession.open(snapshot, tracing, None, progress, calibration)
+        session = ModelSession.open(snapshot, tracing, None, progress, calibration)
         judged = session.calibrator_of(records, source)
     sentence = f"{len(records)} held-out examples of {source.source}"
     if seen:
@@ -131,11 +131,11 @@ def _prompts_of(trace: Trace, progress: Progress, *, others: bool) -> frozenset[
     return frozenset()
 
 
-def _split_plan(snapshot: Snapshot, tracing: TraceOptions, held_out: int, seed: int, progress: Progress) -> Plan:
+def _split_plan(snapshot: Snapshot, tracing: ExampleOptions, held_out: int, seed: int, progress: Progress) -> Plan:
     """Split one source into calibration and held-out examples."""
     wanted = tracing.data.samples or DEFAULT_SAMPLES
     pool = load_records(replace(tracing.data, samples=wanted + held_out))
     split = split_records(pool, wanted, held_out, seed=seed)
-    session = TraceSession.open(snapshot, tracing, None, progress, split.calibration)
+    session = ModelSession.open(snapshot, tracing, None, progress, split.calibration)
     session.source_notes[SPLIT_KEY] = split.sentence
     return Plan(session, None, session.calibrator_of(split.held_out, tracing.data), split.sentence)

@@ -18,15 +18,15 @@ from shape_moe.jobs.choose import candidates, choose
 from shape_moe.jobs.options import (
     DEFAULT_SAMPLES,
     PAPER_SAMPLES,
+    ExampleOptions,
     PruneOptions,
-    TraceOptions,
     as_selection_job,
     as_trace_options,
 )
 from shape_moe.jobs.planning import Plan, held_out_tracing, plan_search
 from shape_moe.jobs.search import check_examples
 from shape_moe.jobs.select import check_job
-from shape_moe.jobs.session import TraceSession, load_original
+from shape_moe.jobs.session import ModelSession, load_original
 from shape_moe.jobs.trace import kept_trace, open_trace
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import Canary, CanaryResult, compare_canary, random_tokens, record_canary
@@ -80,7 +80,7 @@ class _Run:
     options: PruneOptions
     work: Path
     progress: Progress
-    session: TraceSession | None = None
+    session: ModelSession | None = None
     trace: Trace | None = None
     plan: Plan | None = None
     logits_skipped: str | None = None
@@ -96,7 +96,7 @@ def prune(
     out: str | PathLike[str],
     options: PruneOptions | None = None,
     *,
-    data: TraceOptions | DataOptions | str | PathLike[str] | None = None,
+    data: ExampleOptions | DataOptions | str | PathLike[str] | None = None,
     keep: float | None = None,
     trace: str | PathLike[str] | None = None,
     selection: str | PathLike[str] | Selection | None = None,
@@ -149,7 +149,7 @@ def prune(
     plan = _plan_choice(snapshot, options, traced, progress)
     session = plan.session if plan else None
     if session is None and options.trace is not None:
-        session = TraceSession.open(snapshot, options.trace, None, progress)
+        session = ModelSession.open(snapshot, options.trace, None, progress)
     inputs += [plan.data.source] if plan else []
     job = _job(snapshot, options, session, trace, chosen, plan)
     with Workspace(out, job, force=options.force, inputs=inputs) as work:
@@ -177,7 +177,7 @@ def _carry_out(run: _Run, chosen: Selection | None, target: str, work: Workspace
 
 
 def _complete_options(
-    options: PruneOptions, data: TraceOptions | DataOptions | str | PathLike[str] | None, keep: float | None
+    options: PruneOptions, data: ExampleOptions | DataOptions | str | PathLike[str] | None, keep: float | None
 ) -> PruneOptions:
     if data is not None:
         samples = DEFAULT_SAMPLES if options.choice else PAPER_SAMPLES
@@ -227,7 +227,7 @@ def _check_writable(snapshot: Snapshot, chosen: Selection | None, target: str) -
 def _job(
     snapshot: Snapshot,
     options: PruneOptions,
-    session: TraceSession | None,
+    session: ModelSession | None,
     trace: str | PathLike[str] | None,
     chosen: Selection | None,
     plan: Plan | None,
@@ -261,7 +261,7 @@ def _check_disk(snapshot: Snapshot, options: PruneOptions, chosen: Selection | N
         )
 
 
-def _traced(run: _Run, session: TraceSession) -> Trace:
+def _traced(run: _Run, session: ModelSession) -> Trace:
     """The trace of the calibration set: made now, or found where an interrupted run left it."""
     folder = run.artifacts / "trace"
     if (folder / "trace.json").is_file():

@@ -12,11 +12,10 @@ from shape_moe.architectures.fingerprint import fingerprint
 from shape_moe.architectures.sizes import ModelSize, measure
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.errors import BudgetError, UsageError
-from shape_moe.evaluation.figures import Health, health
 from shape_moe.evaluation.generation import Generated, GenerationOptions
 from shape_moe.evaluation.intervals import examples_for, least_fall
 from shape_moe.evaluation.judge import Judge
-from shape_moe.evaluation.sweep import (
+from shape_moe.evaluation.keep_rate import (
     Combination,
     Limit,
     Measure,
@@ -27,6 +26,7 @@ from shape_moe.evaluation.sweep import (
     grid,
     recommend,
 )
+from shape_moe.evaluation.measures import Health, health
 from shape_moe.evaluation.teacher_forced import TeacherForced
 from shape_moe.jobs.held_out import held_out_set
 from shape_moe.jobs.options import HELD_OUT_SAMPLES

@@ -20,13 +20,13 @@ from shape_moe.architectures.moe_config import MoeConfig
 from shape_moe.architectures.sites import live_moe_config
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.batches import Batch, batches
-from shape_moe.calibration.calibrate import Answerer, Calibrator
+from shape_moe.calibration.example_maker import Answerer, ExampleMaker
 from shape_moe.calibration.examples import Tokeniser
 from shape_moe.calibration.records import DataOptions, Record, load_records
 from shape_moe.calibration.responses import generate_answers, pad_token_id
 from shape_moe.errors import DataError, ShapeMoeError, UsageError, first_line
 from shape_moe.interrupts import DeferredInterrupt
-from shape_moe.jobs.options import TraceOptions
+from shape_moe.jobs.options import ExampleOptions
 from shape_moe.made_with import versions
 from shape_moe.progress import Progress
 from shape_moe.pruning.canary import canary_tokens
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _SAVE_SECONDS = 120.0
 
 
-class TraceSession:
+class ModelSession:
     """Traces one model over one calibration set.
 
     Args:
@@ -60,7 +60,7 @@ class TraceSession:
         snapshot: Snapshot | None,
         model: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase,
-        options: TraceOptions,
+        options: ExampleOptions,
         progress: Progress,
         records: list[Record] | None = None,
     ) -> None:
@@ -70,17 +70,17 @@ class TraceSession:
         self.tokenizer = tokenizer
         self.source_notes: dict[str, str] = {}
         records = load_records(options.data) if records is None else records
-        self.calibrator = Calibrator(records, tokeniser, options.data, options.answers, progress)
+        self.calibrator = ExampleMaker(records, tokeniser, options.data, options.answers, progress)
 
     @classmethod
     def open(
         cls,
         model: str | PathLike[str] | PreTrainedModel | Snapshot,
-        options: TraceOptions,
+        options: ExampleOptions,
         tokenizer: PreTrainedTokenizerBase | None,
         progress: Progress,
         records: list[Record] | None = None,
-    ) -> TraceSession:
+    ) -> ModelSession:
         """Check everything that can be checked before weights are loaded.
 
         Raises:
@@ -97,13 +97,13 @@ class TraceSession:
         live_moe_config(model)
         return cls(None, model, tokenizer, options, progress, records)
 
-    def calibrator_of(self, records: list[Record], data: DataOptions) -> Calibrator:
+    def calibrator_of(self, records: list[Record], data: DataOptions) -> ExampleMaker:
         """Other records, tokenised and answered as those of the session are.
 
         Raises:
             DataError: for a record that cannot be used, unless such are skipped.
         """
-        return Calibrator(records, self.calibrator.tokeniser, data, self.options.answers, self.progress)
+        return ExampleMaker(records, self.calibrator.tokeniser, data, self.options.answers, self.progress)
 
     def job(self) -> dict[str, Any]:
         """What decides the trace: the model and the records by their content, and the options."""

@@ -7,9 +7,9 @@ from os import PathLike
 from pathlib import Path
 
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
-from shape_moe.calibration.calibrate import ANSWERS_FILE
+from shape_moe.calibration.example_maker import ANSWERS_FILE
 from shape_moe.calibration.records import DataOptions
-from shape_moe.jobs.options import TraceOptions
+from shape_moe.jobs.options import ExampleOptions
 from shape_moe.jobs.planning import Plan, held_out_tracing, plan_search
 from shape_moe.jobs.search import POINTS_FILE, Search, SweepOptions, SweepResult, check_examples
 from shape_moe.jobs.trace import kept_trace, open_trace
@@ -22,7 +22,7 @@ def sweep(
     options: SweepOptions | None = None,
     out: str | PathLike[str] | None = None,
     *,
-    data: TraceOptions | DataOptions | str | PathLike[str] | None = None,
+    data: ExampleOptions | DataOptions | str | PathLike[str] | None = None,
     trace: str | PathLike[str] | None = None,
     held_out: DataOptions | str | PathLike[str] | None = None,
     device: str = "auto",
@@ -41,7 +41,7 @@ def sweep(
             trace, what is to be known about tokens, answers and the device.
         trace: a finished trace.
         held_out: examples to judge by; those whose prompts calibration has seen are left out.
-        device: where to run; what ``data`` says of it counts where it is :class:`TraceOptions`.
+        device: where to run; what ``data`` says of it counts where it is :class:`ExampleOptions`.
         dtype: in which dtype; likewise.
         force: replace an earlier result.
         progress: where to show progress.
@@ -54,7 +54,7 @@ def sweep(
     traced = open_trace(trace, snapshot, progress, force=force) if trace is not None else None
     judged_by = held_out if isinstance(held_out, DataOptions | None) else DataOptions(str(held_out), seed=seed)
     tracing = held_out_tracing(data, traced, judged_by, seed)
-    if not isinstance(data, TraceOptions):
+    if not isinstance(data, ExampleOptions):
         tracing = replace(tracing, device=device, dtype=dtype)
     plan = plan_search(snapshot, tracing, traced, judged_by, options.held_out, seed, progress)
     check_examples(plan, options.limit, len(options.combinations()))

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from shape_moe.architectures.fingerprint import UNVERIFIED, check_fingerprint, fingerprint, layout_fingerprint
 from shape_moe.architectures.snapshot import Snapshot
-from shape_moe.calibration.calibrate import ANSWERS_FILE
+from shape_moe.calibration.example_maker import ANSWERS_FILE
 from shape_moe.calibration.records import DataOptions
-from shape_moe.jobs.options import DEFAULT_SAMPLES, TraceOptions, as_trace_options
-from shape_moe.jobs.session import TraceSession
+from shape_moe.jobs.options import DEFAULT_SAMPLES, ExampleOptions, as_trace_options
+from shape_moe.jobs.session import ModelSession
 from shape_moe.jobs.vllm_session import trace_with_vllm
 from shape_moe.progress import SILENT, Progress
 from shape_moe.tracing.trace import Trace, load_trace, merge_traces
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def trace(
     model: str | PathLike[str] | PreTrainedModel,
-    data: TraceOptions | DataOptions | str | PathLike[str],
+    data: ExampleOptions | DataOptions | str | PathLike[str],
     out: str | PathLike[str] | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -47,7 +47,7 @@ def trace(
         ShapeMoeError: when something is wrong with the model, the data or the options; the message says what to do.
     """
     options = as_trace_options(data, DEFAULT_SAMPLES)
-    session = TraceSession.open(model, options, tokenizer, progress)
+    session = ModelSession.open(model, options, tokenizer, progress)
     run = partial(trace_with_vllm, session) if options.engine == "vllm" else session.run
     if out is None:
         return run(None)
@@ -99,7 +99,7 @@ def open_trace(given: str | PathLike[str], snapshot: Snapshot, progress: Progres
     return found
 
 
-def kept_trace(session: Callable[[], TraceSession], folder: Path) -> Trace:
+def kept_trace(session: Callable[[], ModelSession], folder: Path) -> Trace:
     """The trace of a larger job: found where an interrupted run left it, or made now and kept for the next.
 
     Args:

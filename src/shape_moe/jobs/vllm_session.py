@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from shape_moe.errors import UsageError
-from shape_moe.jobs.session import TraceSession
+from shape_moe.jobs.session import ModelSession
 from shape_moe.tracing.trace import Trace
 from shape_moe.tracing.vllm_engine import VllmTracer
 
 
-def trace_with_vllm(session: TraceSession, folder: Path | None) -> Trace:
+def trace_with_vllm(session: ModelSession, folder: Path | None) -> Trace:
     """Answer prompts and trace with vLLM.
 
     Args:
@@ -36,7 +36,7 @@ def trace_with_vllm(session: TraceSession, folder: Path | None) -> Trace:
 class _Engine:
     """The engine, started when it is first needed: for answers, or once all examples are there."""
 
-    def __init__(self, session: TraceSession) -> None:
+    def __init__(self, session: ModelSession) -> None:
         self.session = session
         self._tracer: VllmTracer | None = None
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-from shape_moe.calibration.calibrate import SPLIT_KEY, AnswerOptions
+from shape_moe.calibration.example_maker import SPLIT_KEY, AnswerOptions
 from shape_moe.calibration.presets import PREFIX
 from shape_moe.reporting.figures.figure import percent, sentence
 from shape_moe.reporting.material import Material

@@ -9,7 +9,7 @@ from typing import Any
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.harness import TaskOptions
-from shape_moe.jobs.options import TraceOptions
+from shape_moe.jobs.options import ExampleOptions
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.selection import Routing
 from shape_moe.tracing.trace import SegmentWeights
@@ -30,7 +30,7 @@ class CalibrationSpec:
     """A calibration task; device and dtype of its options are the model's."""
 
     name: str
-    tracing: TraceOptions
+    tracing: ExampleOptions
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ExamplesSpec:
     """
 
     name: str
-    tracing: TraceOptions
+    tracing: ExampleOptions
     generation: GenerationOptions | None
     metrics: tuple[str, ...]
     calibration: tuple[str, ...]

@@ -15,7 +15,7 @@ from shape_moe.architectures.loading import load_tokenizer, release_memory
 from shape_moe.architectures.sizes import measure
 from shape_moe.calibration.records import Record
 from shape_moe.errors import BudgetError
-from shape_moe.jobs.experiment_config import (
+from shape_moe.experiments.config import (
     CalibrationSpec,
     EvaluationSpec,
     ExamplesSpec,
@@ -23,10 +23,10 @@ from shape_moe.jobs.experiment_config import (
     Method,
     ModelSpec,
 )
-from shape_moe.jobs.experiment_plan import Plan, on_device
-from shape_moe.jobs.experiment_sets import JudgedExamples, JudgedTask, OpenEvaluation
-from shape_moe.jobs.options import TraceOptions
-from shape_moe.jobs.session import TraceSession, load_original
+from shape_moe.experiments.evaluations import JudgedExamples, JudgedTask, OpenEvaluation
+from shape_moe.experiments.plan import Plan, on_device
+from shape_moe.jobs.options import ExampleOptions
+from shape_moe.jobs.session import ModelSession, load_original
 from shape_moe.jobs.trace import kept_trace
 from shape_moe.journal import Journal
 from shape_moe.made_with import made_with
@@ -147,9 +147,9 @@ class _ModelRun:
         release_memory()
         return self._document(cells)
 
-    def _session(self, tracing: TraceOptions, records: list[Record]) -> TraceSession:
+    def _session(self, tracing: ExampleOptions, records: list[Record]) -> ModelSession:
         options = on_device(tracing, self.spec)
-        return TraceSession(self.snapshot, self.model, self.tokenizer, options, self.progress, records)
+        return ModelSession(self.snapshot, self.model, self.tokenizer, options, self.progress, records)
 
     def _selected(self, spec: CalibrationSpec) -> list[_Cell]:
         """Every selection from one calibration task."""

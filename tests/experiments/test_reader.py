@@ -12,8 +12,8 @@ import yaml
 from shape_moe.architectures.embedded import embedded_model_path
 from shape_moe.calibration.presets import presets
 from shape_moe.errors import UsageError
-from shape_moe.jobs.experiment_config import ExamplesSpec, TaskSpec
-from shape_moe.jobs.experiment_reader import read_config
+from shape_moe.experiments.config import ExamplesSpec, TaskSpec
+from shape_moe.experiments.reader import read_config
 from shape_moe.scoring.registry import scorers
 from shape_moe.selection.rules import get_rule
 from support.data import write_lines

@@ -12,11 +12,11 @@ from shape_moe.architectures.fingerprint import fingerprint
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.records import Record, content_hash, load_records, prompt_hash
 from shape_moe.evaluation.harness import check_chat_template, check_tasks
-from shape_moe.jobs.experiment_config import ExamplesSpec, ExperimentConfig, ModelSpec, TaskSpec
+from shape_moe.experiments.config import ExamplesSpec, ExperimentConfig, ModelSpec, TaskSpec
 from shape_moe.jobs.held_out import fresh_records
-from shape_moe.jobs.options import HELD_OUT_SAMPLES, SelectionJob, TraceOptions
+from shape_moe.jobs.options import HELD_OUT_SAMPLES, ExampleOptions, SelectionJob
 from shape_moe.jobs.select import check_job
-from shape_moe.jobs.session import TraceSession
+from shape_moe.jobs.session import ModelSession
 from shape_moe.progress import SILENT
 from shape_moe.selection.select import SelectOptions
 
@@ -108,13 +108,13 @@ def _check_records(plan: Plan, model: ModelSpec) -> None:
     sides += [(s.tracing, plan.held_out[s.name]) for s in config.evaluation if isinstance(s, ExamplesSpec)]
     for tracing, records in sides:
         options = on_device(tracing, model)
-        session = TraceSession.open(plan.snapshots[model.name], options, tokenizer, SILENT, records)
+        session = ModelSession.open(plan.snapshots[model.name], options, tokenizer, SILENT, records)
         tokenizer = session.tokenizer
     for spec in config.evaluation:
         if tokenizer is not None and isinstance(spec, TaskSpec):
             check_chat_template(spec.options, tokenizer)
 
 
-def on_device(tracing: TraceOptions, model: ModelSpec) -> TraceOptions:
+def on_device(tracing: ExampleOptions, model: ModelSpec) -> ExampleOptions:
     """Options with a model's device and dtype."""
     return replace(tracing, device=model.device, dtype=model.dtype)

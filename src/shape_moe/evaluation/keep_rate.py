@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from shape_moe.errors import UsageError
-from shape_moe.evaluation.figures import Health
 from shape_moe.evaluation.intervals import Estimate
 from shape_moe.evaluation.judge import Verdict
+from shape_moe.evaluation.measures import Health
 from shape_moe.selection.selection import Routing, Selection
 
 KINDS = ("max_kl", "max_drop")

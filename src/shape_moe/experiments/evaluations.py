@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from shape_moe.evaluation.figures import document
 from shape_moe.evaluation.harness import run_tasks
 from shape_moe.evaluation.judge import Judge
+from shape_moe.evaluation.measures import document
 from shape_moe.evaluation.task_results import TaskResult, task_changes
-from shape_moe.jobs.experiment_config import ExamplesSpec, TaskSpec
+from shape_moe.experiments.config import ExamplesSpec, TaskSpec
 from shape_moe.jobs.held_out import held_out_set
-from shape_moe.jobs.session import TraceSession
+from shape_moe.jobs.session import ModelSession
 from shape_moe.progress import Progress
 from shape_moe.pruning.masks import masked
 from shape_moe.selection.selection import Selection
@@ -54,7 +54,7 @@ class JudgedExamples:
     def __init__(
         self,
         spec: ExamplesSpec,
-        session: TraceSession,
+        session: ModelSession,
         seed: int,
         folder: Path,
         progress: Progress,

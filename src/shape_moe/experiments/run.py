@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from shape_moe.errors import UsageError
-from shape_moe.jobs.experiment_config import ExamplesSpec, ExperimentConfig
-from shape_moe.jobs.experiment_grid import ANSWERS_FOLDER, CELLS_FILE, Grid
-from shape_moe.jobs.experiment_plan import make_plan
-from shape_moe.jobs.experiment_reader import read_config
+from shape_moe.experiments.config import ExamplesSpec, ExperimentConfig
+from shape_moe.experiments.grid import ANSWERS_FOLDER, CELLS_FILE, Grid
+from shape_moe.experiments.plan import make_plan
+from shape_moe.experiments.reader import read_config
 from shape_moe.progress import SILENT, Progress
 from shape_moe.reporting.experiment_tables import experiment_markdown
 from shape_moe.workspace import Workspace, write_json, write_text
@@ -43,7 +43,7 @@ def experiment(
     """Run every cell of a grid; an interrupted run with the same configuration goes on from its last cell.
 
     Args:
-        config: a YAML file, or what :func:`shape_moe.jobs.experiment_reader.read_config` made of one.
+        config: a YAML file, or what :func:`shape_moe.experiments.reader.read_config` made of one.
         out: folder for the results; None for the one that the configuration names.
         force: replace an earlier result.
         progress: where to show progress.

@@ -9,15 +9,14 @@ from typing import Any
 
 from shape_moe.architectures.embedded import EMBEDDED, embedded_model_path
 from shape_moe.architectures.snapshot import looks_like_path
-from shape_moe.calibration.calibrate import AnswerOptions
+from shape_moe.calibration.example_maker import AnswerOptions
 from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.presets import PREFIX, with_base
 from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.sources import FILE_TYPES
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.generation import GenerationOptions
-from shape_moe.jobs.config_section import Section, read_yaml
-from shape_moe.jobs.experiment_config import (
+from shape_moe.experiments.config import (
     CalibrationSpec,
     EvaluationSpec,
     ExamplesSpec,
@@ -26,7 +25,8 @@ from shape_moe.jobs.experiment_config import (
     ModelSpec,
     TaskSpec,
 )
-from shape_moe.jobs.options import DEFAULT_SAMPLES, HELD_OUT_SAMPLES, TraceOptions
+from shape_moe.experiments.yaml_section import Section, read_yaml
+from shape_moe.jobs.options import DEFAULT_SAMPLES, HELD_OUT_SAMPLES, ExampleOptions
 from shape_moe.reporting.experiment_tables import EXAMPLE_METRICS, GENERATED
 from shape_moe.scoring.registry import get_scorer
 from shape_moe.selection.rules import get_rule
@@ -112,7 +112,7 @@ class _Reader:
         part.done()
         return spec
 
-    def _tracing(self, part: Section, samples: int) -> TraceOptions:
+    def _tracing(self, part: Section, samples: int) -> ExampleOptions:
         fields = part.mapping("map")
         if wrong := [key for key, value in fields.items() if not isinstance(value, str)]:
             raise UsageError(f"{part.where('map')}.{wrong[0]} must name a field.")
@@ -138,7 +138,7 @@ class _Reader:
                 max_tokens=part.one("max_tokens", int, AnswerOptions.max_tokens),
                 skip_bad=part.one("skip_bad", bool, False),
             )
-        return TraceOptions(data, tokens, answers)
+        return ExampleOptions(data, tokens, answers)
 
     def _source(self, part: Section) -> str:
         """A file, folder or local copy beside the configuration; a preset or a dataset's name as it is."""

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shape_moe.errors import UsageError
-from shape_moe.evaluation.figures import Health
 from shape_moe.evaluation.intervals import Estimate
 from shape_moe.evaluation.judge import Verdict
-from shape_moe.evaluation.sweep import RESOLUTION, Combination, Limit, SweepPoint, bisect, grid, recommend
+from shape_moe.evaluation.keep_rate import RESOLUTION, Combination, Limit, SweepPoint, bisect, grid, recommend
+from shape_moe.evaluation.measures import Health
 from shape_moe.selection.selection import Selection
 
 LIMIT = Limit("max_kl", 0.02)

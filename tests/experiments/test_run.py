@@ -15,9 +15,9 @@ from shape_moe.demo.tasks import examples
 from shape_moe.errors import UsageError
 from shape_moe.evaluation import harness
 from shape_moe.evaluation.generation import GenerationOptions
-from shape_moe.jobs import experiment_plan, experiment_sets
-from shape_moe.jobs.experiment_sets import JudgedExamples, JudgedTask
-from shape_moe.jobs.options import EvaluateOptions, TraceOptions
+from shape_moe.experiments import evaluations, plan
+from shape_moe.experiments.evaluations import JudgedExamples, JudgedTask
+from shape_moe.jobs.options import EvaluateOptions, ExampleOptions
 from shape_moe.tracing.trace import load_trace
 from support.data import write_lines
 from support.harness_tasks import write_tasks
@@ -148,7 +148,7 @@ def _check_against_evaluate(document, folder, tmp_path, embedded):
     again = shape_moe.evaluate(
         embedded,
         [folder / cell["selection"]],
-        data=TraceOptions(DataOptions(file, seed=2), device="cpu", dtype="float32"),
+        data=ExampleOptions(DataOptions(file, seed=2), device="cpu", dtype="float32"),
         options=EvaluateOptions(generation=GenerationOptions(2, 6), footprint=None, seed=2),
     )
     for ours, theirs in zip([document["dense"][0], cell], again.document["models"], strict=True):
@@ -197,8 +197,8 @@ def test_nothing_is_loaded_when_a_record_is_too_long_for_the_model(grid, monkeyp
     def loaded(*_args, **_options):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("shape_moe.jobs.experiment_grid.load_original", loaded)
-    monkeypatch.setattr(experiment_sets, "held_out_set", loaded)
+    monkeypatch.setattr("shape_moe.experiments.grid.load_original", loaded)
+    monkeypatch.setattr(evaluations, "held_out_set", loaded)
     rows = [{"prompt": "p", "response": "x" * 5000}, *examples("addition", CALIBRATE, seed=1)]
     write_rows(grid.parent / "addition.jsonl", rows)
     with pytest.raises(shape_moe.errors.DataError, match="addition.jsonl, line 1"):
@@ -232,8 +232,8 @@ def task_grid(tmp_path):
 
 
 def test_the_hash_of_the_results_is_that_of_the_job_as_it_began(task_grid, tmp_path, monkeypatch):
-    hashed, run, original = [], JudgedTask._run, experiment_plan.content_hash
-    monkeypatch.setattr(experiment_plan, "content_hash", lambda records: hashed.append(records) or original(records))
+    hashed, run, original = [], JudgedTask._run, plan.content_hash
+    monkeypatch.setattr(plan, "content_hash", lambda records: hashed.append(records) or original(records))
     task, digests = tmp_path / "tasks" / "choice.yaml", set()
 
     def edited(self):
@@ -252,7 +252,7 @@ def test_nothing_is_loaded_when_a_task_cannot_be_run(task_grid, tmp_path, monkey
     def loaded(*_args, **_options):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("shape_moe.jobs.experiment_grid.load_original", loaded)
+    monkeypatch.setattr("shape_moe.experiments.grid.load_original", loaded)
     bare = shutil.copytree(embedded, tmp_path / "bare", ignore=shutil.ignore_patterns("chat_template.jinja"))
     with pytest.raises(UsageError, match="the tokenizer has none"):
         shape_moe.experiment(task_grid(model=bare, chat_template=True), tmp_path / "out")

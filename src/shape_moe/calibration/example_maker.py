@@ -60,7 +60,7 @@ class AnswerOptions:
                 raise UsageError(f"{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}.")
 
 
-class Calibrator:
+class ExampleMaker:
     """Turns the records of one source into examples.
 
     Args:
@@ -242,7 +242,7 @@ class Calibrator:
 
 
 def options_of(source: Mapping[str, Any]) -> tuple[DataOptions, TokenOptions, AnswerOptions]:
-    """How to read more examples of a traced source: the options that :meth:`Calibrator.source` describes.
+    """How to read more examples of a traced source: the options that :meth:`ExampleMaker.source` describes.
 
     The number of samples, the seed and what is stratified by are not among them.
     """

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from shape_moe.evaluation.figures import Figures, by_group, health, worst_group
 from shape_moe.evaluation.generation import Generated
 from shape_moe.evaluation.intervals import Bootstrap, Estimate
+from shape_moe.evaluation.measures import Figures, by_group, health, worst_group
 from shape_moe.evaluation.teacher_forced import TeacherForced
 from support.held_out import random_set
 

@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 from transformers import AutoTokenizer
 
-from shape_moe.calibration import calibrate
-from shape_moe.calibration.calibrate import ANSWERS_FILE, AnswerOptions, Calibrator
+from shape_moe.calibration import example_maker
+from shape_moe.calibration.example_maker import ANSWERS_FILE, AnswerOptions, ExampleMaker
 from shape_moe.calibration.examples import Tokeniser, TokenOptions
 from shape_moe.calibration.records import DataOptions, Record, prompt_hash
 from shape_moe.errors import DataError
@@ -44,13 +44,13 @@ def calibrator(embedded):
     """One token per character: the embedded model's tokenizer knows bytes."""
     tokeniser = Tokeniser(AutoTokenizer.from_pretrained(embedded), CONTEXT, TokenOptions(template=False))
 
-    def make(records=RECORDS, **options) -> Calibrator:
-        return Calibrator(records, tokeniser, DataOptions("d.jsonl"), AnswerOptions(**options), SILENT)
+    def make(records=RECORDS, **options) -> ExampleMaker:
+        return ExampleMaker(records, tokeniser, DataOptions("d.jsonl"), AnswerOptions(**options), SILENT)
 
     return make
 
 
-def texts(calibrator: Calibrator) -> dict[int, tuple[str, str]]:
+def texts(calibrator: ExampleMaker) -> dict[int, tuple[str, str]]:
     """Prompt and response by record index."""
     decode = calibrator.tokeniser.tokenizer.decode
     return {
@@ -93,7 +93,7 @@ def test_without_answers_nothing_is_tokenised_again(calibrator, counts) -> None:
 
 
 def test_answers_of_an_endpoint(calibrator, counts, monkeypatch) -> None:
-    monkeypatch.setattr(calibrate, "fetch_answers", fetched({2: "xy", 9: "z"}))
+    monkeypatch.setattr(example_maker, "fetch_answers", fetched({2: "xy", 9: "z"}))
     chosen = calibrator(responses_from="http://127.0.0.1:1")
     chosen.run(NOBODY, None)
     assert texts(chosen) == {2: ("abc", "xy"), 5: ("de", "fgh"), 7: ("ijkl", ""), 9: ("m", "z")}
@@ -102,7 +102,7 @@ def test_answers_of_an_endpoint(calibrator, counts, monkeypatch) -> None:
 
 
 def test_empty_answers_of_an_endpoint(calibrator, monkeypatch) -> None:
-    monkeypatch.setattr(calibrate, "fetch_answers", fetched({2: "", 9: "z"}))
+    monkeypatch.setattr(example_maker, "fetch_answers", fetched({2: "", 9: "z"}))
     with pytest.raises(DataError, match="line 3: the endpoint gave an empty answer"):
         calibrator(responses_from="http://127.0.0.1:1").run(NOBODY, None)
     chosen = calibrator(responses_from="http://127.0.0.1:1", skip_bad=True)
@@ -112,7 +112,7 @@ def test_empty_answers_of_an_endpoint(calibrator, monkeypatch) -> None:
 
 
 def test_answers_that_make_a_record_too_long(calibrator, monkeypatch) -> None:
-    monkeypatch.setattr(calibrate, "fetch_answers", fetched({2: "x" * CONTEXT, 9: "z"}))
+    monkeypatch.setattr(example_maker, "fetch_answers", fetched({2: "x" * CONTEXT, 9: "z"}))
     with pytest.raises(DataError, match=r"line 3: 27 tokens are more than the model's context of 24"):
         calibrator(responses_from="http://127.0.0.1:1").run(NOBODY, None)
     chosen = calibrator(responses_from="http://127.0.0.1:1", skip_bad=True)
@@ -150,7 +150,7 @@ def test_known_answers_are_found_again(calibrator, tmp_path) -> None:
 
 
 def test_the_source_names_the_prompts_that_were_used(calibrator, monkeypatch) -> None:
-    monkeypatch.setattr(calibrate, "fetch_answers", fetched({2: "", 9: "z"}))
+    monkeypatch.setattr(example_maker, "fetch_answers", fetched({2: "", 9: "z"}))
     chosen = calibrator(responses_from="http://127.0.0.1:1", skip_bad=True)
     chosen.run(NOBODY, None)
     source = chosen.source()
