@@ -158,7 +158,7 @@ def test_logits_that_are_not_finite_are_refused() -> None:
 
 def test_a_set_without_a_scored_token_is_refused() -> None:
     with pytest.raises(DataError, match="no token that could be scored"):
-        HeldOutSet("nothing", (Example(0, "x", (5, 6, 7), 3), Example(1, "y", (5,), 1, plain=True)), (None, None), 4)
+        HeldOutSet("nothing", (Example(0, "x", (5, 6, 7)), Example(1, "y", (5,), plain=True)), (None, None), 4)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v2", "glm4_moe", "granitemoe"])

@@ -239,7 +239,7 @@ class ChatTemplate:
 
     def _switched(self, messages: list[Message], tools: Sequence[Any] | None, where: str) -> dict[str, Any]:
         """The template's switch for thoughts, as the data has it; empty where it makes no difference."""
-        if messages[-1]["role"] != "assistant":
+        if messages[-1]["role"] != "assistant" or self.thought is None:
             return {}
         thoughts = [message.get("reasoning_content") for message in messages if message.get("reasoning_content")]
         for name in find_switches(self.text):
@@ -275,10 +275,8 @@ class ChatTemplate:
 
     @staticmethod
     def _refusal(where: str, error: Exception) -> DataError:
-        return DataError(
-            f"{where}: the chat template refuses this conversation: {first_line(error)} (another template is given with "
-            "--chat-template FILE)"
-        )
+        reason = f"{where}: the chat template refuses this conversation: {first_line(error)}"
+        return DataError(f"{reason} (another template is given with --chat-template FILE)")
 
 
 class _Writer:
@@ -409,4 +407,4 @@ def _short_id(name: str) -> str:
 
 def _common(first: str, second: str) -> int:
     """Length of the common beginning."""
-    return len(os.path.commonprefix([first, second]))
+    return len(os.path.commonprefix([first, second]))  # noqa: RUF071 -- characters are what counts

@@ -37,7 +37,7 @@ def thoughts_of(row: Mapping[str, Any]) -> str | None:
     return None
 
 
-def read_messages(value: Any, where: str, unread: Callable[[str], None] = lambda _: None) -> list[Message]:
+def read_messages(value: Any, where: str, unread: Callable[[str], object] = lambda _: None) -> list[Message]:
     """A conversation from a list of messages, a dictionary of lists, or the JSON text of either.
 
     Args:
@@ -111,7 +111,7 @@ def read_calls(value: Any, where: str) -> list[dict[str, Any]]:
     return [_call(entry, where) for entry in value]
 
 
-def _message(message: Any, where: str, unread: Callable[[str], None]) -> Message:
+def _message(message: Any, where: str, unread: Callable[[str], object]) -> Message:
     if not isinstance(message, Mapping) or not isinstance(role := message.get("role", message.get("from")), str):
         raise DataError(f"{where}: every message needs a role, one of {', '.join(ROLES)}.")
     if any(message.get(name) for name in _MEDIA):
@@ -120,25 +120,26 @@ def _message(message: Any, where: str, unread: Callable[[str], None]) -> Message
         if key not in _READ and key not in _SILENT and value not in (None, [], {}, ""):
             unread(f"{key} of messages")
     content, thought = _content(message.get("content", message.get("value")), where)
-    thought = thoughts_of(message) or thought
     calls = message.get("tool_calls") or message.get("function_call")
     if role.lower() in _CALLS:
         role, calls, content = "assistant", content, None
-    found: Message = {"role": _ROLE_NAMES.get(role.lower(), role), "content": content}
-    if found["role"] not in ROLES:
-        raise DataError(f"{where}: every message needs a role, one of {', '.join(ROLES)}, and {role!r} is none.")
-    if content is None and isinstance(message.get("refusal"), str):
-        found["content"] = message["refusal"]
-    if calls:
-        found["tool_calls"] = read_calls(calls, where)
-    if thought:
-        found["reasoning_content"] = thought
-    for name in ("tool_call_id", "name"):
-        if message.get(name) is not None:
-            found[name] = str(message[name])
-    if found["content"] is None and not calls and not thought and found["role"] != "tool":
+    found = {
+        "role": _role(role, where),
+        "content": message.get("refusal") if content is None else content,
+        "tool_calls": read_calls(calls, where) if calls else None,
+        "reasoning_content": thoughts_of(message) or thought,
+        **{name: str(message[name]) for name in ("tool_call_id", "name") if message.get(name) is not None},
+    }
+    if found["role"] != "tool" and not any((found["content"] is not None, calls, found["reasoning_content"])):
         raise DataError(f"{where}: every message needs a content that is text, or a tool call.")
-    return found
+    return {key: value for key, value in found.items() if value is not None or key == "content"}
+
+
+def _role(name: str, where: str) -> str:
+    role = _ROLE_NAMES.get(name.lower())
+    if role is None:
+        raise DataError(f"{where}: every message needs a role, one of {', '.join(ROLES)}, and {name!r} is none.")
+    return role
 
 
 def _content(content: Any, where: str) -> tuple[str | None, str | None]:

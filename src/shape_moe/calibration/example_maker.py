@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from shape_moe.calibration.conversations import read_messages
 from shape_moe.calibration.examples import Example, Tokeniser, TokenOptions
 from shape_moe.calibration.records import DataOptions, Record, content_hash, prompt_hash
-from shape_moe.calibration.conversations import read_messages
 from shape_moe.calibration.responses import Reply, fetch_answers
 from shape_moe.errors import DataError, UsageError
 from shape_moe.progress import Progress

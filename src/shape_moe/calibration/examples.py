@@ -293,6 +293,15 @@ class Tokeniser:
         )
 
 
+def tokeniser_of(tokenizer: PreTrainedTokenizerBase, config: Mapping[str, Any], options: TokenOptions) -> Tokeniser:
+    """The tokeniser for a model of this configuration: its context, its embedding, and what ends its answers."""
+    ends = config.get("eos_token_id")
+    stops = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    rows = config.get("vocab_size")
+    context = config.get("max_position_embeddings")
+    return Tokeniser(tokenizer, context, options, vocabulary=rows, stops=stops)
+
+
 def _runs(mask: Sequence[int]) -> list[Span]:
     """Ranges of ones."""
     spans: list[Span] = []

@@ -84,7 +84,7 @@ def make_record(row: Mapping[str, Any], index: int, where: str, options: DataOpt
 
 
 def sample_records(records: list[Record], options: DataOptions) -> list[Record]:
-    """Draw as many records as the options ask for, in equal numbers per class (or by weight) where there are classes."""
+    """Draw as many records as the options ask for; where there are classes, in equal numbers of each or by weight."""
     groups: dict[str | None, list[Record]] = defaultdict(list)
     for record in records:
         groups[record.group].append(record)
@@ -160,7 +160,8 @@ class _Reader:
                 raise DataError(f"{where}: the record has no field {self.options.stratify!r} to stratify by.")
             group = str(value) if group is None else f"{group}/{value}"
         if preset:
-            content = {name: row[name] for name in ("prompt", "response")}
+            names = {"prompt": "prompt", "response": "response", **(self.options.fields or {})}
+            content = {ours: row.get(theirs) for ours, theirs in names.items()}
             normal = normalise(content, where, None, "prompt")
         else:
             normal = normalise(row, where, self.options.fields, self.options.format)
@@ -216,7 +217,8 @@ def _drawn(decks: list[_Deck], reader: _Reader, options: DataOptions) -> list[Re
     named = sorted(decks, key=lambda deck: str(deck.group))
     weights = _weights([deck.group for deck in named], options)
     shares = _shares([len(deck) for deck in named], options.samples, weights)
-    rng, chosen = random.Random(options.seed), []
+    rng = random.Random(options.seed)
+    chosen: list[Record] = []
     everything = sum(shares) == sum(len(deck) for deck in named)
     for deck, share in zip(named, shares, strict=True):
         if everything:

@@ -70,8 +70,8 @@ class DataOptions:
         memory: sources that a Python program handed over, by their place; filled from ``source`` and ``also``.
 
     Raises:
-        UsageError: for an unknown field name, format or preset, a split or subset that the preset does not have, weights
-            that do not fit, and for fewer than one sample.
+        UsageError: for an unknown field name, format or preset, a split or subset that the preset does not have,
+            weights that do not fit, and for fewer than one sample.
     """
 
     source: str
@@ -107,8 +107,9 @@ class DataOptions:
 
     def _name_sources(self) -> None:
         """Names stand for sources that are in memory."""
+        given: tuple[Any, ...] = (self.source, *self.also)
         memory, names = dict(self.memory), []
-        for place, source in enumerate((self.source, *self.also)):
+        for place, source in enumerate(given):
             if isinstance(source, str | PathLike):
                 names.append(fspath(source))
             else:

@@ -207,7 +207,8 @@ class _Request:
 def _for_server(record: Record) -> list[dict[str, Any]]:
     """The messages of a record as the protocol wants them: arguments of tool calls are text there."""
     messages = []
-    for message in record.messages or [{"role": "user", "content": record.prompt}]:
+    asked: Sequence[dict[str, Any]] = record.messages or [{"role": "user", "content": record.prompt}]
+    for message in asked:
         calls = message.get("tool_calls")
         messages.append({**message, "tool_calls": [_call_as_text(call) for call in calls]} if calls else message)
     return messages

@@ -73,7 +73,7 @@ class _Reading:
         return None, ""
 
     def messages(self, value: Any) -> list[dict[str, Any]]:
-        return read_messages(value, self.where, lambda name: self.unread.setdefault(name))
+        return read_messages(value, self.where, self.unread.setdefault)
 
     def conversation(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
         """Messages with the system prompt and the tools that stand beside them in the row."""
@@ -173,10 +173,10 @@ def _preference(reading: _Reading) -> Normal:
 def _calls(reading: _Reading) -> Normal:
     query, _ = reading.text("query")
     calls = read_calls(reading.get("answers"), reading.where)
-    messages = [{"role": "user", "content": query}, {"role": "assistant", "content": None, "tool_calls": calls}]
-    return reading.finish(
-        reading.conversation(messages), "function calls: query -> user message, answers -> tool calls"
-    )
+    asked: dict[str, Any] = {"role": "user", "content": query}
+    messages = [asked, {"role": "assistant", "content": None, "tool_calls": calls}]
+    said = "function calls: query -> user message, answers -> tool calls"
+    return reading.finish(reading.conversation(messages), said)
 
 
 def _text(reading: _Reading) -> Normal:

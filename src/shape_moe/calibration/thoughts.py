@@ -49,9 +49,7 @@ class Thought:
 
 def find_thought(template: str) -> Thought | None:
     """The tags that a template puts around thoughts, None for one that knows of none."""
-    known = [(template.find(opening), opening, closing) for opening, closing in _TAGS]
-    known = [entry for entry in known if entry[0] >= 0]
-    return Thought(*min(known)[1:]) if known else None
+    return next((Thought(*tags) for tags in _TAGS if any(tag in template for tag in tags)), None)
 
 
 def find_switches(template: str) -> list[str]:

@@ -11,7 +11,8 @@ from shape_moe.architectures.fingerprint import fingerprint
 from shape_moe.architectures.loading import load_model, load_tokenizer, release_memory
 from shape_moe.architectures.sizes import measure
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
-from shape_moe.calibration.records import DataOptions, load_records
+from shape_moe.calibration.reading import load_records
+from shape_moe.calibration.records import DataOptions
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.evaluation.faithfulness import Faithfulness, faithfulness
 from shape_moe.evaluation.footprint import measure_footprint

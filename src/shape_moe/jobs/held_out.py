@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from shape_moe.calibration.example_maker import ExampleMaker
-from shape_moe.calibration.records import DataOptions, Record, load_records, prompt_hash, sample_records
+from shape_moe.calibration.reading import load_records, sample_records
+from shape_moe.calibration.records import DataOptions, Record, prompt_hash
 from shape_moe.calibration.responses import pad_token_id, stop_ids
 from shape_moe.calibration.split import without_prompts
 from shape_moe.errors import DataError

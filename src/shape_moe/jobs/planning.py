@@ -8,7 +8,8 @@ from typing import Any
 
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.example_maker import SPLIT_KEY, ExampleMaker, options_of
-from shape_moe.calibration.records import DataOptions, load_records, prompt_hash
+from shape_moe.calibration.reading import load_records
+from shape_moe.calibration.records import DataOptions, prompt_hash
 from shape_moe.calibration.split import split_records
 from shape_moe.errors import UsageError
 from shape_moe.jobs.held_out import fresh_records, known_prompts

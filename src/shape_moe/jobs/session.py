@@ -21,8 +21,9 @@ from shape_moe.architectures.sites import live_moe_config
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.batches import Batch, batches
 from shape_moe.calibration.example_maker import Answerer, ExampleMaker
-from shape_moe.calibration.examples import Tokeniser
-from shape_moe.calibration.records import DataOptions, Record, load_records
+from shape_moe.calibration.examples import tokeniser_of
+from shape_moe.calibration.reading import load
+from shape_moe.calibration.records import DataOptions, Record
 from shape_moe.calibration.responses import generate_answers, pad_token_id
 from shape_moe.errors import DataError, ShapeMoeError, UsageError, first_line
 from shape_moe.interrupts import DeferredInterrupt
@@ -66,11 +67,13 @@ class ModelSession:
     ) -> None:
         self.snapshot, self._model, self.options, self.progress = snapshot, model, options, progress
         config = snapshot.config if snapshot else model.config.to_dict()  # type: ignore[union-attr]  # one is there
-        tokeniser = Tokeniser(tokenizer, config.get("max_position_embeddings"), options.tokens)
+        tokeniser = tokeniser_of(tokenizer, config, options.tokens)
         self.tokenizer = tokenizer
         self.source_notes: dict[str, str] = {}
-        records = load_records(options.data) if records is None else records
-        self.calibrator = ExampleMaker(records, tokeniser, options.data, options.answers, progress)
+        loaded = load(options.data, progress) if records is None else None
+        skipped = loaded.skipped if loaded else {}
+        found = loaded.records if loaded else records or []
+        self.calibrator = ExampleMaker(found, tokeniser, options.data, options.answers, progress, skipped)
 
     @classmethod
     def open(
@@ -199,7 +202,7 @@ class ModelSession:
         if tracer.batches:
             traced.append(Trace(info, tracer.statistics(), tracer.coalitions()))
         if not traced:
-            raise DataError(f"No record of {self.options.data.source} could be traced.")
+            raise DataError(f"No record of {self.options.data.name} could be traced.")
         return replace(merge_traces(traced) if len(traced) > 1 else traced[0], info=info)
 
     def info(
@@ -208,7 +211,7 @@ class ModelSession:
         """Where the trace comes from, once the calibration set is known."""
         calibrator = self.calibrator
         examples = [example for example in calibrator.examples if example.where not in calibrator.skipped]
-        prompt = sum(example.prompt_length for example in examples)
+        response = sum(example.response_tokens for example in examples)
         total = sum(len(example.tokens) for example in examples)
         return TraceInfo(
             **self._origin(),
@@ -216,7 +219,7 @@ class ModelSession:
             num_experts=moe.num_experts,
             routing=moe.routing,
             layers=layers,
-            tokens={"prompt": prompt, "response": total - prompt},
+            tokens={"prompt": total - response, "response": response},
             examples=len(examples),
             engine=engine,
             implementation=implementation,
