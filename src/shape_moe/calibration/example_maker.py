@@ -250,7 +250,7 @@ class ExampleMaker:
         return {
             "data": data.name,
             "sources": list(data.sources),
-            "in_memory": bool(data.memory),
+            "in_memory": len(data.files) < len(data.sources),
             "classes": list(data.classes) if data.also else None,
             "weights": list(data.weights),
             "format": data.format,

@@ -11,7 +11,7 @@ from typing import Any
 from shape_moe.calibration.presets import PresetTable, find_preset, local_copy
 from shape_moe.calibration.records import DataOptions, Record
 from shape_moe.calibration.shapes import normalise
-from shape_moe.calibration.sources import Row, Rows, Table, in_memory, open_tables
+from shape_moe.calibration.sources import InMemory, Row, Rows, Table, memory_table, open_tables
 from shape_moe.errors import DataError
 from shape_moe.progress import SILENT, Progress
 from shape_moe.units import counted
@@ -202,10 +202,8 @@ def _record(content: Mapping[str, Any], index: int, where: str, group: str | Non
 
 def _tables(options: DataOptions, place: int) -> list[Table]:
     source, split = options.sources[place], str(options.split)
-    if place in options.memory:
-        table = in_memory(options.memory[place], split)
-        assert table is not None
-        return [table]
+    if isinstance(source, InMemory):
+        return [memory_table(source, split)]
     preset = find_preset(source)
     if preset is not None:
         return [PresetTable(preset, local_copy(source), split)]

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import PurePath
-from typing import Any
+from typing import Any, cast
 
 from shape_moe.calibration.presets import PREFIX, check_split, find_preset
 from shape_moe.calibration.schema import Message
 from shape_moe.calibration.shapes import FIELDS, FORMATS
-from shape_moe.calibration.sources import IN_MEMORY
+from shape_moe.calibration.sources import IN_MEMORY, Data, InMemory
 from shape_moe.errors import UsageError
 
 
@@ -67,7 +67,6 @@ class DataOptions:
             while they last.
         format: the shape of the records (one of :data:`shape_moe.calibration.shapes.FORMATS`), None to recognise it.
         skip_bad: leave rows that cannot be read out, and count them.
-        memory: sources that a Python program handed over, by their place; filled from ``source`` and ``also``.
 
     Raises:
         UsageError: for an unknown field name, format or preset, a split or subset that the preset does not have,
@@ -85,7 +84,6 @@ class DataOptions:
     weights: tuple[float, ...] = ()
     format: str | None = None
     skip_bad: bool = False
-    memory: Mapping[int, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.fields or ()) - set(FIELDS))
@@ -106,18 +104,21 @@ class DataOptions:
                 check_split(preset, str(self.split), self.subset)
 
     def _name_sources(self) -> None:
-        """Names stand for sources that are in memory."""
+        """Paths become text, and rows in memory get a name."""
         given: tuple[Any, ...] = (self.source, *self.also)
-        memory, names = dict(self.memory), []
-        for place, source in enumerate(given):
+        names = []
+        for place, source in enumerate(given, start=1):
             if isinstance(source, str | PathLike):
-                names.append(fspath(source))
+                names.append(source if isinstance(source, str) else fspath(source))
             else:
-                memory[place] = source
-                names.append(f"{IN_MEMORY} {place + 1}" if self.also else IN_MEMORY)
+                names.append(InMemory.of(source, f"{IN_MEMORY} {place}" if self.also else IN_MEMORY))
         object.__setattr__(self, "source", names[0])
         object.__setattr__(self, "also", tuple(names[1:]))
-        object.__setattr__(self, "memory", memory)
+
+    @classmethod
+    def of(cls, data: Data, **options: Any) -> DataOptions:
+        """Options for one source of any kind; ``options`` are the attributes."""
+        return cls(cast("str", data), **options)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -127,7 +128,7 @@ class DataOptions:
     @property
     def files(self) -> list[str]:
         """The sources that may be files or folders."""
-        return [source for place, source in enumerate(self.sources) if place not in self.memory]
+        return [source for source in self.sources if not isinstance(source, InMemory)]
 
     @property
     def name(self) -> str:

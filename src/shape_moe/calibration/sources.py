@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,30 +13,40 @@ from shape_moe.architectures.snapshot import looks_like_path
 from shape_moe.calibration.files import FILE_TYPES, Row, Rows, Table, drop_holes, file_table, file_type
 from shape_moe.errors import DataError, first_line
 
-__all__ = [
-    "FILE_TYPES",
-    "IN_MEMORY",
-    "DatasetTable",
-    "ListTable",
-    "Row",
-    "Rows",
-    "Table",
-    "in_memory",
-    "open_tables",
-    "read_rows",
-]
+__all__ = ["FILE_TYPES", "Row", "Rows", "Table"]
 _SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")
 _GLOB = re.compile(r"[*?\[\]]")
 IN_MEMORY = "records in memory"
 """What stands for a source that has no name."""
 
 
-class _Indexed(Protocol):
+class Indexed(Protocol):
     """What Python lists and data sets share."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Any: ...
+
+
+Data = str | PathLike[str] | Indexed
+"""Where records come from: a file, folder or name, a list of dictionaries, or a ``datasets.Dataset``."""
+
+
+class InMemory(str):
+    """The name that stands for rows which a Python program hands over; carries the rows."""
+
+    __slots__ = ("rows",)
+    rows: Indexed
+
+    @classmethod
+    def of(cls, rows: Indexed, name: str = IN_MEMORY) -> InMemory:
+        """Rows under a name."""
+        found = cls(name)
+        found.rows = rows
+        return found
+
+    def __deepcopy__(self, _memo: object) -> InMemory:
+        return self
 
 
 class ListTable:
@@ -47,7 +58,7 @@ class ListTable:
         holes: whether None means that a field is not there, as in Arrow tables.
     """
 
-    def __init__(self, name: str, values: _Indexed, *, holes: bool = False) -> None:
+    def __init__(self, name: str, values: Indexed, *, holes: bool = False) -> None:
         self.name, self._values, self._holes = name, values, holes
         self.said = ""
 
@@ -62,13 +73,6 @@ class ListTable:
                 yield index, where, DataError(f"{where}: a record must be a mapping, not {type(row).__name__}.")
             else:
                 yield index, where, drop_holes(row) if self._holes else row
-
-
-class DatasetTable(ListTable):
-    """A split of a ``datasets.Dataset``."""
-
-    def __init__(self, name: str, data: _Indexed) -> None:
-        super().__init__(name, data, holes=True)
 
 
 def open_tables(source: str, subset: str | None, split: str, revision: str | None = None) -> list[Table]:
@@ -97,31 +101,23 @@ def open_tables(source: str, subset: str | None, split: str, revision: str | Non
     return [_hub(name, subset, split, named or revision)]
 
 
-def in_memory(data: Any, split: str) -> Table | None:
-    """A table of rows that a Python program hands over; None where ``data`` names a source.
+def memory_table(data: InMemory, split: str) -> Table:
+    """A table of rows that a Python program hands over.
 
     Raises:
-        DataError: for what is neither, and for a data set without this split.
+        DataError: for what holds no rows, and for data sets without this split.
     """
-    if isinstance(data, str | Path):
-        return None
-    kind = type(data)
-    if kind.__module__.partition(".")[0] == "datasets":
-        if isinstance(data, Mapping):  # a DatasetDict
-            if split not in data:
-                raise DataError(f"The data set has no split {split!r}; it has {', '.join(map(str, data))}.")
-            data = data[split]
-        if not hasattr(data, "__len__"):
-            raise DataError(
-                "A streamed data set has no rows to draw from: take some first, as "
-                "datasets.Dataset.from_list(list(data.take(1000)))."
-            )
-        return DatasetTable(f"{kind.__name__} ({split})", data)
-    if isinstance(data, Sequence) and not isinstance(data, bytes):
-        return ListTable(IN_MEMORY, data)
-    raise DataError(
-        f"Data is a file, a folder, a data set's name, a list of records or a datasets.Dataset, not {kind.__name__}."
-    )
+    rows, kind = data.rows, type(data.rows)
+    if isinstance(rows, Mapping):  # a DatasetDict
+        if split not in rows:
+            raise DataError(f"The data set has no split {split!r}; it has {', '.join(map(str, rows)) or 'none'}.")
+        rows = rows[split]
+    if not hasattr(rows, "__len__"):
+        raise DataError(
+            "Records must have a number and an order; of a streamed data set take some first, as "
+            f"datasets.Dataset.from_list(list(data.take(1000))), not {kind.__name__}."
+        )
+    return ListTable(str(data), rows, holes=kind.__module__.partition(".")[0] == "datasets")
 
 
 def read_rows(
@@ -144,7 +140,7 @@ def _saved(path: Path, split: str) -> Table:
         if split not in data:
             raise DataError(f"{path} has no split {split!r}; it has {', '.join(data)}.")
         data = data[split]
-    return DatasetTable(f"{path} ({split})", data)
+    return ListTable(f"{path} ({split})", data, holes=True)
 
 
 def _folder(path: Path, subset: str | None, split: str) -> list[Table]:
@@ -199,4 +195,4 @@ def _hub(name: str, subset: str | None, split: str, revision: str | None) -> Tab
         raise DataError(
             f"There is no file {name}, and no dataset of that name could be loaded: {first_line(error)}"
         ) from error
-    return DatasetTable(f"{name} ({split})", data)
+    return ListTable(f"{name} ({split})", data, holes=True)

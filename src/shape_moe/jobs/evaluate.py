@@ -13,6 +13,7 @@ from shape_moe.architectures.sizes import measure
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.reading import load_records
 from shape_moe.calibration.records import DataOptions
+from shape_moe.calibration.sources import Data
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.evaluation.faithfulness import Faithfulness, faithfulness
 from shape_moe.evaluation.footprint import measure_footprint
@@ -41,7 +42,7 @@ def evaluate(
     model: str | PathLike[str],
     candidates: Sequence[str | PathLike[str] | Selection] = (),
     *,
-    data: ExampleOptions | DataOptions | str | PathLike[str] | None = None,
+    data: ExampleOptions | DataOptions | Data | None = None,
     options: EvaluateOptions | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -136,7 +137,7 @@ class _Run:
             seen = overlap(records, known_prompts(entry.trace) or ()) if entry.trace else 0
             if seen:
                 self.notes.append(
-                    f"{seen} of {len(records)} examples of {data.source} were used to calibrate {entry.name}: its "
+                    f"{seen} of {len(records)} examples of {data.name} were used to calibrate {entry.name}: its "
                     "figures look better than they are. Give examples that it has not seen."
                 )
 
@@ -197,7 +198,7 @@ class _Run:
             sources[ALSO] = session.calibrator_of(load_records(self.options.also), self.options.also)
         judges = {}
         for name, calibrator in sources.items():
-            held_out = held_out_set(session, calibrator, calibrator.data.source)
+            held_out = held_out_set(session, calibrator, calibrator.data.name)
             with self.progress.phase(f"Dense model on {held_out.name}", len(held_out.examples), "example") as advance:
                 judges[name] = Judge(
                     session.model,
@@ -335,7 +336,7 @@ class _Run:
             "verb": "evaluate",
             "model": self.snapshot.name,
             "fingerprint": fingerprint(self.snapshot),
-            "data": self.tracing.data.source if self.tracing else None,
+            "data": self.tracing.data.name if self.tracing else None,
             "also": also.source if also else None,
             "examples": len(self.judges[TASK].held_out.examples) if self.judges else 0,
             **made_with(self.options.seed),

@@ -73,7 +73,7 @@ def fresh_records(data: DataOptions, known: Collection[str], samples: int) -> tu
     records = load_records(replace(data, samples=None))
     fresh = without_prompts(records, known)
     if not fresh:
-        raise DataError(f"Calibration has seen every example of {data.source}: give other held-out examples.")
+        raise DataError(f"Calibration has seen every example of {data.name}: give other held-out examples.")
     return sample_records(fresh, replace(data, samples=samples)), len(records) - len(fresh)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from os import PathLike
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from shape_moe.calibration.example_maker import AnswerOptions
 from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.records import DataOptions
+from shape_moe.calibration.sources import Data
 from shape_moe.engines import check_engine
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.faithfulness import FEWEST_RANDOM
@@ -59,19 +59,21 @@ class ExampleOptions:
 
     def __post_init__(self) -> None:
         check_engine(self.engine, self.engine_args)
+        if self.answers.skip_bad and not self.data.skip_bad:
+            object.__setattr__(self, "data", replace(self.data, skip_bad=True))
 
     def job(self) -> dict[str, Any]:
         """What decides the trace, for the job file."""
         return asdict(self)
 
 
-def as_trace_options(data: ExampleOptions | DataOptions | str | PathLike[str], samples: int) -> ExampleOptions:
-    """Trace options from a file name or data options alone; ``samples`` is for the former."""
+def as_trace_options(data: ExampleOptions | DataOptions | Data, samples: int) -> ExampleOptions:
+    """Trace options from data or data options alone; ``samples`` is for the former."""
     if isinstance(data, ExampleOptions):
         return data
     if isinstance(data, DataOptions):
         return ExampleOptions(data)
-    return ExampleOptions(DataOptions(str(data), samples=samples))
+    return ExampleOptions(DataOptions.of(data, samples=samples))
 
 
 @dataclass(frozen=True)

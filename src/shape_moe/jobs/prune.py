@@ -13,6 +13,7 @@ from shape_moe.architectures.fingerprint import fingerprint, layout_fingerprint
 from shape_moe.architectures.loading import free_memory, load_model, loaded_bytes, release_memory, why_not_loadable
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.records import DataOptions
+from shape_moe.calibration.sources import Data
 from shape_moe.errors import CheckpointError, ShapeMoeError, UsageError
 from shape_moe.jobs.choose import candidates, choose
 from shape_moe.jobs.options import (
@@ -96,7 +97,7 @@ def prune(
     out: str | PathLike[str],
     options: PruneOptions | None = None,
     *,
-    data: ExampleOptions | DataOptions | str | PathLike[str] | None = None,
+    data: ExampleOptions | DataOptions | Data | None = None,
     keep: float | None = None,
     trace: str | PathLike[str] | None = None,
     selection: str | PathLike[str] | Selection | None = None,
@@ -114,7 +115,8 @@ def prune(
         model: a folder or hub id.
         out: folder of the pruned checkpoint.
         options: see :class:`PruneOptions`.
-        data: calibration set: a file (of which at most 25 records are used), or options that say more.
+        data: calibration set: a file, folder or data set, a list of dictionaries or a ``datasets.Dataset`` (of which at
+            most 25 records are used), or options that say more.
         keep: keep rate.
         trace: a trace folder; skips tracing.
         selection: a selection; skips tracing and selecting.
@@ -135,7 +137,7 @@ def prune(
     if (options.select is None) != (selection is not None):
         raise UsageError("Give a keep rate (--keep or --fit) with data or a trace, and none with a selection.")
     inputs = [path for path in (model, trace, selection) if isinstance(path, str | PathLike)]
-    inputs += [options.trace.data.source] if options.trace else []
+    inputs += options.trace.data.files if options.trace else []
     check_output(Path(out).absolute(), force=options.force, inputs=inputs)
     free_memory(options.device)
     snapshot = open_snapshot(model, revision)
@@ -150,7 +152,7 @@ def prune(
     session = plan.session if plan else None
     if session is None and options.trace is not None:
         session = ModelSession.open(snapshot, options.trace, None, progress)
-    inputs += [plan.data.source] if plan else []
+    inputs += plan.data.files if plan else []
     job = _job(snapshot, options, session, trace, chosen, plan)
     with Workspace(out, job, force=options.force, inputs=inputs) as work:
         _check_disk(snapshot, options, chosen, work.path)
@@ -177,7 +179,7 @@ def _carry_out(run: _Run, chosen: Selection | None, target: str, work: Workspace
 
 
 def _complete_options(
-    options: PruneOptions, data: ExampleOptions | DataOptions | str | PathLike[str] | None, keep: float | None
+    options: PruneOptions, data: ExampleOptions | DataOptions | Data | None, keep: float | None
 ) -> PruneOptions:
     if data is not None:
         samples = DEFAULT_SAMPLES if options.choice else PAPER_SAMPLES

@@ -285,7 +285,7 @@ class Search:
             "split": self.plan.sentence,
             "comparisons": self.judge.draws.comparisons,
             "calibration": self.trace.info.source,
-            "held_out": {"data": self.plan.data.source, "examples": len(self.judge.held_out.examples)},
+            "held_out": {"data": self.plan.data.name, "examples": len(self.judge.held_out.examples)},
             "limit": {"kind": self.limit.kind, "value": self.limit.value},
             "dense": {**self.judge.dense_verdict().to_document(), "bytes": self.size.total - self.size.dropped},
             "points": [point.to_document() for point in advice.points],

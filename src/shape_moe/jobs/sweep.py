@@ -9,6 +9,7 @@ from pathlib import Path
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.example_maker import ANSWERS_FILE
 from shape_moe.calibration.records import DataOptions
+from shape_moe.calibration.sources import Data
 from shape_moe.jobs.options import ExampleOptions
 from shape_moe.jobs.planning import Plan, held_out_tracing, plan_search
 from shape_moe.jobs.search import POINTS_FILE, Search, SweepOptions, SweepResult, check_examples
@@ -22,9 +23,9 @@ def sweep(
     options: SweepOptions | None = None,
     out: str | PathLike[str] | None = None,
     *,
-    data: ExampleOptions | DataOptions | str | PathLike[str] | None = None,
+    data: ExampleOptions | DataOptions | Data | None = None,
     trace: str | PathLike[str] | None = None,
-    held_out: DataOptions | str | PathLike[str] | None = None,
+    held_out: DataOptions | Data | None = None,
     device: str = "auto",
     dtype: str = "auto",
     force: bool = False,
@@ -52,7 +53,7 @@ def sweep(
     options = options or SweepOptions()
     snapshot, seed = open_snapshot(model), options.scoring.seed
     traced = open_trace(trace, snapshot, progress, force=force) if trace is not None else None
-    judged_by = held_out if isinstance(held_out, DataOptions | None) else DataOptions(str(held_out), seed=seed)
+    judged_by = held_out if isinstance(held_out, DataOptions | None) else DataOptions.of(held_out, seed=seed)
     tracing = held_out_tracing(data, traced, judged_by, seed)
     if not isinstance(data, ExampleOptions):
         tracing = replace(tracing, device=device, dtype=dtype)
@@ -60,7 +61,7 @@ def sweep(
     check_examples(plan, options.limit, len(options.combinations()))
     if out is None:
         return _searched(snapshot, options, plan, progress, None)
-    inputs = [path for path in (model, trace, tracing.data.source, plan.data.source) if path is not None]
+    inputs = [path for path in (model, trace, *tracing.data.files, *plan.data.files) if path is not None]
     job = {
         "verb": "sweep",
         "options": asdict(options),

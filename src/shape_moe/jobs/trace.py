@@ -13,6 +13,7 @@ from shape_moe.architectures.fingerprint import UNVERIFIED, check_fingerprint, f
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.example_maker import ANSWERS_FILE
 from shape_moe.calibration.records import DataOptions
+from shape_moe.calibration.sources import Data
 from shape_moe.jobs.options import DEFAULT_SAMPLES, ExampleOptions, as_trace_options
 from shape_moe.jobs.session import ModelSession
 from shape_moe.jobs.vllm_session import trace_with_vllm
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 def trace(
     model: str | PathLike[str] | PreTrainedModel,
-    data: ExampleOptions | DataOptions | str | PathLike[str],
+    data: ExampleOptions | DataOptions | Data,
     out: str | PathLike[str] | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -37,7 +38,8 @@ def trace(
 
     Args:
         model: a folder, a hub id, or a live model (then ``tokenizer`` is needed, and the trace is unverified).
-        data: the calibration set: a file (of which at most 128 records are used), or options that say more.
+        data: the calibration set: a file, folder or data set, a list of dictionaries or a ``datasets.Dataset`` (of
+            which at most 128 records are used), or options that say more.
         out: folder for the trace; None keeps it in memory.
         tokenizer: the tokenizer of a live model.
         force: replace an existing trace at ``out``.
@@ -51,7 +53,7 @@ def trace(
     run = partial(trace_with_vllm, session) if options.engine == "vllm" else session.run
     if out is None:
         return run(None)
-    inputs: list[str | PathLike[str]] = [options.data.source, *([session.snapshot.path] if session.snapshot else [])]
+    inputs: list[str | PathLike[str]] = [*options.data.files, *([session.snapshot.path] if session.snapshot else [])]
     with Workspace(out, {"verb": "trace", **session.job()}, force=force, inputs=inputs) as work:
         result = run(work.path)
         result.save(work.path)
