@@ -8,15 +8,16 @@ CHATML = (
 )
 
 LLAMA3 = (
-    "<|begin|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
-    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    "<|begin|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 
 MISTRAL = """<s>{% for m in messages %}
 {%- if m.role == 'user' %}[INST] {{ m.content }}[/INST]
 {%- elif m.role == 'assistant' and m.tool_calls %}[TOOL_CALLS] [
 {%- for call in m.tool_calls %}
-{%- if call.id is not defined or call.id | length != 9 %}{{ raise_exception('ids of tool calls have 9 letters') }}{% endif %}
+{%- if call.id is not defined or call.id | length != 9 %}{{ raise_exception('ids have 9 letters') }}{% endif %}
 {{- {'name': call.function.name, 'arguments': call.function.arguments, 'id': call.id} | tojson }}
 {%- endfor %}]</s>
 {%- elif m.role == 'assistant' %} {{ m.content }}</s>
@@ -74,7 +75,8 @@ DEEPSEEK_R1 = """<|bos|>{% for m in messages %}
 {% endif %}"""
 
 HARMONY = """<|start|>system<|message|>You are a model.<|end|>
-{%- if tools %}<|start|>developer<|message|>{% for tool in tools %}{{ tool.function.name }};{% endfor %}<|end|>{% endif %}
+{%- if tools %}<|start|>developer<|message|>
+{%- for tool in tools %}{{ tool.function.name }};{% endfor %}<|end|>{% endif %}
 {%- for m in messages %}
 {%- if m.role == 'assistant' and m.tool_calls %}
 {%- if m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif -%}
@@ -84,13 +86,15 @@ HARMONY = """<|start|>system<|message|>You are a model.<|end|>
 {%- if m.thinking and loop.last %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif -%}
 <|start|>assistant<|channel|>final<|message|>{{ m.content }}
 {%- if loop.last %}<|return|>{% else %}<|end|>{% endif %}
-{%- elif m.role == 'tool' %}<|start|>functions to=assistant<|channel|>commentary<|message|>{{ m.content | tojson }}<|end|>
+{%- elif m.role == 'tool' %}<|start|>functions to=assistant<|channel|>commentary<|message|>
+{{- m.content | tojson }}<|end|>
 {%- else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>
 {%- endif %}{% endfor %}
 {%- if add_generation_prompt %}<|start|>assistant{% endif %}"""
 
 MARKED = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}A: {% generation %}{{ m.content }}|{% endgeneration %}{{ '\n' }}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "A: {% generation %}{{ m.content }}|{% endgeneration %}{{ '\n' }}"
     "{% else %}U: {{ m.content }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
 )
 

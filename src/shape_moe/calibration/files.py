@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -185,8 +186,8 @@ def _as_text(line: bytes, where: str) -> Row:
 
 def _json(path: Path) -> Table:
     """A list of records, one record, a dictionary that holds a list, or, as many .json files do, one record a line."""
-    first = next((line for _, line in _lines(path)), b"")
-    if first.lstrip()[:1] == b"{" and not isinstance(_attempt(_as_object, first, ""), DataError):
+    first = [line for _, line in islice(_lines(path), 2)]
+    if len(first) == 2 and all(line.lstrip()[:1] == b"{" for line in first):
         return _Lines(path, _as_object, "one JSON record a line")
     with _opened(path) as stream:
         data = stream.read().removeprefix(_BOM)

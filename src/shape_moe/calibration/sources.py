@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
@@ -148,7 +149,7 @@ def _folder(path: Path, subset: str | None, split: str) -> list[Table]:
     import datasets
 
     try:
-        with _PlainName(path) as plain:
+        with _plain_name(path) as plain:
             files = datasets.load_dataset_builder(str(plain), subset).config.data_files or {}
             found = {
                 str(name): [path / Path(file).relative_to(plain) for file in entries] for name, entries in files.items()
@@ -167,23 +168,20 @@ def _folder(path: Path, subset: str | None, split: str) -> list[Table]:
     return [file_table(file) for file in sorted(read)]
 
 
-class _PlainName:
-    """The folder under a name without the letters that ``datasets`` takes for patterns."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path.resolve()
-
-    def __enter__(self) -> Path:
-        if not _GLOB.search(str(self.path)):
-            return self.path
-        self._folder = tempfile.TemporaryDirectory()
-        link = Path(self._folder.name).resolve() / "data"
-        link.symlink_to(self.path, target_is_directory=True)
-        return link
-
-    def __exit__(self, *_: object) -> None:
-        if hasattr(self, "_folder"):
-            self._folder.cleanup()
+@contextmanager
+def _plain_name(path: Path) -> Iterator[Path]:
+    """A folder whose name has none of the letters that ``datasets`` takes for patterns: it, or one of empty files."""
+    path = path.resolve()
+    if not _GLOB.search(str(path)):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(name).resolve()
+        for file in path.rglob("*"):
+            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
+                (copy / file.relative_to(path)).parent.mkdir(parents=True, exist_ok=True)
+                (copy / file.relative_to(path)).write_bytes(file.read_bytes() if file.name == "README.md" else b"")
+        yield copy
 
 
 def _hub(name: str, subset: str | None, split: str, revision: str | None) -> Table:
