@@ -66,7 +66,7 @@ def _lock(descriptor: int, file: Path, *, wait: bool) -> bool:
 
 def _is_named(descriptor: int, file: Path) -> bool:
     try:
-        named = os.stat(file, follow_symlinks=False)
+        named = file.lstat()
     except FileNotFoundError:
         return False
     return os.path.samestat(os.fstat(descriptor), named)

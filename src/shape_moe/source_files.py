@@ -116,13 +116,14 @@ def changed_file(before: Mapping[str, SourceFile], now: Mapping[str, SourceFile]
 
 
 def changed_since(before: Mapping[str, SourceFile], inputs: Iterable[str | os.PathLike[str]]) -> str | None:
-    """As :func:`changed_file`, within one run: nothing that was read may have been touched, and only what the file
-    system says is looked at.
+    """As :func:`changed_file`, within one run: what was read may not even have been touched.
+
+    No content is read: what the file system says decides.
     """
     now = {str(file): file for given in inputs for file in _files(Path(given).absolute())}
     for name, known in before.items():
         try:
-            found = os.stat(name)
+            found = Path(name).stat()
         except FileNotFoundError:
             return f"{name} is gone"
         if known.state != (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino):

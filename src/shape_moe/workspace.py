@@ -1,4 +1,4 @@
-"""Where results are made: a folder grows as a sibling ``DIR.partial``, a file as ``.FILE.tmp``, until it is complete."""
+"""Where results are made: a folder grows as a sibling ``DIR.partial``, a file as ``.FILE.tmp``, until it is whole."""
 
 from __future__ import annotations
 
@@ -272,7 +272,9 @@ def real_place(out: Path) -> Path:
     """
     for path in (out, *out.parents):
         if path.is_symlink() and not path.exists():
-            raise UsageError(f"{path} is a link to {path.readlink()}, which does not exist; make that, or remove the link.")
+            raise UsageError(
+                f"{path} is a link to {path.readlink()}, which does not exist; make that, or remove the link."
+            )
     return out.resolve()
 
 

@@ -24,7 +24,7 @@ def killed_before(step: int, work: Callable[[], object]) -> bool:
             _die_before(step)
             work()
             os._exit(0)
-        except BaseException:
+        except BaseException:  # noqa: BLE001  # the child must not return
             import traceback
 
             traceback.print_exc()
