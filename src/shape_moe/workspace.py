@@ -14,9 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from shape_moe.documents import as_shape, read_object
+from shape_moe.documents import as_shape
 from shape_moe.errors import CheckpointError, ShapeMoeError, UsageError, full_disk
 from shape_moe.exchange import exchange
+from shape_moe.json_file import read_json
 from shape_moe.locks import drop_lock, take_lock
 from shape_moe.made_with import versions
 from shape_moe.source_files import SourceFile, changed_file, changed_since, describe_inputs
@@ -55,7 +56,7 @@ def read_job(folder: Path) -> JobRecord | None:
     """The record in a folder, None where it has none of ours."""
     try:
         file = folder / JOB_FILE
-        return as_shape(read_object(file), JobRecord, file, "a job of this tool")
+        return as_shape(read_json(file), JobRecord, file, "a job of this tool")
     except (CheckpointError, OSError):
         return None
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from shape_moe.architectures.fingerprint import origin
 from shape_moe.architectures.snapshot import Snapshot
-from shape_moe.documents import as_shape, read_object
+from shape_moe.documents import as_shape
 from shape_moe.errors import CheckpointError
+from shape_moe.json_file import read_json
 from shape_moe.pruning.compare import file_hash
 from shape_moe.workspace import JOB_FILE, write_json
 
@@ -89,7 +90,7 @@ def read_manifest(folder: Path) -> Manifest:
         CheckpointError: when it is missing, damaged, edited since it was written, or of another version.
     """
     file = folder / MANIFEST
-    document = read_object(file)
+    document = read_json(file)
     format_version = document.pop("format_version", None)
     if format_version not in (1, FORMAT_VERSION) or isinstance(format_version, bool):
         raise CheckpointError(f"{file} was written in another format version.")
