@@ -226,7 +226,7 @@ class _Run:
     def _checkpoint(self, entry: Candidate, snapshot: Snapshot) -> Evaluated:
         release_memory()
         with self.progress.phase(f"Loading {entry.name}", 1, "model") as advance:
-            model = load_model(snapshot, device=self.device, dtype=self.dtype)
+            model = load_model(snapshot, device=self.device, dtype=self.dtype, note=self.progress.note)
             advance(1)
         found = Evaluated(entry.name, "checkpoint", entry.selection, snapshot.total_bytes)
         self._judge(found, model)
