@@ -9,29 +9,24 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+import shape_moe
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.console import plain_table
-from shape_moe.cli.figures import number, share, signed
-from shape_moe.cli.flag_groups import changed_flags, with_flags
+from shape_moe.cli.estimates import number, share, signed
+from shape_moe.cli.flag_groups import changed_flags
 from shape_moe.cli.flags import DataFlags, DeviceFlags, ForceFlag, ModelArgument, OutputFlags, SeedFlag
 from shape_moe.cli.quality_flags import GenerationFlags, TaskFlags
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.faithfulness import Faithfulness
 from shape_moe.evaluation.footprint import Workload
 from shape_moe.evaluation.measures import worst_group
-from shape_moe.jobs import evaluate as job
 from shape_moe.jobs.evaluated import TASK, Evaluation
 from shape_moe.jobs.options import HELD_OUT_SAMPLES, EvaluateOptions
 from shape_moe.units import readable_size
 from shape_moe.workspace import check_output_file, write_json
 
 ALSO_SAMPLES = 100
-_SAMPLES = f"Judge by at most this many records. Default: {HELD_OUT_SAMPLES}."
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command("evaluate")(with_flags(evaluate, samples=_SAMPLES))
+HELPS = {"samples": f"Judge by at most this many records. Default: {HELD_OUT_SAMPLES}."}
 
 
 def evaluate(
@@ -80,7 +75,7 @@ def evaluate(
     given = data.options(run, seed.seed, HELD_OUT_SAMPLES) if data.data is not None else None
     if given is None and changed_flags(data):
         raise UsageError(f"{', '.join(changed_flags(data))} says how examples are read: give --data.")
-    result = job.evaluate(
+    result = shape_moe.evaluate(
         model, candidates or [], data=given, options=options, device=run.device, dtype=run.dtype, progress=talk
     )
     for note in result.notes:

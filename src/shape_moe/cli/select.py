@@ -10,17 +10,12 @@ from rich.console import Console
 
 from shape_moe.architectures.moe_config import RoutingFacts
 from shape_moe.cli.console import plain_table
-from shape_moe.cli.flag_groups import changed_flags, with_flags
+from shape_moe.cli.flag_groups import changed_flags
 from shape_moe.cli.flags import ForceFlag, OutputFlags, ScoreFlags, SeedFlag, SelectFlags
 from shape_moe.errors import UsageError
 from shape_moe.jobs import select as job
 from shape_moe.selection.selection import Selection
 from shape_moe.workspace import check_output_file
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command("select")(with_flags(select))
 
 
 def select(

@@ -15,7 +15,6 @@ from shape_moe.evaluation.intervals import Bootstrap
 from shape_moe.evaluation.measures import Figures, Groups, Health
 from shape_moe.evaluation.teacher_forced import TeacherForced, compare_with_dense, record_dense
 from shape_moe.progress import Advance
-from shape_moe.pruning.masks import masked
 from shape_moe.selection.selection import Selection
 
 if TYPE_CHECKING:
@@ -89,6 +88,8 @@ class Judge:
 
     def compare_masked(self, model: PreTrainedModel, selection: Selection) -> TeacherForced:
         """Teacher-forced sums of the dense model with a selection applied as a mask."""
+        from shape_moe.pruning.masks import masked
+
         with masked(model, selection):
             return self.compare(model)
 
@@ -106,6 +107,8 @@ class Judge:
 
     def answer_masked(self, model: PreTrainedModel, selection: Selection) -> Generated | None:
         """Let the dense model with a selection applied as a mask answer."""
+        from shape_moe.pruning.masks import masked
+
         with masked(model, selection):
             return self.answer(model)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import nan
 
-from shape_moe.cli.figures import number, share, signed
+from shape_moe.cli.estimates import number, share, signed
 from shape_moe.evaluation.intervals import Estimate
 
 
