@@ -12,9 +12,10 @@ from rich.markup import escape
 import shape_moe
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.console import plain_table
+from shape_moe.cli.data_flags import DataFlags
 from shape_moe.cli.estimates import number, share, signed
 from shape_moe.cli.flag_groups import changed_flags
-from shape_moe.cli.flags import DataFlags, DeviceFlags, ForceFlag, ModelArgument, OutputFlags, SeedFlag
+from shape_moe.cli.flags import DeviceFlags, ForceFlag, ModelArgument, OutputFlags, SeedFlag
 from shape_moe.cli.quality_flags import GenerationFlags, TaskFlags
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.faithfulness import Faithfulness

@@ -26,6 +26,8 @@ def inspect(
     """
     talk = output.output()
     found = inspect_model(model, fit=memory.size(), context=memory.tokens(), concurrency=memory.concurrency)
+    for note in found.snapshot.notes:
+        talk.warn(note)
     talk.result(_document(found), lambda console: _show(console, found))
     return 0 if found.fits_somehow else 1
 

@@ -12,20 +12,12 @@ from rich.markup import escape
 
 import shape_moe
 from shape_moe.calibration.records import DataOptions
+from shape_moe.cli.choice_flags import ScoreFlags, SelectFlags
 from shape_moe.cli.console import plain_table
+from shape_moe.cli.data_flags import DataFlags
 from shape_moe.cli.estimates import number, signed
 from shape_moe.cli.flag_groups import changed_flags
-from shape_moe.cli.flags import (
-    DataFlags,
-    DeviceFlags,
-    ForceFlag,
-    MemoryFlags,
-    ModelArgument,
-    OutputFlags,
-    ScoreFlags,
-    SeedFlag,
-    SelectFlags,
-)
+from shape_moe.cli.flags import DeviceFlags, ForceFlag, MemoryFlags, ModelArgument, OutputFlags, SeedFlag
 from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags
 from shape_moe.cli.select import summary
 from shape_moe.cli.values import parse_routing

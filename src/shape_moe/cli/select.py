@@ -9,9 +9,10 @@ import typer
 from rich.console import Console
 
 from shape_moe.architectures.moe_config import RoutingFacts
+from shape_moe.cli.choice_flags import ScoreFlags, SelectFlags
 from shape_moe.cli.console import plain_table
 from shape_moe.cli.flag_groups import changed_flags
-from shape_moe.cli.flags import ForceFlag, OutputFlags, ScoreFlags, SeedFlag, SelectFlags
+from shape_moe.cli.flags import ForceFlag, OutputFlags, SeedFlag
 from shape_moe.errors import UsageError
 from shape_moe.jobs import select as job
 from shape_moe.selection.selection import Selection

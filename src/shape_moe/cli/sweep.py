@@ -10,19 +10,11 @@ import typer
 from rich.console import Console
 
 import shape_moe
+from shape_moe.cli.choice_flags import CHOICE_PANEL, WeightFlags
 from shape_moe.cli.console import plain_table
+from shape_moe.cli.data_flags import DataFlags
 from shape_moe.cli.estimates import number, share, signed
-from shape_moe.cli.flags import (
-    CHOICE_PANEL,
-    DataFlags,
-    DeviceFlags,
-    ForceFlag,
-    MemoryFlags,
-    ModelArgument,
-    OutputFlags,
-    SeedFlag,
-    WeightFlags,
-)
+from shape_moe.cli.flags import DeviceFlags, ForceFlag, MemoryFlags, ModelArgument, OutputFlags, SeedFlag
 from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags
 from shape_moe.cli.values import parse_routing
 from shape_moe.errors import UsageError

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 
 import shape_moe
-from shape_moe.cli.flags import RUN_PANEL, DataFlags, DeviceFlags, ForceFlag, ModelArgument, OutputFlags, SeedFlag
+from shape_moe.cli.data_flags import DataFlags
+from shape_moe.cli.flags import RUN_PANEL, DeviceFlags, ForceFlag, ModelArgument, OutputFlags, SeedFlag
 from shape_moe.cli.values import parse_values
 from shape_moe.jobs.options import DEFAULT_SAMPLES
 from shape_moe.tracing.trace import Trace
