@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from shape_moe.cli.values import parse_layers, parse_protect, parse_routing
-from shape_moe.jobs.options import SelectionJob
+from shape_moe.jobs.select import SelectionJob
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.select import SelectOptions
 from shape_moe.tracing.trace import SegmentWeights

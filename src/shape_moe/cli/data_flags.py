@@ -14,7 +14,7 @@ from shape_moe.cli.flag_groups import changed_flags
 from shape_moe.cli.flags import RUN_PANEL, DeviceFlags
 from shape_moe.cli.values import parse_pairs, parse_values
 from shape_moe.errors import UsageError
-from shape_moe.jobs.options import ExampleOptions
+from shape_moe.jobs.session import ExampleOptions
 
 DATA_PANEL = "Task examples"
 _HELD_OUT_READING = ("--split", "--subset", "--map")

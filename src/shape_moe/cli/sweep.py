@@ -19,7 +19,8 @@ from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlag
 from shape_moe.cli.values import parse_routing
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.keep_rate import SweepPoint
-from shape_moe.jobs.options import DEFAULT_SAMPLES, HELD_OUT_SAMPLES
+from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
+from shape_moe.jobs.session import DEFAULT_SAMPLES
 from shape_moe.scoring.registry import scorers as known_scorers
 from shape_moe.units import readable_size
 

@@ -14,7 +14,7 @@ import shape_moe
 from shape_moe.cli.data_flags import DataFlags
 from shape_moe.cli.flags import RUN_PANEL, DeviceFlags, ForceFlag, ModelArgument, OutputFlags, SeedFlag
 from shape_moe.cli.values import parse_values
-from shape_moe.jobs.options import DEFAULT_SAMPLES
+from shape_moe.jobs.session import DEFAULT_SAMPLES
 from shape_moe.tracing.trace import Trace
 
 HELPS = {"samples": f"Use at most this many records. Default: {DEFAULT_SAMPLES}."}
