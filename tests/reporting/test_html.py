@@ -10,10 +10,11 @@ from itertools import pairwise
 
 import pytest
 
+from shape_moe.evaluation.evaluated import read_evaluation
+from shape_moe.evaluation.swept import read_sweep
 from shape_moe.reporting.html import embedded_json, plotly_script, render_report
 from shape_moe.reporting.material import Material, Sizes
 from shape_moe.reporting.provenance import commands
-from shape_moe.reporting.results import read_evaluation, read_sweep
 from shape_moe.reporting.summary import meaning, measured_quality, tiles, warnings
 from shape_moe.reporting.theme import DARK, LIGHT, contrast
 from shape_moe.scoring.scores import score_trace
