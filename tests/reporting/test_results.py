@@ -20,7 +20,7 @@ from shape_moe.reporting.figures.evaluation import (
     quality_figure,
     result_tables,
 )
-from shape_moe.reporting.figures.figure import with_interval
+from shape_moe.reporting.figures.figure import number, percent, with_interval
 from shape_moe.reporting.figures.metrics import METRICS, error_bars, is_wide, known_metrics, value_axis
 from shape_moe.reporting.figures.sweep import sweep_figure
 from shape_moe.selection.selection import Selection
@@ -294,6 +294,13 @@ def test_intervals_are_told_where_they_are_known() -> None:
     for low, high in ((math.nan, 1.0), (0.0, math.nan)):
         assert not Estimate(0.5, low, high).has_interval
         assert with_interval("x", Estimate(0.5, low, high)) == "x"
+
+
+def test_what_rounds_to_zero_has_no_minus() -> None:
+    assert [percent(-1e-9), percent(-0.0), percent(-0.001)] == [
+        f"{text}\N{NO-BREAK SPACE}%" for text in ("0.0", "0.0", "-0.1")
+    ]
+    assert [number(-0.0), number(-1234.4)] == ["0", "-1,234"]
 
 
 def test_metrics_as_text(tmp_path) -> None:

@@ -82,7 +82,7 @@ def _selection(selection: Selection) -> Facts:
         ("Rule", selection.rule),
         ("Routing", selection.routing),
         ("Keep rate", f"{percent(selection.keep, 2)} ({selection.keep_asked:g} asked)"),
-        ("Alpha", f"{selection.alpha:.6f}" if selection.alpha is not None else ""),
+        ("Alpha", f"{selection.alpha:.6f}" if selection.alpha is not None and selection.alpha <= 1 else ""),
         ("Constraints", ", ".join(f"{name} {_short(value)}" for name, value in rules.items())),
         ("Weights and seed", ", ".join(f"{name} {value:g}" for name, value in selection.options.items())),
     ]
