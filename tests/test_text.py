@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shape_moe.text import in_markdown, printable
+from shape_moe.text import in_code, in_markdown, printable
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,11 @@ def test_what_is_shown_is_printable_and_stays_so(raw) -> None:
 )
 def test_markdown_shows_text_as_it_is(raw, markdown) -> None:
     assert in_markdown(raw) == markdown
+
+
+@pytest.mark.parametrize(
+    ("raw", "code"),
+    [("a_b", "`a_b`"), ("`", "`` ` ``"), ("a``b`c", "```a``b`c```"), ("<b>\n\x1b", r"`<b> \x1b`"), ("", "``")],
+)
+def test_code_shows_text_as_it_is(raw, code) -> None:
+    assert in_code(raw) == code

@@ -30,3 +30,11 @@ def in_markdown(text: object) -> str:
     """Text as it is, for a line of Markdown: nothing in it is a tag, a link or emphasis."""
     line = printable(str(text)).replace("\n", " ").replace("\t", " ")
     return _MARKDOWN.sub(r"\\\g<0>", line).translate(_HTML)
+
+
+def in_code(text: object) -> str:
+    """Text as a code span of Markdown, in which nothing is interpreted; its fence is longer than any in the text."""
+    line = printable(str(text)).replace("\n", " ")
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    pad = " " if line[:1] == "`" or line[-1:] == "`" else ""
+    return f"{fence}{pad}{line}{pad}{fence}"

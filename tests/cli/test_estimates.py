@@ -15,6 +15,13 @@ def test_a_figure_has_its_interval() -> None:
     assert signed(known) == "+75.0% [+50.0%, +87.5%]"
 
 
+def test_what_rounds_to_zero_has_no_minus() -> None:
+    almost = Estimate(-0.0, -1e-6, 1e-6)
+    assert number(almost, 4) == "0.0000 [0.0000, 0.0000]"
+    assert share(almost) == "0.0% [0.0%, 0.0%]"
+    assert signed(almost) == "+0.0% [+0.0%, +0.0%]"
+
+
 def test_a_figure_without_an_interval_stands_alone() -> None:
     for unknown in (Estimate(0.75, nan, nan), Estimate(0.75, 0.5, nan), Estimate(0.75, nan, 0.875)):
         assert not unknown.has_interval

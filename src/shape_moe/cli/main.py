@@ -17,6 +17,7 @@ from shape_moe.cli.console import new_console
 from shape_moe.cli.flag_groups import with_flags
 from shape_moe.errors import InterruptError, ShapeMoeError
 from shape_moe.made_with import command_line
+from shape_moe.process_exit import leave
 from shape_moe.text import printable
 
 VERBS = {
@@ -105,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Never: leaves with exit code 0 (done), 1 (failed), 2 (wrong usage) or 130 (Ctrl-C).
     """
-    sys.exit(run(arguments))
+    leave(run(arguments))
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -65,7 +65,9 @@ def summary(selection: Selection) -> str:
     """A selection in a few lines."""
     rate = f"{selection.keep:.4f}; asked {selection.keep_asked:g}"
     how = f"{selection.scorer}/{selection.rule}, routing {selection.routing}"
-    alpha = f", alpha {selection.alpha:.6f}" if selection.alpha is not None else ""
+    alpha = ""
+    if selection.alpha is not None:  # above 1 it says no more than this
+        alpha = f", alpha {selection.alpha:.6f}" if selection.alpha <= 1 else ", every expert of value among them"
     lines = [f"Keeps {selection.kept:,} of {selection.total:,} experts ({rate}) by {how}{alpha}"]
     if selection.stability is not None:
         lines.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,16 @@ class Verdict:
             "change": measures.document(self.change) or None,
             "generation": self.health.to_document() if self.health else None,
         }
+
+    @classmethod
+    def from_document(cls, found: Mapping[str, Any]) -> Verdict:
+        """What :meth:`to_document` described."""
+        answers = found.get("generation")
+        return cls(
+            measures.figures_of(found["quality"]),
+            measures.figures_of(found.get("change")),
+            Health.from_document(answers) if answers else None,
+        )
 
 
 class Judge:
