@@ -10,14 +10,16 @@ import pytest
 import yaml
 
 import shape_moe
-from shape_moe.calibration.records import DataOptions, load_records
+from shape_moe.calibration.reading import load_records
+from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import UsageError
 from shape_moe.evaluation import harness
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.experiments import evaluations, plan
 from shape_moe.experiments.evaluations import JudgedExamples, JudgedTask
-from shape_moe.jobs.options import EvaluateOptions, ExampleOptions
+from shape_moe.jobs.evaluate import EvaluateOptions
+from shape_moe.jobs.session import ExampleOptions
 from shape_moe.tracing.trace import load_trace
 from support.data import write_lines
 from support.harness_tasks import write_tasks

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from shape_moe.calibration.example_maker import SPLIT_KEY, AnswerOptions
-from shape_moe.calibration.records import DataOptions, Record, load_records, prompt_hash
+from shape_moe.calibration.reading import load_records
+from shape_moe.calibration.records import DataOptions, Record, prompt_hash
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import DataError, UsageError
 from shape_moe.evaluation.generation import GenerationOptions
@@ -17,8 +18,8 @@ from shape_moe.evaluation.keep_rate import Limit
 from shape_moe.jobs import search, session
 from shape_moe.jobs import sweep as job
 from shape_moe.jobs.held_out import known_prompts
-from shape_moe.jobs.options import ExampleOptions
 from shape_moe.jobs.search import SweepOptions
+from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.sweep import sweep
 from shape_moe.jobs.trace import trace
 from shape_moe.progress import Silent

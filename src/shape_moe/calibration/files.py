@@ -119,7 +119,8 @@ class _Frame:
 
         self.name, self.said = str(path), ""
         try:
-            self._table = pl.read_parquet(path, glob=False)
+            with path.open("rb") as stream:  # Polars reads patterns and ~ into the names of files
+                self._table = pl.read_parquet(stream)
         except (pl.exceptions.PolarsError, OSError) as error:
             raise DataError(f"{path} is not a readable Parquet file.") from error
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from shape_moe.architectures.snapshot import looks_like_path
 from shape_moe.calibration.files import FILE_TYPES, Row, Rows, Table, drop_holes, file_table, file_type
 from shape_moe.errors import DataError, first_line
+from shape_moe.literal_paths import plain_name
 
 __all__ = ["FILE_TYPES", "Row", "Rows", "Table"]
 _SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")
@@ -134,7 +135,8 @@ def _saved(path: Path, split: str) -> Table:
     import datasets
 
     try:
-        data = datasets.load_from_disk(str(path))
+        with plain_name(path) as folder:
+            data = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is not a data set that can be read: {first_line(error)}") from error
     if isinstance(data, datasets.DatasetDict):

@@ -10,9 +10,9 @@ from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.example_maker import ANSWERS_FILE
 from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.sources import Data
-from shape_moe.jobs.options import ExampleOptions
 from shape_moe.jobs.planning import Plan, held_out_tracing, plan_search
 from shape_moe.jobs.search import POINTS_FILE, Search, SweepOptions, SweepResult, check_examples
+from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import kept_trace, open_trace
 from shape_moe.progress import SILENT, Progress
 from shape_moe.workspace import Workspace, write_json
@@ -61,7 +61,8 @@ def sweep(
     check_examples(plan, options.limit, len(options.combinations()))
     if out is None:
         return _searched(snapshot, options, plan, progress, None)
-    inputs = [path for path in (model, trace, *tracing.data.files, *plan.data.files) if path is not None]
+    read = (model, snapshot.path, trace, *tracing.data.files, *plan.data.files)
+    inputs = [path for path in read if path is not None]
     job = {
         "verb": "sweep",
         "options": asdict(options),
