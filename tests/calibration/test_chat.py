@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from shape_moe.calibration.examples import Tokeniser, TokenOptions
@@ -191,6 +193,24 @@ def test_a_switch_of_the_user_stays(write) -> None:
     text, notes = write(kinds.QWEN3, TALK, template_args={"enable_thinking": True})
     assert text.endswith("<|im_start|>assistant\n«<think>\n\n</think>\n\nd<|im_end|>»")
     assert not notes
+
+
+ANY_TEXT = st.text(st.characters(codec="ascii", exclude_characters="<>|[]"), min_size=1, max_size=8).map(
+    lambda text: f"x{text}x"
+)
+
+
+@given(talk=st.lists(ANY_TEXT, min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0))
+@settings(max_examples=40, deadline=None)
+def test_spans_hold_the_answers_and_their_ends(tokenizer, talk) -> None:
+    """Whatever is said, also the same twice: every span is one answer with its end."""
+    messages = tuple({"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(talk))
+    for template, end in ((kinds.CHATML, "<|im_end|>"), (kinds.QWEN3, "<|im_end|>"), (kinds.DEEPSEEK_R1, "<|eos|>")):
+        tokeniser = Tokeniser(tokenizer, None, TokenOptions(chat_template=template))
+        example = tokeniser.example(Record(0, "line 1", messages=messages))
+        assert [tokenizer.decode(example.tokens[slice(*span)]) for span in example.spans] == [
+            text + end for text in talk[1::2]
+        ]
 
 
 def test_conversations_that_wait_for_an_answer(write) -> None:

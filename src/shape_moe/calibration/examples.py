@@ -295,6 +295,7 @@ class Tokeniser:
 
 def tokeniser_of(tokenizer: PreTrainedTokenizerBase, config: Mapping[str, Any], options: TokenOptions) -> Tokeniser:
     """The tokeniser for a model of this configuration: its context, its embedding, and what ends its answers."""
+    config = {**config.get("text_config", {}), **config}
     ends = config.get("eos_token_id")
     stops = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
     rows = config.get("vocab_size")
