@@ -90,7 +90,7 @@ def _described(file: Path, size: int, mtime_ns: int, ctime_ns: int, inode: int) 
         else:
             blocks = hashlib.sha256()
             for i in range(_SAMPLES):
-                stream.seek((size - _SAMPLE) * i // (_SAMPLES - 1))
+                stream.seek(max(0, size - _SAMPLE) * i // (_SAMPLES - 1))
                 blocks.update(stream.read(_SAMPLE))
             digest = f"sampled:{blocks.hexdigest()}"
     return SourceFile(size, mtime_ns, ctime_ns, inode, digest, header)

@@ -105,7 +105,7 @@ def test_copies_in_other_files_are_taken_with_a_note(model, traced, tmp_path) ->
 
 
 def test_large_copies_are_compared_by_samples(model, data, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(source_files, "SMALL", 1000)
+    monkeypatch.setattr(source_files, "SMALL", 100_000)
     trace(model, traced_by(data), tmp_path / "t")
     copy = shutil.copytree(model, tmp_path / "copy")
     assert [note for note in notes_of(copy, tmp_path / "t") if "the rest of them was not compared" in note]
