@@ -108,7 +108,7 @@ def test_large_copies_are_compared_by_samples(model, data, tmp_path, monkeypatch
     monkeypatch.setattr(source_files, "SMALL", 100_000)
     trace(model, traced_by(data), tmp_path / "t")
     copy = shutil.copytree(model, tmp_path / "copy")
-    assert [note for note in notes_of(copy, tmp_path / "t") if "the rest of them was not compared" in note]
+    assert [note for note in notes_of(copy, tmp_path / "t") if "the rest was not compared" in note]
     header = (copy / "model.safetensors").read_bytes()[:8]
     with (copy / "model.safetensors").open("r+b") as stream:
         stream.seek(8 + int.from_bytes(header, "little"))
