@@ -50,11 +50,11 @@ class Output:
     def note(self, text: str) -> None:
         """One line about what is going on."""
         if not self.quiet:
-            self.err.print(text, markup=False)
+            self.err.print(visible(text), markup=False)
 
     def warn(self, text: str) -> None:
         """Something that the user should act on; shown also when quiet."""
-        self.err.print(Text("Warning: ", style="yellow") + Text(text))
+        self.err.print(Text("Warning: ", style="yellow") + Text(visible(text)))
 
     def result(self, document: dict[str, Any], show: Callable[[Console], None]) -> None:
         """The verb's result: as JSON, or shown to a person."""
@@ -84,6 +84,11 @@ class Output:
             lines = _PlainLines(self, title, total, unit)
             yield lines.advance
             lines.close()
+
+
+def visible(text: str) -> str:
+    """A text for a terminal: what would steer it (escapes, bells) is written out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _quiet_libraries() -> None:
@@ -150,13 +155,13 @@ class _LiteralTable(Table):
     """A table whose cells are shown as they are: names of files may hold what reads as markup."""
 
     def add_row(self, *cells: RenderableType | None, style: StyleType | None = None, end_section: bool = False) -> None:
-        shown = [Text(cell) if isinstance(cell, str) else cell for cell in cells]
+        shown = [Text(visible(cell)) if isinstance(cell, str) else cell for cell in cells]
         super().add_row(*shown, style=style, end_section=end_section)
 
 
 def plain_table(*headings: str, title: str | None = None) -> Table:
     """An empty table whose first column is text and whose others are numbers."""
-    title = None if title is None else escape(title)
+    title = None if title is None else escape(visible(title))
     table = _LiteralTable(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="left" if i == 0 else "right")

@@ -28,13 +28,14 @@ from shape_moe.cli import (
     trace,
     verify,
 )
-from shape_moe.errors import ShapeMoeError
+from shape_moe.cli.console import visible
+from shape_moe.errors import ShapeMoeError, full_disk
 from shape_moe.made_with import command_line
 from shape_moe.process_exit import leave
 
 _INTERRUPTED = 130  # what Typer makes of Ctrl-C
 _GO_ON = "Interrupted; what is complete was kept, and the same command goes on from there."
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_DISK_ERRORS = (errno.EROFS, errno.EIO)
 # Typer brings its own copy of click or uses the installed one; this is the base class of whichever it is.
 _USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
@@ -101,10 +102,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         with command_line(words):
             code = app(args=words, standalone_mode=False)
+            sys.stdout.flush()  # a full disk shows here rather than when the interpreter ends
     except _USAGE_ERROR as error:
         error.show()
         return 2
-    except (ShapeMoeError, typer.Abort, KeyboardInterrupt, MemoryError, OSError, RuntimeError) as error:
+    except (Exception, KeyboardInterrupt) as error:
         message = _sentence(error)
         if message is None:
             raise
@@ -120,6 +122,8 @@ def _sentence(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, typer.Abort | KeyboardInterrupt):
         return _GO_ON
+    if full_disk(error):
+        return "The disk is full, or the limit on what may be written is reached: free some space and try again."
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return "The device ran out of memory; lower --batch-size or --max-length, or use --device auto."
     if isinstance(error, OSError) and error.errno and (error.filename or error.errno in _DISK_ERRORS):
@@ -128,5 +132,7 @@ def _sentence(error: BaseException) -> str | None:
 
 
 def _fail(message: str, code: int) -> int:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(Text("Error: ", style="bold red") + Text(message))
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
+        Text("Error: ", style="bold red") + Text(visible(message))
+    )
     return code
