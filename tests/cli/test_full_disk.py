@@ -93,11 +93,3 @@ def test_the_same_command_goes_on_when_there_is_space(call, embedded, made, tmp_
     assert code == 0, err
     assert load_selection(tmp_path / "out").kept == 77
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_what_steers_a_terminal_is_written_out(call, tmp_path) -> None:
-    code, _, err = call("inspect", tmp_path / "a\x1b]0;b\x07[b]c")
-    assert code == 1
-    assert "\x1b" not in err
-    assert "\x07" not in err
-    assert "a\\x1b]0;b\\x07[b]c" in err

@@ -13,13 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.style import StyleType
 from rich.table import Table
 from rich.text import Text
 
+from shape_moe.text import printable
 from shape_moe.units import counted, readable_size
 
 _PLAIN_SECONDS = 10.0
@@ -45,16 +47,16 @@ class Output:
     @property
     def err(self) -> Console:
         """The console of everything that is not a result."""
-        return Console(stderr=True, highlight=False, soft_wrap=True)
+        return new_console(stderr=True)
 
     def note(self, text: str) -> None:
         """One line about what is going on."""
         if not self.quiet:
-            self.err.print(visible(text), markup=False)
+            self.err.print(text, markup=False)
 
     def warn(self, text: str) -> None:
         """Something that the user should act on; shown also when quiet."""
-        self.err.print(Text("Warning: ", style="yellow") + Text(visible(text)))
+        self.err.print(Text("Warning: ", style="yellow") + Text(text))
 
     def result(self, document: dict[str, Any], show: Callable[[Console], None]) -> None:
         """The verb's result: as JSON, or shown to a person."""
@@ -62,7 +64,7 @@ class Output:
             sys.stdout.write(json.dumps(document, indent=1, default=str) + "\n")
         else:
             width = None if sys.stdout.isatty() else _WIDE  # a file or a pipe has no width to fold at
-            show(Console(highlight=False, soft_wrap=True, width=width))
+            show(new_console(width=width))
 
     @contextmanager
     def phase(self, title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
@@ -86,9 +88,25 @@ class Output:
             lines.close()
 
 
-def visible(text: str) -> str:
-    """A text for a terminal: what would steer it (escapes, bells) is written out."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+def new_console(**settings: Any) -> Console:
+    """A console that spells out control characters in whatever it shows, such as those in a file's name."""
+    console = Console(highlight=False, soft_wrap=True, **settings)
+    console.push_render_hook(_PrintableOnly())
+    return console
+
+
+class _PrintableOnly(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Printable(renderable) for renderable in renderables]
+
+
+@dataclass(frozen=True)
+class _Printable:
+    content: ConsoleRenderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for segment in console.render(self.content, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 def _quiet_libraries() -> None:
@@ -155,13 +173,13 @@ class _LiteralTable(Table):
     """A table whose cells are shown as they are: names of files may hold what reads as markup."""
 
     def add_row(self, *cells: RenderableType | None, style: StyleType | None = None, end_section: bool = False) -> None:
-        shown = [Text(visible(cell)) if isinstance(cell, str) else cell for cell in cells]
+        shown = [Text(cell) if isinstance(cell, str) else cell for cell in cells]
         super().add_row(*shown, style=style, end_section=end_section)
 
 
 def plain_table(*headings: str, title: str | None = None) -> Table:
     """An empty table whose first column is text and whose others are numbers."""
-    title = None if title is None else escape(visible(title))
+    title = None if title is None else escape(title)
     table = _LiteralTable(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="left" if i == 0 else "right")
