@@ -196,6 +196,7 @@ def main() -> int:
     parser.add_argument(
         "--work", type=Path, default=PROJECT / "build" / "mutants", help="folder for copies and journal"
     )
+    parser.add_argument("--quick", action="store_true", help="do not run the rest of the suite on survivors")
     parser.add_argument("--out", type=Path, help="file for the result")
     options = parser.parse_args()
     started = time.monotonic()
