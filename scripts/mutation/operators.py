@@ -88,7 +88,8 @@ class Mutant:
         text = lines[self.line - 1]
         changed = self.after.splitlines()[self.line - 1]
         nth = lines[: self.line].count(text)
-        return hashlib.sha256(repr((self.file, nth, text.strip(), changed.strip(), self.edit)).encode()).hexdigest()[:16]
+        told = repr((self.file, nth, text.strip(), changed.strip(), self.edit))
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     @property
     def valid(self) -> bool:
