@@ -163,6 +163,8 @@ def test_tool_calls_are_response(write, kind) -> None:
 def test_templates_that_lose_tool_calls_are_refused(write) -> None:
     with pytest.raises(DataError, match=r"line 1: the chat template does not write tool calls.*--chat-template FILE"):
         write(kinds.CHATML, TRAJECTORY, TOOLS)
+    with pytest.raises(DataError, match="does not write tool calls"):  # the tools' names are no calls
+        write("{% for t in tools %}{{ t | tojson }}{% endfor %}" + kinds.CHATML, TRAJECTORY, TOOLS)
 
 
 def test_what_a_template_leaves_out_is_said(write) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from shape_moe.calibration.schema import Message, parse_json
 from shape_moe.calibration.thoughts import find_switches, find_thought
+from shape_moe.calibration.tool_calls import STYLES, Style, calls_are_written, probe
 from shape_moe.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -58,42 +59,6 @@ class Rendered:
     ends: bool = True
 
 
-@dataclass(frozen=True)
-class _Style:
-    """How a template wants tool calls."""
-
-    arguments: str
-    empty: str | None
-    short_ids: bool
-
-    def shaped(self, messages: Sequence[Message]) -> list[Message]:
-        return [self._message(message) for message in messages]
-
-    def _message(self, message: Message) -> Message:
-        found = {**message, "content": message.get("content") or (self.empty if message.get("tool_calls") else "")}
-        if message.get("tool_call_id") and self.short_ids:
-            found["tool_call_id"] = _short_id(message["tool_call_id"])
-        if message.get("tool_calls"):
-            found["tool_calls"] = [self._call(call) for call in message["tool_calls"]]
-        return found
-
-    def _call(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        given = call["function"]["arguments"]
-        text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
-        found = {**call, "function": {**call["function"], "arguments": text if self.arguments == "text" else given}}
-        if self.short_ids:
-            found["id"] = _short_id(str(call.get("id", call["function"]["name"])))
-        return found
-
-
-_STYLES = tuple(
-    _Style(arguments, empty, short_ids)
-    for short_ids in (False, True)
-    for empty in ("", None)
-    for arguments in ("mapping", "text")
-)
-
-
 class ChatTemplate:
     """A tokenizer's chat template, or another one, applied to conversations.
 
@@ -113,7 +78,7 @@ class ChatTemplate:
         own = template or tokenizer.chat_template
         self.text = own if isinstance(own, str) else "\n".join(map(str, (own or {}).values()))
         self.thought = find_thought(self.text)
-        self._style: _Style | None = None
+        self._style: Style | None = None
         self.notes: dict[str, None] = {}
 
     @property
@@ -194,7 +159,7 @@ class ChatTemplate:
             self.said("The chat template has no developer role: such messages are written as the system's.")
             found = [{**m, "role": "system"} if m["role"] == "developer" else m for m in found]
         if not any(message.get("tool_calls") for message in found):
-            found = _STYLES[0].shaped(found)
+            found = STYLES[0].shaped(found)
             self._check_written(found, tools, where)
             return found
         found = self._styled(found, tools, where)
@@ -204,14 +169,15 @@ class ChatTemplate:
     def _styled(self, messages: list[Message], tools: Sequence[Any] | None, where: str) -> list[Message]:
         """Messages whose tool calls the template writes, in the first style that it writes right."""
         reason: Exception | None = None
-        for style in [*([self._style] if self._style else []), *_STYLES]:
+        for style in [*([self._style] if self._style else []), *STYLES]:
             shaped = style.shaped(messages)
             try:
-                text = self._apply(shaped, tools, tokenize=False, add_generation_prompt=False)
+                self._apply(shaped, tools, tokenize=False, add_generation_prompt=False)
+                text = self._apply(style.shaped(probe(messages)), tools, tokenize=False, add_generation_prompt=False)
             except Exception as error:  # noqa: BLE001 -- templates are programs and raise what they like
                 reason = reason or error
                 continue
-            if _calls_are_written(shaped, str(text)):
+            if calls_are_written(shaped, str(text)):
                 if style.arguments == "text" and not self._style:
                     self.said("The chat template takes the arguments of tool calls as JSON text.")
                 self._style = style
@@ -293,12 +259,15 @@ class _Writer:
     def turn(self, text: str, messages: list[Message], place: int) -> tuple[int, int]:
         """The range of one of the assistant's turns in a conversation that goes on after it."""
         before, stand_in = messages[:place], {"role": "assistant", "content": _SENTINEL}
+        head = self._head(before)
+        follows = bool(head) and text.startswith(head)
+        through = self.write(messages[: place + 1], answer_next=False).rstrip()
+        if follows and len(through) > len(head) and text.startswith(through):
+            return len(head), len(through)
         other = self.write([*before, stand_in, *messages[place + 1 :]], answer_next=True)
         found = other.find(_SENTINEL)
-        head = self._head(before)
-        begin = len(head) if head and text.startswith(head) else min(found, _common(text, other))
-        through = self.write(messages[: place + 1], answer_next=False).rstrip()
-        if begin >= 0 and len(through) > begin and text.startswith(through):
+        begin = len(head) if follows else min(found, _common(text, other))
+        if len(through) > begin >= 0 and text.startswith(through):
             return begin, len(through)
         shared = min(len(other) - found - len(_SENTINEL), _common(text[::-1], other[::-1]))
         end = len(text) - shared
@@ -376,33 +345,6 @@ class _Writer:
             return len(end)
         mark = _END.match(following)
         return mark.end() if mark else 0
-
-
-def _calls_are_written(messages: Sequence[Message], text: str) -> bool:
-    """Whether names and arguments of all tool calls stand in a text, neither as Python nor quoted twice."""
-    for message in messages:
-        for call in message.get("tool_calls") or ():
-            arguments = call["function"]["arguments"]
-            if call["function"]["name"] not in text:
-                return False
-            if isinstance(arguments, str):
-                if arguments.strip() not in text:
-                    return False
-            elif arguments and (not all(key in text for key in arguments) or _as_python(arguments) in text):
-                return False
-        if message.get("tool_calls") and message.get("content") is None and re.search(r"(?<!\w)None(?!\w)", text):
-            return False
-    return True
-
-
-def _as_python(arguments: Mapping[str, Any]) -> str:
-    """How Python writes a mapping; no JSON begins so."""
-    return "{" + repr(next(iter(arguments))) + ":"
-
-
-def _short_id(name: str) -> str:
-    """Nine letters and digits for an id of a tool call, which some templates insist on."""
-    return name if re.fullmatch(r"[A-Za-z0-9]{9}", name) else hashlib.sha256(name.encode()).hexdigest()[:9]
 
 
 def _common(first: str, second: str) -> int:
