@@ -143,7 +143,7 @@ class _Run:
         if tracing is None:
             return
         self._check_faithfulness()
-        records = load_records(tracing.data)
+        records = load_records(tracing.data, progress)
         self._warn_of_overlap(records, tracing.data)
         self.session = ModelSession.open(snapshot, tracing, self.tokenizer, progress, records)
 
@@ -234,7 +234,7 @@ class _Run:
     def _judges(self, session: ModelSession) -> dict[str, Judge]:
         sources = {TASK: session.calibrator}
         if self.options.also is not None:
-            sources[ALSO] = session.calibrator_of(load_records(self.options.also), self.options.also)
+            sources[ALSO] = session.calibrator_of(load_records(self.options.also, self.progress), self.options.also)
         judges = {}
         for name, calibrator in sources.items():
             held_out = held_out_set(session, calibrator, calibrator.data.name)
