@@ -51,7 +51,7 @@ def write(tokenizer):
     return write
 
 
-def thinking(messages, thought="t"):
+def thinking(messages, thought="hmm"):
     return (*messages[:-1], {**messages[-1], "reasoning_content": thought})
 
 
@@ -80,7 +80,7 @@ GOLDEN = {
         kinds.QWEN3,
         thinking(TALK),
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n«b<|im_end|>»\n<|im_start|>user\nc<|im_end|>\n"
-        "<|im_start|>assistant\n«<think>\nt\n</think>\n\nd<|im_end|>»",
+        "<|im_start|>assistant\n«<think>\nhmm\n</think>\n\nd<|im_end|>»",
     ),
     "r1": (
         kinds.DEEPSEEK_R1,
@@ -90,12 +90,32 @@ GOLDEN = {
     "r1, thinking": (
         kinds.DEEPSEEK_R1,
         thinking(TALK),
-        "<|bos|><|User|>a<|Assistant|>«b<|eos|>»<|User|>c<|Assistant|><think>\n«t\n</think>\n\nd<|eos|>»",
+        "<|bos|><|User|>a<|Assistant|>«b<|eos|>»<|User|>c<|Assistant|><think>\n«hmm\n</think>\n\nd<|eos|>»",
     ),
     "r1, thought in the content": (
         kinds.DEEPSEEK_R1,
-        (*TALK[:3], {"role": "assistant", "content": "<think>\nt\n</think>\n\nd"}),
-        "<|bos|><|User|>a<|Assistant|>«b<|eos|>»<|User|>c<|Assistant|><think>\n«t\n</think>\n\nd<|eos|>»",
+        (*TALK[:3], {"role": "assistant", "content": "<think>\nhmm\n</think>\n\nd"}),
+        "<|bos|><|User|>a<|Assistant|>«b<|eos|>»<|User|>c<|Assistant|><think>\n«hmm\n</think>\n\nd<|eos|>»",
+    ),
+    "v3.1": (
+        kinds.DEEPSEEK_V31,
+        TALK,
+        "<|bos|><|User|>a<|Assistant|></think>«b<|eos|>»<|User|>c<|Assistant|></think>«d<|eos|>»",
+    ),
+    "v3.1, thinking": (
+        kinds.DEEPSEEK_V31,
+        thinking(TALK),
+        "<|bos|><|User|>a<|Assistant|></think>«b<|eos|>»<|User|>c<|Assistant|><think>«hmm\n</think>\n\nd<|eos|>»",
+    ),
+    "glm": (
+        kinds.GLM,
+        TALK,
+        "<|user|>\na/nothink<|assistant|>\n<think></think>«\nb»<|user|>\nc/nothink<|assistant|>\n<think></think>«\nd<|end|>»",
+    ),
+    "glm, thinking": (
+        kinds.GLM,
+        thinking(TALK),
+        "<|user|>\na<|assistant|>«\n<think></think>\nb»<|user|>\nc<|assistant|>«\n<think>hmm</think>\nd<|end|>»",
     ),
     "harmony": (
         kinds.HARMONY,
@@ -108,7 +128,7 @@ GOLDEN = {
         kinds.HARMONY,
         thinking(TALK[2:]),
         "<|start|>system<|message|>You are a model.<|end|><|start|>user<|message|>c<|end|><|start|>assistant"
-        "«<|channel|>analysis<|message|>t<|end|><|start|>assistant<|channel|>final<|message|>d<|return|>»",
+        "«<|channel|>analysis<|message|>hmm<|end|><|start|>assistant<|channel|>final<|message|>d<|return|>»",
     ),
     "marked": (kinds.MARKED, TALK, "U: a\nA: «b|»\nU: c\nA: «d|»\n"),
     "no end": (kinds.NO_END, TALK, "user: a\nassistant: «b»\nuser: c\nassistant: «d<|end|>»"),
@@ -139,6 +159,7 @@ CALLS = {
         '«[TOOL_CALLS] [{"name": "find", "arguments": {"key": "x"}, "id": "74196fe72"}]</s>»',
         "« b</s>»",
     ),
+    "glm": (kinds.GLM, "«\n<tool_call>find<arg>key=x</arg></tool_call>»", "«\nb<|end|>»"),
     "r1": (kinds.DEEPSEEK_R1, '«<|call|>find\n```json\n{"key": "x"}\n```<|call_end|><|eos|>»', "«b<|eos|>»"),
     "harmony": (
         kinds.HARMONY,
@@ -157,7 +178,11 @@ def test_tool_calls_are_response(write, kind) -> None:
     assert text.endswith(answer)
     assert text.count("«") == 2
     assert "found" in text
-    assert "find" in text.partition("«")[0] or kind in ("mistral", "r1")  # tools reach the templates that write them
+    assert "find" in text.partition("«")[0] or kind in (
+        "mistral",
+        "r1",
+        "glm",
+    )  # tools reach the templates that write them
 
 
 def test_templates_that_lose_tool_calls_are_refused(write) -> None:
@@ -168,7 +193,7 @@ def test_templates_that_lose_tool_calls_are_refused(write) -> None:
 
 
 def test_what_a_template_leaves_out_is_said(write) -> None:
-    _, notes = write(kinds.CHATML, thinking(TALK, "hmm"), TOOLS)
+    _, notes = write(kinds.CHATML, thinking(TALK), TOOLS)
     assert [note for note in notes if "writes no thoughts" in note]
     assert [note for note in notes if "does not write the tools" in note]
     dropping = "{% for m in messages if m.role != 'system' %}{{ m.content }};{% endfor %}"

@@ -74,6 +74,29 @@ DEEPSEEK_R1 = """<|bos|>{% for m in messages %}
 {%- if add_generation_prompt %}<|Assistant|><think>
 {% endif %}"""
 
+DEEPSEEK_V31 = """<|bos|>{% for m in messages %}
+{%- if m.role == 'user' %}<|User|>{{ m.content }}
+{%- elif m.role == 'assistant' %}<|Assistant|></think>{{ m.content }}<|eos|>
+{%- endif %}{% endfor %}
+{%- if add_generation_prompt %}<|Assistant|>{% if thinking %}<think>{% else %}</think>{% endif %}{% endif %}"""
+
+GLM = """{% set ns = namespace(last=-1) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}<|user|>
+{{ m.content }}{{ '/nothink' if enable_thinking is defined and not enable_thinking }}
+{%- elif m.role == 'assistant' %}<|assistant|>
+<think>{{ m.reasoning_content if loop.index0 > ns.last and m.reasoning_content is string }}</think>
+{{ m.content }}
+{%- for call in m.tool_calls or [] %}<tool_call>{{ call.function.name }}
+{%- for key, value in call.function.arguments.items() %}<arg>{{ key }}={{ value }}</arg>{% endfor %}</tool_call>
+{%- endfor %}
+{%- else %}<|observation|>
+{{ m.content }}
+{%- endif %}{% endfor %}
+{%- if add_generation_prompt %}<|assistant|>
+{%- if enable_thinking is defined and not enable_thinking %}{{ '\n' }}<think></think>{% endif %}{% endif %}"""
+
 HARMONY = """<|start|>system<|message|>You are a model.<|end|>
 {%- if tools %}<|start|>developer<|message|>
 {%- for tool in tools %}{{ tool.function.name }};{% endfor %}<|end|>{% endif %}

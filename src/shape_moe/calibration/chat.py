@@ -123,6 +123,8 @@ class ChatTemplate:
         if not answered:
             return Rendered(head, tuple(spans))
         prompt, answer, ends = writer.answer(head, messages)
+        if str(messages[-1].get("reasoning_content", "")).strip() not in answer:
+            self.said("The chat template writes no thoughts (reasoning_content): they are left out.")
         return Rendered(prompt + answer, (*spans, (len(prompt), len(prompt) + len(answer))), ends)
 
     def masked(
@@ -197,9 +199,6 @@ class ChatTemplate:
             escaped = json.dumps(content, ensure_ascii=False)[1:-1]
             if content and message["role"] != "assistant" and content not in text and escaped not in text:
                 self.said(f"The chat template does not write messages of role {message['role']!r} as they are.")
-        thoughts = [m["reasoning_content"].strip() for m in messages if m.get("reasoning_content")]
-        if thoughts and self.thought is None and not any(thought in text for thought in thoughts):
-            self.said("The chat template writes no thoughts (reasoning_content): they are left out.")
         if tools and text == self._write(messages, None, where, answer_next=False):
             self.said("The chat template does not write the tools of a record: they are left out.")
 
@@ -215,7 +214,9 @@ class ChatTemplate:
             head = self._write(messages[:-1], tools, where, answer_next=True)
             if thoughts:
                 on = self._write(messages, tools, where, answer_next=False, **{name: True})
-                if str(thoughts[-1]).strip() not in plain and str(thoughts[-1]).strip() in on:
+                head = self._write(messages[:-1], tools, where, answer_next=True, **{name: True})
+                written = str(thoughts[-1]).strip() in on or self.thought.begun_by(head)
+                if str(thoughts[-1]).strip() not in plain and written:
                     self.said(f"Thoughts are in the data: the chat template's {name} is on where they are.")
                     return {name: True}
             elif (plain, head) != (
