@@ -12,7 +12,7 @@ import pytest
 from shape_moe.calibration.records import DataOptions, load_records
 from shape_moe.cli.main import run
 from shape_moe.demo.tasks import examples
-from shape_moe.errors import UsageError
+from shape_moe.errors import ServingError
 from shape_moe.experiments.reader import read_config
 from shape_moe.literal_paths import check_plain, expand_home, plain_model, plain_name
 from shape_moe.scoring.scores import read_scores
@@ -104,7 +104,7 @@ def test_plain_names_lead_to_the_same_folder(tmp_path, name) -> None:
 def test_vllm_is_not_given_patterns(tmp_path) -> None:
     for name in ("t[1]", "a?b", "a*b"):
         (tmp_path / name).mkdir()
-        with pytest.raises(UsageError, match="reads the name .* as a pattern"):
+        with pytest.raises(ServingError, match="reads the name .* as a pattern"):
             check_plain(str(tmp_path / name), "vLLM")
     (tmp_path / "t1").mkdir()
     check_plain(str(tmp_path / "t1"), "vLLM")
