@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -145,12 +144,3 @@ def test_the_server_refuses_in_one_sentence(ragged, version, options, message) -
     assert done.returncode == 1
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
-
-
-def test_folders_whose_names_vllm_reads_as_patterns(tmp_path, ragged) -> None:
-    """vLLM would look for weights in a folder ``m1``."""
-    folder = shutil.copytree(ragged, tmp_path / "m[1]")
-    command = [Path(sys.executable).with_name("vllm"), "serve", folder, "--max-model-len", "128"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 1
-    assert "as a pattern and may load another folder's files" in done.stderr.splitlines()[-1]
