@@ -43,8 +43,8 @@ def test_a_sweep_is_read_whole(tmp_path) -> None:
     assert (point.scorer, point.rule, point.kept, point.size) == ("shape", "coverage", raw["kept"], raw["bytes"])
     assert point.measured.quality["kl"].low == raw["quality"]["kl"]["low"]
     assert point.measured.change["perplexity"].value == raw["change"]["perplexity"]["value"]
-    assert point.method == "shape, coverage, drop"
-    assert replace(point, target="stock").method == "shape, coverage, drop, stock"
+    assert point.method == "shape/coverage, drop"
+    assert replace(point, target="stock").method == "shape/coverage, drop, stock"
     assert set(point.measured.generation) == {"loop_rate", "no_end_rate", "length", "exact_match"}
     assert sweep.points[0].measured.generation == {}
     assert (point.meets_limit, point.healthy, point.fits) == (False, True, None)

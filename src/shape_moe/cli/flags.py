@@ -24,9 +24,9 @@ from shape_moe.cli.values import (
 )
 from shape_moe.errors import UsageError
 from shape_moe.jobs.inspect import keep_that_fits
-from shape_moe.jobs.select import SelectionJob
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.scoring.registry import ScoreOptions
+from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions
 from shape_moe.tracing.trace import SegmentWeights
 
@@ -328,18 +328,16 @@ class SelectFlags:
         ),
     ] = False
 
-    def job(self, keep: float, score: ScoreFlags, seed: int) -> SelectionJob:
-        """The selection job that these flags describe."""
+    def options(self, keep: float, score: ScoreFlags, seed: int) -> SelectOptions:
+        """The options that these flags describe."""
         target = self.target or "ragged"
-        options = SelectOptions(
+        return SelectOptions(
             keep=keep,
-            rule=self.rule or "coverage",
-            routing=parse_routing(self.routing, target),
-            target=target,
+            method=Method(score.scorer, self.rule or "coverage", parse_routing(self.routing, target), target),
+            scoring=score.options(seed),
             tolerance=self.tolerance,
             skip_layers=parse_layers(self.skip_layers),
             protect=parse_protect(self.protect),
             multiple_of=self.multiple_of,
             allow_rounding=self.allow_rounding,
         )
-        return SelectionJob(options, score.scorer, score.options(seed))

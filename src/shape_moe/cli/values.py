@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from shape_moe.errors import UsageError
-from shape_moe.selection.selection import Routing
+from shape_moe.selection.method import Routing, check_routing, usual_routing
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -109,10 +109,4 @@ def parse_routing(routing: str | None, target: str) -> Routing:
     Raises:
         UsageError: for an unknown name.
     """
-    if routing is None:
-        return "reroute" if target == "stock" else "drop"
-    if routing == "drop":
-        return "drop"
-    if routing == "reroute":
-        return "reroute"
-    raise UsageError(f"Routing must be drop or reroute, not {routing!r}.")
+    return usual_routing(target) if routing is None else check_routing(routing)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import exp
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.evaluation.generation import Generated
-from shape_moe.evaluation.held_out import HeldOutSet
+from shape_moe.evaluation.held_out_set import HeldOutSet
 from shape_moe.evaluation.intervals import Bootstrap, Estimate
 from shape_moe.evaluation.teacher_forced import TeacherForced
 
@@ -81,6 +81,29 @@ class Health:
             "change": document(self.change),
             "limit": self.limit,
             "complaints": list(self.complaints),
+        }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one model over one set.
+
+    Attributes:
+        quality: see :func:`quality`.
+        change: paired differences to the dense model, empty for the dense model itself.
+        health: free-running answers, None where none were made.
+    """
+
+    quality: Figures
+    change: Figures = field(default_factory=dict)
+    health: Health | None = None
+
+    def to_document(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "quality": document(self.quality),
+            "change": document(self.change) or None,
+            "generation": self.health.to_document() if self.health else None,
         }
 
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from shape_moe.evaluation.faithfulness import Faithfulness
 from shape_moe.evaluation.footprint import Footprint
-from shape_moe.evaluation.judge import Verdict
-from shape_moe.evaluation.measures import Figures, Groups, document, worst_group
+from shape_moe.evaluation.measures import Figures, Groups, Measured, document, worst_group
 from shape_moe.evaluation.task_results import TaskResult
 from shape_moe.selection.selection import Selection
 
@@ -25,7 +24,7 @@ class Evaluated:
         kind: ``dense``, ``mask`` (a selection on the dense model) or ``checkpoint``.
         selection: what it keeps, None for the dense model and for checkpoints of other tools.
         size: bytes of its weights; of a mask, what its checkpoint would have.
-        sets: verdicts by set, ``task`` and perhaps ``also``.
+        sets: what was measured by set, ``task`` and perhaps ``also``.
         classes: figures over the task's examples by class, empty where no classes were asked for.
         tasks: results of lm-evaluation-harness by task.
         task_changes: paired differences to the dense model by task and metric, None for the dense model itself.
@@ -36,7 +35,7 @@ class Evaluated:
     kind: str
     selection: Selection | None
     size: int
-    sets: dict[str, Verdict] = field(default_factory=dict)
+    sets: dict[str, Measured] = field(default_factory=dict)
     classes: Groups = field(default_factory=dict)
     tasks: dict[str, TaskResult] = field(default_factory=dict)
     task_changes: dict[str, Figures] | None = None
@@ -51,7 +50,7 @@ class Evaluated:
             "kind": self.kind,
             "selection": {key: getattr(chosen, key) for key in keys} if chosen else None,
             "bytes": self.size,
-            "sets": {name: verdict.to_document() for name, verdict in self.sets.items()},
+            "sets": {name: measured.to_document() for name, measured in self.sets.items()},
             "classes": self._classes(by) if by else None,
             "tasks": {name: result.to_document() for name, result in self.tasks.items()},
             "task_items": {name: result.items for name, result in self.tasks.items()},

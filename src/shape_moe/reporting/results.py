@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from shape_moe.errors import DataError
 from shape_moe.evaluation.intervals import Estimate
 from shape_moe.json_file import read_json
+from shape_moe.selection.method import Method, check_routing
 from shape_moe.selection.selection import Selection
 
 FORMAT_VERSION = 1
@@ -72,9 +73,8 @@ class SweepPoint:
 
     @property
     def method(self) -> str:
-        """Scorer, rule and routing, and the target where it is not the usual one."""
-        target = f", {self.target}" if self.target != "ragged" else ""
-        return f"{self.scorer}, {self.rule}, {self.routing}{target}"
+        """How it was chosen."""
+        return str(Method(self.scorer, self.rule, check_routing(self.routing), self.target))
 
     @property
     def good(self) -> bool:

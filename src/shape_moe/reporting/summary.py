@@ -53,7 +53,7 @@ def subline(material: Material) -> str:
     text = f"Keeps {selection.kept:,} of {selection.total:,} experts"
     if material.sizes is not None:
         text += f", size {_shrunk(material.sizes)}"
-    return f"{text}. Chosen by {selection.scorer}, rule {selection.rule}, routing {selection.routing}."
+    return f"{text}. Chosen by {selection.method}."
 
 
 def tiles(material: Material) -> list[Tile]:

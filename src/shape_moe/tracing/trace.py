@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from shape_moe.architectures.moe_config import RoutingFacts
+from shape_moe.architectures.moe_config import RouterFacts
 from shape_moe.errors import CheckpointError, FingerprintError, UsageError
 from shape_moe.json_file import read_json
 from shape_moe.tracing.coalitions import CoalitionTable, merge_tables, read_table, write_table
@@ -64,7 +64,7 @@ class TraceInfo:
     model: str
     family: str
     num_experts: int
-    routing: RoutingFacts
+    routing: RouterFacts
     layers: tuple[int, ...]
     tokens: dict[str, float]
     examples: int
@@ -161,7 +161,7 @@ def load_trace(path: str | PathLike[str]) -> Trace:
         raise CheckpointError(f"{folder} was written in another format version; trace the model anew.")
     names = list(document.pop("statistics", {}))
     try:
-        routing = RoutingFacts(**document.pop("routing"))
+        routing = RouterFacts(**document.pop("routing"))
         info = TraceInfo(**{**document, "routing": routing, "layers": tuple(document["layers"])})
     except (TypeError, KeyError) as error:
         raise CheckpointError(f"{folder}/trace.json is damaged: {error}.") from error
