@@ -13,11 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
+from rich.style import StyleType
 from rich.table import Table
 from rich.text import Text
 
+from shape_moe.text import printable
 from shape_moe.units import counted, readable_size
 
 _PLAIN_SECONDS = 10.0
@@ -43,7 +47,7 @@ class Output:
     @property
     def err(self) -> Console:
         """The console of everything that is not a result."""
-        return Console(stderr=True, highlight=False, soft_wrap=True)
+        return new_console(stderr=True)
 
     def note(self, text: str) -> None:
         """One line about what is going on."""
@@ -60,7 +64,7 @@ class Output:
             sys.stdout.write(json.dumps(document, indent=1, default=str) + "\n")
         else:
             width = None if sys.stdout.isatty() else _WIDE  # a file or a pipe has no width to fold at
-            show(Console(highlight=False, soft_wrap=True, width=width))
+            show(new_console(width=width))
 
     @contextmanager
     def phase(self, title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
@@ -68,7 +72,13 @@ class Output:
         if self.quiet:
             yield lambda _: None
         elif self.err.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), _Count(unit), _Rate(unit), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                _Count(unit),
+                _Rate(unit),
+                TimeRemainingColumn(),
+            )
             with Progress(*columns, console=self.err) as bars:
                 bar = bars.add_task(title, total=max(total, 1))
                 yield lambda count: bars.advance(bar, count)
@@ -76,6 +86,27 @@ class Output:
             lines = _PlainLines(self, title, total, unit)
             yield lines.advance
             lines.close()
+
+
+def new_console(**settings: Any) -> Console:
+    """A console that spells out control characters in whatever it shows, such as those in a file's name."""
+    console = Console(highlight=False, soft_wrap=True, **settings)
+    console.push_render_hook(_PrintableOnly())
+    return console
+
+
+class _PrintableOnly(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Printable(renderable) for renderable in renderables]
+
+
+@dataclass(frozen=True)
+class _Printable:
+    content: ConsoleRenderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for segment in console.render(self.content, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 def _quiet_libraries() -> None:
@@ -138,9 +169,18 @@ class _PlainLines:
         self.output.note(f"{self.title}: {amount(self.total, self.unit)} in {seconds:.1f} s{rate}")
 
 
+class _LiteralTable(Table):
+    """A table whose cells are shown as they are: names of files may hold what reads as markup."""
+
+    def add_row(self, *cells: RenderableType | None, style: StyleType | None = None, end_section: bool = False) -> None:
+        shown = [Text(cell) if isinstance(cell, str) else cell for cell in cells]
+        super().add_row(*shown, style=style, end_section=end_section)
+
+
 def plain_table(*headings: str, title: str | None = None) -> Table:
     """An empty table whose first column is text and whose others are numbers."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    title = None if title is None else escape(title)
+    table = _LiteralTable(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="left" if i == 0 else "right")
     return table

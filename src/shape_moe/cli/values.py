@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shape_moe.errors import UsageError
-from shape_moe.selection.method import Routing, check_routing, usual_routing
+
+if TYPE_CHECKING:
+    from shape_moe.selection.method import Routing
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -109,4 +111,10 @@ def parse_routing(routing: str | None, target: str) -> Routing:
     Raises:
         UsageError: for an unknown name.
     """
-    return usual_routing(target) if routing is None else check_routing(routing)
+    if routing is None:
+        return "reroute" if target == "stock" else "drop"
+    if routing == "drop":
+        return "drop"
+    if routing == "reroute":
+        return "reroute"
+    raise UsageError(f"Routing must be drop or reroute, not {routing!r}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -104,6 +104,71 @@ _MOSTLY = 0.5
 
 
 @dataclass(frozen=True)
+class SweptPoint:
+    """One selection of a sweep, as a document describes it.
+
+    Attributes:
+        method: how it was chosen.
+        keep_asked: the keep rate asked for.
+        keep: the keep rate met.
+        kept: how many experts are kept.
+        size: bytes of the pruned weights, None where they are not known.
+        measured: figures over the held-out examples.
+        meets: whether the limit is met, None without a limit.
+        fits: whether it fits the memory asked for, None where none was.
+    """
+
+    method: Method
+    keep_asked: float
+    keep: float
+    kept: int
+    size: int | None
+    measured: Measured
+    meets: bool | None = None
+    fits: bool | None = None
+
+    @property
+    def healthy(self) -> bool | None:
+        """Whether its free-running answers are like the dense model's; None where it was not generated from."""
+        return None if self.measured.health is None else not self.measured.health.complaints
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing speaks against it."""
+        return False not in {self.meets, self.healthy, self.fits}
+
+    def to_document(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            **asdict(self.method),
+            "keep_asked": self.keep_asked,
+            "keep": self.keep,
+            "kept": self.kept,
+            "bytes": self.size,
+            **self.measured.to_document(),
+            "meets_limit": self.meets,
+            "healthy": self.healthy,
+            "fits": self.fits,
+        }
+
+    @classmethod
+    def from_document(cls, found: Mapping[str, Any]) -> SweptPoint:
+        """What :meth:`to_document` described."""
+        keep, size = float(found["keep"]), found.get("bytes")
+        meets, fits = (None if found.get(key) is None else bool(found[key]) for key in ("meets_limit", "fits"))
+        return cls(
+            Method.from_document(found),
+            float(found.get("keep_asked", keep)),
+            keep,
+            int(found["kept"]),
+            None if size is None else int(size),
+            Measured.from_document(found),
+            meets,
+            fits,
+        )
+
+
+@dataclass(frozen=True)
 class Point:
     """One selection, judged.
 
@@ -124,27 +189,21 @@ class Point:
     fits: bool | None = None
 
     @property
+    def described(self) -> SweptPoint:
+        """The point without its experts."""
+        kept = self.selection
+        return SweptPoint(
+            *(self.method, kept.keep_asked, kept.keep, kept.kept, self.size, self.measured, self.meets, self.fits)
+        )
+
+    @property
     def healthy(self) -> bool | None:
         """Whether its free-running answers are like the dense model's; None where it was not generated from."""
-        return None if self.measured.health is None else not self.measured.health.complaints
+        return self.described.healthy
 
     def with_health(self, health: Health | None) -> Point:
         """The same point with its free-running answers judged."""
         return replace(self, measured=replace(self.measured, health=health))
-
-    def to_document(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            **asdict(self.method),
-            "keep_asked": self.selection.keep_asked,
-            "keep": self.selection.keep,
-            "kept": self.selection.kept,
-            "bytes": self.size,
-            **self.measured.to_document(),
-            "meets_limit": self.meets,
-            "healthy": self.healthy,
-            "fits": self.fits,
-        }
 
 
 Measure = Callable[[Method, float], Point | None]

@@ -16,20 +16,18 @@ from shape_moe.errors import UsageError
 from shape_moe.evaluation.bench import POINTS_FILE
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.keep_rate import DEFAULT_LIMIT, KEEP_RATES, Limit, Point, Recommendation
+from shape_moe.evaluation.swept import SWEEP_FILE, Sweep
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.jobs.planning import SearchPlan, held_out_tracing, plan_search
 from shape_moe.jobs.search import Search, open_bench
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import kept_trace, open_trace
-from shape_moe.made_with import made_with
+from shape_moe.made_with import MadeWith
 from shape_moe.progress import SILENT, Progress
 from shape_moe.scoring.registry import ScoreOptions, get_scorer
 from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions, TraceSelector
-from shape_moe.tracing.trace import Trace
 from shape_moe.workspace import Workspace, write_json
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,8 @@ def sweep(
         options.limit.check_examples(len(plan.held_out.records), len(options.methods))
     if out is None:
         return _swept(snapshot, options, plan, progress, None)
-    inputs = [path for path in (model, trace, tracing.data.source, plan.data.source) if path is not None]
+    read = (model, snapshot.path, trace, tracing.data.source, plan.data.source)
+    inputs = [path for path in read if path is not None]
     job = {
         "verb": "sweep",
         "options": asdict(options),
@@ -165,35 +164,28 @@ def _swept(
     with open_bench(plan, options.generation, limit, count, seed, progress, folder) as bench:
         search = Search(bench, selector, options.select, options.methods, limit, size, progress, options.most_keep)
         advice = search.recommend(rates)
-        return SweepResult(_document(snapshot, plan, trace, search, advice, seed), advice, limit)
-
-
-def _document(
-    snapshot: Snapshot, plan: SearchPlan, trace: Trace, search: Search, advice: Recommendation, seed: int
-) -> dict[str, Any]:
-    bench, limit = search.bench, search.limit
-    return {
-        "format_version": FORMAT_VERSION,
-        "verb": "sweep",
-        "model": snapshot.name,
-        "fingerprint": fingerprint(snapshot),
-        "split": plan.sentence,
-        "comparisons": bench.draws.comparisons,
-        "calibration": trace.info.source,
-        "held_out": {"data": plan.data.source, "examples": len(bench.held_out.examples)},
-        "limit": asdict(limit),
-        "dense": {**bench.dense().to_document(), "bytes": search.size.total - search.size.dropped},
-        "points": [point.to_document() for point in advice.points],
-        "recommended": advice.chosen,
-        "smallest_within_limit": advice.smallest,
-        "reason": advice.reason,
-        **made_with(seed),
-    }
+        swept = Sweep(
+            model=snapshot.name,
+            fingerprint=fingerprint(snapshot),
+            split=plan.sentence,
+            comparisons=count,
+            calibration=trace.info.source,
+            held_out={"data": plan.data.source, "examples": len(bench.held_out.examples)},
+            limit=limit,
+            dense=bench.dense(),
+            dense_size=size.total - size.dropped,
+            points=tuple(point.described for point in advice.points),
+            recommended=advice.chosen,
+            smallest_within_limit=advice.smallest,
+            reason=advice.reason,
+            made_with=MadeWith.now(seed),
+        )
+        return SweepResult(swept.to_document(), advice, limit)
 
 
 def _write(result: SweepResult, folder: Path) -> None:
     """Write the answer, and remove what only an unfinished sweep needs."""
-    write_json(folder / "sweep.json", result.document)
+    write_json(folder / SWEEP_FILE, result.document)
     if result.chosen is not None:
         result.chosen.selection.save(folder / "recommended.json")
     for name in (POINTS_FILE, ANSWERS_FILE):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from shape_moe.errors import UsageError
 from shape_moe.selection.rules import get_rule
@@ -62,6 +63,16 @@ class Method:
         method = cls(scorer, rule or cls.rule, check_routing(routing), target)
         method.check()
         return method
+
+    @classmethod
+    def from_document(cls, found: Mapping[str, Any]) -> Method:
+        """Out of an object with the attributes' names as keys, whatever else it has.
+
+        Raises:
+            UsageError: for a routing that does not exist.
+        """
+        routing = check_routing(str(found["routing"]))
+        return cls(str(found["scorer"]), str(found["rule"]), routing, str(found.get("target") or cls.target))
 
     def check(self) -> None:
         """Refuse what does not exist or does not go together; scorers are looked up when they are used.
