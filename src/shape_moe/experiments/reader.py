@@ -9,13 +9,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from shape_moe.architectures.embedded import EMBEDDED, embedded_model_path
 from shape_moe.architectures.snapshot import looks_like_path
 from shape_moe.calibration.example_maker import AnswerOptions
 from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.presets import PREFIX, with_base
 from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.sources import FILE_TYPES
+from shape_moe.embedded_model import EMBEDDED, embedded_model_path
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.experiments.config import (
@@ -201,7 +201,7 @@ class _Reader:
         if grid.methods:
             pairs = [self._pair(text) for text in grid.methods]
         if grid.random_seeds is not None and _RANDOM not in {scorer for scorer, _ in pairs}:
-            raise UsageError(f"{top.where('random_seeds')} goes with scorer random, which is not among the methods.")
+            raise UsageError(f"{top.where('random_seeds')} needs scorer random, which is not among the methods.")
         for scorer, rule in pairs:
             with top.naming("methods" if grid.methods else "scorers"):
                 get_scorer(scorer)

@@ -140,7 +140,7 @@ def _coalitions(material: Material) -> Section | Missing:
         "what their traffic suggests."
     ]
     if selection is not None:
-        notes.insert(0, "In the matrix, kept experts come first, and lines part them from removed ones.")
+        notes.insert(0, "In the matrix, kept experts come first, and lines separate them from the removed ones.")
     if trace.info.num_experts > MOST_SHOWN:
         notes.append(f"The matrix shows the {MOST_SHOWN} experts with most tokens; bars and tables count all.")
     return Section("coalitions", "Coalitions", lead, tuple(figures), notes=tuple(notes))
