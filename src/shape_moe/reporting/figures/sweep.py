@@ -37,7 +37,7 @@ def sweep_figure(sweep: Sweep, selection: Selection | None) -> Figure:
         states=tuple(_state(metric, sweep, groups, chosen) for metric in metrics),
         legend=_legend(methods, axis, chosen, given=selection is not None),
         lines=(
-            "Bars are 95 % intervals. Hollow points exceed the limit, give unhealthy answers, or do not fit the memory.",
+            "Bars are 95 % intervals. Hollow points exceed the limit, answer unhealthily, or do not fit the memory.",
         ),
         table=_table(sweep, metrics),
     )
