@@ -168,7 +168,8 @@ def _sweep(material: Material) -> Section | Missing:
     if sweep is None or not sweep.points:
         command = f"shape-moe sweep {material.model_word} --trace TRACE -o SWEEP"
         return Missing("Quality against size", (command, _report_command(material, "--sweep SWEEP")))
-    lead = "Each point is the model with one selection: left is smaller, and the ringed point is the operating point."
+    ringed = ", and the ringed point is the operating point" if sweep.point_of(material.selection) else ""
+    lead = f"Each point is the model with one selection: left is smaller{ringed}."
     notes = tuple(sentence(text) for text in (sweep.reason, _smaller(sweep), sweep.split) if text)
     return Section("sweep", "Quality against size", lead, (sweep_figure(sweep, material.selection),), notes=notes)
 
