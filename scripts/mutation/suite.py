@@ -67,13 +67,13 @@ class Cover:
         """Tests that run the mutant's statement.
 
         Those that run any line of its file for what an import runs, and where the file has changed since; those of its
-        package where the file is new.
+        package where there are none.
         """
         lines = self.lines.get(mutant.file, {})
         same = self.digests.get(mutant.file) == digest(mutant.before)
         first, last = mutant.statement if mutant.statement and same else (1, max(lines, default=1))
         tests = {test for line in range(first, last + 1) for test in lines.get(line, ())}
-        if not lines:
+        if not tests:
             tests = {test for test in self.seconds if test.startswith(tests_of(mutant.file))}
         tests -= set(self.failing)
         return sorted(tests, key=lambda test: (self.seconds.get(test, 0.0), test))
