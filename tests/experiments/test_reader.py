@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shape_moe.architectures.embedded import embedded_model_path
 from shape_moe.calibration.presets import presets
+from shape_moe.embedded_model import embedded_model_path
 from shape_moe.errors import UsageError
 from shape_moe.experiments.config import ExamplesSpec, TaskSpec
 from shape_moe.experiments.reader import read_config
@@ -136,7 +136,7 @@ def test_presets_are_read_from_the_hub_or_from_a_copy_beside_the_file(write, tmp
         ({"evaluation": {"e": {"data": "a.jsonl", "metrics": ["f1"]}}}, ["no figure 'f1'"]),
         ({"evaluation": {"e": {"data": "a.jsonl", "metrics": ["generated_exact_match"]}}}, ["needs generate"]),
         ({"evaluation": {"e": {"data": "a.jsonl", "answer_pattern": "("}}}, ["evaluation.e", "regular expression"]),
-        ({"random_seeds": [1]}, ["random_seeds goes with scorer random"]),
+        ({"random_seeds": [1]}, ["random_seeds needs scorer random"]),
         ({"seed": "one"}, ["seed must be a whole number, not 'one'"]),
         (
             {"calibration": {"a": {"data": "a.jsonl"}, "b": {"data": "a.jsonl"}},

@@ -18,11 +18,12 @@ from shape_moe.reporting.html import embedded_json, plotly_script, render_report
 from shape_moe.reporting.material import Material, Sizes
 from shape_moe.reporting.provenance import commands
 from shape_moe.reporting.summary import meaning, measured_quality, tiles, warnings
-from shape_moe.reporting.theme import DARK, LIGHT, contrast
+from shape_moe.reporting.theme import DARK, LIGHT
 from shape_moe.scoring.scores import score_trace
 from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions, select_from_scores, select_from_trace
 from shape_moe.text import printable
+from support.contrast import contrast
 from support.data import routing_trace, synthetic_trace
 from support.results import write_evaluation, write_sweep
 

@@ -9,13 +9,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from shape_moe.architectures.embedded import EMBEDDED, embedded_model_path
 from shape_moe.architectures.snapshot import looks_like_path
 from shape_moe.calibration.example_maker import AnswerOptions
 from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.presets import PREFIX, with_base
 from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.sources import FILE_TYPES
+from shape_moe.embedded_model import EMBEDDED, embedded_model_path
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.experiments.config import (
@@ -27,7 +27,7 @@ from shape_moe.experiments.config import (
     SeededMethod,
     TaskSpec,
 )
-from shape_moe.experiments.yaml_section import Section, read_yaml
+from shape_moe.experiments.yaml_section import YamlSection, read_yaml
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions
 from shape_moe.literal_paths import expand_home
@@ -82,7 +82,7 @@ class _Judged:
 class _Reader:
     """Turns the file's sections into specs."""
 
-    def __init__(self, top: Section, base: Path) -> None:
+    def __init__(self, top: YamlSection, base: Path) -> None:
         self.top, self.base = top, base
         self.grid = top.take(_Grid)
 
@@ -119,7 +119,9 @@ class _Reader:
         )
 
     def _model(self, entry: Any, place: int) -> ModelSpec:
-        part = Section({"model": entry} if isinstance(entry, str) else entry, self.top.file, f"models, entry {place}")
+        part = YamlSection(
+            {"model": entry} if isinstance(entry, str) else entry, self.top.file, f"models, entry {place}"
+        )
         last = str(part.content.get("model")).rstrip("/").rsplit("/", 1)[-1]
         default: dict[str, Any] = {} if "name" in part.content else {"name": last}
         spec = part.take(ModelSpec, **default)
@@ -138,18 +140,18 @@ class _Reader:
             raise UsageError(f"{self.top.where('models')}: there is no folder {folder}.")
         return model
 
-    def _calibration(self, name: str, part: Section) -> CalibrationSpec:
+    def _calibration(self, name: str, part: YamlSection) -> CalibrationSpec:
         self._check_name(name, part)
         spec = CalibrationSpec(name, self._tracing(part, DEFAULT_SAMPLES))
         part.done()
         return spec
 
-    def _tracing(self, part: Section, samples: int) -> ExampleOptions:
+    def _tracing(self, part: YamlSection, samples: int) -> ExampleOptions:
         data = part.take(DataOptions, {"source": "data", "fields": "map"}, seed=self.grid.seed)
         data = replace(data, source=self._source(data.source, part), samples=data.samples or samples)
         return ExampleOptions(data, part.take(TokenOptions), part.take(AnswerOptions))
 
-    def _source(self, source: str, part: Section) -> str:
+    def _source(self, source: str, part: YamlSection) -> str:
         """A file, folder or local copy beside the configuration; a preset or a dataset's name as it is."""
         if source.startswith(PREFIX):
             return with_base(source, self.base)
@@ -160,7 +162,7 @@ class _Reader:
             raise UsageError(f"{part.where('data')}: there is no file {path}.")
         return source
 
-    def _evaluation(self, name: str, part: Section, known: tuple[str, ...]) -> EvaluationSpec:
+    def _evaluation(self, name: str, part: YamlSection, known: tuple[str, ...]) -> EvaluationSpec:
         self._check_name(name, part)
         if ("data" in part.content) == ("task" in part.content):
             raise UsageError(f"{part.where()} needs either data (examples) or task (of lm-evaluation-harness).")
@@ -170,7 +172,7 @@ class _Reader:
             raise UsageError(f"{part.where('calibration')}: there is no calibration task {unknown[0]!r}.")
         return replace(spec, calibration=spec.calibration or known)
 
-    def _examples(self, name: str, part: Section) -> ExamplesSpec:
+    def _examples(self, name: str, part: YamlSection) -> ExamplesSpec:
         found = part.take(_Judged)
         usual = GenerationOptions.examples if found.answer_pattern is not None else 0
         count = usual if found.generate is None else found.generate
@@ -184,7 +186,7 @@ class _Reader:
             raise UsageError(f"{part.where('metrics')}: {GENERATED} needs generate, the number of free answers.")
         return ExamplesSpec(name, self._tracing(part, HELD_OUT_SAMPLES), generation, metrics, found.calibration)
 
-    def _task(self, name: str, part: Section) -> TaskSpec:
+    def _task(self, name: str, part: YamlSection) -> TaskSpec:
         spec = part.take(TaskSpec, name=name)
         if not spec.task.endswith((".yaml", ".yml")):
             return spec
@@ -201,7 +203,7 @@ class _Reader:
         if grid.methods:
             pairs = [self._pair(text) for text in grid.methods]
         if grid.random_seeds is not None and _RANDOM not in {scorer for scorer, _ in pairs}:
-            raise UsageError(f"{top.where('random_seeds')} goes with scorer random, which is not among the methods.")
+            raise UsageError(f"{top.where('random_seeds')} needs scorer random, which is not among the methods.")
         for scorer, rule in pairs:
             with top.naming("methods" if grid.methods else "scorers"):
                 get_scorer(scorer)
@@ -220,7 +222,7 @@ class _Reader:
             raise UsageError(f"{self.top.where('methods')}: {text!r} is not SCORER/RULE, such as shape/coverage.")
         return scorer, rule
 
-    def _check_name(self, name: str, part: Section) -> None:
+    def _check_name(self, name: str, part: YamlSection) -> None:
         """Names become folders."""
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise UsageError(

@@ -31,7 +31,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(file: Path) -> Section:
+def read_yaml(file: Path) -> YamlSection:
     """Read a YAML file whose content is a mapping.
 
     Raises:
@@ -46,10 +46,10 @@ def read_yaml(file: Path) -> Section:
         raise UsageError(f"{file}{line}: not valid YAML ({error.problem}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{file}: not valid YAML ({first_line(error)}).") from error
-    return Section(content, file.name, "")
+    return YamlSection(content, file.name, "")
 
 
-class Section:
+class YamlSection:
     """A mapping of the file, whose keys :meth:`take` turns into dataclasses; :meth:`done` refuses what is left.
 
     Args:
@@ -130,15 +130,15 @@ class Section:
             return f"{self.where(place)}: every value must be {wanted}."
         return f"{self.where(place)} must be {wanted}, not {_shown(value)}."
 
-    def parts(self, key: str) -> list[tuple[str, Section]]:
+    def parts(self, key: str) -> list[tuple[str, YamlSection]]:
         """A mapping of names to mappings, of which there is at least one."""
         self._known.add(key)
-        whole = Section(self.content.get(key) or {}, self.file, f"{self.path}.{key}".lstrip("."))
+        whole = YamlSection(self.content.get(key) or {}, self.file, f"{self.path}.{key}".lstrip("."))
         if not whole.content:
             raise UsageError(
                 f"{self.where(key)} is {'empty' if key in self.content else 'missing'}; name at least one."
             )
-        return [(name, Section(entry, self.file, f"{whole.path}.{name}")) for name, entry in whole.content.items()]
+        return [(name, YamlSection(entry, self.file, f"{whole.path}.{name}")) for name, entry in whole.content.items()]
 
     def done(self) -> None:
         """Refuse keys that no dataclass has.
