@@ -98,7 +98,10 @@ def test_least_of_an_evaluation(tmp_path) -> None:
         ({"format_version": 2}, "not a result of shape-moe sweep"),
         ({"verb": "evaluate"}, "not a result of shape-moe sweep"),
         ({"points": [{"keep": 0.5, "scorer": "shape", "routing": "drop"}]}, "'rule' is missing"),
-        ({"points": [{"keep": 0.5, "scorer": "shape", "rule": "global", "routing": "lost"}]}, "Routing must be drop or reroute, not 'lost'"),
+        (
+            {"points": [{"keep": 0.5, "scorer": "shape", "rule": "global", "routing": "lost"}]},
+            "Routing must be drop or reroute, not 'lost'",
+        ),
         ({"limit": {"kind": "max_size", "value": 0.1}}, "A limit is one of max_kl, max_drop, not 'max_size'"),
         ({"points": 3}, "damaged"),
         ({"recommended": 99}, "no point 99"),
