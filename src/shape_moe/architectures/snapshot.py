@@ -14,6 +14,7 @@ from shape_moe.architectures.config_file import read_config
 from shape_moe.architectures.model_folder import (
     CONFIG_FILE,
     INDEX_FILE,
+    QUANTISATION_FILES,
     SINGLE_FILE,
     check_model_folder,
     no_weights,
@@ -209,7 +210,7 @@ def _download(model: str, revision: str | None) -> tuple[Path, str | None]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["config.json", "*.safetensors", INDEX_FILE, *ROOT_FILES]
+    patterns = [CONFIG_FILE, "*.safetensors", INDEX_FILE, *QUANTISATION_FILES, *ROOT_FILES]
     try:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except HFValidationError as error:
