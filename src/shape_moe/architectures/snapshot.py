@@ -184,11 +184,11 @@ def open_headers(model: str | os.PathLike[str], revision: str | None = None) -> 
     Raises:
         CheckpointError: when there is no such model, or its headers are damaged.
     """
+    if exists(Path(model)) or looks_like_path(str(model)):
+        return open_snapshot(model, revision)
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError, OfflineModeIsEnabled
 
-    if exists(Path(model)) or looks_like_path(str(model)):
-        return open_snapshot(model, revision)
     try:
         metadata = get_safetensors_metadata(str(model), revision=revision)
         config, notes = read_config(Path(hf_hub_download(str(model), CONFIG_FILE, revision=revision)).parent)

@@ -8,17 +8,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from shape_moe.cli.flag_groups import with_flags
+import shape_moe
 from shape_moe.cli.flags import ForceFlag, OutputFlags
 from shape_moe.errors import UsageError
-from shape_moe.experiments import run as job
 from shape_moe.experiments.config import ExperimentConfig
 from shape_moe.experiments.reader import read_config
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command("experiment")(with_flags(experiment))
 
 
 def experiment(
@@ -33,14 +27,16 @@ def experiment(
         list[str] | None,
         typer.Option(
             metavar="AXIS=NAME",
-            help="A part of the grid: model, calibration, method, routing, keep or evaluation; repeat it.",
+            help="A part of the grid: model, calibration, method, routing, keep or evaluation; can be repeated.",
         ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check CONFIG and count its cells; nothing is read or loaded.")
     ] = False,
 ) -> None:
-    """Run models x calibration tasks x methods x routings x keep rates x evaluations; the same command goes on.
+    """Run models x calibration tasks x methods x routings x keep rates x evaluations.
+
+    An interrupted run is resumed by the same command.
 
     Example: shape-moe experiment examples/tiny/tiny.yaml -o results/tiny
     """
@@ -49,7 +45,7 @@ def experiment(
     if dry_run:
         talk.result(_size(grid), lambda console: _show_size(console, grid))
         return
-    result = job.experiment(grid, out, force=force.force, progress=talk)
+    result = shape_moe.experiment(grid, out, force=force.force, progress=talk)
     talk.note(f"Wrote {result.folder}")
     talk.result(result.document, lambda console: console.print(result.markdown, markup=False))
 
@@ -59,7 +55,7 @@ def _axes(given: list[str]) -> dict[str, list[str]]:
     for text in given:
         axis, equals, name = text.partition("=")
         if not equals or not name:
-            raise UsageError(f"--only takes AXIS=NAME, as model=gpt-oss-20b, not {text!r}.")
+            raise UsageError(f"--only takes AXIS=NAME, such as model=gpt-oss-20b, not {text!r}.")
         axes.setdefault(axis, []).append(name)
     return axes
 

@@ -4,35 +4,27 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+import shape_moe
 from shape_moe.calibration.records import DataOptions
+from shape_moe.cli.choice_flags import ScoreFlags, SelectFlags
 from shape_moe.cli.console import plain_table
-from shape_moe.cli.figures import number, signed
-from shape_moe.cli.flag_groups import changed_flags, with_flags
-from shape_moe.cli.flags import (
-    DataFlags,
-    DeviceFlags,
-    ForceFlag,
-    MemoryFlags,
-    ModelArgument,
-    OutputFlags,
-    ScoreFlags,
-    SeedFlag,
-    SelectFlags,
-)
+from shape_moe.cli.data_flags import DataFlags
+from shape_moe.cli.estimates import number, signed
+from shape_moe.cli.flag_groups import changed_flags
+from shape_moe.cli.flags import DeviceFlags, ForceFlag, MemoryFlags, ModelArgument, OutputFlags, SeedFlag
 from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags
 from shape_moe.cli.select import summary
 from shape_moe.cli.values import parse_routing
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.intervals import Estimate
 from shape_moe.evaluation.keep_rate import Limit
-from shape_moe.jobs import prune as job
-from shape_moe.jobs.choose import AUTO_HELD_OUT, ChoiceOptions
+from shape_moe.jobs.auto import AUTO_HELD_OUT, ChoiceOptions
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.jobs.prune import PAPER_SAMPLES, PruneOptions
 from shape_moe.jobs.select import AUTO
@@ -40,24 +32,22 @@ from shape_moe.jobs.session import DEFAULT_SAMPLES
 from shape_moe.selection.selection import Selection, load_selection
 from shape_moe.units import readable_size
 
-
-def add_to(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command("prune")(with_flags(prune, **_HELPS))
+if TYPE_CHECKING:
+    from shape_moe.jobs.prune import PruneResult
 
 
-_HELPS = {
+HELPS = {
     "samples": f"Calibrate with at most this many records. Default: {PAPER_SAMPLES}, or "
     f"{DEFAULT_SAMPLES} where candidates are judged.",
-    "scorer": "How experts are valued (shape-moe score --list tells how); auto tries several and judges them.",
+    "scorer": "How experts are valued (shape-moe score --list explains them); auto tries several and judges them.",
     "max_kl": "Instead of --keep: keep as few as stay within this KL divergence to the dense model, in nats per token.",
-    "max_drop": "Instead of --keep: keep as few as lose no more of their exact match than this, as 1% or 0.01.",
+    "max_drop": "Instead of --keep: keep as few as lose no more of their exact match than this (1% or 0.01, say).",
     "held_out": "Judge candidates (of --scorer auto, --max-kl or --max-drop) by these examples. Default: a share of "
     "--data.",
     "held_out_samples": f"Judge by at most this many examples. Default: {HELD_OUT_SAMPLES} with a limit, else "
     f"{AUTO_HELD_OUT}.",
     "generate": "Let a candidate answer N examples freely before it is chosen.",
-    "fit": "Instead of --keep: keep as many as fit this memory, KV cache included, as 24GiB.",
+    "fit": "Instead of --keep: keep as many as fit this memory, KV cache included, for example 24GiB.",
 }
 """What options that other verbs have too say to those who prune."""
 
@@ -77,7 +67,7 @@ def prune(
     force: ForceFlag,
     output: OutputFlags,
     keep: Annotated[
-        float | None, typer.Option(help="Share of the routed experts to keep, over all layers, as 0.6.")
+        float | None, typer.Option(help="Share of the routed experts to keep, over all layers, for example 0.6.")
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="Start from this trace instead of tracing --data.")] = None,
     selection: Annotated[
@@ -106,7 +96,9 @@ def prune(
         choice = _choice(limit, select, generation, judged_by.data(data, seed.seed), judged_by.held_out_samples)
     elif idle := changed_flags(judged_by) + changed_flags(generation):
         named = ", ".join(idle)
-        raise UsageError(f"{named} goes with --scorer auto, --max-kl or --max-drop: nothing is judged without.")
+        raise UsageError(
+            f"{named} has no effect without --scorer auto, --max-kl or --max-drop: only these judge candidates."
+        )
     _refuse_ignored(data, select, score, judged_by, trace, selection, chooses=choice is not None)
     most = memory.most_keep(model, revision)
     if most is not None:
@@ -122,7 +114,7 @@ def prune(
     reads_data = (trace is None and selection is None) or (choice is not None and data.data is not None)
     asked = 1.0 if limit is not None else keep
     options = PruneOptions(
-        select=select.job(asked, score, seed.seed) if asked is not None else None,
+        select=select.options(asked, score, seed.seed) if asked is not None else None,
         trace=data.options(run, seed.seed, samples) if reads_data else None,
         device=run.device,
         dtype=run.dtype,
@@ -130,7 +122,7 @@ def prune(
         check_logits=not no_logits,
         force=force.force,
     )
-    result = job.prune(model, out, options, trace=trace, selection=selection, revision=revision, progress=talk)
+    result = shape_moe.prune(model, out, options, trace=trace, selection=selection, revision=revision, progress=talk)
     for note in result.notes:
         talk.warn(note)
     talk.result(_document(result), lambda console: _show(console, result))
@@ -205,7 +197,7 @@ def _refuse_ignored(
         raise UsageError(f"{decided} has decided that already: leave {', '.join(ignored)} out.")
 
 
-def _document(result: job.PruneResult) -> dict[str, Any]:
+def _document(result: PruneResult) -> dict[str, Any]:
     return {
         "checkpoint": str(result.path),
         "bytes_before": result.bytes_before,
@@ -236,7 +228,7 @@ def _show_choice(console: Console, choice: dict[str, Any]) -> None:
     console.print(f"Chosen: {choice['reason']}", markup=False)
 
 
-def _show(console: Console, result: job.PruneResult) -> None:
+def _show(console: Console, result: PruneResult) -> None:
     console.print(summary(result.selection))
     share = result.bytes_after / result.bytes_before
     sizes = f"{readable_size(result.bytes_before)} -> {readable_size(result.bytes_after)} ({share:.1%})"

@@ -14,10 +14,9 @@ from shape_moe.architectures.loading import free_memory, release_memory
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.records import DataOptions
 from shape_moe.errors import ShapeMoeError, UsageError
-from shape_moe.jobs.choose import ChoiceOptions, candidates, choose
-from shape_moe.jobs.planning import Plan, held_out_tracing, plan_search
-from shape_moe.jobs.search import check_examples
-from shape_moe.jobs.select import SelectionJob, as_selection_job, check_job
+from shape_moe.jobs.auto import ChoiceOptions, auto_select, methods_to_try
+from shape_moe.jobs.planning import SearchPlan, held_out_tracing, plan_search
+from shape_moe.jobs.select import as_select_options, check_options
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options, load_original
 from shape_moe.jobs.trace import kept_trace, open_trace
 from shape_moe.progress import SILENT, Progress
@@ -27,7 +26,7 @@ from shape_moe.pruning.logits import check_logits, masked_answers, why_no_logits
 from shape_moe.pruning.writers import Writer, what_is_left_out, writer_for
 from shape_moe.reporting.model_card import CardFacts, write_card
 from shape_moe.selection.rules import budget_for
-from shape_moe.selection.select import select_from_trace
+from shape_moe.selection.select import SelectOptions, select_from_trace
 from shape_moe.selection.selection import Selection, completed, load_selection, open_selection
 from shape_moe.serving.manifest import write_manifest
 from shape_moe.tracing.statistics import STATISTICS
@@ -55,7 +54,7 @@ class PruneOptions:
         force: replace an existing result, accept artifacts of unknown origin.
     """
 
-    select: SelectionJob | None = None
+    select: SelectOptions | None = None
     trace: ExampleOptions | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -109,7 +108,7 @@ class _Run:
     progress: Progress
     chosen: Selection | None = None
     trace: Trace | None = None
-    plan: Plan | None = None
+    plan: SearchPlan | None = None
     session: ModelSession | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -117,7 +116,7 @@ class _Run:
     def target(self) -> str:
         """The target that the selection is made for."""
         if self.options.select is not None:
-            return self.options.select.options.target
+            return self.options.select.method.target
         assert self.chosen is not None
         return self.chosen.target
 
@@ -185,7 +184,7 @@ def _open_inputs(
         run.chosen = open_selection(selection, snapshot, force=options.force)
     if options.select is not None:
         moe, automatic = snapshot.moe, options.choice is not None
-        check_job(options.select, snapshot.moe_layers, moe.num_experts, moe.routing, automatic=automatic)
+        check_options(options.select, snapshot.moe_layers, moe.num_experts, moe.routing, automatic=automatic)
     run.writer.check(snapshot, run.chosen)
     if trace is not None:
         run.trace = open_trace(trace, snapshot, run.progress, force=options.force)
@@ -245,15 +244,17 @@ def _complete_options(
         samples = DEFAULT_SAMPLES if options.choice else PAPER_SAMPLES
         options = replace(options, trace=as_example_options(data, samples))
     if keep is not None:
-        options = replace(options, select=as_selection_job(keep))
+        options = replace(options, select=as_select_options(keep))
     if options.select is None and options.choice is not None and options.choice.limit is not None:
-        options = replace(options, select=as_selection_job(1.0))  # the limit decides how many are kept
+        options = replace(options, select=as_select_options(1.0))  # the limit decides how many are kept
     if options.trace is not None:
         options = replace(options, trace=replace(options.trace, device=options.device, dtype=options.dtype))
     return options
 
 
-def _plan_choice(snapshot: Snapshot, options: PruneOptions, trace: Trace | None, progress: Progress) -> Plan | None:
+def _plan_choice(
+    snapshot: Snapshot, options: PruneOptions, trace: Trace | None, progress: Progress
+) -> SearchPlan | None:
     """Which examples calibrate and which judge candidates, None where nothing is left to choose."""
     choice, select = options.choice, options.select
     if choice is None or select is None:
@@ -262,8 +263,10 @@ def _plan_choice(snapshot: Snapshot, options: PruneOptions, trace: Trace | None,
     tracing = held_out_tracing(options.trace, trace, choice.held_out, seed)
     tracing = replace(tracing, device=options.device, dtype=options.dtype)
     plan = plan_search(snapshot, tracing, trace, choice.held_out, choice.samples, seed, progress)
-    held = trace.statistics if trace is not None else STATISTICS
-    check_examples(plan, choice.limit, len(candidates(select, choice, snapshot.moe.top_k, held)))
+    if choice.limit is not None:
+        held = trace.statistics if trace is not None else STATISTICS
+        methods = methods_to_try(select.method, choice, snapshot.moe.top_k, held)
+        choice.limit.check_examples(len(plan.held_out.records), len(methods))
     return plan
 
 
@@ -288,7 +291,7 @@ def _check_disk(run: _Run, folder: Path) -> None:
     """Refuse a job whose result would not fit the disk, less what an interrupted run has written already."""
     total = run.snapshot.moe.num_experts * len(run.snapshot.moe_layers)
     select = run.options.select
-    kept = run.chosen.kept if run.chosen is not None else budget_for(select.options.keep, total) if select else total
+    kept = run.chosen.kept if run.chosen is not None else budget_for(select.keep, total) if select else total
     needed = run.writer.bytes_for(run.snapshot, kept) + _DISK_MARGIN - run.writer.bytes_there(folder)
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -313,7 +316,6 @@ def _selected(run: _Run, work: Path) -> Selection:
     """The selection: by the method that was asked for, or by what candidates are worth on held-out examples."""
     assert run.trace is not None
     assert run.options.select is not None
-    job = run.options.select
     if run.plan is not None and run.options.choice is not None:
         folder, file = work / "candidates.partial", work / "shape" / "selection.json"
         if file.is_file():
@@ -321,12 +323,14 @@ def _selected(run: _Run, work: Path) -> Selection:
             chosen = load_selection(file)
         else:
             folder.mkdir(exist_ok=True)
-            chosen = choose(run.snapshot, run.plan, run.trace, job, run.options.choice, run.progress, folder)
+            chosen = auto_select(
+                run.snapshot, run.plan, run.trace, run.options.select, run.options.choice, run.progress, folder
+            )
             chosen.save(file)
         shutil.rmtree(folder, ignore_errors=True)
         run.progress.note(f"Chosen: {chosen.choice['reason'] if chosen.choice else ''}")
         return chosen
-    return select_from_trace(run.trace, job.options, scorer=job.scorer, scoring=job.scoring)
+    return select_from_trace(run.trace, run.options.select)
 
 
 def _canary(run: _Run, selection: Selection) -> tuple[Canary | None, str | None]:

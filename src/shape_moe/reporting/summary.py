@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shape_moe.evaluation.evaluated import Evaluated
+from shape_moe.evaluation.measures import Measured
 from shape_moe.reporting.figures.figure import number, percent, sentence
 from shape_moe.reporting.figures.metrics import METRICS, known_metrics
 from shape_moe.reporting.material import Material, Sizes
-from shape_moe.reporting.results import EvaluatedModel, Measured
 from shape_moe.selection.selection import Selection
 from shape_moe.units import counted, readable_size
 
@@ -53,7 +54,7 @@ def subline(material: Material) -> str:
     text = f"Keeps {selection.kept:,} of {selection.total:,} experts"
     if material.sizes is not None:
         text += f", size {_shrunk(material.sizes)}"
-    return f"{text}. Chosen by {selection.scorer}, rule {selection.rule}, routing {selection.routing}."
+    return f"{text}. Chosen by {selection.method}."
 
 
 def tiles(material: Material) -> list[Tile]:
@@ -131,10 +132,11 @@ def measured_quality(material: Material) -> tuple[Measured, str] | None:
     return None
 
 
-def _is_selected(model: EvaluatedModel, selection: Selection) -> bool:
+def _is_selected(model: Evaluated, selection: Selection) -> bool:
     chosen = model.selection
-    same = [chosen.get(key) == getattr(selection, key) for key in ("scorer", "rule", "routing")]
-    return bool(chosen) and all(same) and abs(float(chosen.get("keep") or 0) - selection.keep) < 0.5 / selection.total
+    if chosen is None or abs(chosen.keep - selection.keep) >= 0.5 / selection.total:
+        return False
+    return all(getattr(chosen, key) == getattr(selection, key) for key in ("scorer", "rule", "routing"))
 
 
 def meaning(material: Material) -> list[str]:
@@ -165,8 +167,8 @@ def _routing(selection: Selection) -> str:
     if selection.routing == "reroute":
         return "The router forgets removed experts too: a token still gets its full number, the best of those kept."
     return (
-        "The router stays as it is: where it picks a removed expert, that expert adds nothing and no other takes its "
-        "place, so the model also computes less."
+        "The router stays as it is: where it picks a removed expert, that expert adds nothing and no other "
+        "expert takes its place, so the model also computes less."
     )
 
 
@@ -195,10 +197,10 @@ def _stability(selection: Selection) -> str:
     if selection.stability is None:
         return ""
     agreement = selection.stability["agreement"]
-    verdict = "little" if agreement >= _FIRM else "somewhat" if agreement >= _FAIR else "a lot"
+    measured = "little" if agreement >= _FIRM else "somewhat" if agreement >= _FAIR else "a lot"
     return (
         f"Each half of the calibration data alone would choose {percent(agreement)} of the same experts: other "
-        f"examples of the same kind would change the selection {verdict}."
+        f"examples of the same kind would change the selection {measured}."
     )
 
 
@@ -219,14 +221,14 @@ def warnings(material: Material) -> list[str]:
     found = list(material.selection.warnings) if material.selection is not None else []
     found += material.remarks
     if material.evaluation is not None:
-        found += material.evaluation.warnings
+        found += material.evaluation.notes
     sweep = material.sweep
     if sweep is None:
         return found
     point = sweep.point_of(material.selection)
     if sweep.recommended is None:
         found.append(sentence(f"The sweep recommends no selection. {sweep.reason}"))
-    if point is not None and point.meets_limit is False:
+    if point is not None and point.meets is False:
         found.append("The selection does not meet the limit on quality that the sweep was given.")
     if point is not None and point.healthy is False:
         found.append("The selection's generated answers loop, or do not end, more often than the dense model's.")

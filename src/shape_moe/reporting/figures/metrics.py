@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from shape_moe.evaluation.intervals import Estimate
+from shape_moe.evaluation.measures import Measured
 from shape_moe.reporting.figures.figure import NONE, number, with_interval
-from shape_moe.reporting.results import Measured
 
 _PERCENT = "\N{NO-BREAK SPACE}%"
 _TIMES = "\N{MULTIPLICATION SIGN}"
@@ -49,7 +49,10 @@ class Metric:
 
     def of(self, measured: Measured) -> Estimate | None:
         """The estimate in the unit shown; None where it was not measured."""
-        found = getattr(measured, self.group).get(self.key)
+        answers = measured.health.figures if measured.health else {}
+        found = {"quality": measured.quality, "change": measured.change, "generation": answers}[self.group].get(
+            self.key
+        )
         if found is None or not math.isfinite(found.value):
             return None
         return Estimate(found.value * self.factor, found.low * self.factor, found.high * self.factor)
@@ -92,9 +95,9 @@ METRICS = (
 )
 
 
-def known_metrics(measured: Iterable[Measured]) -> list[Metric]:
+def known_metrics(entries: Iterable[Measured]) -> list[Metric]:
     """The metrics that at least one of several results has."""
-    results = list(measured)
+    results = list(entries)
     return [metric for metric in METRICS if any(metric.of(result) is not None for result in results)]
 
 
