@@ -92,6 +92,12 @@ def test_the_weights_and_the_seed_of_a_selection_are_found_again() -> None:
     assert scoring_of(None) == ScoreOptions()
 
 
+def test_a_selection_says_what_was_asked_and_what_was_met() -> None:
+    chosen = select_from_scores(SCORES, SelectOptions(keep=0.7, rule="global", multiple_of=2, allow_rounding=True))
+    assert (chosen.constraints["budget_asked"], chosen.kept) == (11, 10)
+    assert (chosen.keep_asked, chosen.keep) == (0.7, 0.625)
+
+
 def test_layers_are_protected_and_skipped_by_their_number_not_their_row() -> None:
     chosen = select_from_scores(SCORES, SelectOptions(keep=0.5, method=Method(rule="global"), protect={5: (0, 1)}))
     assert {0, 1} <= set(chosen.layers[5])
