@@ -12,6 +12,7 @@ from typing import Protocol
 
 from shape_moe.architectures.sizes import measure
 from shape_moe.architectures.snapshot import Snapshot
+from shape_moe.architectures.weight_source import WeightSource
 from shape_moe.errors import UsageError
 from shape_moe.progress import Progress
 from shape_moe.pruning.bundle import check_settings, copy_code, copy_root_files, write_quantisation_files
@@ -100,7 +101,7 @@ class SafetensorsFolder:
         return Written(size, hashes)
 
 
-def what_is_left_out(source: Snapshot) -> tuple[str, ...]:
+def what_is_left_out(source: WeightSource) -> tuple[str, ...]:
     """What a pruned model does not have although the original has it, beside experts, as sentences."""
     left = sum(source.role(name).layer >= source.moe.num_layers for name in source.tensors)
     if not left:
