@@ -62,7 +62,7 @@ def test_the_options_of_a_selection_make_it_again() -> None:
     found = options_of(chosen)
     assert found is not None
     assert (found.skip_layers, found.protect, found.multiple_of) == ((2,), {5: (0,)}, 2)
-    assert (found.keep, found.rule, found.routing) == (0.625, "global", "drop")
+    assert (found.keep, str(found.method)) == (0.625, "reap/global, drop")
     assert select_from_scores(SCORES, found).layers == chosen.layers
 
 
@@ -93,7 +93,7 @@ def test_the_weights_and_the_seed_of_a_selection_are_found_again() -> None:
 
 
 def test_a_selection_says_what_was_asked_and_what_was_met() -> None:
-    chosen = select_from_scores(SCORES, SelectOptions(keep=0.7, rule="global", multiple_of=2, allow_rounding=True))
+    chosen = select_from_scores(SCORES, SelectOptions(0.7, Method(rule="global"), multiple_of=2, allow_rounding=True))
     assert (chosen.constraints["budget_asked"], chosen.kept) == (11, 10)
     assert (chosen.keep_asked, chosen.keep) == (0.7, 0.625)
 
