@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import contextlib
 import json
 
 import numpy as np
@@ -184,6 +185,47 @@ def test_interrupted_traces_go_on(embedded, data, tmp_path, monkeypatch) -> None
     assert resumed.info.tokens == whole.info.tokens
     assert not (tmp_path / "t.partial").exists()
     assert sorted(p.name for p in (tmp_path / "t").iterdir()) == ["coalitions", "statistics.safetensors", "trace.json"]
+
+
+@pytest.mark.parametrize("bad", [(), (0, 7, 13)])
+def test_a_trace_interrupted_after_every_batch_is_the_undisturbed_one_byte_for_byte(
+    embedded, data, tmp_path, monkeypatch, bad
+) -> None:
+    forward, add = ModelTracer._forward, ModelTracer.add
+
+    def fail(self, batch, *arguments):
+        if any(example.index in bad for example in batch.examples):
+            raise RuntimeError("broken")
+        return forward(self, batch, *arguments)
+
+    monkeypatch.setattr(ModelTracer, "_forward", fail)
+    source = data([*examples("sorting", 12, seed=1), *examples("words", 9, seed=2)])
+    chosen = options(source, batch_size=2, skip_bad=bool(bad))
+    trace(embedded, chosen, tmp_path / "whole")
+    stops = 0
+    while not (tmp_path / "broken").exists():
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(ModelTracer, "add", _stopping(add))
+            trace(embedded, chosen, tmp_path / "broken")
+        stops += 1
+    assert stops == 14  # eight folds of two or three examples make 13 batches; the last run only saves
+    files = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*") if p.is_file())
+    assert len(files) == 6  # the document, the statistics, and four layers' coalitions
+    for file in files:
+        if file.name != "trace.json":
+            assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "broken" / file).read_bytes(), file
+    whole, broken = (load_trace(tmp_path / name) for name in ("whole", "broken"))
+    assert broken.info.tokens == whole.info.tokens
+    assert len(broken.info.source["skipped"]) == len(whole.info.source["skipped"]) == len(bad)
+
+
+def _stopping(add):
+    def stopping(self, batch, **more):
+        logits = add(self, batch, **more)
+        press_ctrl_c()
+        return logits
+
+    return stopping
 
 
 def test_another_job_does_not_take_over(embedded, data, tmp_path) -> None:

@@ -19,7 +19,7 @@ from shape_moe.jobs.select import AUTO, SelectionJob
 from shape_moe.progress import Progress
 from shape_moe.scoring.registry import get_scorer
 from shape_moe.selection.selection import Routing, Selection
-from shape_moe.tracing.statistics import STATISTICS
+from shape_moe.tracing.engine import every_statistic
 from shape_moe.tracing.trace import Trace
 
 AUTO_METHODS = (
@@ -109,16 +109,14 @@ def choose(
         search.judge.close()
 
 
-def candidates(
-    job: SelectionJob, options: ChoiceOptions, top_k: int, statistics: Collection[str] = STATISTICS.keys()
-) -> list[Combination]:
+def candidates(job: SelectionJob, options: ChoiceOptions, top_k: int, statistics: Collection[str]) -> list[Combination]:
     """The ways to choose that are tried, preferred ones first.
 
     Args:
         job: what was asked for.
         options: what is left to choose.
         top_k: experts per token of the model.
-        statistics: what the trace holds beside coalitions.
+        statistics: what the trace holds beside coalitions, None for all that are installed.
     """
     target = job.options.target
     asked: tuple[Routing, ...] = (job.options.routing,)
@@ -127,7 +125,7 @@ def candidates(
     routings = options.routings or (both if automatic and target == "ragged" else asked)
     methods: Sequence[tuple[str, str]] = [(job.scorer, job.options.rule)]
     if automatic:
-        held = {"coalitions", *statistics}
+        held = {"coalitions", *(every_statistic() if statistics is None else statistics)}
         methods = [(scorer, rule) for scorer, rule in AUTO_METHODS if set(get_scorer(scorer).needs) <= held]
         methods = [method for method in methods if get_scorer(method[0]).can_value(top_k)]
         if options.rules is not None:

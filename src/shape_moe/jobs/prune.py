@@ -32,7 +32,6 @@ from shape_moe.selection.select import select_from_trace
 from shape_moe.selection.selection import Selection, load_selection, open_selection
 from shape_moe.serving.bundle import copy_code, copy_root_files
 from shape_moe.serving.manifest import write_manifest
-from shape_moe.tracing.statistics import STATISTICS
 from shape_moe.tracing.trace import Trace
 from shape_moe.workspace import Workspace, check_output, write_json
 
@@ -218,7 +217,7 @@ def _plan_choice(snapshot: Snapshot, options: PruneOptions, trace: Trace | None,
     tracing = held_out_tracing(options.trace, trace, choice.held_out, seed)
     tracing = replace(tracing, device=options.device, dtype=options.dtype)
     plan = plan_search(snapshot, tracing, trace, choice.held_out, choice.samples, seed, progress)
-    held = trace.statistics if trace is not None else STATISTICS
+    held = trace.statistics if trace is not None else plan.session.engine.statistics()
     check_examples(plan, choice.limit, len(candidates(select, choice, snapshot.moe.top_k, held)))
     return plan
 

@@ -7,16 +7,20 @@ residual stream before the norm that feeds the block.
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
-from shape_moe.tracing.observed import Observed
 from shape_moe.tracing.statistics import statistic
+
+if TYPE_CHECKING:
+    import torch
+
+    from shape_moe.tracing.observed import Observed
 
 
 @statistic("tokens", per="slot", meaning="tokens routed to the expert", whole=True)
 def tokens(seen: Observed) -> torch.Tensor:
     """One for every slot."""
-    return torch.ones_like(seen.g)
+    return seen.one_per_slot
 
 
 @statistic("gate", per="slot", meaning="g")
@@ -70,7 +74,7 @@ def router_probability(seen: Observed) -> torch.Tensor:
 @statistic("layer_tokens", per="token", meaning="1", whole=True)
 def layer_tokens(seen: Observed) -> torch.Tensor:
     """One for every token."""
-    return torch.ones_like(seen.output_square)
+    return seen.one_per_token
 
 
 @statistic("output_square", per="token", meaning="|y|^2")
@@ -94,5 +98,4 @@ def gram(seen: Observed) -> torch.Tensor:
 @statistic("gram_relative", per="pair", meaning="<a_i, a_j> / |h|^2")
 def gram_relative(seen: Observed) -> torch.Tensor:
     """Inner products of contributions, relative to the residual stream; 0 where that is 0."""
-    square = seen.residual_square
-    return seen.contribution_products * torch.where(square > 0, 1 / square, 0)[:, None, None]
+    return seen.contribution_products * seen.residual_square_inverse[:, None, None]

@@ -43,9 +43,19 @@ class Observed:
     residual_scale: float
     router_scores: Literal["softmax", "sigmoid"]
 
+    @property
+    def one_per_slot(self) -> torch.Tensor:
+        """1 for every slot [T, k]."""
+        return torch.ones_like(self.g)
+
+    @property
+    def one_per_token(self) -> torch.Tensor:
+        """1 for every token [T]."""
+        return torch.ones_like(self.g[:, 0])
+
     @cached_property
     def y(self) -> torch.Tensor:
-        """The routed output ``sum_i g_i E_i`` times the residual scale, float64 [T, H], without the model's rounding."""
+        """The routed output ``sum_i g_i E_i`` times the residual scale, float64 [T, H], not rounded as the model's."""
         parts = []
         for rows in self._chunks():
             outputs = self.outputs[rows].to(self.g.device).double()
@@ -88,6 +98,11 @@ class Observed:
     def residual_square(self) -> torch.Tensor:
         """``|h|^2`` [T]."""
         return self._inner_products[2]
+
+    @property
+    def residual_square_inverse(self) -> torch.Tensor:
+        """``1 / |h|^2`` [T]; 0 where that is 0."""
+        return torch.where(self.residual_square > 0, 1 / self.residual_square, 0)
 
     @cached_property
     def contribution_products(self) -> torch.Tensor:

@@ -197,7 +197,7 @@ class LayerRecorder:
             terms = terms.to(seen.g)
         except (ShapeMoeError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # noqa: BLE001 -- other packages' code: named, and never a traceback
+        except Exception as error:  # other packages' code: named, and never a traceback
             raise ShapeMoeError(f"Statistic {statistic.name!r} failed: {first_line(error)}") from error
         if found != tuple(shape):
             raise ShapeMoeError(
