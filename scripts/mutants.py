@@ -149,7 +149,7 @@ def judge_all(mutants: list[Mutant], cover: Cover, work: Path, workers: int) -> 
 
 
 def document(
-    mutants: list[Mutant], outcomes: dict[str, Outcome], options: argparse.Namespace, seconds: float
+    mutants: list[Mutant], outcomes: dict[str, Outcome], options: argparse.Namespace, cover: Cover, seconds: float
 ) -> dict[str, Any]:
     """The result, with the diff of every survivor."""
     reasons = {(e["file"], e["change"]): e["reason"] for e in json.loads(EQUIVALENT.read_text())}
@@ -181,6 +181,7 @@ def document(
         "caught_share": round(counts["caught"] / judged, 4) if judged else 1.0,
         "equivalent_share": round(counts["equivalent"] / len(entries), 4),
         "seconds": round(seconds),
+        "failing_without_a_fault": cover.failing,
         "mutants": sorted(entries, key=lambda entry: (entry["file"], entry["line"], entry["kind"])),
     }
 
@@ -205,7 +206,7 @@ def main() -> int:
     mutants = chosen(options)
     cover = cover_of(options.work, options.first, options.workers, options.again)
     outcomes = judge_all(mutants, cover, options.work, options.workers)
-    result = document(mutants, outcomes, options, time.monotonic() - started)
+    result = document(mutants, outcomes, options, cover, time.monotonic() - started)
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(

@@ -2,8 +2,8 @@
 
 Variables of the environment say what it does:
 
-- ``MUTANTS_RECORD``, a folder: every test's seconds go to ``seconds.jsonl`` and the modules that are loaded at the end
-  to ``modules-*.json``.
+- ``MUTANTS_RECORD``, a folder: every test's seconds and whether it passed go to ``tests.jsonl``, and the modules that
+  are loaded at the end to ``modules-*.json``.
 - ``MUTANTS_PLAN``, a JSON file with ``seconds`` by test, and ``only`` or ``without`` (lists of tests): what runs, quick
   tests first, each with a time limit of its own.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 _seconds: dict[str, float] = defaultdict(float)
+_failed: set[str] = set()
 _UNKNOWN = 5.0
 
 
@@ -28,9 +29,11 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if target is None or "PYTEST_XDIST_WORKER" in os.environ:
         return
     _seconds[report.nodeid] += report.duration
+    if report.failed:
+        _failed.add(report.nodeid)
     if report.when == "teardown":
-        line = json.dumps([report.nodeid, round(_seconds[report.nodeid], 4)])
-        with Path(target, "seconds.jsonl").open("a") as stream:
+        line = json.dumps([report.nodeid, round(_seconds[report.nodeid], 4), report.nodeid not in _failed])
+        with Path(target, "tests.jsonl").open("a") as stream:
             stream.write(line + "\n")
 
 
