@@ -98,14 +98,13 @@ def test_documentation_says_what_is_computed() -> None:
 @pytest.fixture
 def fresh_registry(monkeypatch):
     """Scorers that a test registers are gone afterwards."""
+    scorers()
     again = copy.deepcopy(registry._SCORERS)
     monkeypatch.setattr(registry, "_SCORERS", again)
     return again
 
 
 def test_collisions_are_refused(fresh_registry) -> None:
-    scorers()
-
     def mine(trace, options):
         return trace.sums("tokens")
 

@@ -282,7 +282,8 @@ class LayerRecorder:
         """The running sums as they are, and the coalition table: what :meth:`restore` goes on from, bit for bit."""
         table = self.coalitions()
         sums = {name: tensor.cpu().numpy() for name, tensor in self._sums.items()}
-        return {**(sums or self._kept), "members": table.members, "counts": table.counts}
+        counted = {"members": np.ascontiguousarray(table.members), "counts": np.ascontiguousarray(table.counts)}
+        return {**(sums or self._kept), **counted}
 
     def restore(self, state: Mapping[str, Array]) -> None:
         """Go on from the state of a recorder of the same layer and statistics."""
