@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 
@@ -77,7 +77,15 @@ def select(
     if not isinstance(source, Trace) and is_table(source):
         return select_from_scores(read_scores(source), job.options, routing=routing)
     trace = source if isinstance(source, Trace) else load_trace(source)
-    return select_from_trace(trace, job.options, scorer=job.scorer, scoring=job.scoring)
+    selection = select_from_trace(trace, job.options, scorer=job.scorer, scoring=job.scoring)
+    return replace(selection, warnings=(*selection.warnings, *_warn_of_changes(trace)))
+
+
+def _warn_of_changes(trace: Trace) -> list[str]:
+    """What has become of the model that was traced, where it lies where it did."""
+    known, folder = trace.info.traced_files, Path(trace.info.model)
+    changed = known.changed(folder) if known is not None and folder.is_dir() else None
+    return [f"The model {folder} is not as it was traced: {changed}. Trace it anew."] if changed else []
 
 
 def is_table(source: str | PathLike[str]) -> bool:
