@@ -204,7 +204,7 @@ def test_a_trace_interrupted_after_every_batch_is_the_undisturbed_one_byte_for_b
 
     def traced(name: str) -> Trace:
         session = ModelSession.open(embedded, options(source, batch_size=2, skip_bad=bool(bad)), None, SILENT)
-        session.use(embedded_model)
+        session.use(embedded_model[0])
         (tmp_path / name).mkdir(exist_ok=True)
         found = session.trace(tmp_path / name)
         found.save(tmp_path / name)
