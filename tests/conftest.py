@@ -1,4 +1,4 @@
-"""Everything runs offline, on two threads, quietly, and the same every time."""
+"""Everything runs offline, on two threads in all, quietly, and the same every time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import shape_moe  # noqa: F401  # registers pruned checkpoints with Transformers
-from shape_moe.architectures.embedded import embedded_model_path
+from shape_moe.embedded_model import embedded_model_path
 from support.tiny_models import FAMILIES, make_model, save_model
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference" / "qwen3-30b-a3b"
@@ -51,7 +51,7 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     yield
 
 

@@ -14,9 +14,11 @@ from shape_moe.calibration.records import DataOptions, load_records
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import UsageError
 from shape_moe.evaluation import harness
+from shape_moe.evaluation.bench import Bench
 from shape_moe.evaluation.generation import GenerationOptions
-from shape_moe.experiments import evaluations, plan
-from shape_moe.experiments.evaluations import JudgedExamples, JudgedTask
+from shape_moe.experiments import grid as grid_module
+from shape_moe.experiments import plan
+from shape_moe.experiments.evaluations import JudgedTask
 from shape_moe.jobs.evaluate import EvaluateOptions
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.tracing.trace import load_trace
@@ -40,7 +42,7 @@ def counted(monkeypatch):
     made = {"judged": [], "stop_at": None}
 
     def counting(kind):
-        original = kind.judge
+        original = kind.document
 
         def judge(self, selection):
             if made["stop_at"] == len(made["judged"]):
@@ -49,9 +51,9 @@ def counted(monkeypatch):
             made["judged"].append(selection.digest)
             return original(self, selection)
 
-        monkeypatch.setattr(kind, "judge", judge)
+        monkeypatch.setattr(kind, "document", judge)
 
-    counting(JudgedExamples)
+    counting(Bench)
     counting(JudgedTask)
     return made
 
@@ -199,7 +201,7 @@ def test_nothing_is_loaded_when_a_record_is_too_long_for_the_model(grid, monkeyp
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("shape_moe.experiments.grid.load_original", loaded)
-    monkeypatch.setattr(evaluations, "held_out_set", loaded)
+    monkeypatch.setattr(grid_module, "held_out_set", loaded)
     rows = [{"prompt": "p", "response": "x" * 5000}, *examples("addition", CALIBRATE, seed=1)]
     write_rows(grid.parent / "addition.jsonl", rows)
     with pytest.raises(shape_moe.errors.DataError, match="addition.jsonl, line 1"):

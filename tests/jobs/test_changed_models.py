@@ -18,7 +18,7 @@ from shape_moe.demo.tasks import examples
 from shape_moe.errors import FingerprintError, ShapeMoeError, UsageError
 from shape_moe.jobs import prune as prune_job
 from shape_moe.jobs.prune import PruneOptions, prune
-from shape_moe.jobs.select import SelectionJob, select
+from shape_moe.jobs.select import select
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.sweep import sweep
 from shape_moe.jobs.trace import open_trace, trace
@@ -27,7 +27,7 @@ from shape_moe.selection.select import SelectOptions
 from shape_moe.tracing.trace import load_trace, merge_traces
 from support.data import write_lines
 
-OPTIONS = PruneOptions(SelectionJob(SelectOptions(keep=0.6)), device="cpu", check_logits=False)
+OPTIONS = PruneOptions(SelectOptions(keep=0.6), device="cpu", check_logits=False)
 
 
 @pytest.fixture

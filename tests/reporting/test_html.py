@@ -18,10 +18,12 @@ from shape_moe.reporting.html import embedded_json, plotly_script, render_report
 from shape_moe.reporting.material import Material, Sizes
 from shape_moe.reporting.provenance import commands
 from shape_moe.reporting.summary import meaning, measured_quality, tiles, warnings
-from shape_moe.reporting.theme import DARK, LIGHT, contrast
+from shape_moe.reporting.theme import DARK, LIGHT
 from shape_moe.scoring.scores import score_trace
+from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions, select_from_scores, select_from_trace
 from shape_moe.text import printable
+from support.contrast import contrast
 from support.data import routing_trace, synthetic_trace
 from support.results import write_evaluation, write_sweep
 
@@ -122,9 +124,7 @@ def test_headings_ids_and_labels_are_in_order(tmp_path) -> None:
 def test_hostile_names_stay_text(tmp_path) -> None:
     clean, _, _ = page_of(full_material(tmp_path))
     material = full_material(tmp_path, name=HOSTILE)
-    points = tuple(
-        replace(point, combination=replace(point.combination, scorer=HOSTILE)) for point in material.sweep.points
-    )
+    points = tuple(replace(point, method=replace(point.method, scorer=HOSTILE)) for point in material.sweep.points)
     models = tuple(
         replace(model, name=HOSTILE + str(i), footprint=replace(model.footprint, device=HOSTILE))
         for i, model in enumerate(material.evaluation.models)
@@ -277,7 +277,8 @@ def test_warnings_are_prominent(tmp_path) -> None:
     assert "The sweep recommends no selection. None is within the limit." in warnings(replace(material, sweep=nothing))
     unhealthy = Health({}, {}, 64, ("answers loop",))
     points = tuple(
-        replace(p, verdict=replace(p.verdict, health=unhealthy), fits=False, meets=True) for p in material.sweep.points
+        replace(p, measured=replace(p.measured, health=unhealthy), fits=False, meets=True)
+        for p in material.sweep.points
     )
     found = warnings(replace(material, sweep=replace(material.sweep, points=points)))
     assert any("loop" in text for text in found)
@@ -297,7 +298,7 @@ def test_a_sweep_names_the_smallest_selection_that_is_not_recommended(tmp_path) 
     assert told not in page_of(Material("s", sweep=sweep))[2].words
     for another in (None, place - 1):
         words = page_of(Material("s", sweep=replace(sweep, recommended=another)))[2].words
-        assert f"{told} of the experts ({sweep.points[place].combination})." in words
+        assert f"{told} of the experts ({sweep.points[place].method})." in words
     assert (
         "smallest selection within the limit"
         not in page_of(Material("s", sweep=replace(sweep, recommended=None, smallest_within_limit=None)))[2].words
@@ -320,8 +321,8 @@ def test_commands_give_the_artifacts_again(tmp_path) -> None:
         "fields": {"prompt": "the question", "response": "answer"},
     }
     trace = replace(trace, info=replace(trace.info, model="org/model", source=source))
-    options = SelectOptions(keep=0.55, multiple_of=4, allow_rounding=True, skip_layers=(1,), protect={2: (0, 5)})
-    selection = select_from_trace(trace, options, scorer="reap")
+    fixed = {"multiple_of": 4, "allow_rounding": True, "skip_layers": (1,), "protect": {2: (0, 5)}}
+    selection = select_from_trace(trace, SelectOptions(0.55, Method("reap"), **fixed))
     made = commands(Material("t", selection, score_trace(trace, "reap"), trace))
     assert made == [
         "shape-moe trace org/model --data 'my data.jsonl' --samples 25 --seed 3 --max-length 99 "
@@ -447,7 +448,7 @@ def test_json_cannot_leave_its_element() -> None:
 def test_large_models_stay_below_eight_megabytes() -> None:
     """48 layers of 512 experts, top-10."""
     trace = routing_trace(48, 512, 10, 1500)
-    selection = select_from_trace(trace, SelectOptions(keep=0.5), scorer="reap")
+    selection = select_from_trace(trace, SelectOptions(keep=0.5, method=Method("reap")))
     rivals = tuple(score_trace(trace, name) for name in ("reap", "frequency", "random"))
     text, names = render_report(Material("t", selection, rivals[0], trace, rivals))
     assert "coalitions" in names

@@ -30,3 +30,15 @@ def test_other_counts_are_added_in_floating_point_and_rounding_counts_as_zero() 
     exact = brute_force.shape_values(MEMBERS, [Fraction(float(count)) for count in COUNTS / np.pi], 4)
     large = [expert for expert in range(4) if exact[expert] > 1e-6]
     np.testing.assert_allclose(values[large], [float(exact[expert]) for expert in large], rtol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1, 0.125, 1 / np.pi])
+def test_coalitions_that_served_no_token_do_not_count(scale) -> None:
+    """Else they would make every alpha zero."""
+    members = np.array([[0, 1], [0, 2], [1, 2], [0, 3], [2, 3]])
+    counts = np.array([3, 0, 5, 2, 0]) * scale
+    observed = counts > 0
+    found = shape_values(members, counts, 4)
+    np.testing.assert_array_equal(found, shape_values(members[observed], counts[observed], 4))
+    exact = brute_force.shape_values(members, [Fraction(float(count)) for count in counts], 4)
+    np.testing.assert_allclose(found, [float(value) for value in exact], rtol=1e-9, atol=1e-12)

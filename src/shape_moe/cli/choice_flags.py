@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from shape_moe.cli.values import parse_layers, parse_protect, parse_routing
-from shape_moe.jobs.select import SelectionJob
 from shape_moe.scoring.registry import ScoreOptions
+from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions
 from shape_moe.tracing.trace import SegmentWeights
 
@@ -38,7 +38,9 @@ class ScoreFlags(WeightFlags):
 
     scorer: Annotated[
         str,
-        typer.Option(help="How experts are valued; shape-moe score --list tells how.", rich_help_panel=CHOICE_PANEL),
+        typer.Option(
+            help="How experts are valued; shape-moe score --list explains them.", rich_help_panel=CHOICE_PANEL
+        ),
     ] = "shape"
 
 
@@ -74,12 +76,14 @@ class SelectFlags:
         ),
     ] = None
     skip_layers: Annotated[
-        str | None, typer.Option(help="Layers that keep every expert, as 0,1,47.", rich_help_panel=CHOICE_PANEL)
+        str | None,
+        typer.Option(help="Layers that keep every expert, for example 0,1,47.", rich_help_panel=CHOICE_PANEL),
     ] = None
     protect: Annotated[
         list[str] | None,
         typer.Option(
-            help="Experts to keep in any case, as LAYER:EXPERT,EXPERT; repeat it.", rich_help_panel=CHOICE_PANEL
+            help="Experts to keep whatever their value, written LAYER:EXPERT,EXPERT; can be repeated.",
+            rich_help_panel=CHOICE_PANEL,
         ),
     ] = None
     multiple_of: Annotated[
@@ -95,18 +99,16 @@ class SelectFlags:
         ),
     ] = False
 
-    def job(self, keep: float, score: ScoreFlags, seed: int) -> SelectionJob:
-        """The selection job that these flags describe."""
+    def options(self, keep: float, score: ScoreFlags, seed: int) -> SelectOptions:
+        """The options that these flags describe."""
         target = self.target or "ragged"
-        options = SelectOptions(
+        return SelectOptions(
             keep=keep,
-            rule=self.rule or "coverage",
-            routing=parse_routing(self.routing, target),
-            target=target,
+            method=Method(score.scorer, self.rule or "coverage", parse_routing(self.routing, target), target),
+            scoring=score.options(seed),
             tolerance=self.tolerance,
             skip_layers=parse_layers(self.skip_layers),
             protect=parse_protect(self.protect),
             multiple_of=self.multiple_of,
             allow_rounding=self.allow_rounding,
         )
-        return SelectionJob(options, score.scorer, score.options(seed))

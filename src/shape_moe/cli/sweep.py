@@ -16,22 +16,22 @@ from shape_moe.cli.data_flags import DataFlags
 from shape_moe.cli.estimates import number, share, signed
 from shape_moe.cli.flags import DeviceFlags, ForceFlag, MemoryFlags, ModelArgument, OutputFlags, SeedFlag
 from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags
-from shape_moe.cli.values import parse_routing
 from shape_moe.errors import UsageError
-from shape_moe.evaluation.keep_rate import SweepPoint
+from shape_moe.evaluation.keep_rate import Point
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.jobs.session import DEFAULT_SAMPLES
 from shape_moe.scoring.registry import scorers as known_scorers
+from shape_moe.selection.method import Method, check_routing, usual_routing
 from shape_moe.units import readable_size
 
 if TYPE_CHECKING:
-    from shape_moe.jobs.search import SweepResult
+    from shape_moe.jobs.sweep import SweepResult
 
 HELPS = {
     "samples": f"Calibrate with at most this many records. Default: {DEFAULT_SAMPLES}.",
     "held_out_samples": f"Judge by at most this many examples. Default: {HELD_OUT_SAMPLES}.",
     "generate": "Let what may be recommended answer N examples freely.",
-    "fit": "Recommend only what fits this memory, KV cache included, as 24GiB.",
+    "fit": "Recommend only what fits this memory, KV cache included, for example 24GiB.",
 }
 """What options that other verbs have too say to those who sweep."""
 
@@ -57,18 +57,21 @@ def sweep(
     trace: Annotated[Path | None, typer.Option(help="Start from this trace; its examples are never judged by.")] = None,
     keep: Annotated[
         list[float] | None,
-        typer.Option(help="A keep rate to judge; repeat it. Default: bisection to a given limit, else 0.9 to 0.25."),
+        typer.Option(
+            help="A keep rate to judge; can be repeated. Default: bisection to a given limit, else 0.9 to 0.25."
+        ),
     ] = None,
     scorer: Annotated[
         list[str] | None,
         typer.Option(
-            help="How experts are valued; repeat it, or say all. Default: shape.", rich_help_panel=CHOICE_PANEL
+            help="How experts are valued; can be repeated; all takes every scorer. Default: shape.",
+            rich_help_panel=CHOICE_PANEL,
         ),
     ] = None,
     rule: Annotated[
         list[str] | None,
         typer.Option(
-            help="How layers share the budget: coverage (the default), uniform, global; repeat it.",
+            help="How layers share the budget: coverage (the default), uniform, global; can be repeated.",
             rich_help_panel=CHOICE_PANEL,
         ),
     ] = None,
@@ -76,7 +79,7 @@ def sweep(
         list[str] | None,
         typer.Option(
             help="drop (router unchanged, pruned slots add nothing) or reroute (pruned experts leave the router); "
-            "repeat it for both. Default: drop; reroute for target stock.",
+            "give it twice for both. Default: drop; reroute for target stock.",
             rich_help_panel=CHOICE_PANEL,
         ),
     ] = None,
@@ -96,10 +99,12 @@ def sweep(
     options = shape_moe.SweepOptions(
         keep_rates=tuple(keep) if keep else None,
         limit=limits.limit(),
-        scorers=_scorers(scorer),
-        rules=tuple(rule or ["coverage"]),
-        routings=tuple(routing or [parse_routing(None, target)]),
-        target=target,
+        methods=tuple(
+            Method(valued, shared, check_routing(routed), target)
+            for valued in _scorers(scorer)
+            for shared in rule or ["coverage"]
+            for routed in routing or [usual_routing(target)]
+        ),
         scoring=weights.options(seed.seed),
         held_out=HELD_OUT_SAMPLES if judged_by.held_out_samples is None else judged_by.held_out_samples,
         generation=generation.required(),
@@ -139,9 +144,9 @@ def _show(console: Console, result: SweepResult, model: str, out: Path | None) -
     console.print(f"Dense model: {readable_size(dense['bytes'])}, nll {quality['nll']['value']:.4f}{exact}")
     marks = {result.recommendation.chosen: "recommended"}
     places = list(enumerate(result.recommendation.points))
-    for combination, group in groupby(places, key=lambda place: place[1].combination):
+    for method, group in groupby(places, key=lambda place: place[1].method):
         table = plain_table(
-            "keep", "weights", "KL to dense", "same top-1", "exact match", "change", "limit", "", title=str(combination)
+            "keep", "weights", "KL to dense", "same top-1", "exact match", "change", "limit", "", title=str(method)
         )
         for i, point in sorted(group, key=lambda place: -place[1].selection.kept):
             table.add_row(*_row(point), marks.get(i, ""), style="bold green" if i in marks else None)
@@ -157,8 +162,8 @@ def _show(console: Console, result: SweepResult, model: str, out: Path | None) -
         )
 
 
-def _row(point: SweepPoint) -> tuple[str, ...]:
-    quality, change = point.verdict.quality, point.verdict.change
+def _row(point: Point) -> tuple[str, ...]:
+    quality, change = point.measured.quality, point.measured.change
     exact = quality.get("exact_match")
     words = {True: "within", False: "beyond", None: ""}[point.meets]
     if point.fits is False:

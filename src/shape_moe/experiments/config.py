@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.harness import TaskOptions
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.scoring.registry import ScoreOptions
-from shape_moe.selection.selection import Routing
+from shape_moe.selection.method import Method, Routing
 from shape_moe.tracing.trace import SegmentWeights
 
 
@@ -70,13 +72,13 @@ class TaskSpec:
 
     name: str
     task: str
-    limit: int | None
-    fewshot: int | None
-    batch_size: int
-    chat_template: bool
-    unsafe_code: bool
-    metrics: tuple[str, ...]
-    calibration: tuple[str, ...]
+    limit: Annotated[int, Meta(ge=1)] | None = None
+    fewshot: Annotated[int, Meta(ge=0)] | None = None
+    batch_size: Annotated[int, Meta(ge=1)] = 8
+    chat_template: bool = False
+    unsafe_code: bool = False
+    metrics: tuple[str, ...] = ()
+    calibration: tuple[str, ...] = ()
 
     @property
     def options(self) -> TaskOptions:
@@ -88,15 +90,14 @@ EvaluationSpec = ExamplesSpec | TaskSpec
 
 
 @dataclass(frozen=True)
-class Method:
-    """A scorer with a rule; the seed is that of scorer random, None for all others."""
+class SeededMethod(Method):
+    """A method of the grid, whose routings are an axis of their own.
 
-    scorer: str
-    rule: str
+    Attributes:
+        seed: that of scorer random, None for all others.
+    """
+
     seed: int | None = None
-
-    def __str__(self) -> str:
-        return f"{self.scorer}/{self.rule}"
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class ExperimentConfig:
 
     models: tuple[ModelSpec, ...]
     calibration: tuple[CalibrationSpec, ...]
-    methods: tuple[Method, ...]
+    methods: tuple[SeededMethod, ...]
     routings: tuple[Routing, ...]
     keep: tuple[float, ...]
     evaluation: tuple[EvaluationSpec, ...]
@@ -139,7 +140,7 @@ class ExperimentConfig:
     def _per_calibration(self) -> int:
         return len(self.methods) * len(self.routings) * len(self.keep)
 
-    def scoring(self, method: Method) -> ScoreOptions:
+    def scoring(self, method: SeededMethod) -> ScoreOptions:
         """How a method's scorer is run."""
         return ScoreOptions(self.weights, self.seed if method.seed is None else method.seed)
 
@@ -161,7 +162,7 @@ class ExperimentConfig:
         axes: dict[str, tuple[str, list[str]]] = {
             "model": ("models", [spec.name for spec in self.models]),
             "calibration": ("calibration", [spec.name for spec in self.calibration]),
-            "method": ("methods", [str(method) for method in self.methods]),
+            "method": ("methods", [method.pair for method in self.methods]),
             "routing": ("routings", [str(routing) for routing in self.routings]),
             "keep": ("keep", [f"{keep:g}" for keep in self.keep]),
             "evaluation": ("evaluation", [spec.name for spec in self.evaluation]),

@@ -14,13 +14,13 @@ from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.records import DataOptions, load_records
 from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.errors import ShapeMoeError, UsageError
+from shape_moe.evaluation.bench import Bench
 from shape_moe.evaluation.evaluated import ALSO, TASK, Evaluated, Evaluation
 from shape_moe.evaluation.faithfulness import FEWEST_RANDOM, Faithfulness, faithfulness
 from shape_moe.evaluation.footprint import Workload, measure_footprint
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.harness import TaskOptions, check_chat_template, check_tasks, run_tasks, run_tasks_with_vllm
-from shape_moe.evaluation.judge import Judge, Verdict
-from shape_moe.evaluation.subjects import Candidate, open_candidate, scores_of
+from shape_moe.evaluation.subjects import Candidate, open_candidates, scores_of
 from shape_moe.evaluation.task_results import TaskResult, task_changes
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES, held_out_set
 from shape_moe.jobs.session import ExampleOptions, ModelSession, as_example_options, load_original
@@ -107,10 +107,7 @@ def evaluate(
         device, dtype = tracing.device, tracing.dtype
     snapshot = open_snapshot(model)
     trace = open_trace(options.trace, snapshot, progress, force=True) if options.trace is not None else None
-    known = [open_candidate(entry, snapshot, trace) for entry in candidates]
-    names = [snapshot.name, *(entry.name for entry in known)]
-    if len(set(names)) < len(names):
-        raise UsageError("Two of the models to evaluate have the same name; rename one, or leave it out.")
+    known = open_candidates(candidates, snapshot, trace)
     if options.tasks is not None:
         check_tasks(options.tasks.names, options.tasks.engine)
     return _Run(snapshot, known, tracing, options, (device, dtype), progress).carry_out()
@@ -133,7 +130,7 @@ class _Run:
         self.device, self.dtype = placement
         self.notes: list[str] = []
         self.size = measure(snapshot)
-        self.judges: dict[str, Judge] = {}
+        self.benches: dict[str, Bench] = {}
         self.scores: dict[str, Scores] = {}
         self.session: ModelSession | None = None
         self.tokenizer = load_tokenizer(snapshot.path)
@@ -177,8 +174,8 @@ class _Run:
             release_memory()
             models += [self._checkpoint(entry, entry.snapshot) for entry in self.candidates if entry.snapshot]
         release_memory()
-        for judge in self.judges.values():
-            judge.close()
+        for bench in self.benches.values():
+            bench.close()
         order = {name: i for i, name in enumerate([self.snapshot.name, *(entry.name for entry in self.candidates)])}
         models.sort(key=lambda found: order[found.name])
         self._run_vllm_tasks(models)
@@ -190,7 +187,7 @@ class _Run:
             fingerprint=fingerprint(self.snapshot),
             data=asked.data.source if asked else None,
             also=also.source if also else None,
-            examples=len(self.judges[TASK].held_out.examples) if self.judges else 0,
+            examples=len(self.benches[TASK].held_out.examples) if self.benches else 0,
             by=self.options.by,
             models=tuple(models),
             faithfulness=tuple(checks),
@@ -210,57 +207,49 @@ class _Run:
 
     def _judged_on_dense(self) -> tuple[list[Evaluated], list[Faithfulness]]:
         """The dense model and all masks on it, and what faithfulness says of every selection."""
-        model, checks = self._dense_model(), []
         if self.session is not None:
-            self.judges = self._judges(self.session)
-        models = [self._dense(model)]
+            model = self.session.model
+            self.benches = self._open_benches(self.session)
+        else:
+            model = load_original(self.snapshot, self.device, self.dtype, self.progress)
+        dense = Evaluated(self.snapshot.name, "dense", None, self.snapshot.total_bytes)
+        dense.sets = {name: bench.dense() for name, bench in self.benches.items()}
+        dense.tasks = self._tasks(model)
+        models, checks = [dense], []
         for entry in self.candidates:
-            kept = None
             if entry.snapshot is None:
                 models.append(self._masked(entry, model))
-                kept = models[-1].sets.get(TASK)
             if self.options.faithfulness and entry.selection is not None:
-                checks.append(self._faithfulness(entry, entry.selection, model, kept))
+                checks.append(self._faithfulness(entry, entry.selection))
+        for bench in self.benches.values():
+            bench.unload()
         if self.session is not None:
             self.session.unload()
         return models, checks
 
-    def _dense_model(self) -> PreTrainedModel:
-        if self.session is not None:
-            return self.session.model
-        return load_original(self.snapshot, self.device, self.dtype, self.progress)
-
-    def _judges(self, session: ModelSession) -> dict[str, Judge]:
+    def _open_benches(self, session: ModelSession) -> dict[str, Bench]:
         sources = {TASK: session.calibrator}
         if self.options.also is not None:
             sources[ALSO] = session.calibrator_of(load_records(self.options.also), self.options.also)
-        judges = {}
-        for name, calibrator in sources.items():
-            held_out = held_out_set(session, calibrator, calibrator.data.source)
-            with self.progress.phase(f"Dense model on {held_out.name}", len(held_out.examples), "example") as advance:
-                judges[name] = Judge(
-                    session.model,
-                    session.tokenizer,
-                    held_out,
-                    generation=self.options.generation,
-                    seed=self.options.seed,
-                    advance=advance,
-                )
-                judges[name].answer_as_dense(session.model)
-        return judges
-
-    def _dense(self, model: PreTrainedModel) -> Evaluated:
-        found = Evaluated(self.snapshot.name, "dense", None, self.snapshot.total_bytes)
-        found.sets = {name: judge.dense_verdict() for name, judge in self.judges.items()}
-        found.tasks = self._tasks(model)
-        return found
+        return {
+            name: Bench(
+                session.model,
+                session.tokenizer,
+                held_out_set(session, maker, maker.data.source),
+                generation=self.options.generation,
+                seed=self.options.seed,
+                progress=self.progress,
+            )
+            for name, maker in sources.items()
+        }
 
     def _masked(self, entry: Candidate, model: PreTrainedModel) -> Evaluated:
         assert entry.selection is not None
         size = round(self.size.at_keep(entry.selection.kept))
         found = Evaluated(entry.name, "mask", entry.selection, size)
+        self._judge(found, entry.selection)
         with masked(model, entry.selection):
-            self._judge(found, model)
+            found.tasks = self._tasks(model)
         return found
 
     def _checkpoint(self, entry: Candidate, snapshot: Snapshot) -> Evaluated:
@@ -270,19 +259,20 @@ class _Run:
             advance(1)
         found = Evaluated(entry.name, "checkpoint", entry.selection, snapshot.total_bytes)
         self._judge(found, model)
+        found.tasks = self._tasks(model)
         return found
 
-    def _judge(self, found: Evaluated, model: PreTrainedModel) -> None:
-        """Figures of one model: over held-out examples, and at tasks."""
-        if self.judges:
-            total = sum(len(judge.held_out.examples) for judge in self.judges.values())
-            with self.progress.phase(f"Judging {found.name}", total, "example") as advance:
-                for name, judge in self.judges.items():
-                    sums = judge.compare(model, advance)
-                    found.sets[name] = judge.verdict(sums, judge.answer(model))
-                    if name == TASK and self.options.by is not None:
-                        found.classes = judge.by_group(sums)
-        found.tasks = self._tasks(model)
+    def _judge(self, found: Evaluated, subject: Selection | PreTrainedModel) -> None:
+        """Figures over the held-out examples, where there are such."""
+        if not self.benches:
+            return
+        total = sum(len(bench.held_out.examples) for bench in self.benches.values())
+        with self.progress.phase(f"Judging {found.name}", total, "example") as advance:
+            for name, bench in self.benches.items():
+                sums = bench.sums(subject, advance)
+                found.sets[name] = bench.measured(sums, bench.answers(subject))
+                if name == TASK and self.options.by is not None:
+                    found.classes = bench.by_group(sums)
 
     def _tasks(self, model: PreTrainedModel) -> dict[str, TaskResult]:
         """Results of the tasks on a live model; those that vLLM runs come later, when nothing else is loaded."""
@@ -327,20 +317,15 @@ class _Run:
                 except UsageError as error:  # what was judged before is worth keeping
                     self.notes.append(f"{found.name} and the dense model cannot be compared: {error}")
 
-    def _faithfulness(
-        self, entry: Candidate, selection: Selection, model: PreTrainedModel, kept: Verdict | None
-    ) -> Faithfulness:
+    def _faithfulness(self, entry: Candidate, selection: Selection) -> Faithfulness:
         assert entry.trace is not None
         draws, facts = self.options.faithfulness, entry.trace.info.routing
-        total = draws + (2 if kept is None else 1)
-        with self.progress.phase(f"Faithfulness of {entry.name}", total, "selection") as advance:
+        with self.progress.phase(f"Faithfulness of {entry.name}", draws + 2, "selection") as advance:
             return faithfulness(
-                model,
-                self.judges[TASK],
+                self.benches[TASK],
                 selection,
                 self.scores[entry.name],
                 name=entry.name,
-                kept=kept,
                 draws=draws,
                 groups=facts.groups if selection.routing == "reroute" else 1,
                 seed=self.options.seed,

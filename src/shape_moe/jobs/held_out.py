@@ -10,7 +10,7 @@ from shape_moe.calibration.records import DataOptions, Record, load_records, sam
 from shape_moe.calibration.responses import pad_token_id, stop_ids
 from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.errors import DataError
-from shape_moe.evaluation.held_out import HeldOutSet
+from shape_moe.evaluation.held_out_set import HeldOutSet
 from shape_moe.jobs.session import ModelSession
 from shape_moe.units import counted
 
