@@ -177,12 +177,16 @@ def test_interrupted_traces_go_on(embedded, data, tmp_path, monkeypatch) -> None
     with pytest.raises(KeyboardInterrupt):
         trace(embedded, chosen, tmp_path / "t")
     assert not (tmp_path / "t").exists()
-    assert json.loads((tmp_path / "t.partial" / "so-far.json").read_text()) == {"batches": 4}
+    assert json.loads((tmp_path / "t.partial" / "so-far.json").read_text()) == {
+        "batches": 4,
+        "traced": 4,
+        "skipped": {},
+    }
     passes = []
     monkeypatch.setattr(ModelTracer, "add", lambda self, batch, **more: passes.append(1) or real(self, batch, **more))
     monkeypatch.setattr(job, "generate_answers", lambda *_a, **_k: pytest.fail("answered again"))
     resumed = trace(embedded, chosen, tmp_path / "t")
-    assert len(passes) == 6
+    assert len(passes) == 12 - 4  # four folds of three examples and four of two make twelve batches
     assert_same(resumed, whole)
     assert resumed.info.tokens == whole.info.tokens
     assert not (tmp_path / "t.partial").exists()
@@ -351,7 +355,7 @@ def test_nan_weights_name_the_layer(tmp_path, embedded, data) -> None:
 
 def test_engines_and_their_arguments(embedded, data) -> None:
     source = data([{"text": "abc"}])
-    with pytest.raises(UsageError, match="no engine 'sglang'; there are transformers and vllm"):
+    with pytest.raises(UsageError, match="no engine 'sglang'; there are transformers, vllm"):
         options(source, engine="sglang")
     with pytest.raises(UsageError, match="go with --engine vllm"):
         options(source, engine_args={"tensor_parallel_size": 2})

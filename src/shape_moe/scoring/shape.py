@@ -55,7 +55,8 @@ def shape_values(coalitions: NDArray[np.integer], counts: Counts, num_experts: i
     alpha_at = _smallest(i, v / N, num_experts)
     sums = _sum_by(i, v, num_experts), _sum_by(i, N, num_experts)
     difference = _difference(*sums, _at(alpha_at, v), _at(alpha_at, N))
-    return np.asarray(difference / (unit * k * math.comb(num_experts, k)))  # (k-1)! (E-k)! / E! = 1 / (k C(E, k))
+    factor = 1.0 / (unit * k * math.comb(num_experts, k))  # (k-1)! (E-k)! / E! is 1 / (k C(E, k))
+    return np.asarray(factor * difference)
 
 
 def _checked(
