@@ -22,7 +22,6 @@ from shape_moe.calibration.responses import generate_answers
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.made_with import versions
 from shape_moe.progress import Progress
-from shape_moe.pruning.canary import canary_tokens
 from shape_moe.traced_files import traced_files
 from shape_moe.tracing.engine import Engine, Work, check_engine, get_engine
 from shape_moe.tracing.trace import Trace, TraceInfo
@@ -129,7 +128,14 @@ class ModelSession:
             model = open_snapshot(model)
         if isinstance(model, Snapshot):
             _ = model.moe_layers, unpacking(model)
-            return cls(model, None, tokenizer or load_tokenizer(model.path), options, progress, records)
+            return cls(
+                model,
+                None,
+                tokenizer or load_tokenizer(model.path, trust_remote_code=model.trust_remote_code),
+                options,
+                progress,
+                records,
+            )
         if tokenizer is None:
             raise UsageError("A live model needs its tokenizer: trace(model, data, tokenizer=...).")
         live_moe_config(model)
@@ -234,7 +240,6 @@ class ModelSession:
             dtype=dtype,
             source={**calibrator.source(), **self.source_notes},
             versions=versions("torch", "transformers", "tokenizers", "numpy"),
-            canary=canary_tokens([example.tokens for example in examples]),
             traced_files=self._files,
         )
 

@@ -29,6 +29,7 @@ class CardFacts:
         selection: what is kept.
         target: ``ragged`` or ``stock``.
         trace: the trace, where there was one.
+        left_out: what the original has and this checkpoint has not, beside experts; sentences.
     """
 
     model: str
@@ -37,6 +38,7 @@ class CardFacts:
     selection: Selection
     target: str
     trace: Trace | None
+    left_out: tuple[str, ...] = ()
 
 
 def write_card(folder: Path, facts: CardFacts) -> None:
@@ -73,6 +75,7 @@ def render_card(facts: CardFacts) -> str:
         bytes_after=facts.bytes_after,
         trace=facts.trace.info if facts.trace else None,
         target=facts.target,
+        left_out=facts.left_out,
         stock_class=family.stock_class if family else "the original's class",
         version=version("shape-moe"),
         size=readable_size,
