@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 from shape_moe.calibration.conversations import read_messages
 from shape_moe.calibration.examples import Example, Tokeniser, TokenOptions
-from shape_moe.calibration.records import DataOptions, Record, content_hash, prompt_hash
+from shape_moe.calibration.records import DataOptions, Record, content_hash
 from shape_moe.calibration.responses import Reply, fetch_answers
+from shape_moe.calibration.seen_prompts import PROMPTS_KEY, SALT_KEY, new_salt, salted_hash
 from shape_moe.errors import DataError, UsageError
 from shape_moe.progress import Progress
 from shape_moe.workspace import write_json
@@ -93,6 +94,7 @@ class ExampleMaker:
         self.skipped: dict[str, str] = dict(skipped or {})
         self.examples: list[Example] = []
         self.content_hash = content_hash(records)
+        self._salt = new_salt()
         self._checked: dict[int, Example] = {}
         for record in records:
             example = self._attempt(record, [] if record.lacks_response else None)
@@ -262,7 +264,8 @@ class ExampleMaker:
             "stratify": data.stratify,
             "content_hash": self.content_hash,
             "records": [example.index for example in self.examples],
-            "prompts": [prompt_hash(by_index[example.index]) for example in self.examples],
+            SALT_KEY: self._salt,
+            PROMPTS_KEY: [salted_hash(by_index[example.index], self._salt) for example in self.examples],
             "truncated": sum(example.truncated for example in self.examples),
             "skipped": dict(self.skipped),
             "answers_missing": len(self.open),
