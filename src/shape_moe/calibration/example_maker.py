@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shape_moe.calibration.examples import Example, Tokeniser, TokenOptions
-from shape_moe.calibration.records import DataOptions, Record, content_hash, prompt_hash
+from shape_moe.calibration.records import DataOptions, Record, content_hash
 from shape_moe.calibration.responses import fetch_answers
+from shape_moe.calibration.seen_prompts import PROMPTS_KEY, SALT_KEY, new_salt, salted_hash
 from shape_moe.errors import DataError, UsageError
 from shape_moe.progress import Progress
 from shape_moe.workspace import write_json
@@ -90,6 +91,7 @@ class ExampleMaker:
         self.skipped: dict[str, str] = {}
         self.examples: list[Example] = []
         self.content_hash = content_hash(records)
+        self._salt = new_salt()
         self._checked: dict[int, Example] = {}
         for record in records:
             example = self._attempt(record, [] if record.lacks_response else None)
@@ -228,7 +230,8 @@ class ExampleMaker:
             "stratify": data.stratify,
             "content_hash": self.content_hash,
             "records": [example.index for example in self.examples],
-            "prompts": [prompt_hash(by_index[example.index]) for example in self.examples],
+            SALT_KEY: self._salt,
+            PROMPTS_KEY: [salted_hash(by_index[example.index], self._salt) for example in self.examples],
             "truncated": sum(example.truncated for example in self.examples),
             "skipped": dict(self.skipped),
             "answers_missing": len(self.open),

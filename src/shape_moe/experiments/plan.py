@@ -10,7 +10,8 @@ from typing import Any
 
 from shape_moe.architectures.fingerprint import fingerprint
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
-from shape_moe.calibration.records import Record, content_hash, load_records, prompt_hash
+from shape_moe.calibration.records import Record, content_hash, load_records
+from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.evaluation.harness import check_chat_template, check_tasks
 from shape_moe.experiments.config import ExamplesSpec, ExperimentConfig, ModelSpec, TaskSpec
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES, fresh_records
@@ -80,9 +81,9 @@ def make_plan(config: ExperimentConfig) -> Plan:
     left_out: dict[str, int] = {}
     for spec in config.evaluation:
         if isinstance(spec, ExamplesSpec):
-            known = {prompt_hash(record) for name in spec.calibration for record in calibration[name]}
+            seen = SeenPrompts.of_records([r for name in spec.calibration for r in calibration[name]])
             data = spec.tracing.data
-            held_out[spec.name], left_out[spec.name] = fresh_records(data, known, data.samples or HELD_OUT_SAMPLES)
+            held_out[spec.name], left_out[spec.name] = fresh_records(data, seen, data.samples or HELD_OUT_SAMPLES)
     snapshots = {
         spec.name: open_snapshot(spec.model, trust_remote_code=spec.trust_remote_code) for spec in config.models
     }

@@ -12,6 +12,7 @@ from shape_moe.architectures.loading import load_model, load_tokenizer, release_
 from shape_moe.architectures.sizes import measure
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.records import DataOptions, load_records
+from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.evaluation.bench import Bench
 from shape_moe.evaluation.evaluated import ALSO, TASK, Evaluated, Evaluation
@@ -21,7 +22,7 @@ from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.harness import TaskOptions, check_chat_template, check_tasks, run_tasks, run_tasks_with_vllm
 from shape_moe.evaluation.subjects import Candidate, open_candidates, scores_of
 from shape_moe.evaluation.task_results import TaskResult, task_changes
-from shape_moe.jobs.held_out import HELD_OUT_SAMPLES, held_out_set, known_prompts, overlap
+from shape_moe.jobs.held_out import HELD_OUT_SAMPLES, held_out_set
 from shape_moe.jobs.session import ExampleOptions, ModelSession, as_example_options, load_original
 from shape_moe.jobs.trace import open_trace
 from shape_moe.made_with import MadeWith
@@ -158,7 +159,7 @@ class _Run:
 
     def _warn_of_overlap(self, records: list[Any], data: DataOptions) -> None:
         for entry in self.candidates:
-            seen = overlap(records, known_prompts(entry.trace) or ()) if entry.trace else 0
+            seen = SeenPrompts.of_source(entry.trace.info.source).count(records) if entry.trace else 0
             if seen:
                 self.notes.append(
                     f"{seen} of {len(records)} examples of {data.source} were used to calibrate {entry.name}: its "

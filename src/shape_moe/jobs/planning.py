@@ -8,10 +8,11 @@ from typing import Any
 
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.example_maker import SPLIT_KEY, ExampleMaker, options_of
-from shape_moe.calibration.records import DataOptions, load_records, prompt_hash
+from shape_moe.calibration.records import DataOptions, load_records
+from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.calibration.split import split_records
 from shape_moe.errors import UsageError
-from shape_moe.jobs.held_out import fresh_records, known_prompts
+from shape_moe.jobs.held_out import fresh_records
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options
 from shape_moe.progress import Progress
 from shape_moe.tracing.trace import Trace
@@ -105,7 +106,7 @@ def plan_search(
         judged = session.calibrator
     else:
         calibration = load_records(tracing.data)
-        records, seen = fresh_records(source, {prompt_hash(record) for record in calibration}, samples)
+        records, seen = fresh_records(source, SeenPrompts.of_records(calibration), samples)
         session = ModelSession.open(snapshot, tracing, None, progress, calibration)
         judged = session.calibrator_of(records, source)
     sentence = f"{len(records)} held-out examples of {source.source}"
@@ -116,18 +117,18 @@ def plan_search(
     return SearchPlan(session, trace, judged, sentence)
 
 
-def _prompts_of(trace: Trace, progress: Progress, *, others: bool) -> frozenset[str]:
+def _prompts_of(trace: Trace, progress: Progress, *, others: bool) -> SeenPrompts:
     """The prompts that a trace has seen; where it does not name them, ``others`` have to be given to judge by."""
-    known = known_prompts(trace)
-    if known is not None:
-        return known
+    seen = SeenPrompts.of_source(trace.info.source)
+    if seen.complete:
+        return seen
     if not others:
         raise UsageError(
             "The trace does not name its prompts, so held-out examples cannot be told from them: give others with "
             "--held-out."
         )
     progress.note("The trace does not name its prompts: make sure that calibration has not seen these examples.")
-    return frozenset()
+    return seen
 
 
 def _split_plan(

@@ -29,7 +29,6 @@ from shape_moe.selection.rules import budget_for
 from shape_moe.selection.select import SelectOptions, select_from_trace
 from shape_moe.selection.selection import Selection, completed, load_selection, open_selection
 from shape_moe.serving.manifest import write_manifest
-from shape_moe.tracing.statistics import STATISTICS
 from shape_moe.tracing.trace import Trace
 from shape_moe.units import readable_size
 from shape_moe.workspace import Workspace, check_output
@@ -264,7 +263,7 @@ def _plan_choice(
     tracing = replace(tracing, device=options.device, dtype=options.dtype)
     plan = plan_search(snapshot, tracing, trace, choice.held_out, choice.samples, seed, progress)
     if choice.limit is not None:
-        held = trace.statistics if trace is not None else STATISTICS
+        held = trace.statistics if trace is not None else plan.session.engine.statistics()
         methods = methods_to_try(select.method, choice, snapshot.moe.top_k, held)
         choice.limit.check_examples(len(plan.held_out.records), len(methods))
     return plan
