@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_runs_are_the_ids_again(ids) -> None:
     ordered = sorted(ids)
     runs = list(_runs(ordered))
     assert [first + i for first, count in runs for i in range(count)] == ordered
-    assert all(a + n < b for (a, n), (b, _) in zip(runs, runs[1:], strict=False)), "runs are as long as they can be"
+    assert all(a + n < b for (a, n), (b, _) in pairwise(runs)), "runs are as long as they can be"
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 6)), max_size=8))
