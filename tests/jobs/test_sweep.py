@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from shape_moe.calibration.example_maker import SPLIT_KEY, AnswerOptions
-from shape_moe.calibration.records import DataOptions, Record, load_records, prompt_hash
+from shape_moe.calibration.reading import load_records
+from shape_moe.calibration.records import DataOptions, Record, prompt_hash
 from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import DataError, UsageError

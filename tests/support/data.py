@@ -34,7 +34,7 @@ def make_examples(count: int, *, seed: int = 0, vocab: int = 128, longest: int =
     for i in range(count):
         length = int(rng.integers(3, longest + 1))
         tokens = tuple(int(t) for t in rng.integers(3, vocab, length))
-        examples.append(Example(i, f"example {i}", tokens, (length + 1) // 2))
+        examples.append(Example.answered(i, f"example {i}", tokens, (length + 1) // 2))
     return examples
 
 

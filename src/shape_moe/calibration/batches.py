@@ -71,8 +71,9 @@ def make_batch(examples: Sequence[Example], positions: Sequence[int], pad_id: in
     for row, (example, position) in enumerate(zip(examples, positions, strict=True)):
         length = len(example.tokens)
         input_ids[row, :length] = torch.tensor(example.tokens)
-        segments[row, : example.prompt_length] = PROMPT
-        segments[row, example.prompt_length : length] = RESPONSE
+        segments[row, :length] = PROMPT
+        for begin, end in example.spans:
+            segments[row, begin:end] = RESPONSE
         folds[row] = position % FOLDS
     mask = (segments != PADDING).to(torch.int64)
     return Batch(input_ids, mask, segments.flatten(), folds.flatten(), tuple(examples))

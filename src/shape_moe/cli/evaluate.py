@@ -74,7 +74,7 @@ def evaluate(
         trace=str(trace) if trace else None,
         seed=seed.seed,
     )
-    given = data.options(run, seed.seed, HELD_OUT_SAMPLES) if data.data is not None else None
+    given = data.options(run, seed.seed, HELD_OUT_SAMPLES) if data.data else None
     if given is None and changed_flags(data):
         raise UsageError(f"{', '.join(changed_flags(data))} says how examples are read: give --data.")
     result = shape_moe.evaluate(

@@ -10,7 +10,8 @@ from typing import Any
 
 from shape_moe.architectures.fingerprint import fingerprint
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
-from shape_moe.calibration.records import Record, content_hash, load_records
+from shape_moe.calibration.reading import load_records
+from shape_moe.calibration.records import Record, content_hash
 from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.evaluation.harness import check_chat_template, check_tasks
 from shape_moe.experiments.config import ExamplesSpec, ExperimentConfig, ModelSpec, TaskSpec

@@ -11,8 +11,10 @@ from shape_moe.architectures.fingerprint import fingerprint
 from shape_moe.architectures.loading import load_model, load_tokenizer, release_memory
 from shape_moe.architectures.sizes import measure
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
-from shape_moe.calibration.records import DataOptions, load_records
+from shape_moe.calibration.reading import load_records
+from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.seen_prompts import SeenPrompts
+from shape_moe.calibration.sources import Data
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.evaluation.bench import Bench
 from shape_moe.evaluation.evaluated import ALSO, TASK, Evaluated, Evaluation
@@ -68,7 +70,7 @@ def evaluate(
     model: str | PathLike[str],
     candidates: Sequence[str | PathLike[str] | Selection] = (),
     *,
-    data: ExampleOptions | DataOptions | str | PathLike[str] | None = None,
+    data: ExampleOptions | DataOptions | Data | None = None,
     options: EvaluateOptions | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -141,7 +143,7 @@ class _Run:
         if tracing is None:
             return
         self._check_faithfulness()
-        records = load_records(tracing.data)
+        records = load_records(tracing.data, progress)
         self._warn_of_overlap(records, tracing.data)
         self.session = ModelSession.open(snapshot, tracing, self.tokenizer, progress, records)
 
@@ -162,7 +164,7 @@ class _Run:
             seen = SeenPrompts.of_source(entry.trace.info.source).count(records) if entry.trace else 0
             if seen:
                 self.notes.append(
-                    f"{seen} of {len(records)} examples of {data.source} were used to calibrate {entry.name}: its "
+                    f"{seen} of {len(records)} examples of {data.name} were used to calibrate {entry.name}: its "
                     "figures look better than they are. Give examples that it has not seen."
                 )
 
@@ -187,7 +189,7 @@ class _Run:
         return Evaluation(
             model=self.snapshot.name,
             fingerprint=fingerprint(self.snapshot),
-            data=asked.data.source if asked else None,
+            data=asked.data.name if asked else None,
             also=also.source if also else None,
             examples=len(self.benches[TASK].held_out.examples) if self.benches else 0,
             by=self.options.by,
@@ -232,12 +234,12 @@ class _Run:
     def _open_benches(self, session: ModelSession) -> dict[str, Bench]:
         sources = {TASK: session.calibrator}
         if self.options.also is not None:
-            sources[ALSO] = session.calibrator_of(load_records(self.options.also), self.options.also)
+            sources[ALSO] = session.calibrator_of(load_records(self.options.also, self.progress), self.options.also)
         return {
             name: Bench(
                 session.model,
                 session.tokenizer,
-                held_out_set(session, maker, maker.data.source),
+                held_out_set(session, maker, maker.data.name),
                 generation=self.options.generation,
                 seed=self.options.seed,
                 progress=self.progress,

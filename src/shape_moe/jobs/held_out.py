@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from shape_moe.calibration.example_maker import ExampleMaker
-from shape_moe.calibration.records import DataOptions, Record, load_records, sample_records
+from shape_moe.calibration.reading import load_records, sample_records
+from shape_moe.calibration.records import DataOptions, Record
 from shape_moe.calibration.responses import pad_token_id, stop_ids
 from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.errors import DataError
@@ -64,5 +65,5 @@ def fresh_records(data: DataOptions, seen: SeenPrompts, samples: int) -> tuple[l
     records = load_records(replace(data, samples=None))
     fresh = [record for record in records if record not in seen]
     if not fresh:
-        raise DataError(f"Calibration has seen every example of {data.source}: give other held-out examples.")
+        raise DataError(f"Calibration has seen every example of {data.name}: give other held-out examples.")
     return sample_records(fresh, replace(data, samples=samples)), len(records) - len(fresh)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from os import PathLike
 from typing import Any
 
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.example_maker import SPLIT_KEY, ExampleMaker, options_of
-from shape_moe.calibration.records import DataOptions, load_records
+from shape_moe.calibration.reading import load_records
+from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.seen_prompts import SeenPrompts
+from shape_moe.calibration.sources import Data
 from shape_moe.calibration.split import split_records
 from shape_moe.errors import UsageError
 from shape_moe.jobs.held_out import fresh_records
@@ -45,7 +46,7 @@ class SearchPlan:
 
 
 def held_out_tracing(
-    data: ExampleOptions | DataOptions | str | PathLike[str] | None,
+    data: ExampleOptions | DataOptions | Data | None,
     trace: Trace | None,
     held_out: DataOptions | None,
     seed: int = 0,
@@ -105,15 +106,15 @@ def plan_search(
         session = ModelSession.open(snapshot, replace(tracing, data=source), None, progress, records)
         judged = session.calibrator
     else:
-        calibration = load_records(tracing.data)
+        calibration = load_records(tracing.data, progress)
         records, seen = fresh_records(source, SeenPrompts.of_records(calibration), samples)
         session = ModelSession.open(snapshot, tracing, None, progress, calibration)
         judged = session.calibrator_of(records, source)
-    sentence = f"{len(records)} held-out examples of {source.source}"
+    sentence = f"{len(records)} held-out examples of {source.name}"
     if seen:
         sentence += f"; {seen} more were left out, because calibration has seen their prompts"
         if held_out is not None:
-            progress.note(f"{seen} examples of {source.source} are in the calibration set as well and were left out.")
+            progress.note(f"{seen} examples of {source.name} are in the calibration set as well and were left out.")
     return SearchPlan(session, trace, judged, sentence)
 
 
@@ -136,7 +137,7 @@ def _split_plan(
 ) -> SearchPlan:
     """Split one source into calibration and held-out examples."""
     wanted = tracing.data.samples or DEFAULT_SAMPLES
-    pool = load_records(replace(tracing.data, samples=wanted + held_out))
+    pool = load_records(replace(tracing.data, samples=wanted + held_out), progress)
     split = split_records(pool, wanted, held_out, seed=seed)
     session = ModelSession.open(snapshot, tracing, None, progress, split.calibration)
     session.source_notes[SPLIT_KEY] = split.sentence

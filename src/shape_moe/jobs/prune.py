@@ -13,6 +13,7 @@ from shape_moe.architectures.fingerprint import fingerprint, layout_fingerprint
 from shape_moe.architectures.loading import free_memory, release_memory
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.records import DataOptions
+from shape_moe.calibration.sources import Data
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.jobs.auto import ChoiceOptions, auto_select, methods_to_try
 from shape_moe.jobs.planning import SearchPlan, held_out_tracing, plan_search
@@ -132,7 +133,7 @@ def prune(
     out: str | PathLike[str],
     options: PruneOptions | None = None,
     *,
-    data: ExampleOptions | DataOptions | str | PathLike[str] | None = None,
+    data: ExampleOptions | DataOptions | Data | None = None,
     keep: float | None = None,
     trace: str | PathLike[str] | None = None,
     selection: str | PathLike[str] | Selection | None = None,
@@ -150,7 +151,8 @@ def prune(
         model: a folder or hub id.
         out: folder of the pruned checkpoint.
         options: see :class:`PruneOptions`.
-        data: calibration set: a file (of which at most 25 records are used), or options that say more.
+        data: calibration set: a file, folder or data set, a list of dictionaries or a ``datasets.Dataset`` (of which at
+            most 25 records are used), or options that say more.
         keep: keep rate.
         trace: a trace folder; skips tracing.
         selection: a selection; skips tracing and selecting.
@@ -163,12 +165,12 @@ def prune(
     options = _complete_options(options or PruneOptions(), data, keep)
     _check_request(options, trace, selection)
     inputs: list[str | PathLike[str]] = [p for p in (model, trace, selection) if isinstance(p, str | PathLike)]
-    inputs += [options.trace.data.source] if options.trace else []
+    inputs += options.trace.data.files if options.trace else []
     check_output(Path(out).absolute(), force=options.force, inputs=inputs)
     free_memory(options.device)
     run = _Run(open_snapshot(model, revision, trust_remote_code=options.trust_remote_code), options, progress)
     _open_inputs(run, trace, selection)
-    inputs += [run.snapshot.path, *([run.plan.data.source] if run.plan else [])]
+    inputs += [run.snapshot.path, *(run.plan.data.files if run.plan else [])]
     with Workspace(out, _job(run, trace), force=options.force, inputs=inputs) as work:
         _check_disk(run, work.path)
         return _carry_out(run, work)
@@ -237,7 +239,7 @@ def _check_request(
 
 
 def _complete_options(
-    options: PruneOptions, data: ExampleOptions | DataOptions | str | PathLike[str] | None, keep: float | None
+    options: PruneOptions, data: ExampleOptions | DataOptions | Data | None, keep: float | None
 ) -> PruneOptions:
     if data is not None:
         samples = DEFAULT_SAMPLES if options.choice else PAPER_SAMPLES

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -16,9 +16,11 @@ from shape_moe.architectures.moe_config import MoeConfig, foreign_code
 from shape_moe.architectures.sites import live_moe_config
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.example_maker import Answerer, AnswerOptions, ExampleMaker
-from shape_moe.calibration.examples import Tokeniser, TokenOptions
-from shape_moe.calibration.records import DataOptions, Record, load_records
+from shape_moe.calibration.examples import TokenOptions, tokeniser_of
+from shape_moe.calibration.reading import load
+from shape_moe.calibration.records import DataOptions, Record
 from shape_moe.calibration.responses import generate_answers
+from shape_moe.calibration.sources import Data
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.made_with import versions
 from shape_moe.progress import Progress
@@ -64,19 +66,21 @@ class ExampleOptions:
 
     def __post_init__(self) -> None:
         check_engine(self.engine, self.engine_args)
+        if self.answers.skip_bad and not self.data.skip_bad:
+            object.__setattr__(self, "data", replace(self.data, skip_bad=True))
 
     def job(self) -> dict[str, Any]:
         """What decides the trace, for the job file."""
         return asdict(self)
 
 
-def as_example_options(data: ExampleOptions | DataOptions | str | PathLike[str], samples: int) -> ExampleOptions:
-    """Example options from a file name or data options alone; ``samples`` is for the former."""
+def as_example_options(data: ExampleOptions | DataOptions | Data, samples: int) -> ExampleOptions:
+    """Example options from data or data options alone; ``samples`` is for the former."""
     if isinstance(data, ExampleOptions):
         return data
     if isinstance(data, DataOptions):
         return ExampleOptions(data)
-    return ExampleOptions(DataOptions(str(data), samples=samples))
+    return ExampleOptions(DataOptions.of(data, samples=samples))
 
 
 class ModelSession:
@@ -105,12 +109,14 @@ class ModelSession:
     ) -> None:
         self.snapshot, self._model, self.options, self.progress = snapshot, model, options, progress
         config = snapshot.config if snapshot else model.config.to_dict()  # type: ignore[union-attr]  # one is there
-        tokeniser = Tokeniser(tokenizer, config.get("max_position_embeddings"), options.tokens)
+        tokeniser = tokeniser_of(tokenizer, config, options.tokens)
         self.tokenizer = tokenizer
         self.source_notes: dict[str, str] = {}
-        records = load_records(options.data) if records is None else records
+        loaded = load(options.data, progress) if records is None else None
         self._files = traced_files(snapshot.path) if snapshot else None
-        self.calibrator = ExampleMaker(records, tokeniser, options.data, options.answers, progress)
+        skipped = loaded.skipped if loaded else {}
+        found = loaded.records if loaded else records or []
+        self.calibrator = ExampleMaker(found, tokeniser, options.data, options.answers, progress, skipped)
 
     @classmethod
     def open(
@@ -228,7 +234,7 @@ class ModelSession:
             raise ShapeMoeError(f"{changed} while the model was traced; run the command again.")
         calibrator = self.calibrator
         examples = [example for example in calibrator.examples if example.where not in calibrator.skipped]
-        prompt = sum(example.prompt_length for example in examples)
+        response = sum(example.response_tokens for example in examples)
         total = sum(len(example.tokens) for example in examples)
         return TraceInfo(
             **self._origin(),
@@ -236,7 +242,7 @@ class ModelSession:
             num_experts=moe.num_experts,
             routing=moe.routing,
             layers=layers,
-            tokens={"prompt": prompt, "response": total - prompt},
+            tokens={"prompt": total - response, "response": response},
             examples=len(examples),
             engine=engine,
             implementation=implementation,

@@ -12,6 +12,7 @@ from shape_moe.architectures.fingerprint import UNVERIFIED, check_fingerprint, f
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.example_maker import ANSWERS_FILE
 from shape_moe.calibration.records import DataOptions
+from shape_moe.calibration.sources import Data
 from shape_moe.errors import FingerprintError
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options
 from shape_moe.progress import SILENT, Progress
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 def trace(
     model: str | PathLike[str] | PreTrainedModel,
-    data: ExampleOptions | DataOptions | str | PathLike[str],
+    data: ExampleOptions | DataOptions | Data,
     out: str | PathLike[str] | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -36,7 +37,8 @@ def trace(
 
     Args:
         model: a folder, a hub id, or a live model (then ``tokenizer`` is needed, and the trace is unverified).
-        data: the calibration set: a file (of which at most 128 records are used), or options that say more.
+        data: the calibration set: a file, folder or data set, a list of dictionaries or a ``datasets.Dataset`` (of
+            which at most 128 records are used), or options that say more.
         out: folder for the trace; None keeps it in memory.
         tokenizer: the tokenizer of a live model.
         force: replace an existing trace at ``out``.
@@ -49,7 +51,7 @@ def trace(
     session = ModelSession.open(model, options, tokenizer, progress)
     if out is None:
         return session.trace(None)
-    inputs: list[str | PathLike[str]] = [options.data.source, *([session.snapshot.path] if session.snapshot else [])]
+    inputs: list[str | PathLike[str]] = [*options.data.files, *([session.snapshot.path] if session.snapshot else [])]
     with Workspace(out, {"verb": "trace", **session.job()}, force=force, inputs=inputs) as work:
         if not (work.path / "trace.json").is_file():  # it is written last
             session.trace(work.path).save(work.path)

@@ -123,7 +123,9 @@ class VllmTracer:
         from vllm import SamplingParams
 
         moe, layers = self.snapshot.moe, list(self.snapshot.moe_layers)
-        sequences = [(list(e.tokens), e.prompt_length, position % FOLDS) for position, e in enumerate(examples)]
+        sequences = [
+            (list(e.tokens), [list(span) for span in e.spans], position % FOLDS) for position, e in enumerate(examples)
+        ]
         refusals = self.engine.collective_rpc("shape_moe_begin", args=(layers, moe.num_experts, sequences))
         for refusal in refusals:
             if refusal is not None:

@@ -67,7 +67,7 @@ class WholeModel:
                     saved = time.monotonic()
                 stop.check()
         if not tracer.batches:
-            raise DataError(f"No record of {work.examples.data.source} could be traced.")
+            raise DataError(f"No record of {work.examples.data.name} could be traced.")
         info = work.describe(tracer.moe, tracer.layers, tracer.implementation, tracer.dtype, "transformers")
         return Trace(info, tracer.statistics(), tracer.coalitions())
 
