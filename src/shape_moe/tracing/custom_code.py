@@ -27,7 +27,7 @@ def check_traceable(model: PreTrainedModel) -> None:
     kind = type(model).__name__
     tracer = ModelTracer(model)
     tokens = tuple(number % model.config.get_text_config().vocab_size for number in range(3, 3 + 7 * _TOKENS, 7))
-    batch = make_batch([Example(0, "a probe", tokens, len(tokens) // 2)], [0], 0)
+    batch = make_batch([Example(0, "a probe", tokens)], [0], 0)
     before = model.config._experts_implementation  # noqa: SLF001  # no public name
     try:
         model.set_experts_implementation(tracer.implementation)
