@@ -49,6 +49,7 @@ class PruneOptions:
             are overruled by those below.
         device: where to trace and to compare logits.
         dtype: in which dtype.
+        trust_remote_code: run the code that comes with the original instead of Transformers' own, where there is some.
         choice: how candidates are judged where scorer or keep rate are left to the tool, None where they are not.
         check_logits: compare the pruned model's logits with the masked original's, where both fit in memory.
         force: replace an existing result, accept artifacts of unknown origin.
@@ -58,6 +59,7 @@ class PruneOptions:
     trace: ExampleOptions | None = None
     device: str = "auto"
     dtype: str = "auto"
+    trust_remote_code: bool = False
     choice: ChoiceOptions | None = None
     check_logits: bool = True
     force: bool = False
@@ -136,7 +138,6 @@ def prune(
     trace: str | PathLike[str] | None = None,
     selection: str | PathLike[str] | Selection | None = None,
     revision: str | None = None,
-    trust_remote_code: bool = False,
     progress: Progress = SILENT,
 ) -> PruneResult:
     """Write a pruned checkpoint.
@@ -156,7 +157,6 @@ def prune(
         trace: a trace folder; skips tracing.
         selection: a selection; skips tracing and selecting.
         revision: of a hub model.
-        trust_remote_code: run the code that comes with the original instead of Transformers' own, where there is some.
         progress: where to show progress.
 
     Raises:
@@ -168,7 +168,7 @@ def prune(
     inputs += options.trace.data.files if options.trace else []
     check_output(Path(out).absolute(), force=options.force, inputs=inputs)
     free_memory(options.device)
-    run = _Run(open_snapshot(model, revision, trust_remote_code=trust_remote_code), options, progress)
+    run = _Run(open_snapshot(model, revision, trust_remote_code=options.trust_remote_code), options, progress)
     _open_inputs(run, trace, selection)
     inputs += [run.snapshot.path, *(run.plan.data.files if run.plan else [])]
     with Workspace(out, _job(run, trace), force=options.force, inputs=inputs) as work:
