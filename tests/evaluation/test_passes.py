@@ -36,8 +36,8 @@ def test_how_many_examples_go_through_together(length, batch_size, vocabulary, r
 
 
 def test_batches_hold_every_scored_example_once_longest_first() -> None:
-    rows = [Example(i, str(i), (5,) * length, 1) for i, length in enumerate((700, 3, 1500, 3, 700))]
-    rows.append(Example(5, "prompt alone", (5, 6, 7), 3))
+    rows = [Example.answered(i, str(i), (5,) * length, 1) for i, length in enumerate((700, 3, 1500, 3, 700))]
+    rows.append(Example.answered(5, "prompt alone", (5, 6, 7), 3))
     held_out = made(*rows, batch_size=2)
     assert [positions for positions, _ in held_out.batches()] == [[2, 0], [4, 1], [3]]
     for positions, batch in held_out.batches():
@@ -46,11 +46,11 @@ def test_batches_hold_every_scored_example_once_longest_first() -> None:
 
 def test_what_has_a_prompt_and_a_whole_response_can_be_answered() -> None:
     held_out = made(
-        Example(0, "both", (5, 6, 2, 9), 2),
-        Example(1, "plain", (5, 6), 2, plain=True),
-        Example(2, "no prompt", (5, 6), 0),
-        Example(3, "cut", (5, 6, 7), 2, truncated=True),
-        Example(4, "one", (5, 6), 1),
+        Example.answered(0, "both", (5, 6, 2, 9), 2),
+        Example(1, "plain", (5, 6), plain=True),
+        Example.answered(2, "no prompt", (5, 6), 0),
+        Example(3, "cut", (5, 6, 7), ((2, 3),), truncated=True),
+        Example.answered(4, "one", (5, 6), 1),
     )
     assert held_out.answered() == [0, 4]
     assert held_out.response(0) == [2]  # up to and with what ends it
@@ -80,13 +80,13 @@ def test_scored_are_responses_and_plain_texts_but_for_their_first_token() -> Non
     from shape_moe.evaluation.dense_reference import DenseReference
 
     held_out = made(
-        Example(0, "right", (3, 4, 5, 6), 2),
-        Example(1, "wrong at its end", (3, 4, 5, 7), 2),
-        Example(2, "wrong after its end", (3, 4, 5, 2, 9), 2),
-        Example(3, "plain", (3, 4, 5), 3, plain=True),
-        Example(4, "prompt alone", (3, 4), 2),
-        Example(5, "no prompt", (3, 4, 5), 0),
-        Example(6, "right until it ends", (1, 1, 2, 9, 9), 2),
+        Example.answered(0, "right", (3, 4, 5, 6), 2),
+        Example.answered(1, "wrong at its end", (3, 4, 5, 7), 2),
+        Example.answered(2, "wrong after its end", (3, 4, 5, 2, 9), 2),
+        Example(3, "plain", (3, 4, 5), plain=True),
+        Example.answered(4, "prompt alone", (3, 4), 2),
+        Example.answered(5, "no prompt", (3, 4, 5), 0),
+        Example.answered(6, "right until it ends", (1, 1, 2, 9, 9), 2),
     )
     with DenseReference() as reference:
         found = record_dense(Next(), held_out, reference)

@@ -146,7 +146,8 @@ def _trace_task(task: str, seed: int, work: Path, home: Path, progress: Progress
     answers = AnswerOptions(batch_size=CALIBRATION_EXAMPLES)
     options = ExampleOptions(DataOptions(str(file)), answers=answers, device="cpu")
     traced = trace(embedded_model_path(), options, progress=progress)
-    source = {**traced.info.source, "data": str(home / file.name)}
+    place = str(home / file.name)
+    source = {**traced.info.source, "data": place, "sources": [place]}
     traced = replace(traced, info=replace(traced.info, source=source))
     traced.save(work / _trace_folder(task))
     return traced
