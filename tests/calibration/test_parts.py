@@ -113,7 +113,7 @@ def test_what_is_chosen_by_is_drawn_from_what_remains() -> None:
     assert len(shrunk.report) == 20
     assert (len(shrunk.calibration), len(shrunk.choice)) == (53, 26)
     with pytest.raises(DataError, match="too few"):
-        three_parts(make(range(9)), calibration=5, choice=4)
+        three_parts(make(range(7)), calibration=5, choice=4)
 
 
 def test_the_parts_do_not_depend_on_the_order_of_records() -> None:
