@@ -21,13 +21,13 @@ from shape_moe.demo.tasks import TASKS, examples
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.judge import Judge
 from shape_moe.evaluation.keep_rate import Combination, Limit
-from shape_moe.jobs.choose import AUTO_METHODS, choose
+from shape_moe.jobs.choose import AUTO_METHODS, ChoiceOptions, choose
 from shape_moe.jobs.held_out import held_out_set
-from shape_moe.jobs.options import AUTO, ChoiceOptions, ExampleOptions, PruneOptions, SelectionJob
 from shape_moe.jobs.planning import plan_search
-from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune import PruneOptions, prune
 from shape_moe.jobs.search import SweepOptions
-from shape_moe.jobs.session import ModelSession
+from shape_moe.jobs.select import AUTO, SelectionJob
+from shape_moe.jobs.session import ExampleOptions, ModelSession
 from shape_moe.jobs.sweep import sweep
 from shape_moe.progress import SILENT
 from shape_moe.pruning.masks import masked

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from shape_moe.evaluation.keep_rate import Limit
     from shape_moe.experiments.run import experiment
     from shape_moe.jobs.convert import convert
-    from shape_moe.jobs.evaluate import evaluate
+    from shape_moe.jobs.evaluate import EvaluateOptions, evaluate
     from shape_moe.jobs.inspect import inspect_model
-    from shape_moe.jobs.options import EvaluateOptions, ExampleOptions, PruneOptions, SelectionJob
-    from shape_moe.jobs.prune import prune
+    from shape_moe.jobs.prune import PruneOptions, prune
     from shape_moe.jobs.report import report
     from shape_moe.jobs.search import SweepOptions
-    from shape_moe.jobs.select import score, select
+    from shape_moe.jobs.select import SelectionJob, score, select
+    from shape_moe.jobs.session import ExampleOptions
     from shape_moe.jobs.sweep import sweep
     from shape_moe.jobs.trace import merge, trace
     from shape_moe.jobs.verify import verify
@@ -83,14 +83,14 @@ _HOMES = {
     "evaluation.harness": ("TaskOptions",),
     "evaluation.keep_rate": ("Limit",),
     "jobs.convert": ("convert",),
-    "jobs.evaluate": ("evaluate",),
+    "jobs.evaluate": ("EvaluateOptions", "evaluate"),
     "experiments.run": ("experiment",),
     "jobs.inspect": ("inspect_model",),
-    "jobs.options": ("EvaluateOptions", "PruneOptions", "SelectionJob", "ExampleOptions"),
-    "jobs.prune": ("prune",),
+    "jobs.prune": ("PruneOptions", "prune"),
     "jobs.report": ("report",),
     "jobs.search": ("SweepOptions",),
-    "jobs.select": ("score", "select"),
+    "jobs.select": ("SelectionJob", "score", "select"),
+    "jobs.session": ("ExampleOptions",),
     "jobs.sweep": ("sweep",),
     "jobs.trace": ("merge", "trace"),
     "jobs.verify": ("verify",),

@@ -14,7 +14,7 @@ from shape_moe.calibration.presets import Preset, find_preset, presets, with_bas
 from shape_moe.calibration.records import DataOptions, content_hash, load_records
 from shape_moe.cli.main import run
 from shape_moe.errors import DataError, UsageError
-from shape_moe.jobs.options import ExampleOptions
+from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import trace
 from support.data import write_lines
 from support.preset_rows import DEALT, GPQA_DIAMOND, GPQA_EXTENDED, SETS

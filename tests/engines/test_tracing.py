@@ -13,8 +13,8 @@ from shape_moe.calibration.example_maker import AnswerOptions
 from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.tasks import TASKS, examples
 from shape_moe.errors import UsageError
-from shape_moe.jobs.options import ExampleOptions
 from shape_moe.jobs.select import select
+from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import trace
 from shape_moe.scoring.scores import score_trace
 from shape_moe.tracing.trace import load_trace

@@ -17,7 +17,8 @@ from shape_moe.evaluation import harness
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.experiments import evaluations, plan
 from shape_moe.experiments.evaluations import JudgedExamples, JudgedTask
-from shape_moe.jobs.options import EvaluateOptions, ExampleOptions
+from shape_moe.jobs.evaluate import EvaluateOptions
+from shape_moe.jobs.session import ExampleOptions
 from shape_moe.tracing.trace import load_trace
 from support.data import write_lines
 from support.harness_tasks import write_tasks

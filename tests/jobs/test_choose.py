@@ -15,10 +15,10 @@ from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.keep_rate import Limit
 from shape_moe.jobs import prune as job
 from shape_moe.jobs import session
-from shape_moe.jobs.choose import AUTO_METHODS, candidates
-from shape_moe.jobs.options import AUTO, ChoiceOptions, ExampleOptions, PruneOptions, SelectionJob
-from shape_moe.jobs.prune import prune
-from shape_moe.jobs.select import check_job, select
+from shape_moe.jobs.choose import AUTO_METHODS, ChoiceOptions, candidates
+from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.select import AUTO, SelectionJob, check_job, select
+from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import trace
 from shape_moe.scoring.registry import scorers
 from shape_moe.selection.rules import get_rule

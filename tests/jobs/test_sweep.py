@@ -17,8 +17,8 @@ from shape_moe.evaluation.keep_rate import Limit
 from shape_moe.jobs import search, session
 from shape_moe.jobs import sweep as job
 from shape_moe.jobs.held_out import known_prompts
-from shape_moe.jobs.options import ExampleOptions
 from shape_moe.jobs.search import SweepOptions
+from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.sweep import sweep
 from shape_moe.jobs.trace import trace
 from shape_moe.progress import Silent

@@ -17,7 +17,7 @@ from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import CheckpointError, DataError, ShapeMoeError, UnsupportedModelError, UsageError
 from shape_moe.jobs import session as job
-from shape_moe.jobs.options import ExampleOptions
+from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import merge, trace
 from shape_moe.tracing.trace import load_trace, merge_traces
 from shape_moe.tracing.transformers_model import ModelTracer

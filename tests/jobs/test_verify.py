@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import CheckpointError
-from shape_moe.jobs.options import ExampleOptions, PruneOptions, SelectionJob
-from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.select import SelectionJob
+from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.verify import Check, verify
 from shape_moe.pruning.compare import file_hash
 from shape_moe.selection.select import SelectOptions

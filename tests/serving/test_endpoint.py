@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import ShapeMoeError
-from shape_moe.jobs.options import ExampleOptions, PruneOptions, SelectionJob
-from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.select import SelectionJob
+from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.verify import verify
 from shape_moe.openai_server import OpenAIServer
 from shape_moe.pruning.canary import load_canary

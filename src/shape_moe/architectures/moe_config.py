@@ -72,18 +72,35 @@ class MoeConfig:
 
 
 def find_family(config: Config) -> Family:
-    """Look the family of a configuration up.
+    """The facts about the family that a configuration belongs to.
 
     Raises:
-        UnsupportedModelError: for a model type that is not in the table.
+        UnsupportedModelError: for a dense model, and for a model type that is not in the table.
     """
-    model_type = str(config.get("model_type", ""))
+    model_type = str(config.get("model_type") or "(none)")
     if model_type in FAMILIES:
         return FAMILIES[model_type]
+    if not _names_experts(config):
+        raise UnsupportedModelError(f"This model ({model_type}) has no experts: there is nothing to prune.")
+    code = foreign_code(config)
+    own = f" The code that comes with it ({code}) cannot be used instead: its family is not known." if code else ""
     raise UnsupportedModelError(
-        f"Model type {model_type or '(none)'!r} is not supported; supported: {family_names()}. "
+        f"Model type {model_type!r} is not supported; supported: {family_names()}.{own} "
         "docs/add-a-model.md says how to add a family."
     )
+
+
+def foreign_code(config: Config) -> str | None:
+    """The class of its own that a configuration names for causal language models, None where it names none."""
+    named = (config.get("auto_map") or {}).get("AutoModelForCausalLM")
+    return named if isinstance(named, str) and PRUNING_KEY not in config else None
+
+
+def _names_experts(config: Config) -> bool:
+    """Whether a configuration of an unknown family speaks of experts, in itself or in one of its parts."""
+    parts = [config, *(value for value in config.values() if isinstance(value, Mapping))]
+    keys = {key for part in parts for key, value in part.items() if value}
+    return any("expert" in key or "moe" in key for key in (*keys, str(config.get("model_type"))))
 
 
 def read_moe_config(config: Config) -> MoeConfig:
@@ -101,8 +118,8 @@ def read_moe_config(config: Config) -> MoeConfig:
     top_k = _first(config, family.top_k_keys)
     if not num_experts or not top_k:
         raise UnsupportedModelError(
-            f"The configuration ({family.model_type}) names no routed experts: the model is dense, "
-            "and there is nothing to prune."
+            f"This model has no experts: its configuration ({family.model_type}) counts none, and there is nothing "
+            "to prune."
         )
     renormalises = family.renormalises
     if isinstance(renormalises, str):

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shape_moe.errors import CheckpointError
+from shape_moe.errors import CheckpointError, first_line
+from shape_moe.json_file import parse_json
 
 DTYPE_BITS = {
     "BOOL": 8,
@@ -34,6 +35,9 @@ DTYPE_BITS = {
     "F4": 4,
 }
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_NAME = 1000
+_MAX_DIMENSIONS = 16
+_MAX_NUMBER = 2**62
 _ALIGNMENT = 8
 
 
@@ -69,14 +73,21 @@ def read_header(file: Path) -> tuple[dict[str, TensorSlot], dict[str, str]]:
             length = int.from_bytes(stream.read(8), "little")
             if total < 8 or length > min(total - 8, _MAX_HEADER_BYTES):
                 raise CheckpointError(f"{file} is not a complete safetensors file: download or copy it again.")
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length), f"The safetensors header of {file}")
     except FileNotFoundError as error:
+        if file.is_symlink():
+            raise CheckpointError(
+                f"{file} is a link to {file.readlink()}, which is not there: the download is incomplete; "
+                "download or copy the model again."
+            ) from error
         raise CheckpointError(f"{file} is missing: download or copy the model again.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file} has no readable safetensors header: download or copy it again.") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {first_line(error)}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file} has no readable safetensors header: download or copy it again.")
     metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{file}: the header's __metadata__ is not a table of texts.")
     slots = [_slot(file, name, entry, 8 + length) for name, entry in header.items()]
     slots.sort(key=lambda slot: (slot.start, slot.size))
     _check_layout(file, slots, 8 + length, total)
@@ -84,16 +95,24 @@ def read_header(file: Path) -> tuple[dict[str, TensorSlot], dict[str, str]]:
 
 
 def _slot(file: Path, name: str, entry: Any, base: int) -> TensorSlot:
+    if not name.isprintable() or len(name) > _MAX_NAME:
+        raise CheckpointError(f"{file}: the header names a tensor {name[:40]!r}, which is no name.")
     try:
-        dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
-        begin, end = (int(n) for n in entry["data_offsets"])
-    except (TypeError, KeyError, ValueError) as error:
+        dtype, shape, offsets = entry["dtype"], tuple(entry["shape"]), tuple(entry["data_offsets"])
+    except (TypeError, KeyError) as error:
         raise CheckpointError(f"{file}: the header entry of tensor {name!r} is malformed.") from error
+    if not isinstance(dtype, str) or len(shape) > _MAX_DIMENSIONS or len(offsets) != 2 or not _whole(shape + offsets):
+        raise CheckpointError(f"{file}: the header entry of tensor {name!r} is malformed.")
     if dtype not in DTYPE_BITS:
-        raise CheckpointError(f"{file}: tensor {name!r} has the unknown dtype {dtype!r}.")
-    if any(n < 0 for n in shape) or begin < 0 or end - begin != byte_size(dtype, shape):
+        raise CheckpointError(f"{file}: tensor {name!r} has the unknown dtype {dtype[:40]!r}.")
+    begin, end = offsets
+    if min(0, begin, *shape) < 0 or end - begin != byte_size(dtype, shape):
         raise CheckpointError(f"{file}: tensor {name!r} does not have the size that its shape {shape} says.")
     return TensorSlot(name, dtype, shape, file, base + begin, end - begin)
+
+
+def _whole(numbers: tuple[Any, ...]) -> bool:
+    return all(type(n) is int and abs(n) < _MAX_NUMBER for n in numbers)
 
 
 def _check_layout(file: Path, slots: list[TensorSlot], base: int, total: int) -> None:

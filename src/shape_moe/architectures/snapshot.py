@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -11,10 +10,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from shape_moe.architectures.config_file import read_config
+from shape_moe.architectures.model_folder import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    SINGLE_FILE,
+    check_model_folder,
+    no_weights,
+)
 from shape_moe.architectures.moe_config import MoeConfig, read_moe_config
 from shape_moe.architectures.safetensors_file import TensorSlot, read_header
 from shape_moe.architectures.tensor_names import TensorRole, is_router_part, tensor_role
 from shape_moe.errors import CheckpointError, UnsupportedModelError, first_line
+from shape_moe.json_file import read_json
 
 ROOT_FILES = (
     "tokenizer.json",
@@ -35,25 +43,6 @@ ROOT_FILES = (
     "USAGE_POLICY*",
 )
 """Files of a model besides its weights and configuration that loaders, servers and lawyers need."""
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        CheckpointError: when the file is missing or holds no JSON object.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is not valid JSON.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} does not hold a JSON object.")
-    return content
 
 
 @dataclass(frozen=True)
@@ -66,6 +55,7 @@ class Snapshot:
         tensors: every tensor by name, shard by shard in file order.
         name: what the user asked for: a hub id or the folder.
         revision: the commit of a hub model, None for a local folder.
+        notes: what the user should know about how it was read.
         hashes: fingerprints that were computed once.
     """
 
@@ -74,6 +64,7 @@ class Snapshot:
     tensors: dict[str, TensorSlot]
     name: str
     revision: str | None = None
+    notes: tuple[str, ...] = ()
     _roles: dict[str, TensorRole] = field(default_factory=dict, repr=False, compare=False)
     hashes: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
@@ -147,6 +138,14 @@ class Snapshot:
         return sum(slot.size for slot in self.tensors.values())
 
 
+def exists(path: Path) -> bool:
+    """Whether something is there; a name that no file can have names nothing."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def looks_like_path(name: str) -> bool:
     """Whether a name can only be a path: none on the hub begins as this one does."""
     return name.startswith((".", "/", "~"))
@@ -160,10 +159,11 @@ def open_snapshot(model: str | os.PathLike[str], revision: str | None = None) ->
     """
     path = Path(model)
     commit = None
-    if not path.is_dir():
+    if not exists(path):
         path, commit = _download(str(model), revision)
-    config = read_json(path / "config.json")
-    return Snapshot(path, config, _read_tensors(path), str(model), commit)
+    check_model_folder(path)
+    config, notes = read_config(path)
+    return Snapshot(path, config, _read_tensors(path), str(model), commit, notes)
 
 
 def open_headers(model: str | os.PathLike[str], revision: str | None = None) -> Snapshot:
@@ -177,11 +177,11 @@ def open_headers(model: str | os.PathLike[str], revision: str | None = None) -> 
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError, OfflineModeIsEnabled
 
-    if Path(model).is_dir() or looks_like_path(str(model)):
+    if exists(Path(model)) or looks_like_path(str(model)):
         return open_snapshot(model, revision)
     try:
         metadata = get_safetensors_metadata(str(model), revision=revision)
-        config = read_json(Path(hf_hub_download(str(model), "config.json", revision=revision)))
+        config, notes = read_config(Path(hf_hub_download(str(model), CONFIG_FILE, revision=revision)).parent)
     except (OfflineModeIsEnabled, HfHubHTTPError, HFValidationError, OSError):
         return open_snapshot(model, revision)  # a local copy may be there; if not, it says why
     except NotASafetensorsRepoError as error:
@@ -191,7 +191,7 @@ def open_headers(model: str | os.PathLike[str], revision: str | None = None) -> 
         for name, info in content.tensors.items():
             begin, end = info.data_offsets
             tensors[name] = TensorSlot(name, info.dtype, tuple(info.shape), Path(file), begin, end - begin)
-    return Snapshot(Path(str(model)), config, tensors, str(model), revision)
+    return Snapshot(Path(str(model)), config, tensors, str(model), revision, notes)
 
 
 def _download(model: str, revision: str | None) -> tuple[Path, str | None]:
@@ -213,13 +213,11 @@ def _download(model: str, revision: str | None) -> tuple[Path, str | None]:
 
 def _read_tensors(path: Path) -> dict[str, TensorSlot]:
     index_file, single = path / INDEX_FILE, path / SINGLE_FILE
-    if index_file.is_file():
+    if index_file.is_file() or index_file.is_symlink():
         return _read_indexed(path, read_json(index_file))
-    if single.is_file():
+    if single.is_file() or single.is_symlink():
         return read_header(single)[0]
-    others = [p.name for p in path.glob("*.bin")] + [p.name for p in path.glob("*.safetensors")]
-    hint = f" (found {', '.join(sorted(others)[:3])})" if others else ""
-    raise CheckpointError(f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}: only safetensors are read.")
+    raise no_weights(path)
 
 
 def _read_indexed(path: Path, index: dict[str, Any]) -> dict[str, TensorSlot]:
@@ -227,11 +225,8 @@ def _read_indexed(path: Path, index: dict[str, Any]) -> dict[str, TensorSlot]:
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{path / INDEX_FILE} has no weight_map.")
     tensors: dict[str, TensorSlot] = {}
-    for shard in sorted(set(weight_map.values())):
-        file = path / shard
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{path / INDEX_FILE} points outside the model folder: {shard!r}.")
-        slots, _ = read_header(file)
+    for shard in sorted({_shard_name(path, shard) for shard in weight_map.values()}):
+        slots, _ = read_header(path / shard)
         tensors.update({name: slot for name, slot in slots.items() if weight_map.get(name) == shard})
     missing = sorted(set(weight_map) - set(tensors))
     if missing:
@@ -240,3 +235,12 @@ def _read_indexed(path: Path, index: dict[str, Any]) -> dict[str, TensorSlot]:
             "download or copy the model again."
         )
     return tensors
+
+
+def _shard_name(path: Path, shard: Any) -> str:
+    if not isinstance(shard, str) or not shard.isprintable() or len(shard.encode(errors="replace")) > 255:
+        shown = repr(shard)
+        raise CheckpointError(f"{path / INDEX_FILE} names {shown[:60]}, which is no file name.")
+    if Path(shard).name != shard:
+        raise CheckpointError(f"{path / INDEX_FILE} points outside the model folder: {shard!r}.")
+    return shard

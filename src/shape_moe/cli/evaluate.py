@@ -20,8 +20,9 @@ from shape_moe.evaluation.faithfulness import Faithfulness
 from shape_moe.evaluation.footprint import Workload
 from shape_moe.evaluation.measures import worst_group
 from shape_moe.jobs import evaluate as job
+from shape_moe.jobs.evaluate import EvaluateOptions
 from shape_moe.jobs.evaluated import TASK, Evaluation
-from shape_moe.jobs.options import HELD_OUT_SAMPLES, EvaluateOptions
+from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.units import readable_size
 from shape_moe.workspace import check_output_file, write_json
 

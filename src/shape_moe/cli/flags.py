@@ -24,7 +24,8 @@ from shape_moe.cli.values import (
 )
 from shape_moe.errors import UsageError
 from shape_moe.jobs.inspect import keep_that_fits
-from shape_moe.jobs.options import ExampleOptions, SelectionJob
+from shape_moe.jobs.select import SelectionJob
+from shape_moe.jobs.session import ExampleOptions
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.select import SelectOptions
 from shape_moe.tracing.trace import SegmentWeights

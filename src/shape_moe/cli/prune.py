@@ -32,15 +32,11 @@ from shape_moe.errors import UsageError
 from shape_moe.evaluation.intervals import Estimate
 from shape_moe.evaluation.keep_rate import Limit
 from shape_moe.jobs import prune as job
-from shape_moe.jobs.options import (
-    AUTO,
-    AUTO_HELD_OUT,
-    DEFAULT_SAMPLES,
-    HELD_OUT_SAMPLES,
-    PAPER_SAMPLES,
-    ChoiceOptions,
-    PruneOptions,
-)
+from shape_moe.jobs.choose import AUTO_HELD_OUT, ChoiceOptions
+from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
+from shape_moe.jobs.prune import PAPER_SAMPLES, PruneOptions
+from shape_moe.jobs.select import AUTO
+from shape_moe.jobs.session import DEFAULT_SAMPLES
 from shape_moe.selection.selection import Selection, load_selection
 from shape_moe.units import readable_size
 

@@ -28,8 +28,9 @@ from shape_moe.cli.values import parse_routing
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.keep_rate import SweepPoint
 from shape_moe.jobs import sweep as job
-from shape_moe.jobs.options import DEFAULT_SAMPLES, HELD_OUT_SAMPLES
+from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.jobs.search import SweepOptions, SweepResult
+from shape_moe.jobs.session import DEFAULT_SAMPLES
 from shape_moe.scoring.registry import scorers as known_scorers
 from shape_moe.units import readable_size
 

@@ -14,7 +14,7 @@ from shape_moe.cli.flag_groups import with_flags
 from shape_moe.cli.flags import RUN_PANEL, DataFlags, DeviceFlags, ForceFlag, ModelArgument, OutputFlags, SeedFlag
 from shape_moe.cli.values import parse_values
 from shape_moe.jobs import trace as job
-from shape_moe.jobs.options import DEFAULT_SAMPLES
+from shape_moe.jobs.session import DEFAULT_SAMPLES
 from shape_moe.tracing.trace import Trace
 
 

@@ -18,9 +18,9 @@ from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.embedded import exact_match
 from shape_moe.demo.tasks import TASKS, examples
 from shape_moe.errors import UsageError
-from shape_moe.jobs.options import ExampleOptions, PruneOptions
-from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune import PruneOptions, prune
 from shape_moe.jobs.report import report
+from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import trace
 from shape_moe.progress import SILENT, Progress
 from shape_moe.reporting.html import plotly_script

@@ -9,7 +9,7 @@ from typing import Any
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.harness import TaskOptions
-from shape_moe.jobs.options import ExampleOptions
+from shape_moe.jobs.session import ExampleOptions
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.selection import Routing
 from shape_moe.tracing.trace import SegmentWeights

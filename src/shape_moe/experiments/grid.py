@@ -25,8 +25,7 @@ from shape_moe.experiments.config import (
 )
 from shape_moe.experiments.evaluations import JudgedExamples, JudgedTask, OpenEvaluation
 from shape_moe.experiments.plan import Plan, on_device
-from shape_moe.jobs.options import ExampleOptions
-from shape_moe.jobs.session import ModelSession, load_original
+from shape_moe.jobs.session import ExampleOptions, ModelSession, load_original
 from shape_moe.jobs.trace import kept_trace
 from shape_moe.journal import Journal
 from shape_moe.made_with import made_with

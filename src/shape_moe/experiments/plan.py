@@ -13,10 +13,9 @@ from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.records import Record, content_hash, load_records, prompt_hash
 from shape_moe.evaluation.harness import check_chat_template, check_tasks
 from shape_moe.experiments.config import ExamplesSpec, ExperimentConfig, ModelSpec, TaskSpec
-from shape_moe.jobs.held_out import fresh_records
-from shape_moe.jobs.options import HELD_OUT_SAMPLES, ExampleOptions, SelectionJob
-from shape_moe.jobs.select import check_job
-from shape_moe.jobs.session import ModelSession
+from shape_moe.jobs.held_out import HELD_OUT_SAMPLES, fresh_records
+from shape_moe.jobs.select import SelectionJob, check_job
+from shape_moe.jobs.session import ExampleOptions, ModelSession
 from shape_moe.progress import SILENT
 from shape_moe.selection.select import SelectOptions
 

@@ -26,7 +26,8 @@ from shape_moe.experiments.config import (
     TaskSpec,
 )
 from shape_moe.experiments.yaml_section import Section, read_yaml
-from shape_moe.jobs.options import DEFAULT_SAMPLES, HELD_OUT_SAMPLES, ExampleOptions
+from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
+from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions
 from shape_moe.reporting.experiment_tables import EXAMPLE_METRICS, GENERATED
 from shape_moe.scoring.registry import get_scorer
 from shape_moe.selection.rules import get_rule

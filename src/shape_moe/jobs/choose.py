@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from shape_moe.architectures.snapshot import Snapshot
+from shape_moe.calibration.records import DataOptions
 from shape_moe.errors import ShapeMoeError, UsageError
-from shape_moe.evaluation.keep_rate import Combination, SweepPoint, grid
-from shape_moe.jobs.options import AUTO, ChoiceOptions, SelectionJob
+from shape_moe.evaluation.generation import GenerationOptions
+from shape_moe.evaluation.keep_rate import Combination, Limit, SweepPoint, grid
+from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.jobs.planning import Plan
 from shape_moe.jobs.search import Search, SweepOptions
+from shape_moe.jobs.select import AUTO, SelectionJob
 from shape_moe.progress import Progress
 from shape_moe.scoring.registry import get_scorer
 from shape_moe.selection.selection import Routing, Selection
@@ -31,7 +34,37 @@ AUTO_METHODS = (
 )
 """What ``auto`` tries with each routing, best of the benchmark first; ties within noise go to the earlier one."""
 
+AUTO_HELD_OUT = 64
+"""Examples that candidates are judged by when nothing else is said."""
 _NAMED = 3
+
+
+@dataclass(frozen=True)
+class ChoiceOptions:
+    """What is left to the tool.
+
+    Attributes:
+        limit: what may be lost; the keep rate is then the smallest that stays within. None keeps the rate asked for.
+        rules: rules to try with scorer ``auto``, None for those that the benchmark found good.
+        routings: routings to try, None for both with scorer ``auto`` and for the one asked for otherwise.
+        held_out: examples to judge by, None for a share of the calibration data.
+        held_out_samples: how many, None for 64, with a limit 400.
+        generation: how candidates answer freely before one is chosen.
+    """
+
+    limit: Limit | None = None
+    rules: tuple[str, ...] | None = None
+    routings: tuple[Routing, ...] | None = None
+    held_out: DataOptions | None = None
+    held_out_samples: int | None = None
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
+
+    @property
+    def samples(self) -> int:
+        """How many examples to judge by."""
+        if self.held_out_samples is not None:
+            return self.held_out_samples
+        return HELD_OUT_SAMPLES if self.limit else AUTO_HELD_OUT
 
 
 def choose(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +13,16 @@ from shape_moe.architectures.sizes import measure
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.records import DataOptions, load_records
 from shape_moe.errors import ShapeMoeError, UsageError
-from shape_moe.evaluation.faithfulness import Faithfulness, faithfulness
-from shape_moe.evaluation.footprint import measure_footprint
-from shape_moe.evaluation.harness import check_chat_template, check_tasks, run_tasks, run_tasks_with_vllm
+from shape_moe.evaluation.faithfulness import FEWEST_RANDOM, Faithfulness, faithfulness
+from shape_moe.evaluation.footprint import Workload, measure_footprint
+from shape_moe.evaluation.generation import GenerationOptions
+from shape_moe.evaluation.harness import TaskOptions, check_chat_template, check_tasks, run_tasks, run_tasks_with_vllm
 from shape_moe.evaluation.judge import Judge, Verdict
 from shape_moe.evaluation.subjects import Candidate, open_candidate, scores_of
 from shape_moe.evaluation.task_results import TaskResult, task_changes
 from shape_moe.jobs.evaluated import ALSO, TASK, Evaluated, Evaluation
-from shape_moe.jobs.held_out import held_out_set, known_prompts, overlap
-from shape_moe.jobs.options import HELD_OUT_SAMPLES, EvaluateOptions, ExampleOptions, as_trace_options
-from shape_moe.jobs.session import ModelSession, load_original
+from shape_moe.jobs.held_out import HELD_OUT_SAMPLES, held_out_set, known_prompts, overlap
+from shape_moe.jobs.session import ExampleOptions, ModelSession, as_example_options, load_original
 from shape_moe.jobs.trace import open_trace
 from shape_moe.made_with import made_with
 from shape_moe.progress import SILENT, Progress
@@ -34,6 +34,35 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What is measured.
+
+    Attributes:
+        also: further examples, of what the pruned model was not made for.
+        by: field of the records whose classes are judged one by one.
+        generation: how models answer freely, None for not at all.
+        tasks: tasks of lm-evaluation-harness, None for none.
+        footprint: what to time, None to leave memory and speed out.
+        faithfulness: how many random selections every selection is compared with, 0 for none.
+        trace: trace of selections given as files, and of checkpoints that hold none; faithfulness needs one.
+        seed: draws samples, resamples and random selections.
+    """
+
+    also: DataOptions | None = None
+    by: str | None = None
+    generation: GenerationOptions | None = field(default_factory=GenerationOptions)
+    tasks: TaskOptions | None = None
+    footprint: Workload | None = field(default_factory=Workload)
+    faithfulness: int = 0
+    trace: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.faithfulness and self.faithfulness < FEWEST_RANDOM:
+            raise UsageError(f"Faithfulness needs at least {FEWEST_RANDOM} random selections, not {self.faithfulness}.")
 
 
 def evaluate(
@@ -69,7 +98,7 @@ def evaluate(
         raise UsageError("--also, --by and --faithfulness go with held-out examples: give --data.")
     tracing = None
     if data is not None:
-        tracing = as_trace_options(data, HELD_OUT_SAMPLES)
+        tracing = as_example_options(data, HELD_OUT_SAMPLES)
         if not isinstance(data, ExampleOptions):
             tracing = replace(tracing, device=device, dtype=dtype)
         if options.by is not None:

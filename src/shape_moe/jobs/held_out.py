@@ -16,6 +16,9 @@ from shape_moe.jobs.session import ModelSession
 from shape_moe.tracing.trace import Trace
 from shape_moe.units import counted
 
+HELD_OUT_SAMPLES = 400
+"""Records to judge by when nothing else is said."""
+
 
 def held_out_set(session: ModelSession, calibrator: ExampleMaker, name: str, folder: Path | None = None) -> HeldOutSet:
     """Tokenise records as the session's are, with answers of the dense model where they lack one.

@@ -12,8 +12,7 @@ from shape_moe.calibration.records import DataOptions, load_records, prompt_hash
 from shape_moe.calibration.split import split_records
 from shape_moe.errors import UsageError
 from shape_moe.jobs.held_out import fresh_records, known_prompts
-from shape_moe.jobs.options import DEFAULT_SAMPLES, ExampleOptions, as_trace_options
-from shape_moe.jobs.session import ModelSession
+from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options
 from shape_moe.progress import Progress
 from shape_moe.tracing.trace import Trace
 
@@ -62,7 +61,7 @@ def held_out_tracing(
         UsageError: when neither is given.
     """
     if data is not None:
-        return as_trace_options(data, DEFAULT_SAMPLES)
+        return as_example_options(data, DEFAULT_SAMPLES)
     if trace is None:
         raise UsageError("Give examples (--data), a trace (--trace), or both.")
     if held_out is not None:

@@ -14,19 +14,11 @@ from shape_moe.architectures.loading import free_memory, load_model, loaded_byte
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.records import DataOptions
 from shape_moe.errors import CheckpointError, ShapeMoeError, UsageError
-from shape_moe.jobs.choose import candidates, choose
-from shape_moe.jobs.options import (
-    DEFAULT_SAMPLES,
-    PAPER_SAMPLES,
-    ExampleOptions,
-    PruneOptions,
-    as_selection_job,
-    as_trace_options,
-)
+from shape_moe.jobs.choose import ChoiceOptions, candidates, choose
 from shape_moe.jobs.planning import Plan, held_out_tracing, plan_search
 from shape_moe.jobs.search import check_examples
-from shape_moe.jobs.select import check_job
-from shape_moe.jobs.session import ModelSession, load_original
+from shape_moe.jobs.select import SelectionJob, as_selection_job, check_job
+from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options, load_original
 from shape_moe.jobs.trace import kept_trace, open_trace
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import Canary, CanaryResult, compare_canary, random_tokens, record_canary
@@ -44,7 +36,33 @@ from shape_moe.tracing.statistics import STATISTICS
 from shape_moe.tracing.trace import Trace
 from shape_moe.workspace import Workspace, check_output, write_json
 
+PAPER_SAMPLES = 25
+"""Calibration examples of the published experiments."""
 _DISK_MARGIN = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """What is asked of a pruned checkpoint.
+
+    Attributes:
+        select: how experts are chosen; None when a finished selection is given.
+        trace: the calibration set and how to trace; None when a trace or a selection is given. Its device and dtype
+            are overruled by those below.
+        device: where to trace and to compare logits.
+        dtype: in which dtype.
+        choice: how candidates are judged where scorer or keep rate are left to the tool, None where they are not.
+        check_logits: compare the pruned model's logits with the masked original's, where both fit in memory.
+        force: replace an existing result, accept artifacts of unknown origin.
+    """
+
+    select: SelectionJob | None = None
+    trace: ExampleOptions | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    choice: ChoiceOptions | None = None
+    check_logits: bool = True
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,7 +199,7 @@ def _complete_options(
 ) -> PruneOptions:
     if data is not None:
         samples = DEFAULT_SAMPLES if options.choice else PAPER_SAMPLES
-        options = replace(options, trace=as_trace_options(data, samples))
+        options = replace(options, trace=as_example_options(data, samples))
     if keep is not None:
         options = replace(options, select=as_selection_job(keep))
     if options.select is None and options.choice is not None and options.choice.limit is not None:

@@ -28,8 +28,7 @@ from shape_moe.evaluation.keep_rate import (
 )
 from shape_moe.evaluation.measures import Health, health
 from shape_moe.evaluation.teacher_forced import TeacherForced
-from shape_moe.jobs.held_out import held_out_set
-from shape_moe.jobs.options import HELD_OUT_SAMPLES
+from shape_moe.jobs.held_out import HELD_OUT_SAMPLES, held_out_set
 from shape_moe.jobs.planning import Plan
 from shape_moe.journal import Journal
 from shape_moe.made_with import made_with

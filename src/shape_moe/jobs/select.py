@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
 from shape_moe.architectures.moe_config import RoutingFacts
 from shape_moe.errors import UsageError
-from shape_moe.jobs.options import AUTO, SelectionJob, as_selection_job
 from shape_moe.scoring.registry import ScoreOptions, get_scorer
 from shape_moe.scoring.scores import Scores, read_scores, score_trace
 from shape_moe.selection.select import SelectOptions, check_feasible, select_from_scores, select_from_trace
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import Trace, load_trace
+
+AUTO = "auto"
+"""The scorer that stands for trying several."""
+
+
+@dataclass(frozen=True)
+class SelectionJob:
+    """How experts are scored and selected.
+
+    Attributes:
+        options: keep rate, rule, routing, target and constraints.
+        scorer: name of the scorer.
+        scoring: segment weights and seed.
+    """
+
+    options: SelectOptions
+    scorer: str = "shape"
+    scoring: ScoreOptions = field(default_factory=ScoreOptions)
+
+
+def as_selection_job(job: SelectionJob | SelectOptions | float) -> SelectionJob:
+    """A selection job from options, or from a keep rate alone."""
+    if isinstance(job, SelectionJob):
+        return job
+    return SelectionJob(job if isinstance(job, SelectOptions) else SelectOptions(keep=job))
 
 
 def score(source: str | PathLike[str] | Trace, scorer: str = "shape", options: ScoreOptions | None = None) -> Scores:

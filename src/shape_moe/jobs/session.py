@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
-
-import torch
 
 from shape_moe.architectures.fingerprint import UNVERIFIED, Origin, fingerprint, layout_fingerprint, origin
 from shape_moe.architectures.loading import free_memory, load_model, load_tokenizer, unpacking
@@ -20,24 +19,69 @@ from shape_moe.architectures.moe_config import MoeConfig
 from shape_moe.architectures.sites import live_moe_config
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.batches import Batch, batches
-from shape_moe.calibration.example_maker import Answerer, ExampleMaker
-from shape_moe.calibration.examples import Tokeniser
+from shape_moe.calibration.example_maker import Answerer, AnswerOptions, ExampleMaker
+from shape_moe.calibration.examples import Tokeniser, TokenOptions
 from shape_moe.calibration.records import DataOptions, Record, load_records
 from shape_moe.calibration.responses import generate_answers, pad_token_id
+from shape_moe.engines import check_engine
 from shape_moe.errors import DataError, ShapeMoeError, UsageError, first_line
 from shape_moe.interrupts import DeferredInterrupt
-from shape_moe.jobs.options import ExampleOptions
 from shape_moe.made_with import versions
 from shape_moe.progress import Progress
 from shape_moe.pruning.canary import canary_tokens
 from shape_moe.tracing.trace import Trace, TraceInfo, load_trace, merge_traces
-from shape_moe.tracing.transformers_model import ModelTracer
 from shape_moe.workspace import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from shape_moe.tracing.transformers_model import ModelTracer
+
+DEFAULT_SAMPLES = 128
+"""Records that are used when nothing else is said."""
 _SAVE_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class ExampleOptions:
+    """Examples for a model, and how it runs over them: to be traced, or to judge by.
+
+    Attributes:
+        data: the records.
+        tokens: how its records become tokens.
+        answers: what happens to prompts without a response; batch size and limits.
+        device: where to run.
+        dtype: in which dtype, ``auto`` for the checkpoint's.
+        engine: ``transformers`` (every statistic) or ``vllm`` (coalitions and counts; for models of several GPUs).
+        engine_args: further arguments of ``vllm.LLM``, such as ``tensor_parallel_size``.
+
+    Raises:
+        UsageError: for an unknown engine, and for arguments of one that takes none.
+    """
+
+    data: DataOptions
+    tokens: TokenOptions = field(default_factory=TokenOptions)
+    answers: AnswerOptions = field(default_factory=AnswerOptions)
+    device: str = "auto"
+    dtype: str = "auto"
+    engine: str = "transformers"
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_engine(self.engine, self.engine_args)
+
+    def job(self) -> dict[str, Any]:
+        """What decides the trace, for the job file."""
+        return asdict(self)
+
+
+def as_example_options(data: ExampleOptions | DataOptions | str | PathLike[str], samples: int) -> ExampleOptions:
+    """Example options from a file name or data options alone; ``samples`` is for the former."""
+    if isinstance(data, ExampleOptions):
+        return data
+    if isinstance(data, DataOptions):
+        return ExampleOptions(data)
+    return ExampleOptions(DataOptions(str(data), samples=samples))
 
 
 class ModelSession:
@@ -140,6 +184,8 @@ class ModelSession:
                 f"Only a trace by itself is made with {self.options.engine}: make it with `shape-moe trace --engine "
                 f"{self.options.engine}`, and start from it (--trace)."
             )
+        from shape_moe.tracing.transformers_model import ModelTracer
+
         examples = self.calibrator.run(self.answerer, folder)
         tracer = ModelTracer(self.model)
         earlier, done = self._load_so_far(folder)
@@ -168,6 +214,8 @@ class ModelSession:
         )
 
     def _trace_batch(self, tracer: ModelTracer, batch: Batch) -> None:
+        import torch
+
         healthy = self._without_bad(tracer, batch) if self.options.answers.skip_bad else batch
         if healthy is None:
             return

@@ -9,9 +9,9 @@ from pathlib import Path
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.example_maker import ANSWERS_FILE
 from shape_moe.calibration.records import DataOptions
-from shape_moe.jobs.options import ExampleOptions
 from shape_moe.jobs.planning import Plan, held_out_tracing, plan_search
 from shape_moe.jobs.search import POINTS_FILE, Search, SweepOptions, SweepResult, check_examples
+from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import kept_trace, open_trace
 from shape_moe.progress import SILENT, Progress
 from shape_moe.workspace import Workspace, write_json

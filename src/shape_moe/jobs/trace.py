@@ -13,8 +13,7 @@ from shape_moe.architectures.fingerprint import UNVERIFIED, check_fingerprint, f
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.example_maker import ANSWERS_FILE
 from shape_moe.calibration.records import DataOptions
-from shape_moe.jobs.options import DEFAULT_SAMPLES, ExampleOptions, as_trace_options
-from shape_moe.jobs.session import ModelSession
+from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options
 from shape_moe.jobs.vllm_session import trace_with_vllm
 from shape_moe.progress import SILENT, Progress
 from shape_moe.tracing.trace import Trace, load_trace, merge_traces
@@ -46,7 +45,7 @@ def trace(
     Raises:
         ShapeMoeError: when something is wrong with the model, the data or the options; the message says what to do.
     """
-    options = as_trace_options(data, DEFAULT_SAMPLES)
+    options = as_example_options(data, DEFAULT_SAMPLES)
     session = ModelSession.open(model, options, tokenizer, progress)
     run = partial(trace_with_vllm, session) if options.engine == "vllm" else session.run
     if out is None:

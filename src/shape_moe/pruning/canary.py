@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shape_moe.architectures.loading import input_device
-from shape_moe.architectures.snapshot import read_json
 from shape_moe.errors import CheckpointError
+from shape_moe.json_file import read_json
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from shape_moe.architectures.model_folder import INDEX_FILE, SINGLE_FILE
 from shape_moe.architectures.safetensors_file import TensorSlot, make_header, read_header
-from shape_moe.architectures.snapshot import INDEX_FILE, SINGLE_FILE, Snapshot
+from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.errors import CheckpointError, ShapeMoeError, UsageError
 from shape_moe.pruning.kept import Keeping
 from shape_moe.selection.selection import Selection, check_against_model

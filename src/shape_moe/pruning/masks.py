@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from shape_moe.architectures.sites import MoeSite, find_sites, live_moe_config
 from shape_moe.selection.selection import Routing, Selection, check_against_model
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -27,6 +26,8 @@ def masked(model: PreTrainedModel, selection: Selection, routing: Routing | None
     Raises:
         UsageError: when the selection does not fit the model.
     """
+    import torch
+
     routing = routing or selection.routing
     sites = matching_sites(model, selection, routing)
     handles: list[Any] = []
@@ -57,6 +58,8 @@ def matching_sites(
 
 
 def _zero_dropped(kept: torch.Tensor, total: int) -> Any:
+    import torch
+
     alive = torch.zeros(total, dtype=torch.bool)
     alive[kept] = True
     by_device: dict[torch.device, torch.Tensor] = {}
@@ -75,17 +78,22 @@ class _Rerouted:
     """A router that runs with the kept rows alone; its ids are translated back to those of the full model."""
 
     def __init__(self, site: MoeSite, kept: torch.Tensor, total: int) -> None:
+        import torch
+
         self.router: Any = site.router
         self.kept, self.total = kept, total
         tensors = [*self.router.named_parameters(recurse=False), *self.router.named_buffers(recurse=False)]
         self.rows = [name for name, tensor in tensors if tensor.shape[:1] == (total,)]
         # accelerate loads offloaded weights in a forward of its own and keeps the model's under another name
         self.attribute = "_old_forward" if hasattr(self.router, "_hf_hook") else "forward"
-        self.inner = _Caller(self.router, getattr(self.router, self.attribute))
+        self.inner: Any = torch.nn.Module()  # lets functional_call swap the router's tensors for the time of a call
+        self.inner.router, self.inner.forward = self.router, getattr(self.router, self.attribute)
         self.replaced = self.router.__dict__.get(self.attribute)
         setattr(self.router, self.attribute, self._forward)
 
     def _forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        import torch
+
         kept = self.kept.to(getattr(self.router, self.rows[0]).device)
         rows = {f"router.{name}": getattr(self.router, name)[kept] for name in self.rows}
         self.router.num_experts = len(kept)
@@ -100,14 +108,3 @@ class _Rerouted:
             delattr(self.router, self.attribute)
         else:
             setattr(self.router, self.attribute, self.replaced)
-
-
-class _Caller(torch.nn.Module):
-    """Calls a router's own forward; lets ``functional_call`` swap the router's tensors for the time of the call."""
-
-    def __init__(self, router: torch.nn.Module, forward: Callable[..., Any]) -> None:
-        super().__init__()
-        self.router, self._call = router, forward
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(*args, **kwargs)

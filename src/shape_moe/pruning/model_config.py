@@ -9,7 +9,6 @@ from typing import Any
 from shape_moe.architectures.moe_config import PRUNING_KEY, MoeConfig
 from shape_moe.architectures.tensor_names import renumbered, tensor_role
 from shape_moe.errors import UnsupportedModelError, UsageError
-from shape_moe.pruning.modeling_shape_moe import PREFIX, VERSION
 from shape_moe.selection.selection import Selection
 
 CODE_MODULE = "modeling_shape_moe"
@@ -51,6 +50,8 @@ def pruned_config(config: dict[str, Any], moe: MoeConfig, selection: Selection, 
                 result[key] = count
         result["architectures"] = [moe.family.stock_class]
         return result
+    from shape_moe.pruning.modeling_shape_moe import PREFIX
+
     name = PREFIX + moe.family.stock_class
     result["architectures"] = [name]
     result["auto_map"] = {"AutoModelForCausalLM": f"{CODE_MODULE}.{name}"}
@@ -60,6 +61,8 @@ def pruned_config(config: dict[str, Any], moe: MoeConfig, selection: Selection, 
 
 def pruning_description(moe: MoeConfig, selection: Selection) -> dict[str, Any]:
     """The content of :data:`PRUNING_KEY`."""
+    from shape_moe.pruning.modeling_shape_moe import VERSION
+
     family = moe.family
     return {
         "version": VERSION,

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shape_moe.architectures.snapshot import read_json
 from shape_moe.errors import DataError
 from shape_moe.evaluation.intervals import Estimate
+from shape_moe.json_file import read_json
 from shape_moe.selection.selection import Selection
 
 FORMAT_VERSION = 1

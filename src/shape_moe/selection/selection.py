@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from shape_moe.architectures.fingerprint import check_fingerprint, fingerprint
 from shape_moe.architectures.moe_config import MoeConfig
-from shape_moe.architectures.snapshot import Snapshot, read_json
+from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.errors import CheckpointError, UsageError
+from shape_moe.json_file import read_json
 from shape_moe.workspace import write_text
 
 FORMAT_VERSION = 1

@@ -7,7 +7,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from shape_moe.architectures.snapshot import ROOT_FILES
-from shape_moe.pruning import modeling_shape_moe
 from shape_moe.pruning.model_config import CODE_MODULE
 
 
@@ -21,5 +20,7 @@ def copy_root_files(source: Path, folder: Path) -> list[str]:
 
 def copy_code(folder: Path) -> None:
     """Put the Python file into the checkpoint that ``trust_remote_code=True`` loads."""
+    from shape_moe.pruning import modeling_shape_moe
+
     assert modeling_shape_moe.__file__ is not None
     shutil.copyfile(modeling_shape_moe.__file__, folder / f"{CODE_MODULE}.py")

@@ -7,8 +7,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from shape_moe.architectures.fingerprint import origin
-from shape_moe.architectures.snapshot import Snapshot, read_json
+from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.errors import CheckpointError
+from shape_moe.json_file import read_json
 from shape_moe.pruning.compare import file_hash
 from shape_moe.workspace import JOB_FILE, write_json
 

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.architectures.moe_config import RoutingFacts
-from shape_moe.architectures.snapshot import read_json
 from shape_moe.errors import CheckpointError, FingerprintError, UsageError
+from shape_moe.json_file import read_json
 from shape_moe.tracing.coalitions import CoalitionTable, merge_tables, read_table, write_table
 from shape_moe.tracing.statistics import STATISTICS
 from shape_moe.workspace import write_text
