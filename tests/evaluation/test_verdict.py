@@ -233,7 +233,7 @@ def test_requirements() -> None:
     assert [v.satisfies("no-loss") for v in (safe, few, looping)] == [True, True, False]
     with pytest.raises(UsageError, match="safe or no-loss"):
         safe.satisfies("perfect")
-    with pytest.raises(UsageError, match="between 0 and 100 %"):
+    with pytest.raises(UsageError, match="a share between 0 and 1"):
         decide([], max_drop=0)
 
 

@@ -29,7 +29,7 @@ from shape_moe.selection.selection import load_selection
 from support.data import write_lines
 from support.harness_tasks import write_tasks
 
-QUICK = EvaluateOptions(generation=GenerationOptions(examples=10), footprint=None)
+QUICK = EvaluateOptions(generation=GenerationOptions(examples=10), footprint=None, general=False)
 
 
 def write(file, tasks: dict[str, int], *, seed: int, held_out: bool = False):
@@ -66,6 +66,7 @@ def evaluated(embedded, files, pruned):
         generation=GenerationOptions(examples=10),
         footprint=None,
         faithfulness=3,
+        general=False,
     )
     selection = pruned / "shape" / "selection.json"
     return evaluate(

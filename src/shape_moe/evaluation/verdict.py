@@ -146,6 +146,16 @@ def not_measured(reason: str, advice: str = "", *, max_drop: float = MAX_DROP) -
     return Verdict(Word.NOT_MEASURED, reason, advice, max_drop)
 
 
+def check_max_drop(max_drop: float) -> None:
+    """Whether a fall can be allowed.
+
+    Raises:
+        UsageError: for one outside (0, 1).
+    """
+    if not 0 < max_drop < 1:
+        raise UsageError(f"--max-drop must be a share between 0 and 1, such as 2% or 0.02, not {max_drop:g}.")
+
+
 def decide(outcomes: Sequence[Outcome], *, max_drop: float = MAX_DROP, notes: Sequence[str] = ()) -> Verdict:
     """The verdict over what was measured; see docs/verdict.md.
 
@@ -157,8 +167,7 @@ def decide(outcomes: Sequence[Outcome], *, max_drop: float = MAX_DROP, notes: Se
     Raises:
         UsageError: for a ``max_drop`` outside (0, 1).
     """
-    if not 0 < max_drop < 1:
-        raise UsageError(f"The fall to allow must be between 0 and 100 %, not {max_drop:.0%}.")
+    check_max_drop(max_drop)
     comparisons = max(1, len(_falls(outcomes, quantile())))
     judged = _Judged(Verdict(Word.NOT_MEASURED, "", "", max_drop, comparisons, tuple(outcomes)))
     for rule in (judged.unmeasured, judged.damaged, judged.safe, judged.loss, judged.no_loss):
@@ -303,12 +312,13 @@ def describe_calls(outcome: Outcome) -> str:
 
 def describe_answers(answers: FreeAnswers) -> str:
     """Free answers in a line."""
-    text = f"{counted(answers.count, 'free answer')}: {answers.loops[1]} end in a loop (dense {answers.loops[0]}), "
-    text += f"{answers.no_ends[1]} do not end (dense {answers.no_ends[0]}); "
+    (loops_before, loops), (endless_before, endless) = answers.loops, answers.no_ends
+    text = f"{counted(answers.count, 'free answer')}: {loops} {_verb(loops, 'end')} in a loop (dense {loops_before}), "
+    text += f"{endless} {'does' if endless == 1 else 'do'} not end (dense {endless_before}); "
     if answers.median_divergence is None:
         return f"{text}all are the dense model's, token for token"
     same = answers.count - len(answers.divergences)
-    return f"{text}{same} are the dense model's, the others part from it after {answers.median_divergence:.0f} tokens"
+    return f"{text}{same} {_are(same)} the dense model's, the others part after {answers.median_divergence:.0f} tokens"
 
 
 def _fallen(fall: Fall) -> str:
@@ -328,13 +338,21 @@ def _silent(outcomes: Sequence[Outcome], fall: Fall) -> str:
 
 def _broken(answers: FreeAnswers) -> str:
     """What is wrong with free answers."""
-    kinds = ((answers.loops, "end in a loop"), (answers.no_ends, "do not end"))
+    kinds = ((answers.loops, ("ends in a loop", "end in a loop")), (answers.no_ends, ("does not end", "do not end")))
     parts = [
-        f"{after} of {answers.count} free answers {what} ({before} of the dense model's)"
+        f"{after} of {answers.count} free answers {what[after > 1]} ({before} of the dense model's)"
         for (before, after), what in kinds
         if after > before
     ]
     return " and ".join(parts) or f"{answers.healthy.lost} of {answers.count} free answers loop or do not end"
+
+
+def _verb(count: int, verb: str) -> str:
+    return f"{verb}s" if count == 1 else verb
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def _points(share: float) -> str:

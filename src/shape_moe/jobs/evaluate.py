@@ -11,15 +11,20 @@ from shape_moe.architectures.fingerprint import fingerprint
 from shape_moe.architectures.loading import load_model, load_tokenizer, release_memory
 from shape_moe.architectures.sizes import measure
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
-from shape_moe.calibration.records import DataOptions, load_records
+from shape_moe.calibration.records import DataOptions, Record, load_records, prompt_hash
 from shape_moe.errors import ShapeMoeError, UsageError
+from shape_moe.evaluation.conclusion import conclude
 from shape_moe.evaluation.faithfulness import FEWEST_RANDOM, Faithfulness, faithfulness
 from shape_moe.evaluation.footprint import Workload, measure_footprint
-from shape_moe.evaluation.generation import GenerationOptions
+from shape_moe.evaluation.forgotten import GeneralCheck, general_records
+from shape_moe.evaluation.generation import Generated, GenerationOptions
 from shape_moe.evaluation.harness import TaskOptions, check_chat_template, check_tasks, run_tasks, run_tasks_with_vllm
-from shape_moe.evaluation.judge import Judge, Verdict
+from shape_moe.evaluation.judge import Judge
+from shape_moe.evaluation.judge import Verdict as SetFigures
 from shape_moe.evaluation.subjects import Candidate, open_candidate, scores_of
 from shape_moe.evaluation.task_results import TaskResult, task_changes
+from shape_moe.evaluation.teacher_forced import TeacherForced
+from shape_moe.evaluation.verdict import MAX_DROP, Verdict, check_max_drop
 from shape_moe.jobs.evaluated import ALSO, TASK, Evaluated, Evaluation
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES, held_out_set, known_prompts, overlap
 from shape_moe.jobs.session import ExampleOptions, ModelSession, as_example_options, load_original
@@ -48,6 +53,8 @@ class EvaluateOptions:
         footprint: what to time, None to leave memory and speed out.
         faithfulness: how many random selections every selection is compared with, 0 for none.
         trace: trace of selections given as files, and of checkpoints that hold none; faithfulness needs one.
+        max_drop: the fall, as a share, that the verdict *safe* allows.
+        general: ask general prompts of many kinds as well: what was forgotten off the task.
         seed: draws samples, resamples and random selections.
     """
 
@@ -58,9 +65,12 @@ class EvaluateOptions:
     footprint: Workload | None = field(default_factory=Workload)
     faithfulness: int = 0
     trace: str | None = None
+    max_drop: float = MAX_DROP
+    general: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_max_drop(self.max_drop)
         if self.faithfulness and self.faithfulness < FEWEST_RANDOM:
             raise UsageError(f"Faithfulness needs at least {FEWEST_RANDOM} random selections, not {self.faithfulness}.")
 
@@ -117,6 +127,11 @@ def evaluate(
     return _Run(snapshot, known, tracing, options, (device, dtype), progress).carry_out()
 
 
+def _complaints(found: Evaluated, name: str) -> tuple[str, ...]:
+    health = found.sets[name].health
+    return health.complaints if health is not None else ()
+
+
 class _Run:
     """One evaluation on its way: the dense model first, masks on it, then every checkpoint by itself."""
 
@@ -135,6 +150,9 @@ class _Run:
         self.notes: list[str] = []
         self.size = measure(snapshot)
         self.judges: dict[str, Judge] = {}
+        self.dense_answers: dict[str, Generated] = {}
+        self.asked: list[Record] = []
+        self.general: GeneralCheck | None = None
         self.scores: dict[str, Scores] = {}
         self.session: ModelSession | None = None
         self.tokenizer = load_tokenizer(snapshot.path)
@@ -143,7 +161,7 @@ class _Run:
         if tracing is None:
             return
         self._check_faithfulness()
-        records = load_records(tracing.data)
+        records = self.asked = load_records(tracing.data)
         self._warn_of_overlap(records, tracing.data)
         self.session = ModelSession.open(snapshot, tracing, self.tokenizer, progress, records)
 
@@ -180,6 +198,8 @@ class _Run:
         release_memory()
         for judge in self.judges.values():
             judge.close()
+        if self.general is not None:
+            self.general.close()
         order = {name: i for i, name in enumerate([self.snapshot.name, *(entry.name for entry in self.candidates)])}
         models.sort(key=lambda found: order[found.name])
         self._run_vllm_tasks(models)
@@ -202,6 +222,7 @@ class _Run:
         model, checks = self._dense_model(), []
         if self.session is not None:
             self.judges = self._judges(self.session)
+            self.general = self._general(self.session) if self.options.general and self.candidates else None
         models = [self._dense(model)]
         for entry in self.candidates:
             kept = None
@@ -235,8 +256,21 @@ class _Run:
                     seed=self.options.seed,
                     advance=advance,
                 )
-                judges[name].answer_as_dense(session.model)
+                made = judges[name].answer_as_dense(session.model)
+                if made is not None:
+                    self.dense_answers[name] = made
         return judges
+
+    def _general(self, session: ModelSession) -> GeneralCheck:
+        records, answers = general_records(), session.options.answers
+        with self.progress.phase("Asking general prompts", len(records), "prompt") as advance:
+            return GeneralCheck(
+                session.model,
+                session.calibrator.tokeniser,
+                batch_size=answers.batch_size,
+                records=records,
+                advance=advance,
+            )
 
     def _dense(self, model: PreTrainedModel) -> Evaluated:
         found = Evaluated(self.snapshot.name, "dense", None, self.snapshot.total_bytes)
@@ -267,11 +301,27 @@ class _Run:
             total = sum(len(judge.held_out.examples) for judge in self.judges.values())
             with self.progress.phase(f"Judging {found.name}", total, "example") as advance:
                 for name, judge in self.judges.items():
-                    sums = judge.compare(model, advance)
-                    found.sets[name] = judge.verdict(sums, judge.answer(model))
+                    sums, made = judge.compare(model, advance), judge.answer(model)
+                    found.sets[name] = judge.verdict(sums, made)
+                    self.notes += [f"{found.name}, {judge.held_out.name}: {text}." for text in _complaints(found, name)]
+                    if name == TASK:
+                        found.verdict = self._verdict(found, judge, sums, made)
                     if name == TASK and self.options.by is not None:
                         found.classes = judge.by_group(sums)
+            if self.general is not None:
+                with self.progress.phase(f"General prompts, {found.name}", len(self.general.records), "prompt") as step:
+                    found.forgotten = self.general.compare(model, step)
         found.tasks = self._tasks(model)
+
+    def _verdict(self, found: Evaluated, judge: Judge, sums: TeacherForced, made: Generated | None) -> Verdict:
+        """The verdict over the examples that the model was not made from."""
+        trace = next(entry.trace for entry in self.candidates if entry.name == found.name)
+        known = (known_prompts(trace) if trace is not None else None) or frozenset()
+        seen = {record.index for record in self.asked if prompt_hash(record) in known}
+        left_out = {i for i, example in enumerate(judge.held_out.examples) if example.index in seen}
+        theirs = self.dense_answers.get(TASK)
+        answers = (theirs, made) if theirs is not None and made is not None else None
+        return conclude(judge, sums, answers, left_out=left_out, max_drop=self.options.max_drop)
 
     def _tasks(self, model: PreTrainedModel) -> dict[str, TaskResult]:
         """Results of the tasks on a live model; those that vLLM runs come later, when nothing else is loaded."""
@@ -317,7 +367,7 @@ class _Run:
                     self.notes.append(f"{found.name} and the dense model cannot be compared: {error}")
 
     def _faithfulness(
-        self, entry: Candidate, selection: Selection, model: PreTrainedModel, kept: Verdict | None
+        self, entry: Candidate, selection: Selection, model: PreTrainedModel, kept: SetFigures | None
     ) -> Faithfulness:
         assert entry.trace is not None
         draws, facts = self.options.faithfulness, entry.trace.info.routing

@@ -1,0 +1,55 @@
+"""The verdict over a set of examples, from what a judge measured on them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from shape_moe.evaluation.generation import Generated
+from shape_moe.evaluation.judge import Judge
+from shape_moe.evaluation.outcomes import outcomes
+from shape_moe.evaluation.teacher_forced import TeacherForced
+from shape_moe.evaluation.tool_calls import ToolExample
+from shape_moe.evaluation.verdict import MAX_DROP, Verdict, decide, not_measured
+from shape_moe.units import counted
+
+
+def conclude(
+    judge: Judge,
+    sums: TeacherForced,
+    answers: tuple[Generated, Generated] | None,
+    *,
+    calls: Mapping[int, ToolExample] | None = None,
+    calling: Collection[int] = (),
+    left_out: Collection[int] = (),
+    max_drop: float = MAX_DROP,
+    notes: Sequence[str] = (),
+) -> Verdict:
+    """The verdict on a model.
+
+    Args:
+        judge: has recorded what the dense model says.
+        sums: the model's teacher-forced figures by example.
+        answers: free answers, the dense model's first; None where none were made.
+        calls: what both models did with examples that offer tools, by position.
+        calling: examples whose answer calls a tool.
+        left_out: examples that do not count, because calibration has seen them or something was chosen by them.
+        max_drop: the fall, as a share, that *safe* allows.
+        notes: what else a reader should know.
+    """
+    count = len(judge.held_out.examples)
+    if left_out and len(set(left_out)) == count:
+        reason = f"The model was made from all of the {counted(count, 'example')}."
+        return not_measured(reason, "Judge by examples that it has not seen.", max_drop=max_drop)
+    measured = outcomes(
+        judge.held_out.groups,
+        judge.dense,
+        sums,
+        answered=judge.answered,
+        answers=answers,
+        calls=calls,
+        calling=calling,
+        left_out=left_out,
+    )
+    seen = len(set(left_out))
+    said = [f"{seen} of {count} examples do not count, because calibration has seen them."] if seen else []
+    return decide(measured, max_drop=max_drop, notes=[*said, *notes])

@@ -1,0 +1,131 @@
+"""Verdicts from end to end, on the embedded model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from shape_moe.calibration.records import DataOptions
+from shape_moe.cli.main import run
+from shape_moe.demo.tasks import examples
+from shape_moe.evaluation.forgotten import general_records
+from shape_moe.evaluation.generation import GenerationOptions
+from shape_moe.evaluation.verdict import Verdict, Word
+from shape_moe.jobs import evaluate as evaluate_job
+from shape_moe.jobs.evaluate import EvaluateOptions, evaluate
+from shape_moe.jobs.session import ExampleOptions
+from shape_moe.jobs.trace import trace
+from shape_moe.selection.select import SelectOptions, select_from_trace
+from shape_moe.selection.selection import Selection
+from shape_moe.tracing.trace import Trace
+from support.data import write_lines
+
+QUICK = EvaluateOptions(generation=GenerationOptions(examples=16), footprint=None, general=False)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rows = {"calibration": (32, False), "few": (10, True), "many": (200, True)}
+    return {
+        name: write_lines(folder / f"{name}.jsonl", examples("sorting", count, seed=1, held_out=held_out))
+        for name, (count, held_out) in rows.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def traced(embedded, files) -> Trace:
+    return trace(embedded, ExampleOptions(DataOptions(str(files["calibration"])), device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def fine(traced) -> Selection:
+    """A selection that has lost nothing of the task."""
+    return select_from_trace(traced, SelectOptions(0.9), scorer="reap")
+
+
+@pytest.fixture(scope="module")
+def broken(fine) -> Selection:
+    """One that keeps four experts of every layer, whichever they are."""
+    return replace(fine, layers={layer: [0, 1, 2, 3] for layer in fine.layers})
+
+
+def judge(embedded, given, file, **options):
+    made = replace(QUICK, **options)
+    data = ExampleOptions(DataOptions(str(file)), device="cpu", dtype="float32")
+    return evaluate(embedded, [given], data=data, options=made)
+
+
+def test_a_fine_model_is_safe_with_enough_examples_alone(embedded, fine, files) -> None:
+    many = judge(embedded, fine, files["many"]).models[1].verdict
+    assert many.word is Word.SAFE
+    assert [fall.figure for fall in many.falls] == ["exact match"]
+    few = judge(embedded, fine, files["few"]).models[1].verdict
+    assert few.word is Word.NO_LOSS
+    assert few.reason == "10 examples: a loss of up to 28 % is not excluded; 189 without a loss would show 2 %."
+    unheard = judge(embedded, fine, files["many"], generation=None).models[1].verdict
+    assert unheard.word is Word.NO_LOSS  # likelihood alone
+
+
+def test_a_broken_model_is_damaged(embedded, broken, files) -> None:
+    result = judge(embedded, broken, files["few"])
+    found = result.models[1].verdict
+    assert found.word is Word.DAMAGED
+    assert found.advice
+    document = json.loads(json.dumps(result.document))["models"][1]["verdict"]
+    assert document["verdict"] == "damaged"
+    assert Verdict.from_document(document) == found
+
+
+def test_examples_that_calibration_has_seen_do_not_count(embedded, traced, fine, files, tmp_path) -> None:
+    traced.save(tmp_path / "trace")
+    seen = judge(embedded, fine, files["calibration"], trace=str(tmp_path / "trace")).models[1].verdict
+    assert seen.word is Word.NOT_MEASURED
+    assert seen.reason == "The model was made from all of the 32 examples."
+    both = [*examples("sorting", 32, seed=1), *examples("sorting", 10, seed=1, held_out=True)]
+    mixed = judge(embedded, fine, write_lines(tmp_path / "both.jsonl", both), trace=str(tmp_path / "trace"))
+    assert mixed.models[1].verdict.outcomes[0].examples == 10
+    assert "32 of 42 examples do not count, because calibration has seen them." in mixed.models[1].verdict.notes
+
+
+def test_the_class_that_was_lost_is_named(embedded, fine, tmp_path) -> None:
+    rows = [row for task in ("sorting", "lookup") for row in examples(task, 24, seed=3, held_out=True)]
+    cut = replace(fine, layers={layer: kept[: len(kept) // 2] for layer, kept in fine.layers.items()})
+    file = write_lines(tmp_path / "both.jsonl", rows)
+    found = judge(embedded, cut, file, by="task", generation=None).models[1].verdict
+    assert found.word is Word.DAMAGED
+    assert {fall.name for fall in found.falls} == {"sorting", "lookup"}
+    assert f" in {found.falls[0].name} falls from" in found.reason
+
+
+def test_complaints_of_any_set_rise_to_the_top(embedded, broken, files) -> None:
+    result = judge(embedded, broken, files["few"], also=DataOptions(str(files["few"])))
+    task, also = (result.models[1].sets[name].health.complaints for name in ("task", "also"))
+    assert task == also
+    for complaint in task:
+        assert sum(complaint in warning for warning in result.document["warnings"]) == 2
+
+
+def test_the_command_opens_with_the_verdict(embedded, broken, files, tmp_path, capsys) -> None:
+    broken.save(tmp_path / "broken.json")
+    arguments = ["evaluate", str(embedded), str(tmp_path / "broken.json"), "--data", str(files["few"])]
+    arguments += ["--device", "cpu", "--generate", "8", "--no-footprint", "--no-general"]
+    assert run(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("broken, ")
+    assert lines[1].startswith("  Verdict: damaged. ")
+    assert run([*arguments, "--json", "--max-drop", "1%"]) == 0
+    verdict = json.loads(capsys.readouterr().out)["models"][1]["verdict"]
+    assert verdict["max_drop"] == 0.01
+    assert run([*arguments, "--max-drop", "120%"]) == 2
+    assert "--max-drop" in capsys.readouterr().err
+
+
+def test_what_was_forgotten_is_shown_beside_the_verdict(embedded, broken, files, monkeypatch) -> None:
+    records = general_records(["arithmetic"])[:6]
+    monkeypatch.setattr(evaluate_job, "general_records", lambda: records)
+    found = judge(embedded, broken, files["few"], general=True).models[1]
+    assert [(group.name, group.prompts) for group in found.forgotten.groups] == [("arithmetic", 6)]
+    assert found.forgotten.groups[0].kl > 0.1
