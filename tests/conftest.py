@@ -22,6 +22,23 @@ from support.tiny_models import FAMILIES, make_model, save_model
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference" / "qwen3-30b-a3b"
 
 
+PASSED = os.environ.get("SHAPE_MOE_PASSED")
+"""A file that names tests which have passed: they are not run again, so that a long run can go on where it was."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if PASSED and Path(PASSED).is_file():
+        done = set(Path(PASSED).read_text().splitlines())
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
+        items[:] = [item for item in items if item.nodeid not in done]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if PASSED and report.when == "call" and report.passed:
+        with Path(PASSED).open("a") as stream:
+            stream.write(f"{report.nodeid}\n")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _quiet() -> Iterator[None]:
     from transformers.utils import logging

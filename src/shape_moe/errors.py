@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import errno
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_WORDS = ("No space left on device", "StorageFull", "Disk quota exceeded", "File too large")
+"""How libraries that lose the error number tell of it."""
+
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, its type where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def full_disk(error: BaseException) -> bool:
+    """Whether an error, or one that it came from, says that nothing more can be written."""
+    found: BaseException | None = error
+    seen: set[int] = set()
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        if getattr(found, "errno", None) in _FULL or any(words in str(found) for words in _FULL_WORDS):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
 
 
 class ShapeMoeError(Exception):

@@ -1,35 +1,79 @@
-"""Where results are made: a folder grows as a sibling ``DIR.partial``, a file as ``FILE.tmp``, until it is complete."""
+"""Where results are made: a folder grows as a sibling ``DIR.partial``, a file as ``.FILE.tmp``, until it is whole."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
-from shape_moe.errors import ShapeMoeError, UsageError
+from shape_moe.documents import as_shape
+from shape_moe.errors import CheckpointError, ShapeMoeError, UsageError, full_disk
+from shape_moe.exchange import exchange
+from shape_moe.json_file import read_json
+from shape_moe.locks import drop_lock, take_lock
+from shape_moe.made_with import versions
+from shape_moe.source_files import SourceFile, changed_file, changed_since, describe_inputs
 
 JOB_FILE = "job.json"
 RESULT_FILES = ("shape/manifest.json", "trace.json", "demo.json", "sweep.json", "experiment.json")
 """What marks a folder as a result of this tool, which ``--force`` may replace."""
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "polars")
+"""What figures depend on, beside this package."""
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """The content of ``job.json``, which is there while a job is not done.
+
+    Attributes:
+        digest: of the job's description.
+        job: inputs and options that decide the result.
+        inputs: the files that the job reads, by absolute path.
+        complete: whether the folder holds the whole result, which only has to get its name.
+        replaces: name of the sibling that an older result has while that happens; None where there is none.
+    """
+
+    digest: str
+    job: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, SourceFile] = field(default_factory=dict)
+    complete: bool = False
+    replaces: str | None = None
+
+    def write(self, folder: Path) -> None:
+        """Write the record into a folder."""
+        write_json(folder / JOB_FILE, asdict(self))
+
+
+def read_job(folder: Path) -> JobRecord | None:
+    """The record in a folder, None where it has none of ours."""
+    try:
+        file = folder / JOB_FILE
+        return as_shape(read_json(file), JobRecord, file, "a job of this tool")
+    except (CheckpointError, OSError):
+        return None
 
 
 class Workspace:
     """A result folder in the making; use it as a context manager and call :meth:`complete` at the end.
 
-    The same job (same inputs and options) finds what an interrupted run left and goes on from there; another job is
-    refused. When the block ends without :meth:`complete`, the partial folder stays for the next try.
+    The same job (same inputs, options and package versions) finds what an interrupted run left and goes on from there;
+    another job is refused. When the block ends without :meth:`complete`, the partial folder stays for the next try.
+    A link is followed: the result lies where it points.
 
     Args:
         out: the final folder; an existing one that is not empty is refused.
         job: inputs and options that decide the result; a JSON object.
         force: replace an existing result once the new one is complete, and discard another job's partial folder.
-        inputs: what the job reads; the output may not lie in it, hold it or be it.
+        inputs: what the job reads. The output may not lie in it, hold it or be it, and its files may not change while
+            the job runs, nor between an interrupted run and the one that goes on.
 
     Attributes:
         path: the folder to write into.
@@ -37,6 +81,7 @@ class Workspace:
 
     Raises:
         UsageError: when the output exists, touches an input, or another job's partial folder is in the way.
+        ShapeMoeError: when another run is at work there, an input has changed, or the disk is full.
     """
 
     def __init__(
@@ -48,38 +93,100 @@ class Workspace:
         inputs: Iterable[str | os.PathLike[str]] = (),
     ) -> None:
         self.out = Path(out).absolute()
-        self.path = self.out.with_name(self.out.name + ".partial")
-        self._digest = job_digest(job)
-        self._job, self._force, self._inputs = dict(job), force, tuple(inputs)
-        self._lock: IO[str] | None = None
-        self._lock_file = self.out.with_name(f".{self.out.name}.lock")
+        self._place = real_place(self.out)
+        self.path = self._place.with_name(self._place.name + ".partial")
+        described = {**json.loads(json.dumps(job, default=str)), "versions": versions(*_PACKAGES)}
+        self._record = JobRecord(job_digest(described), described)
+        self._force, self._inputs = force, tuple(inputs)
+        self._lock: int | None = None
+        self._lock_file = self._place.with_name(f".{self._place.name}.lock")
         self.resumed = False
 
     def __enter__(self) -> Workspace:
-        check_output(self.out, force=self._force, inputs=self._inputs)
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        if read_job(self._place) is None:  # else it is looked at under the lock
+            self._check_output()
+        self._place.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = take_lock(self._lock_file)
+        if self._lock is None:
+            raise ShapeMoeError(f"Another run is at work on {self.out}; wait for it.")
         try:
+            self._recover()
+            check_output(self.out, force=self._force, inputs=self._inputs)
             self._prepare()
-        except BaseException:
+        except BaseException as error:
             self._release_lock()
+            _tell_full_disk(error, self._place.parent)
             raise
         return self
 
+    def _check_output(self) -> None:
+        try:
+            check_output(self.out, force=self._force, inputs=self._inputs)
+        except UsageError:  # a run that was killed when all was done leaves its lock
+            if self._lock_file.exists() and (lock := take_lock(self._lock_file)) is not None:
+                drop_lock(self._lock_file, lock)
+            raise
+
+    def _recover(self) -> None:
+        """Finish, or take back, what a run left that was killed while its result got its name.
+
+        A result that has its name is kept, and what it replaced goes. The same job takes it up once more, so that it
+        ends as it would have.
+        """
+        done, begun = read_job(self._place), read_job(self.path)
+        if done is not None and done.complete:
+            if (old := self._replaced(done)) is not None:
+                shutil.rmtree(old)
+            same = done.digest == self._record.digest and not self.path.exists()
+            if same and changed_file(done.inputs, describe_inputs(self._inputs)) is None:
+                self._place.rename(self.path)
+            else:
+                (self._place / JOB_FILE).unlink()
+        elif begun is not None and not self._place.exists():
+            old = self._replaced(begun)
+            if old is not None and old != self.path:
+                old.rename(self._place)
+
+    def _replaced(self, record: JobRecord) -> Path | None:
+        """Where the result that a record's job replaces lies, None where it is gone."""
+        if record.replaces is None:
+            return None
+        ours = rf"{re.escape(self._place.name)}\.old-[0-9a-f]{{8}}"
+        if record.replaces != self.path.name and not re.fullmatch(ours, record.replaces):
+            return None
+        found = self._place.with_name(record.replaces)
+        return found if found.is_dir() else None
+
     def _prepare(self) -> None:
-        known = self._known_digest()
-        if self.path.exists() and known != self._digest:
+        inputs = describe_inputs(self._inputs)
+        if self.path.exists():
+            known = read_job(self.path)
             if known is None and self._holds_work():
                 raise UsageError(f"{self.path} is in the way and holds no work of this tool; move or delete it.")
-            if not self._force and self._holds_work():
-                raise UsageError(
-                    f"{self.path} holds the unfinished work of another job (other inputs or options); "
-                    "finish that job, delete the folder, or use --force to discard it."
-                )
-            shutil.rmtree(self.path)
+            if known is None or (reason := self._why_not_resumed(known, inputs)) is not None:
+                if self._holds_work() and not self._force:
+                    raise UsageError(f"{self.path} holds the unfinished work of {reason}")
+                shutil.rmtree(self.path)
         self.resumed = self.path.exists()
         self.path.mkdir(exist_ok=True)
-        write_json(self.path / JOB_FILE, {"digest": self._digest, "job": self._job})
+        for unfinished in [file for file in self.path.rglob("*.tmp") if file.is_file()]:
+            unfinished.unlink()
+        self._record = JobRecord(self._record.digest, self._record.job, inputs)
+        self._record.write(self.path)
+
+    def _why_not_resumed(self, known: JobRecord, inputs: Mapping[str, SourceFile]) -> str | None:
+        """The end of a sentence that says why a partial folder is not gone on with; None where it is."""
+        discard = "finish that job, delete the folder, or use --force to discard it."
+        if known.digest == self._record.digest:
+            changed = changed_file(known.inputs, inputs)
+            if changed is None:
+                return None
+            return f"a run whose input {changed} since: delete the folder, or use --force to discard it."
+        keys = {**known.job, **self._record.job}
+        different = [key for key in keys if known.job.get(key) != self._record.job.get(key)]
+        if different == ["versions"]:
+            return f"a run with other package versions; {discard}"
+        return f"another job (other inputs or options: {', '.join(different)}); {discard}"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -87,46 +194,89 @@ class Workspace:
         if error is not None and self.path.is_dir() and not self._holds_work():
             shutil.rmtree(self.path)
         self._release_lock()
+        if error is not None:
+            _tell_full_disk(error, self._place.parent)
 
     def _holds_work(self) -> bool:
-        return any(path.is_file() and not path.name.startswith(JOB_FILE) for path in self.path.rglob("*"))
+        return any(path.is_file() and path.name not in (JOB_FILE, f".{JOB_FILE}.tmp") for path in self.path.rglob("*"))
+
+    def check_inputs(self) -> None:
+        """Check that nothing that the job reads has changed since it began.
+
+        Raises:
+            ShapeMoeError: naming the first file that has.
+        """
+        if (changed := changed_since(self._record.inputs, self._inputs)) is not None:
+            raise ShapeMoeError(
+                f"{changed} while it was read, so the result would mix two states of it; run the command again with "
+                f"--force, which discards {self.path}."
+            )
 
     def complete(self) -> Path:
-        """Give the folder its final name; an old result is moved aside first and deleted last."""
-        aside = None
-        if self.out.exists():
-            aside = self.out.with_name(f"{self.out.name}.old-{uuid.uuid4().hex[:8]}")
-            self.out.rename(aside)
-        self.path.rename(self.out)
-        (self.out / JOB_FILE).unlink()
-        if aside is not None:
-            shutil.rmtree(aside)
+        """Give the folder its final name, and delete the result that it replaces.
+
+        ``job.json`` goes last: as long as it is there, the next run knows what was under way (:meth:`_recover`).
+
+        Raises:
+            ShapeMoeError: when an input has changed meanwhile.
+            UsageError: when something else has got the name meanwhile.
+        """
+        self.check_inputs()
+        check_output(self.out, force=self._force)
+        old = self._place.is_dir() and not _is_empty(self._place)
+        if not (old and self._exchange()):
+            aside = self._place.with_name(f"{self._place.name}.old-{uuid.uuid4().hex[:8]}") if old else None
+            self._mark_complete(aside)
+            if aside is not None:
+                self._place.rename(aside)
+            elif self._place.is_dir():
+                self._place.rmdir()
+            self.path.rename(self._place)
+            if aside is not None:
+                shutil.rmtree(aside)
+        (self._place / JOB_FILE).unlink()
         return self.out
 
-    def _known_digest(self) -> str | None:
-        try:
-            return str(json.loads((self.path / JOB_FILE).read_text(encoding="utf-8"))["digest"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+    def _exchange(self) -> bool:
+        """Swap the new result and the old one at once, where the platform can, and delete the old one."""
+        self._mark_complete(self.path)
+        if not exchange(self.path, self._place):
+            return False
+        shutil.rmtree(self.path)
+        return True
 
-    def _take_lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # no advisory locks on this platform
-            return
-        self._lock = self._lock_file.open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            self._lock = None
-            raise ShapeMoeError(f"Another run is at work on {self.out}; wait for it.") from error
+    def _mark_complete(self, replaces: Path | None) -> None:
+        record = self._record
+        name = replaces.name if replaces is not None else None
+        JobRecord(record.digest, record.job, record.inputs, complete=True, replaces=name).write(self.path)
 
     def _release_lock(self) -> None:
         if self._lock is not None:
-            self._lock_file.unlink(missing_ok=True)
-            self._lock.close()
+            drop_lock(self._lock_file, self._lock)
             self._lock = None
+
+
+def _tell_full_disk(error: BaseException, folder: Path) -> None:
+    """Raise what a full disk made of an error as one sentence; do nothing about any other."""
+    if full_disk(error) and not isinstance(error, ShapeMoeError):
+        raise ShapeMoeError(
+            f"The disk of {folder} is full, or the limit on what may be written there is reached: free some space and "
+            "run the same command again; it goes on where it stopped."
+        ) from error
+
+
+def real_place(out: Path) -> Path:
+    """Where an output lies once links are followed.
+
+    Raises:
+        UsageError: for a link that points nowhere, also among the folders above.
+    """
+    for path in (out, *out.parents):
+        if path.is_symlink() and not path.exists():
+            raise UsageError(
+                f"{path} is a link to {path.readlink()}, which does not exist; make that, or remove the link."
+            )
+    return out.resolve()
 
 
 def check_output(out: Path, *, force: bool, inputs: Iterable[str | os.PathLike[str]] = ()) -> None:
@@ -138,21 +288,31 @@ def check_output(out: Path, *, force: bool, inputs: Iterable[str | os.PathLike[s
         inputs: files and folders that the job reads; names that do not exist (hub names) are ignored.
 
     Raises:
-        UsageError: when ``out`` is a file, a folder that is not empty, or lies in, holds or is an input.
+        UsageError: when ``out`` is a file, a folder that is not empty, a link that points nowhere, or lies in, holds
+            or is an input.
     """
-    place = out.resolve()
+    place = real_place(out)
     for given in inputs:
         source = Path(given).resolve()
         if source.exists() and (source == place or source in place.parents or place in source.parents):
             raise UsageError(f"The output {out} and the input {given} overlap; choose an output beside it.")
-    if out.is_file():
+    if place.exists() and not place.is_dir():
         raise UsageError(f"{out} is a file; choose a folder for the output.")
-    if not out.is_dir() or not any(out.iterdir()):
+    if place.is_mount():
+        raise UsageError(f"{out} is the top of a disk, which cannot be renamed; choose a folder in it.")
+    if _is_empty(place):
         return
     if not force:
         raise UsageError(f"{out} exists and is not empty; choose another output, or replace it with --force.")
-    if not any((out / name).is_file() for name in RESULT_FILES):
+    if not any((place / name).is_file() for name in RESULT_FILES):
         raise UsageError(f"{out} holds no result of this tool, so --force does not replace it; choose another output.")
+
+
+def _is_empty(folder: Path) -> bool:
+    try:
+        return not any(folder.iterdir())
+    except FileNotFoundError:  # also one that another run has just moved
+        return True
 
 
 def check_output_file(file: Path, *, force: bool) -> None:
@@ -165,6 +325,7 @@ def check_output_file(file: Path, *, force: bool) -> None:
     Raises:
         UsageError: when ``file`` is a folder, exists and is not to be replaced, or cannot be made.
     """
+    real_place(file.absolute())
     if file.is_dir():
         raise UsageError(f"{file} is a folder; choose a file for the output.")
     if file.exists() and not force:
@@ -179,21 +340,32 @@ def job_digest(job: Mapping[str, Any]) -> str:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write text so that the file is either old or new, never half.
+    """Write text so that the file is either old or new, never half; of two that write at once the last one wins.
 
     A link stays one, and what is no regular file (a pipe, ``/dev/stdout``) is written to as it is.
+
+    Raises:
+        ShapeMoeError: when the disk is full.
     """
+    content = text.encode()
     if file.exists() and not file.is_file():
-        file.write_text(text, encoding="utf-8", newline="\n")
+        file.write_bytes(content)
         return
     place = file.resolve()
-    temporary = place.with_name(place.name + ".tmp")
+    temporary = place.with_name(f".{place.name}.tmp")
+    descriptor = take_lock(temporary, wait=True)
+    assert descriptor is not None
     try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        with open(descriptor, "wb", closefd=False) as stream:
+            stream.truncate(0)
+            stream.write(content)
         temporary.replace(place)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        _tell_full_disk(error, place.parent)
         raise
+    finally:
+        os.close(descriptor)
 
 
 def write_json(file: Path, content: Any) -> None:

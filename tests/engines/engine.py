@@ -7,6 +7,7 @@ Run as ``python engine.py JOB.json RESULT.json``. The job holds ``model``, ``opt
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,10 @@ def main() -> None:
         answers.append({"tokens": tokens, "logprobs": [s[t].logprob for s, t in zip(steps, tokens, strict=True)]})
     result = {"answers": answers, "experts": llm.collective_rpc("expert_parameters")}
     Path(sys.argv[2]).write_text(json.dumps(result))
+    llm.llm_engine.engine_core.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # destructors of vLLM's libraries can abort a process whose work is done
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shape_moe.evaluation.harness import TaskOptions, run_tasks_with_vllm
+from shape_moe.process_exit import leave
 
 
 def main() -> None:
@@ -20,6 +21,7 @@ def main() -> None:
     options = TaskOptions(tuple(job["tasks"]), engine="vllm", engine_args=job["engine_args"])
     results = run_tasks_with_vllm(job["path"], options, selection=job["selection"])
     Path(sys.argv[2]).write_text(json.dumps({task: result.to_items() for task, result in results.items()}))
+    leave(0)
 
 
 if __name__ == "__main__":

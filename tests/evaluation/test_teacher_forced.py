@@ -31,6 +31,11 @@ def plain(model, held_out: HeldOutSet, i: int) -> tuple[torch.Tensor, torch.Tens
     return rows, torch.tensor(example.tokens[start:])
 
 
+def rounding(*rows: torch.Tensor) -> float:
+    """What float32 logits may change of a sum over positions: relative to the largest log-probability at each."""
+    return 1e-5 * sum(float(row.abs().amax(-1).sum()) for row in rows)
+
+
 @pytest.fixture(scope="module")
 def judged():
     model = make_model("qwen3_moe")
@@ -52,9 +57,9 @@ def test_figures_equal_a_plain_loop(judged) -> None:
         assert dense.tokens[i] == pruned.tokens[i] == len(targets)
         if not len(targets):
             continue
-        assert dense.nll[i] == pytest.approx(-p.gather(1, targets[:, None]).sum().item(), abs=1e-5 * len(targets))
-        assert pruned.nll[i] == pytest.approx(-q.gather(1, targets[:, None]).sum().item(), abs=1e-5 * len(targets))
-        assert pruned.kl[i] == pytest.approx((p.exp() * (p - q)).sum().item(), abs=1e-5 * len(targets))
+        assert dense.nll[i] == pytest.approx(-p.gather(1, targets[:, None]).sum().item(), abs=rounding(p))
+        assert pruned.nll[i] == pytest.approx(-q.gather(1, targets[:, None]).sum().item(), abs=rounding(q))
+        assert pruned.kl[i] == pytest.approx((p.exp() * (p - q)).sum().item(), abs=rounding(p, q))
         assert pruned.agree[i] == (p.argmax(-1) == q.argmax(-1)).sum().item()
         assert dense.agree[i] == len(targets)
         assert dense.kl[i] == 0
@@ -67,7 +72,7 @@ def test_batches_do_not_change_figures(judged) -> None:
     for batch_size in (1, 5):
         with DenseReference() as reference, masked(model, selection):
             found.append(record_dense(model, random_set(batch_size=batch_size), reference))
-    assert np.allclose(found[0].nll, found[1].nll, atol=1e-4)
+    np.testing.assert_allclose(found[0].nll, found[1].nll, rtol=1e-5)
     assert (found[0].exact == found[1].exact).all()
 
 
@@ -113,7 +118,7 @@ def test_logits_that_are_scaled_afterwards_are_kept_themselves(judged) -> None:
         p, _ = plain(model, held_out, i)
         with masked(model, selection):
             q, _ = plain(model, held_out, i)
-        assert pruned.kl[i] == pytest.approx((p.exp() * (p - q)).sum().item(), abs=1e-5 * len(p))
+        assert pruned.kl[i] == pytest.approx((p.exp() * (p - q)).sum().item(), abs=rounding(p, q))
     assert pruned.kl.sum() > 0.1
 
 
@@ -168,4 +173,4 @@ def test_every_family_is_judged_at_chosen_positions_only(family) -> None:
         found = record_dense(model, held_out, reference)
     for i in range(len(held_out.examples)):
         p, targets = plain(model, held_out, i)
-        assert found.nll[i] == pytest.approx(-p.gather(1, targets[:, None]).sum().item(), abs=1e-4)
+        assert found.nll[i] == pytest.approx(-p.gather(1, targets[:, None]).sum().item(), abs=rounding(p))

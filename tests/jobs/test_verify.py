@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,12 @@ from shape_moe.errors import CheckpointError
 from shape_moe.jobs.prune import PruneOptions, prune
 from shape_moe.jobs.select import SelectionJob
 from shape_moe.jobs.session import ExampleOptions
-from shape_moe.jobs.verify import Check, verify
+from shape_moe.jobs.verify import Check, check_files, verify
+from shape_moe.progress import SILENT
 from shape_moe.pruning.compare import file_hash
 from shape_moe.selection.select import SelectOptions
 from shape_moe.selection.selection import load_selection
+from shape_moe.serving.manifest import read_manifest, to_document
 from shape_moe.tracing.trace import load_trace
 from support.data import write_lines
 
@@ -45,10 +48,11 @@ def copy(pruned, tmp_path) -> Path:
 
 def accept_hashes(folder: Path) -> None:
     """Pretend that the files were meant to be like that: only what is in them can give the change away."""
-    file = folder / "shape" / "manifest.json"
-    manifest = json.loads(file.read_text())
-    manifest["files"] = {name: file_hash(folder / name) for name in manifest["files"] if (folder / name).is_file()}
-    file.write_text(json.dumps(manifest))
+    manifest = read_manifest(folder)
+    files = {name: file_hash(folder / name) for name in manifest.files if (folder / name).is_file()}
+    manifest = replace(manifest, files=files)
+    document = to_document(replace(manifest, digest=manifest.own_digest()))
+    (folder / "shape" / "manifest.json").write_text(json.dumps(document))
 
 
 def failed(folder: Path, **options) -> dict[str, Check]:
@@ -148,3 +152,86 @@ def test_folders_that_are_no_pruned_checkpoint(embedded, tmp_path) -> None:
     for folder in (embedded, tmp_path):
         with pytest.raises(CheckpointError, match="not a checkpoint written by shape-moe"):
             verify(folder)
+
+
+def files_check(folder: Path) -> tuple[bool, str]:
+    """What the check of files alone says, without loading anything."""
+    try:
+        return check_files(folder, SILENT)
+    except CheckpointError as error:
+        return False, str(error)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adapter_config.json",
+        "chat_template.jinja",
+        "extra.safetensors",
+        "pytorch_model.bin",
+        "extra.py",
+        "vocab",
+        "additional_chat_templates/tool.jinja",
+    ],
+)
+def test_added_files_that_loaders_may_read(copy, name) -> None:
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_text("{}")
+    passed, detail = files_check(copy)
+    assert not passed
+    assert name in detail
+
+
+def test_added_files_that_no_loader_reads_are_named(copy) -> None:
+    for name in ("notes.md", ".gitattributes"):
+        (copy / name).write_text("x")
+    passed, detail = files_check(copy)
+    assert passed
+    assert ".gitattributes, notes.md: not part of the checkpoint" in detail
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("files", {}),
+        ("model", "another"),
+        ("revision", "0" * 40),
+        ("fingerprint", "sha256:" + "0" * 64),
+        ("layout_fingerprint", "sha256:" + "0" * 64),
+        ("target", "stock"),
+        ("shape_moe", "9.9"),
+        ("canary_missing", "--no-logits was given"),
+        ("digest", None),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 20 else "",
+)
+def test_edits_of_the_manifest(copy, key, value) -> None:
+    edit_json(copy / "shape" / "manifest.json", lambda document: document.update({key: value}))
+    passed, detail = files_check(copy)
+    assert not passed
+    assert "was changed since it was written" in detail
+
+
+def test_manifests_without_a_digest_say_what_they_lack(copy) -> None:
+    def age(document):
+        document["format_version"] = 1
+        del document["digest"]
+
+    edit_json(copy / "shape" / "manifest.json", age)
+    passed, detail = files_check(copy)
+    assert passed
+    assert "older version without a digest" in detail
+    edit_json(copy / "shape" / "manifest.json", lambda document: document["files"].clear())
+    passed, detail = files_check(copy)
+    assert not passed
+    assert "not part of the checkpoint" in detail
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "shape/../../outside"])
+def test_manifests_name_nothing_outside(copy, name) -> None:
+    def point(document):
+        document["format_version"], document["files"] = 1, {name: "0" * 64}
+        del document["digest"]
+
+    edit_json(copy / "shape" / "manifest.json", point)
+    assert "names a file outside the checkpoint" in files_check(copy)[1]

@@ -26,6 +26,8 @@ from shape_moe.serving.vllm.kernel_configs import falling_back
 from shape_moe.serving.vllm.plan import expert_count, read_plan
 from shape_moe.serving.vllm.startup import ANY_VERSION, TESTED_VERSIONS, check_startup, check_version
 from shape_moe.serving.vllm.weights import kept_weights, load_kept
+from support.fp8 import save_fp8_model
+from support.mxfp4 import save_mxfp4_model
 from support.selections import random_selection
 from support.tiny_models import FAMILIES as TINY
 from support.tiny_models import make_config
@@ -86,6 +88,32 @@ def test_kept_weights_are_those_of_the_pruned_checkpoint(checkpoint, tmp_path, f
     found = dict(kept_weights([*load_file(snapshot.path / "model.safetensors").items(), *extra.items()], plan))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("routing", ["drop", "reroute"])
+@pytest.mark.parametrize("save", [save_mxfp4_model, save_fp8_model])
+def test_quantised_weights_are_those_of_the_pruned_checkpoint(tmp_path, save, routing) -> None:
+    """Blocks and scales alike, on any processor: vLLM's own MXFP4 kernels for CPUs need AMX."""
+    original = save(tmp_path / "original")
+    selection = random_selection(open_snapshot(original), routing, "ragged")
+    prune(original, tmp_path / "out", PruneOptions(device="cpu", check_logits=False), selection=selection)
+    expected = load_file(tmp_path / "out" / "model.safetensors")
+    config = SimpleNamespace(**json.loads((original / "config.json").read_text()))
+    config.__dict__.update(overrides(original, selection))
+    plan, found, counts = read_plan(config), {}, {}
+
+    def load(weights: Any) -> set[str]:
+        given = dict(weights)
+        found.update(given)
+        counts.update(dict.fromkeys(given, getattr(config, "num_local_experts", None)))
+        return set(given)
+
+    assert load_kept(load, load_file(original / "model.safetensors").items(), plan, config) == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(*(t.contiguous().flatten().view(torch.uint8) for t in (found[name], tensor))), name
+        if name.endswith(("_blocks", "_scales")):
+            assert counts[name] == len(tensor) == len(selection.layers[int(name.split(".")[2])])
 
 
 def test_overrides_change_what_a_pruned_checkpoint_changes(checkpoint, tmp_path) -> None:

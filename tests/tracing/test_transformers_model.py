@@ -176,7 +176,7 @@ def test_dense_and_unknown_models_are_refused() -> None:
             hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8
         )
     )
-    with pytest.raises(UnsupportedModelError, match="'llama' is not supported"):
+    with pytest.raises(UnsupportedModelError, match=r"This model \(llama\) has no experts: there is nothing to prune"):
         ModelTracer(llama)
     config = make_config("qwen3_moe", mlp_only_layers=[0, 1, 2])
     with pytest.raises(UnsupportedModelError, match="dense"):

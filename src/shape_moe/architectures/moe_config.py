@@ -99,7 +99,7 @@ def foreign_code(config: Config) -> str | None:
 def _names_experts(config: Config) -> bool:
     """Whether a configuration of an unknown family speaks of experts, in itself or in one of its parts."""
     parts = [config, *(value for value in config.values() if isinstance(value, Mapping))]
-    keys = {key for part in parts for key, value in part.items() if value}
+    keys = {str(key) for part in parts for key, value in part.items() if value}  # id2label is keyed by numbers
     return any("expert" in key or "moe" in key for key in (*keys, str(config.get("model_type"))))
 
 

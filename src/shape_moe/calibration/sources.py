@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from shape_moe.architectures.snapshot import looks_like_path
 from shape_moe.errors import DataError, first_line
+from shape_moe.literal_paths import plain_name
 
 FIELDS = ("text", "prompt", "response", "messages")
 """Fields that a record is made of, where a row has them."""
@@ -114,7 +115,8 @@ def _parquet(path: Path) -> Rows:
     import polars as pl
 
     try:
-        table = pl.read_parquet(path)
+        with path.open("rb") as stream:  # Polars reads patterns and ~ into the names of files
+            table = pl.read_parquet(stream)
     except (pl.exceptions.ComputeError, OSError) as error:
         raise DataError(f"{path} is not a readable Parquet file.") from error
     for i, row in enumerate(table.iter_rows(named=True)):
@@ -128,7 +130,8 @@ def _dataset(source: str, subset: str | None, split: str, revision: str | None) 
 
     try:
         if Path(source).is_dir():
-            data = datasets.load_from_disk(source)
+            with plain_name(Path(source)) as folder:
+                data = datasets.load_from_disk(folder)
             data = data[split] if isinstance(data, datasets.DatasetDict) else data
         else:
             data = datasets.load_dataset(source, subset, split=split, revision=revision)

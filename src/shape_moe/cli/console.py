@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.style import StyleType
 from rich.table import Table
 from rich.text import Text
 
@@ -68,7 +70,13 @@ class Output:
         if self.quiet:
             yield lambda _: None
         elif self.err.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), _Count(unit), _Rate(unit), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                _Count(unit),
+                _Rate(unit),
+                TimeRemainingColumn(),
+            )
             with Progress(*columns, console=self.err) as bars:
                 bar = bars.add_task(title, total=max(total, 1))
                 yield lambda count: bars.advance(bar, count)
@@ -138,9 +146,18 @@ class _PlainLines:
         self.output.note(f"{self.title}: {amount(self.total, self.unit)} in {seconds:.1f} s{rate}")
 
 
+class _LiteralTable(Table):
+    """A table whose cells are shown as they are: names of files may hold what reads as markup."""
+
+    def add_row(self, *cells: RenderableType | None, style: StyleType | None = None, end_section: bool = False) -> None:
+        shown = [Text(cell) if isinstance(cell, str) else cell for cell in cells]
+        super().add_row(*shown, style=style, end_section=end_section)
+
+
 def plain_table(*headings: str, title: str | None = None) -> Table:
     """An empty table whose first column is text and whose others are numbers."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    title = None if title is None else escape(title)
+    table = _LiteralTable(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="left" if i == 0 else "right")
     return table

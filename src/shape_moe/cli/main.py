@@ -30,6 +30,7 @@ from shape_moe.cli import (
 )
 from shape_moe.errors import ShapeMoeError
 from shape_moe.made_with import command_line
+from shape_moe.process_exit import leave
 
 _INTERRUPTED = 130  # what Typer makes of Ctrl-C
 _GO_ON = "Interrupted; what is complete was kept, and the same command goes on from there."
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Never: leaves with exit code 0 (done), 1 (failed) or 2 (wrong usage).
     """
-    sys.exit(run(arguments))
+    leave(run(arguments))
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ import typer
 from shape_moe.cli.flag_groups import with_flags
 from shape_moe.cli.flags import ForceFlag, ModelArgument
 from shape_moe.errors import ServingError, UsageError
+from shape_moe.literal_paths import check_plain
 
 PLUGIN = "shape-moe"
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -42,6 +43,7 @@ def serve(
         raise UsageError("MODEL comes first: shape-moe serve MODEL --selection SELECTION [options of vllm serve].")
     if any(argument.split("=", maxsplit=1)[0] == "--hf-overrides" for argument in context.args):
         raise UsageError("--hf-overrides is what shape-moe serve itself gives to vLLM; leave it out.")
+    check_plain(model, "vLLM")
     command = _vllm_command()
     from shape_moe.serving.vllm import overrides
 

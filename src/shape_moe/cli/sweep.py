@@ -145,7 +145,7 @@ def _scorers(named: list[str] | None) -> tuple[str, ...]:
 
 
 def _show(console: Console, result: SweepResult, model: str, out: Path | None) -> None:
-    console.print(f"{result.document['split']}.")
+    console.print(f"{result.document['split']}.", markup=False)
     dense = result.document["dense"]
     quality = dense["quality"]
     exact = f", exact match {quality['exact_match']['value']:.1%}" if "exact_match" in quality else ""

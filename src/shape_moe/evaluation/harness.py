@@ -12,7 +12,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -26,6 +26,7 @@ from shape_moe.engines import check_engine
 from shape_moe.errors import ShapeMoeError, UsageError, first_line
 from shape_moe.evaluation.task_definitions import check_exist, load_tasks
 from shape_moe.evaluation.task_results import TaskResult, task_results
+from shape_moe.literal_paths import plain_model
 from shape_moe.progress import SILENT, Advance, Progress
 from shape_moe.selection.selection import Selection
 from shape_moe.serving.vllm import overrides
@@ -190,9 +191,11 @@ def _engine(
 ) -> Iterator[Any]:
     from lm_eval.models.vllm_causallms import VLLM
 
-    with progress.phase("Starting vLLM", 1, "engine") as advance:
+    with ExitStack() as stack:
+        name = stack.enter_context(plain_model(path))
+        advance = stack.enter_context(progress.phase("Starting vLLM", 1, "engine"))
         try:
-            lm = VLLM(pretrained=str(path), seed=seed, batch_size=batch_size, **arguments)
+            lm = VLLM(pretrained=name, seed=seed, batch_size=batch_size, **arguments)
         except (AssertionError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise ShapeMoeError(f"vLLM cannot load {path}: {first_line(error)}") from error
         advance(1)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shape_moe.errors import DataError, UsageError, first_line
+from shape_moe.literal_paths import expand_home
 
 
 def check_exist(specs: Sequence[str]) -> None:
@@ -68,7 +69,7 @@ def _is_file_name(spec: str) -> bool:
 
 
 def _definition(spec: str) -> Path:
-    path = Path(spec).expanduser()
+    path = expand_home(spec)
     if not path.is_file():
         raise UsageError(f"There is no file {spec}.")
     return path.absolute()

@@ -28,6 +28,7 @@ from shape_moe.experiments.config import (
 from shape_moe.experiments.yaml_section import Section, read_yaml
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions
+from shape_moe.literal_paths import expand_home
 from shape_moe.reporting.experiment_tables import EXAMPLE_METRICS, GENERATED
 from shape_moe.scoring.registry import get_scorer
 from shape_moe.selection.rules import get_rule
@@ -100,7 +101,7 @@ class _Reader:
         """The embedded model, a folder beside the file, or a hub id."""
         if model == EMBEDDED:
             return str(embedded_model_path())
-        folder = (self.base / Path(model).expanduser()).resolve()
+        folder = (self.base / expand_home(model)).resolve()
         if folder.exists():
             return str(folder)
         if looks_like_path(model):
@@ -146,7 +147,7 @@ class _Reader:
         source = part.one("data", str)
         if source.startswith(PREFIX):
             return with_base(source, self.base)
-        path = (self.base / Path(source).expanduser()).resolve()
+        path = (self.base / expand_home(source)).resolve()
         if path.exists():
             return str(path)
         if path.suffix.lower() in FILE_TYPES or looks_like_path(source):
@@ -183,7 +184,7 @@ class _Reader:
     def _task(self, name: str, part: Section, calibration: tuple[str, ...]) -> TaskSpec:
         task = part.one("task", str)
         if task.endswith((".yaml", ".yml")):
-            file = (self.base / Path(task).expanduser()).resolve()
+            file = (self.base / expand_home(task)).resolve()
             if not file.is_file():
                 raise UsageError(f"{part.where('task')}: there is no file {file}.")
             task = str(file)

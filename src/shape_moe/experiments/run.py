@@ -62,6 +62,7 @@ def experiment(
     inputs += [spec.tracing.data.source for spec in config.calibration]
     inputs += [spec.tracing.data.source for spec in config.evaluation if isinstance(spec, ExamplesSpec)]
     plan = make_plan(config)
+    inputs += [snapshot.path for snapshot in plan.snapshots.values()]
     job = plan.job()
     with Workspace(folder, job, force=force, inputs=inputs) as work:
         document = Grid(plan, job, work.path, progress).run()

@@ -152,7 +152,7 @@ def prune(
         )
     if (options.select is None) != (selection is not None):
         raise UsageError("Give a keep rate (--keep or --fit) with data or a trace, and none with a selection.")
-    inputs = [path for path in (model, trace, selection) if isinstance(path, str | PathLike)]
+    inputs: list[str | PathLike[str]] = [p for p in (model, trace, selection) if isinstance(p, str | PathLike)]
     inputs += [options.trace.data.source] if options.trace else []
     check_output(Path(out).absolute(), force=options.force, inputs=inputs)
     free_memory(options.device)
@@ -168,7 +168,7 @@ def prune(
     session = plan.session if plan else None
     if session is None and options.trace is not None:
         session = ModelSession.open(snapshot, options.trace, None, progress)
-    inputs += [plan.data.source] if plan else []
+    inputs += [snapshot.path, *([plan.data.source] if plan else [])]
     job = _job(snapshot, options, session, trace, chosen, plan)
     with Workspace(out, job, force=options.force, inputs=inputs) as work:
         _check_disk(snapshot, options, chosen, work.path)

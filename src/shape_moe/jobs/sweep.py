@@ -60,7 +60,8 @@ def sweep(
     check_examples(plan, options.limit, len(options.combinations()))
     if out is None:
         return _searched(snapshot, options, plan, progress, None)
-    inputs = [path for path in (model, trace, tracing.data.source, plan.data.source) if path is not None]
+    read = (model, snapshot.path, trace, tracing.data.source, plan.data.source)
+    inputs = [path for path in read if path is not None]
     job = {
         "verb": "sweep",
         "options": asdict(options),

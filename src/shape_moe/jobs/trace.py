@@ -52,8 +52,8 @@ def trace(
         return run(None)
     inputs: list[str | PathLike[str]] = [options.data.source, *([session.snapshot.path] if session.snapshot else [])]
     with Workspace(out, {"verb": "trace", **session.job()}, force=force, inputs=inputs) as work:
-        result = run(work.path)
-        result.save(work.path)
+        if not (work.path / "trace.json").is_file():  # it is written last
+            run(work.path).save(work.path)
         remove_unfinished(work.path)
         return load_trace(work.complete())
 

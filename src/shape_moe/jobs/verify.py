@@ -21,10 +21,12 @@ from shape_moe.pruning.compare import compare_shard, file_hash
 from shape_moe.pruning.model_config import pruning_description
 from shape_moe.selection.selection import Selection, load_selection
 from shape_moe.serving.endpoint import ask_canary, compare_tokens
-from shape_moe.serving.manifest import read_manifest
+from shape_moe.serving.manifest import added_files, read_manifest
 
 _DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError, RuntimeError)
 """What a damaged file can make the libraries raise."""
+
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def verify(
     path = Path(folder)
     if not (path / "shape" / "manifest.json").is_file():
         raise CheckpointError(f"{path} is not a checkpoint written by shape-moe: it has no shape/manifest.json.")
-    checks = [_guard("files", lambda: _check_files(path, progress))]
+    checks = [_guard("files", lambda: check_files(path, progress))]
     checks.append(_guard("selection and config", lambda: _check_config(path)))
     checks.append(_guard("tensors", lambda: _check_tensors(path)))
     checks.append(_guard("tokenizer", lambda: _check_tokenizer(path)))
@@ -97,7 +99,15 @@ def _guard(name: str, check: Callable[[], tuple[bool | None, str]]) -> Check:
     return Check(name, passed, detail)
 
 
-def _check_files(path: Path, progress: Progress) -> tuple[bool, str]:
+def check_files(path: Path, progress: Progress) -> tuple[bool, str]:
+    """Compare the files of a checkpoint with its manifest: what was changed, is missing or was added.
+
+    Returns:
+        Whether they are as recorded, and what was found.
+
+    Raises:
+        CheckpointError: when the manifest is missing, damaged or was edited.
+    """
     manifest = read_manifest(path)
     missing = [name for name in manifest.files if not (path / name).is_file()]
     if missing:
@@ -107,7 +117,20 @@ def _check_files(path: Path, progress: Progress) -> tuple[bool, str]:
             if file_hash(path / name) != expected:
                 return False, f"{name} was changed: its sha256 is not the recorded one"
             advance(1)
-    return True, f"{len(manifest.files)} files have their recorded sha256"
+    read, others = added_files(path, manifest)
+    if read:
+        return False, f"{_named(read)}: not part of the checkpoint, and loaders may read what was added"
+    detail = f"{len(manifest.files)} files have their recorded sha256"
+    if others:
+        detail += f"; {_named(others)}: not part of the checkpoint, and no loader reads it"
+    if manifest.digest is None:
+        detail += "; the manifest is of an older version without a digest, so what it says itself was not checked"
+    return True, detail
+
+
+def _named(files: list[str]) -> str:
+    shown = ", ".join(files[:_SHOWN])
+    return f"{shown} and {len(files) - _SHOWN} more" if len(files) > _SHOWN else shown
 
 
 def original_moe(snapshot: Snapshot, selection: Selection) -> MoeConfig:

@@ -81,7 +81,8 @@ def read_scores(file: str | PathLike[str]) -> Scores:
     """
     path = Path(file)
     try:
-        frame = pl.read_csv(path, columns=list(COLUMNS))
+        with path.open("rb") as stream:  # Polars reads patterns and ~ into the names of files
+            frame = pl.read_csv(stream, columns=list(COLUMNS))
     except FileNotFoundError as error:
         raise DataError(f"There is no file {path}.") from error
     except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:

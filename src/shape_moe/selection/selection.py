@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from shape_moe.architectures.fingerprint import check_fingerprint, fingerprint
 from shape_moe.architectures.moe_config import MoeConfig
 from shape_moe.architectures.snapshot import Snapshot
+from shape_moe.documents import MOST_EXPERTS, as_shape
 from shape_moe.errors import CheckpointError, UsageError
 from shape_moe.json_file import read_json
 from shape_moe.workspace import write_text
@@ -136,13 +137,10 @@ def load_selection(path: str | PathLike[str]) -> Selection:
     if document.pop("format_version", None) != FORMAT_VERSION:
         raise CheckpointError(f"{file} is not a selection, or was written in another format version.")
     document.pop("keep_met", None)
+    selection = as_shape(document, Selection, file, "a valid selection")
     try:
-        for key in ("layers", "mass_kept"):
-            document[key] = {int(layer): value for layer, value in document[key].items()}
-        document["warnings"] = tuple(document["warnings"])
-        selection = Selection(**document)
         check_selection(selection)
-    except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
+    except UsageError as error:
         raise CheckpointError(f"{file} is not a valid selection: {error}") from error
     return selection
 
@@ -174,15 +172,7 @@ def check_selection(selection: Selection) -> None:
     """
     if selection.routing not in ROUTINGS:
         raise UsageError(f"Routing must be one of {', '.join(ROUTINGS)}, not {selection.routing!r}.")
-    if not selection.layers:
-        raise UsageError("The selection has no layers.")
-    for layer, ids in selection.layers.items():
-        if not ids:
-            raise UsageError(f"Layer {layer} keeps no expert.")
-        if sorted(set(ids)) != list(ids) or ids[0] < 0 or ids[-1] >= selection.num_experts:
-            raise UsageError(
-                f"Layer {layer} must keep different ids between 0 and {selection.num_experts - 1}, ascending."
-            )
+    _check_ids(selection)
     if selection.routing == "reroute" and selection.top_k is not None:
         for layer, ids in selection.layers.items():
             if len(ids) < selection.top_k:
@@ -190,6 +180,24 @@ def check_selection(selection: Selection) -> None:
                     f"Layer {layer} keeps {len(ids)} experts, fewer than the {selection.top_k} that a token needs; "
                     "use routing drop or keep more."
                 )
+
+
+def _check_ids(selection: Selection) -> None:
+    if not selection.layers:
+        raise UsageError("The selection has no layers.")
+    if not 1 <= selection.num_experts <= MOST_EXPERTS or min(selection.layers) < 0:
+        raise UsageError(f"Layers must not be negative, and have between 1 and {MOST_EXPERTS:,} experts.")
+    if selection.top_k is not None and not 1 <= selection.top_k <= selection.num_experts:
+        raise UsageError(f"A token cannot be served by {selection.top_k} of {selection.num_experts} experts.")
+    for layer, ids in selection.layers.items():
+        if not ids:
+            raise UsageError(f"Layer {layer} keeps no expert.")
+        if not all(type(expert) is int for expert in ids):
+            raise UsageError(f"Layer {layer} must keep whole numbers.")
+        if sorted(set(ids)) != list(ids) or ids[0] < 0 or ids[-1] >= selection.num_experts:
+            raise UsageError(
+                f"Layer {layer} must keep different ids between 0 and {selection.num_experts - 1}, ascending."
+            )
 
 
 def check_against_model(selection: Selection, moe: MoeConfig, layers: Iterable[int], routing: Routing) -> None:

@@ -80,7 +80,9 @@ def write_table(table: CoalitionTable, file: Path) -> None:
     """Write a table as Parquet: columns ``e0 .. e{k-1}``, then the counts."""
     keys = [f"e{i}" for i in range(table.members.shape[1])]
     frame = pl.DataFrame(table.members.astype(np.int16), schema=keys, orient="row")
-    frame.hstack(pl.DataFrame(table.counts, schema=list(COUNT_COLUMNS), orient="row")).write_parquet(file)
+    whole = frame.hstack(pl.DataFrame(table.counts, schema=list(COUNT_COLUMNS), orient="row"))
+    with file.open("wb") as stream:  # Polars reads patterns and ~ into the names of files
+        whole.write_parquet(stream)
 
 
 def read_table(file: Path, top_k: int) -> CoalitionTable:
@@ -91,7 +93,8 @@ def read_table(file: Path, top_k: int) -> CoalitionTable:
     """
     keys = [f"e{i}" for i in range(top_k)]
     try:
-        frame = pl.read_parquet(file, columns=[*keys, *COUNT_COLUMNS])
+        with file.open("rb") as stream:  # Polars reads patterns and ~ into the names of files
+            frame = pl.read_parquet(stream, columns=[*keys, *COUNT_COLUMNS])
     except (pl.exceptions.PolarsError, OSError) as error:
         raise CheckpointError(f"{file} is missing or is not a coalition table.") from error
     members = frame.select(keys).to_numpy().astype(np.int64)

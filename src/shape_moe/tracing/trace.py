@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.architectures.moe_config import RoutingFacts
+from shape_moe.documents import MOST_EXPERTS, as_shape
 from shape_moe.errors import CheckpointError, FingerprintError, UsageError
 from shape_moe.json_file import read_json
 from shape_moe.tracing.coalitions import CoalitionTable, merge_tables, read_table, write_table
@@ -159,14 +160,34 @@ def load_trace(path: str | PathLike[str]) -> Trace:
     document = read_json(folder / "trace.json")
     if document.pop("format_version", None) != FORMAT_VERSION:
         raise CheckpointError(f"{folder} was written in another format version; trace the model anew.")
-    names = list(document.pop("statistics", {}))
-    try:
-        routing = RoutingFacts(**document.pop("routing"))
-        info = TraceInfo(**{**document, "routing": routing, "layers": tuple(document["layers"])})
-    except (TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder}/trace.json is damaged: {error}.") from error
-    coalitions = {layer: read_table(_coalition_file(folder, layer), info.top_k) for layer in info.layers}
+    statistics = document.pop("statistics", {})
+    if not isinstance(statistics, dict):
+        raise CheckpointError(f"{folder / 'trace.json'} is not a trace: its statistics are no object.")
+    names = list(statistics)
+    info = as_shape(document, TraceInfo, folder / "trace.json", "a trace")
+    _check_shape(info, folder)
+    coalitions = {layer: _read_coalitions(_coalition_file(folder, layer), info) for layer in info.layers}
     return Trace(info, _LazyStatistics(_statistics_file(folder), names), coalitions)
+
+
+def _check_shape(info: TraceInfo, folder: Path) -> None:
+    """Check counts before anything is allocated by them."""
+    layers = info.layers
+    if not 1 <= info.top_k <= info.num_experts <= MOST_EXPERTS:
+        raise CheckpointError(
+            f"{folder / 'trace.json'} is not a trace: {info.top_k} of {info.num_experts} experts cannot serve a token."
+        )
+    if not layers or min(layers) < 0 or list(layers) != sorted(set(layers)):
+        raise CheckpointError(f"{folder / 'trace.json'} is not a trace: its layers must be different and ascending.")
+
+
+def _read_coalitions(file: Path, info: TraceInfo) -> CoalitionTable:
+    table = read_table(file, info.top_k)
+    if table.members.size and not 0 <= table.members.min() <= table.members.max() < info.num_experts:
+        raise CheckpointError(f"{file} names experts that the model does not have: it has {info.num_experts}.")
+    if not (np.isfinite(table.counts).all() and (table.counts >= 0).all()):
+        raise CheckpointError(f"{file} holds counts that are no finite, non-negative numbers.")
+    return table
 
 
 def merge_traces(traces: Sequence[Trace], weights: Sequence[float] | None = None) -> Trace:

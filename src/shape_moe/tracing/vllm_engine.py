@@ -18,6 +18,7 @@ from shape_moe.calibration.batches import FOLDS
 from shape_moe.calibration.examples import Example, Tokeniser
 from shape_moe.calibration.records import Record
 from shape_moe.errors import ShapeMoeError, UnsupportedModelError, UsageError, first_line
+from shape_moe.literal_paths import plain_model
 from shape_moe.tracing.coalitions import CoalitionTable
 from shape_moe.tracing.vllm_worker import from_bytes
 
@@ -72,7 +73,8 @@ class VllmTracer:
         self.statistics: dict[str, NDArray[Any]] = {}
         self.coalitions: dict[int, CoalitionTable] = {}
         try:
-            self.engine = vllm.LLM(model=str(snapshot.path), **{**wanted, **engine})
+            with plain_model(snapshot.path) as name:  # vLLM reads patterns into the names of folders
+                self.engine = vllm.LLM(model=name, **{**wanted, **engine})
         except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
             raise ShapeMoeError(f"vLLM cannot load {snapshot.name}: {first_line(error)}") from error
 

@@ -1,0 +1,1 @@
+"""The parts of ``scripts/mutants.py``: what is changed, which tests cover it, and how they are run."""

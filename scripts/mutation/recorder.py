@@ -1,0 +1,60 @@
+"""A pytest plugin for the runs that :mod:`mutation.suite` starts.
+
+Variables of the environment say what it does:
+
+- ``MUTANTS_RECORD``, a folder: every test's seconds and whether it passed go to ``tests.jsonl``, and the modules that
+  are loaded at the end to ``modules-*.json``.
+- ``MUTANTS_PLAN``, a JSON file with ``seconds`` by test, and ``only`` or ``without`` (lists of tests): what runs, quick
+  tests first, each with a time limit of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+_seconds: dict[str, float] = defaultdict(float)
+_failed: set[str] = set()
+_UNKNOWN = 5.0
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add up set-up, call and teardown; a worker of xdist leaves it to its controller."""
+    target = os.environ.get("MUTANTS_RECORD")
+    if target is None or "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    _seconds[report.nodeid] += report.duration
+    if report.failed:
+        _failed.add(report.nodeid)
+    if report.when == "teardown":
+        line = json.dumps([report.nodeid, round(_seconds[report.nodeid], 4), report.nodeid not in _failed])
+        with Path(target, "tests.jsonl").open("a") as stream:
+            stream.write(line + "\n")
+
+
+def pytest_sessionfinish() -> None:
+    """Say what was imported, so that a server can import it once for many runs."""
+    target = os.environ.get("MUTANTS_RECORD")
+    if target is not None:
+        Path(target, f"modules-{os.getpid()}.json").write_text(json.dumps(list(sys.modules)))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Quick tests first: most mutants are caught within a second."""
+    source = os.environ.get("MUTANTS_PLAN")
+    if source is None:
+        return
+    plan = json.loads(Path(source).read_text())
+    only, without, seconds = plan.get("only"), set(plan.get("without", ())), plan["seconds"]
+    wanted = [item for item in items if item.nodeid not in without and (only is None or item.nodeid in set(only))]
+    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+    for item in wanted:
+        limit = pytest.mark.timeout(20 + 10 * seconds.get(item.nodeid, _UNKNOWN))
+        item.add_marker(limit, append=False)
+    items[:] = sorted(wanted, key=lambda item: seconds.get(item.nodeid, _UNKNOWN))

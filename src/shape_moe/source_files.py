@@ -1,0 +1,163 @@
+"""The files that a job reads, recorded so that a change of any of them shows."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+SMALL = 16 * 2**20
+"""Files up to this many bytes are hashed whole; of larger ones a sample is."""
+_SAMPLES, _SAMPLE = 64, 4096
+_LARGEST_HEADER = 100_000_000
+_MODEL_FILES = ("*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "*.tiktoken", "vocab.*", "merges.txt")
+"""What loaders read of a model's folder; other files there (notes, logs) may change while a job runs."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """What is known of a file without reading all of it.
+
+    Attributes:
+        size: bytes.
+        mtime_ns: when its content was changed, in nanoseconds.
+        ctime_ns: when the file system changed anything of it.
+        inode: its number in the file system; another one is another file under the same name.
+        digest: ``sha256:...`` over the whole file where it is small, ``sampled:...`` over evenly spaced blocks of it
+            where it is not.
+        header: sha256 of a safetensors file's header, None for other files.
+    """
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+    digest: str
+    header: str | None = None
+
+    @property
+    def state(self) -> tuple[int, int, int, int]:
+        """What the file system says of it."""
+        return self.size, self.mtime_ns, self.ctime_ns, self.inode
+
+    def difference(self, now: SourceFile) -> str | None:
+        """What has changed, in words; None where the file is the same.
+
+        Whole files of equal content are the same whatever their times. Of a sampled file, anything counts.
+        """
+        if self.state == now.state:
+            return None
+        if difference := self.difference_of_copies(now):
+            return difference
+        if self.digest.startswith("sha256:"):
+            return None
+        names = ("size", "time of change", "time of change", "inode")
+        return next(name for name, old, new in zip(names, self.state, now.state, strict=True) if old != new)
+
+    def difference_of_copies(self, other: SourceFile) -> str | None:
+        """What differs between two files that may lie in different places: what they hold, as far as it was read."""
+        for name in ("size", "header", "digest"):
+            if getattr(self, name) != getattr(other, name):
+                return "content" if name == "digest" else name
+        return None
+
+
+def describe_file(file: Path) -> SourceFile:
+    """Record a file (where it is a link, the file that it points to).
+
+    Raises:
+        OSError: when it cannot be read.
+    """
+    with file.open("rb") as stream:
+        found = os.fstat(stream.fileno())
+        header = None
+        if file.suffix == ".safetensors":
+            length = int.from_bytes(stream.read(8), "little")
+            header = _sha256(stream.read(min(length, _LARGEST_HEADER)))
+            stream.seek(0)
+        if found.st_size <= SMALL:
+            digest = f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
+        else:
+            blocks = hashlib.sha256()
+            for i in range(_SAMPLES):
+                stream.seek((found.st_size - _SAMPLE) * i // (_SAMPLES - 1))
+                blocks.update(stream.read(_SAMPLE))
+            digest = f"sampled:{blocks.hexdigest()}"
+    return SourceFile(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, digest, header)
+
+
+def model_files(folder: Path) -> dict[str, SourceFile]:
+    """Record what loaders read of a model's folder, by name; subfolders are not entered."""
+    return {file.name: describe_file(file) for file in _files_of_model(folder)}
+
+
+def describe_inputs(inputs: Iterable[str | os.PathLike[str]]) -> dict[str, SourceFile]:
+    """Record every file of a job's inputs, by its absolute path; names that do not exist (hub names) are left out."""
+    found = {}
+    for given in inputs:
+        for file in _files(Path(given).absolute()):
+            found[str(file)] = describe_file(file)
+    return found
+
+
+def changed_file(before: Mapping[str, SourceFile], now: Mapping[str, SourceFile]) -> str | None:
+    """The first file that is another one now, and what of it has changed; None where all are the same."""
+    for name, known in before.items():
+        if name not in now:
+            return f"{name} is gone"
+        if (what := known.difference(now[name])) is not None:
+            return f"{name} has changed ({what})"
+    added = sorted(set(now) - set(before))
+    return f"{added[0]} was added" if added else None
+
+
+def changed_since(before: Mapping[str, SourceFile], inputs: Iterable[str | os.PathLike[str]]) -> str | None:
+    """As :func:`changed_file`, within one run: what was read may not even have been touched.
+
+    No content is read: what the file system says decides.
+    """
+    now = {str(file): file for given in inputs for file in _files(Path(given).absolute())}
+    for name, known in before.items():
+        try:
+            found = Path(name).stat()
+        except FileNotFoundError:
+            return f"{name} is gone"
+        if known.state != (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino):
+            return f"{name} has changed"
+    added = sorted(set(now) - set(before))
+    return f"{added[0]} was added" if added else None
+
+
+def to_document(files: Mapping[str, SourceFile]) -> dict[str, dict[str, Any]]:
+    """For JSON."""
+    return {name: asdict(file) for name, file in files.items()}
+
+
+def place_of(folder: Path) -> str:
+    """A folder's place on this machine, without naming it: artifacts are published."""
+    return _sha256(os.fsencode(folder.resolve()))
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if path.is_file():
+        yield path
+    elif (path / "config.json").is_file():
+        yield from _files_of_model(path)
+    elif path.is_dir():
+        for file in sorted(path.rglob("*")):
+            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
+                yield file
+
+
+def _files_of_model(folder: Path) -> Iterator[Path]:
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in _MODEL_FILES):
+            yield file
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
