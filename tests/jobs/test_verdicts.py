@@ -14,7 +14,9 @@ from shape_moe.evaluation.forgotten import general_records
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.verdict import Verdict, Word
 from shape_moe.jobs import evaluate as evaluate_job
+from shape_moe.jobs import judgement
 from shape_moe.jobs.evaluate import EvaluateOptions, evaluate
+from shape_moe.jobs.prune import PruneOptions, prune
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import trace
 from shape_moe.selection.select import SelectOptions, select_from_trace
@@ -129,3 +131,56 @@ def test_what_was_forgotten_is_shown_beside_the_verdict(embedded, broken, files,
     found = judge(embedded, broken, files["few"], general=True).models[1]
     assert [(group.name, group.prompts) for group in found.forgotten.groups] == [("arithmetic", 6)]
     assert found.forgotten.groups[0].kl > 0.1
+
+
+@pytest.fixture
+def few_prompts(monkeypatch):
+    """Six general prompts instead of two hundred."""
+    records = general_records(["arithmetic"])[:6]
+    monkeypatch.setattr(judgement, "general_records", lambda: records)
+
+
+def test_prune_ends_with_the_judgement(embedded, tmp_path, few_prompts) -> None:
+    file = write_lines(tmp_path / "sorting.jsonl", examples("sorting", 60, seed=1))
+    found = prune(embedded, tmp_path / "out", PruneOptions(device="cpu"), data=file, keep=0.8)
+    verdict = found.judgement.verdict
+    assert verdict.word is Word.NO_LOSS
+    assert [outcome.examples for outcome in verdict.outcomes] == [35]  # those that 25 samples left
+    assert found.judgement.forgotten.groups[0].prompts == 6
+    card = (found.path / "README.md").read_text(encoding="utf-8")
+    for line in found.judgement.lines():
+        assert line in card
+    written = json.loads((found.path / "shape" / "judgement.json").read_text(encoding="utf-8"))
+    assert Verdict.from_document(written) == verdict
+    same = judge(embedded, found.path, write_lines(tmp_path / "again.jsonl", examples("sorting", 60, seed=1)))
+    again = same.models[1].verdict
+    assert again.outcomes[0].exact == verdict.outcomes[0].exact
+
+
+def test_the_published_sample_is_never_given_up(embedded, tmp_path) -> None:
+    file = write_lines(tmp_path / "sorting.jsonl", examples("sorting", 26, seed=1))
+    found = prune(embedded, tmp_path / "out", PruneOptions(device="cpu"), data=file, keep=0.8)
+    assert found.judgement.verdict.word is Word.NOT_MEASURED
+    assert "the data holds only 1 other prompt" in found.judgement.verdict.reason
+    without = PruneOptions(device="cpu", judgement=None)
+    plain = prune(embedded, tmp_path / "plain", without, data=file, keep=0.8)
+    assert plain.judgement is None
+    assert plain.selection.layers == found.selection.layers
+
+
+def test_a_model_that_is_not_good_enough_is_rejected(embedded, tmp_path, few_prompts, capsys) -> None:
+    file, out = write_lines(tmp_path / "sorting.jsonl", examples("sorting", 45, seed=1)), tmp_path / "out"
+    arguments = ["prune", str(embedded), "--data", str(file), "-o", str(out), "--device", "cpu", "--json"]
+    assert run([*arguments, "--keep", "0.2", "--require", "no-loss"]) == 3
+    document = json.loads(capsys.readouterr().out)
+    assert document["rejected"]
+    assert document["judgement"]["verdict"] == "damaged"
+    assert not out.exists()
+    assert (tmp_path / "out.rejected" / "config.json").is_file()
+    assert run([*arguments, "--keep", "0.8", "--require", "no-loss"]) == 2  # what was rejected is not overwritten
+    assert "out.rejected" in capsys.readouterr().err
+    assert run([*arguments, "--keep", "0.8", "--require", "no-loss", "--force"]) == 0
+    assert out.is_dir()
+    assert run([*arguments, "--keep", "0.8", "--force", "--require", "safe", "--no-judge"]) == 2
+    assert run([*arguments, "--keep", "0.8", "--force", "--require", "perfect"]) == 2
+    assert "--require takes safe or no-loss" in capsys.readouterr().err

@@ -1,11 +1,11 @@
-"""The verdict over a set of examples, from what a judge measured on them."""
+"""The verdict over a set of examples, from what was measured on each of them."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
 from shape_moe.evaluation.generation import Generated
-from shape_moe.evaluation.judge import Judge
+from shape_moe.evaluation.held_out import HeldOutSet
 from shape_moe.evaluation.outcomes import outcomes
 from shape_moe.evaluation.teacher_forced import TeacherForced
 from shape_moe.evaluation.tool_calls import ToolExample
@@ -14,8 +14,9 @@ from shape_moe.units import counted
 
 
 def conclude(
-    judge: Judge,
-    sums: TeacherForced,
+    held_out: HeldOutSet,
+    dense: TeacherForced,
+    pruned: TeacherForced,
     answers: tuple[Generated, Generated] | None,
     *,
     calls: Mapping[int, ToolExample] | None = None,
@@ -27,8 +28,9 @@ def conclude(
     """The verdict on a model.
 
     Args:
-        judge: has recorded what the dense model says.
-        sums: the model's teacher-forced figures by example.
+        held_out: the examples.
+        dense: the dense model's sums by example.
+        pruned: the model's.
         answers: free answers, the dense model's first; None where none were made.
         calls: what both models did with examples that offer tools, by position.
         calling: examples whose answer calls a tool.
@@ -36,15 +38,15 @@ def conclude(
         max_drop: the fall, as a share, that *safe* allows.
         notes: what else a reader should know.
     """
-    count = len(judge.held_out.examples)
+    count = len(held_out.examples)
     if left_out and len(set(left_out)) == count:
         reason = f"The model was made from all of the {counted(count, 'example')}."
         return not_measured(reason, "Judge by examples that it has not seen.", max_drop=max_drop)
     measured = outcomes(
-        judge.held_out.groups,
-        judge.dense,
-        sums,
-        answered=judge.answered,
+        held_out.groups,
+        dense,
+        pruned,
+        answered=held_out.answered(),
         answers=answers,
         calls=calls,
         calling=calling,

@@ -321,7 +321,7 @@ class _Run:
         left_out = {i for i, example in enumerate(judge.held_out.examples) if example.index in seen}
         theirs = self.dense_answers.get(TASK)
         answers = (theirs, made) if theirs is not None and made is not None else None
-        return conclude(judge, sums, answers, left_out=left_out, max_drop=self.options.max_drop)
+        return conclude(judge.held_out, judge.dense, sums, answers, left_out=left_out, max_drop=self.options.max_drop)
 
     def _tasks(self, model: PreTrainedModel) -> dict[str, TaskResult]:
         """Results of the tasks on a live model; those that vLLM runs come later, when nothing else is loaded."""

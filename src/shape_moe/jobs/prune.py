@@ -12,9 +12,18 @@ from typing import Any
 from shape_moe.architectures.fingerprint import fingerprint, layout_fingerprint
 from shape_moe.architectures.loading import free_memory, load_model, loaded_bytes, release_memory, why_not_loadable
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
+from shape_moe.calibration.parts import Parts
 from shape_moe.calibration.records import DataOptions
 from shape_moe.errors import CheckpointError, ShapeMoeError, UsageError
 from shape_moe.jobs.choose import ChoiceOptions, candidates, choose
+from shape_moe.jobs.judgement import (
+    Judgement,
+    JudgementOptions,
+    announcement,
+    judge_selection,
+    no_judgement,
+    set_aside,
+)
 from shape_moe.jobs.planning import Plan, held_out_tracing, plan_search
 from shape_moe.jobs.search import check_examples
 from shape_moe.jobs.select import SelectionJob, as_selection_job, check_job
@@ -39,6 +48,7 @@ from shape_moe.workspace import Workspace, check_output, write_json
 PAPER_SAMPLES = 25
 """Calibration examples of the published experiments."""
 _DISK_MARGIN = 64 * 2**20
+_REJECTED = ".rejected"
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,7 @@ class PruneOptions:
         device: where to trace and to compare logits.
         dtype: in which dtype.
         choice: how candidates are judged where scorer or keep rate are left to the tool, None where they are not.
+        judgement: how the pruned model is judged, None for not at all.
         check_logits: compare the pruned model's logits with the masked original's, where both fit in memory.
         force: replace an existing result, accept artifacts of unknown origin.
     """
@@ -61,6 +72,7 @@ class PruneOptions:
     device: str = "auto"
     dtype: str = "auto"
     choice: ChoiceOptions | None = None
+    judgement: JudgementOptions | None = field(default_factory=JudgementOptions)
     check_logits: bool = True
     force: bool = False
 
@@ -78,6 +90,8 @@ class PruneResult:
         logits: comparison of logits, None where it was not made.
         logits_skipped: why it was not made.
         notes: what the user should know.
+        judgement: what pruning did to the model, None where it was not judged.
+        rejected: whether the model is not as good as it was required to be, and stands in ``DIR.rejected``.
     """
 
     path: Path
@@ -88,6 +102,8 @@ class PruneResult:
     logits: CanaryResult | None
     logits_skipped: str | None
     notes: tuple[str, ...] = ()
+    judgement: Judgement | None = None
+    rejected: bool = False
 
 
 @dataclass
@@ -101,6 +117,7 @@ class _Run:
     session: ModelSession | None = None
     trace: Trace | None = None
     plan: Plan | None = None
+    parts: Parts | None = None
     logits_skipped: str | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -155,6 +172,8 @@ def prune(
     inputs: list[str | PathLike[str]] = [p for p in (model, trace, selection) if isinstance(p, str | PathLike)]
     inputs += [options.trace.data.source] if options.trace else []
     check_output(Path(out).absolute(), force=options.force, inputs=inputs)
+    if options.judgement is not None and options.judgement.require is not None:
+        check_output(_rejected(out), force=options.force)
     free_memory(options.device)
     snapshot = open_snapshot(model, revision)
     chosen = open_selection(selection, snapshot, force=options.force) if selection is not None else None
@@ -165,15 +184,23 @@ def prune(
     _check_writable(snapshot, chosen, target)
     traced = open_trace(trace, snapshot, progress, force=options.force) if trace is not None else None
     plan = _plan_choice(snapshot, options, traced, progress)
-    session = plan.session if plan else None
+    session, parts = plan.session if plan else None, None
     if session is None and options.trace is not None:
-        session = ModelSession.open(snapshot, options.trace, None, progress)
+        parts = _parts(options)
+        records = parts.calibration if parts else None
+        session = ModelSession.open(snapshot, options.trace, None, progress, records)
     inputs += [snapshot.path, *([plan.data.source] if plan else [])]
     job = _job(snapshot, options, session, trace, chosen, plan)
     with Workspace(out, job, force=options.force, inputs=inputs) as work:
         _check_disk(snapshot, options, chosen, work.path)
-        run = _Run(snapshot, options, work.path, progress, session, traced, plan)
+        run = _Run(snapshot, options, work.path, progress, session, traced, plan, parts)
         return _carry_out(run, chosen, target, work)
+
+
+def _rejected(out: str | PathLike[str]) -> Path:
+    """Where a model stands that is not as good as it was required to be."""
+    place = Path(out).absolute()
+    return place.with_name(place.name + _REJECTED)
 
 
 def _carry_out(run: _Run, chosen: Selection | None, target: str, work: Workspace) -> PruneResult:
@@ -184,14 +211,21 @@ def _carry_out(run: _Run, chosen: Selection | None, target: str, work: Workspace
         run.trace = _traced(run, run.session)
     selection = _completed(chosen if chosen is not None else _selected(run), run.snapshot)
     run.notes += selection.warnings
+    judgement = _judged(run, selection) if run.options.judgement is not None else None
     canary = _canary(run, selection)
     plans, hashes = _write(run, selection, target, canary)
     logits = _check_logits(run, canary) if canary is not None else None
     before, after = run.snapshot.total_bytes, sum(plan.size for plan in plans)
-    write_card(run.work, CardFacts(run.snapshot.name, before, after, selection, target, run.trace))
+    said = tuple(judgement.lines()) if judgement is not None else ()
+    write_card(run.work, CardFacts(run.snapshot.name, before, after, selection, target, run.trace, said))
+    if judgement is not None:
+        write_json(run.artifacts / "judgement.json", judgement.to_document())
     write_manifest(run.work, run.snapshot, target, hashes, canary_missing=run.logits_skipped)
-    path = work.complete()
-    return PruneResult(path, selection, target, before, after, logits, run.logits_skipped, tuple(run.notes))
+    required = run.options.judgement.require if run.options.judgement is not None else None
+    rejected = required is not None and judgement is not None and not judgement.verdict.satisfies(required)
+    path = work.complete(suffix=_REJECTED if rejected else "")
+    notes = tuple(run.notes)
+    return PruneResult(path, selection, target, before, after, logits, run.logits_skipped, notes, judgement, rejected)
 
 
 def _complete_options(
@@ -317,6 +351,27 @@ def _completed(selection: Selection, snapshot: Snapshot) -> Selection:
         family=snapshot.moe.family.model_type,
         top_k=snapshot.moe.top_k,
     )
+
+
+def _parts(options: PruneOptions) -> Parts | None:
+    """The calibration sample, kept whole, and records beyond it to report by; None where nothing is judged."""
+    if options.judgement is None or options.trace is None:
+        return None
+    return set_aside(options.trace.data, options.judgement, give_up=False)
+
+
+def _judged(run: _Run, selection: Selection) -> Judgement:
+    """What pruning did to the model, while the full model is (or can be) loaded."""
+    options = run.options.judgement
+    assert options is not None
+    if run.parts is None or run.session is None:
+        return no_judgement("There are no examples that the model was not made from.", options)
+    if not run.parts.report:
+        reasons = [f"{group}: {why}" if group else why for group, why in run.parts.unmeasured.items()]
+        return no_judgement(f"{'; '.join(reasons)}.", options)
+    run.progress.note(announcement(len(run.parts.report), options))
+    unmeasured = [f"Not measured, {group}: {why}." for group, why in run.parts.unmeasured.items()]
+    return judge_selection(run.session, run.parts.report, selection, options, [*unmeasured, f"{run.parts.sentence}."])
 
 
 def _canary(run: _Run, selection: Selection) -> Canary | None:

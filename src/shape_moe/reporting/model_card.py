@@ -26,6 +26,7 @@ class CardFacts:
         selection: what is kept.
         target: ``ragged`` or ``stock``.
         trace: the trace, where there was one.
+        verdict: what pruning did to the model, line by line; empty where it was not judged.
     """
 
     model: str
@@ -34,6 +35,7 @@ class CardFacts:
     selection: Selection
     target: str
     trace: Trace | None
+    verdict: tuple[str, ...] = ()
 
 
 def write_card(folder: Path, facts: CardFacts) -> None:
@@ -69,6 +71,7 @@ def render_card(facts: CardFacts) -> str:
         bytes_after=facts.bytes_after,
         trace=facts.trace.info if facts.trace else None,
         target=facts.target,
+        verdict=[line.replace("```", "'''") for line in facts.verdict],
         stock_class=family.stock_class if family else "the original's class",
         version=version("shape-moe"),
         size=readable_size,
