@@ -27,6 +27,11 @@ def test_python_records_no_arguments_of_its_own(monkeypatch) -> None:
 def test_the_command_line_says_what_runs(monkeypatch, given: bool) -> None:
     arguments, seen = ["select", "my trace", "--keep", "0.6"], []
     monkeypatch.setattr("sys.argv", ["shape-moe", *arguments])
-    monkeypatch.setattr(main, "app", lambda **_: seen.append(made_with(0)["command"]))
+
+    def verb(name: str) -> object:
+        assert name == "select"
+        return lambda **_: seen.append(made_with(0)["command"])
+
+    monkeypatch.setattr(main, "command", verb)
     assert main.run(arguments if given else None) == 0
     assert seen == ["shape-moe select 'my trace' --keep 0.6"]

@@ -55,6 +55,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     wanted = [item for item in items if item.nodeid not in without and (only is None or item.nodeid in set(only))]
     config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
     for item in wanted:
-        limit = pytest.mark.timeout(20 + 10 * seconds.get(item.nodeid, _UNKNOWN))
+        limit = pytest.mark.timeout(90 + 10 * seconds.get(item.nodeid, _UNKNOWN))
         item.add_marker(limit, append=False)
     items[:] = sorted(wanted, key=lambda item: seconds.get(item.nodeid, _UNKNOWN))

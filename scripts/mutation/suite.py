@@ -142,6 +142,7 @@ class Room:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self.tree, self.folder, self.cover = copy_tree(project, folder / "tree"), folder, cover
+        self._trusted: set[str] = set()
         (folder / "modules.json").write_text(json.dumps(cover.modules))
         self._server = subprocess.Popen(
             [sys.executable, "-m", "mutation.server", str(folder / "modules.json")],
@@ -154,7 +155,19 @@ class Room:
         self._answer()
 
     def judge(self, mutant: Mutant) -> Outcome:
-        """Run the tests that cover a mutant, and the rest of the suite where they let it live."""
+        """Run the tests that cover a mutant, and the rest of the suite where they let it live.
+
+        A test that catches one is run without the fault as well, once: if it fails then too, it is left out.
+        """
+        seconds = 0.0
+        while True:
+            outcome = self._tried(mutant)
+            seconds += outcome.seconds
+            if not outcome.caught or "::" not in outcome.by or self._trusts(outcome.by):
+                return Outcome(outcome.caught, outcome.by, round(seconds, 2))
+            self.cover.failing.append(outcome.by)
+
+    def _tried(self, mutant: Mutant) -> Outcome:
         covering = self.cover.of(mutant)
         file = self.tree / mutant.file
         file.write_text(mutant.after)
@@ -163,9 +176,15 @@ class Room:
             if first.caught:
                 return first
             rest = self._run(without=covering)
-            return Outcome(rest.caught, rest.by, round(first.seconds + rest.seconds, 2))
+            return Outcome(rest.caught, rest.by, first.seconds + rest.seconds)
         finally:
             file.write_text(mutant.before)
+
+    def _trusts(self, test: str) -> bool:
+        if test not in self._trusted and self._run(only=[test]).caught:
+            return False
+        self._trusted.add(test)
+        return True
 
     def _run(self, only: Collection[str] | None = None, without: Collection[str] = ()) -> Outcome:
         seconds = self.cover.seconds

@@ -39,6 +39,17 @@ class UsageError(ShapeMoeError):
     exit_code = 2
 
 
+class InterruptError(ShapeMoeError):
+    """Ctrl-C; the message says what was kept. Exit code 130, as shells have it."""
+
+    exit_code = 130
+
+    @classmethod
+    def by(cls, interrupt: BaseException) -> InterruptError:
+        """With the last of the notes that were attached to the interrupt on its way: the outermost job's."""
+        return cls(" ".join(["Interrupted.", *getattr(interrupt, "__notes__", [])[-1:]]))
+
+
 class UnsupportedModelError(ShapeMoeError):
     """A model family, kernel or quantisation that is not understood well enough to touch."""
 

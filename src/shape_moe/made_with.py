@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -31,9 +32,37 @@ def versions(*packages: str) -> dict[str, str]:
     return {name: version(name) for name in ("shape-moe", *packages)}
 
 
-def made_with(seed: int) -> dict[str, Any]:
-    """The seed, the versions and the command, for the documents of verbs that run models.
+@dataclass(frozen=True)
+class MadeWith:
+    """How a document was made.
 
-    The command can be pasted into a shell; it is empty where Python called the verb.
+    Attributes:
+        seed: of everything that was drawn, None where it is not known.
+        versions: of the packages that decide figures.
+        command: can be pasted into a shell; empty where Python called the verb.
     """
-    return {"seed": seed, "versions": versions("torch", "transformers"), "command": _COMMAND.get()}
+
+    seed: int | None
+    versions: Mapping[str, str]
+    command: str
+
+    @classmethod
+    def now(cls, seed: int) -> MadeWith:
+        """As this process makes it."""
+        return cls(seed, versions("torch", "transformers"), _COMMAND.get())
+
+    def to_document(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> MadeWith:
+        """What :meth:`to_document` described, wherever it stands in a larger document."""
+        seed, found = document.get("seed"), document.get("versions") or {}
+        named = {str(name): str(number) for name, number in found.items()}
+        return cls(None if seed is None else int(seed), named, str(document.get("command") or ""))
+
+
+def made_with(seed: int) -> dict[str, Any]:
+    """The seed, the versions and the command, for the documents of verbs that run models."""
+    return MadeWith.now(seed).to_document()

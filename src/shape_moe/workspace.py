@@ -193,6 +193,8 @@ class Workspace:
     ) -> None:
         if error is not None and self.path.is_dir() and not self._holds_work():
             shutil.rmtree(self.path)
+        elif isinstance(error, KeyboardInterrupt):
+            error.add_note(f"What was finished is kept in {self.path}; the same command resumes from there.")
         self._release_lock()
         if error is not None:
             _tell_full_disk(error, self._place.parent)

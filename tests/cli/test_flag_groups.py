@@ -9,8 +9,9 @@ from typing import Annotated
 import pytest
 import typer
 
+from shape_moe.cli.data_flags import DataFlags
 from shape_moe.cli.flag_groups import changed_flags, with_flags
-from shape_moe.cli.flags import DataFlags, OutputFlags
+from shape_moe.cli.flags import OutputFlags
 
 
 @dataclass

@@ -67,7 +67,9 @@ def test_inspect(call, embedded) -> None:
     assert err == ""
     assert "The unpruned model already fits at fp8" in " ".join(out.split())
     assert "no need to prune" in call("inspect", embedded, "--fit", "1GiB")[1]
-    assert "Nothing of it fits" in call("inspect", embedded, "--fit", "1MiB", "--context", "1k")[1]
+    code, out, _ = call("inspect", embedded, "--fit", "1MiB", "--context", "1k")
+    assert code == 1
+    assert "It does not fit at any precision or keep rate" in " ".join(out.split())
 
 
 def test_the_chain_of_verbs(call, embedded, data, traced, tmp_path) -> None:

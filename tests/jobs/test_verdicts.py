@@ -116,7 +116,7 @@ def test_the_command_opens_with_the_verdict(embedded, broken, files, tmp_path, c
     arguments += ["--device", "cpu", "--generate", "8", "--no-footprint", "--no-general"]
     assert run(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("broken, ")
+    assert lines[0] == "broken: 1.22 MiB instead of 6.47 MiB"
     assert lines[1].startswith("  Verdict: damaged. ")
     assert run([*arguments, "--json", "--max-drop", "1%"]) == 0
     verdict = json.loads(capsys.readouterr().out)["models"][1]["verdict"]

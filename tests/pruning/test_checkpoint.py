@@ -272,7 +272,7 @@ def test_quantisation_lists_are_renumbered(checkpoint) -> None:
     assert rewritten == ["lm_head", f"{prefix}.2.up_proj", "model.layers.1.mlp.gate"]
     assert config["quantization_config"]["ignore"] == names
     config["quantization_config"]["ignore"] = [r"re:.*experts\.3\..*"]
-    with pytest.raises(UnsupportedModelError, match="cannot be renumbered"):
+    with pytest.raises(UnsupportedModelError, match="ignore names experts by"):
         pruned_config(config, snapshot.moe, selection, "ragged")
 
 

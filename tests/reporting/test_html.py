@@ -10,18 +10,22 @@ from itertools import pairwise
 
 import pytest
 
+from shape_moe.evaluation.evaluated import read_evaluation
+from shape_moe.evaluation.measures import Health
+from shape_moe.evaluation.swept import read_sweep
+from shape_moe.made_with import MadeWith
 from shape_moe.reporting.html import embedded_json, plotly_script, render_report
 from shape_moe.reporting.material import Material, Sizes
 from shape_moe.reporting.provenance import commands
-from shape_moe.reporting.results import read_evaluation, read_sweep
 from shape_moe.reporting.summary import meaning, measured_quality, tiles, warnings
 from shape_moe.reporting.theme import DARK, LIGHT, contrast
 from shape_moe.scoring.scores import score_trace
 from shape_moe.selection.select import SelectOptions, select_from_scores, select_from_trace
+from shape_moe.text import printable
 from support.data import routing_trace, synthetic_trace
 from support.results import write_evaluation, write_sweep
 
-HOSTILE = "<script>window.hacked=1</script>\"'><img src=x onerror=window.hacked=1>&amp;%{x}</style>{{ 7*7 }}"
+HOSTILE = "<script>window.hacked=1</script>\"'><img src=x onerror=window.hacked=1>&amp;%{x}</style>{{ 7*7 }}\x1b[2J\x07"
 PRINT = "\N{NO-BREAK SPACE}"
 
 
@@ -118,9 +122,12 @@ def test_headings_ids_and_labels_are_in_order(tmp_path) -> None:
 def test_hostile_names_stay_text(tmp_path) -> None:
     clean, _, _ = page_of(full_material(tmp_path))
     material = full_material(tmp_path, name=HOSTILE)
-    points = tuple(replace(point, scorer=HOSTILE) for point in material.sweep.points)
+    points = tuple(
+        replace(point, combination=replace(point.combination, scorer=HOSTILE)) for point in material.sweep.points
+    )
     models = tuple(
-        replace(model, name=HOSTILE + str(i), device=HOSTILE) for i, model in enumerate(material.evaluation.models)
+        replace(model, name=HOSTILE + str(i), footprint=replace(model.footprint, device=HOSTILE))
+        for i, model in enumerate(material.evaluation.models)
     )
     selection = replace(
         material.selection,
@@ -134,7 +141,11 @@ def test_hostile_names_stay_text(tmp_path) -> None:
         source=HOSTILE,
         selection=selection,
         sweep=replace(
-            material.sweep, points=points, reason=HOSTILE, split=HOSTILE, command=HOSTILE, versions={HOSTILE: HOSTILE}
+            material.sweep,
+            points=points,
+            reason=HOSTILE,
+            split=HOSTILE,
+            made_with=MadeWith(0, {HOSTILE: HOSTILE}, HOSTILE),
         ),
         evaluation=replace(material.evaluation, models=models, data=HOSTILE),
         rivals=tuple(replace(entry, scorer=f"{HOSTILE}{i}") for i, entry in enumerate(material.rivals)),
@@ -143,10 +154,12 @@ def test_hostile_names_stay_text(tmp_path) -> None:
     assert [tag for tag, _ in page.tags].count("script") == clean.count("<script") - plotly_script().count("<script")
     assert page.of("img") == []
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
-    assert HOSTILE in "".join(page.text)
+    assert printable(HOSTILE) in "".join(page.text)
     own = text.replace(plotly_script(), "")
     assert "<script>window" not in own
     assert "<img" not in own
+    assert not set(own) & set("\x1b\x07")
+    assert r"\\u001b" not in own
     data = re.search(r'id="report-data">(.*?)</script>', own, re.DOTALL)[1]
     assert not set(data) & set("<>&")
     names = [trace.get("name", "") for spec in json.loads(data) for trace in spec["data"]]
@@ -196,7 +209,7 @@ def test_what_is_missing_says_what_would_add_it(tmp_path) -> None:
     assert names == ["sweep", "provenance"]
     _, names, _ = page_of(Material("TRACE", trace=whole.trace, scores=whole.scores, rivals=whole.rivals[:1]))
     assert names == ["values", "coverage", "coalitions", "provenance"]
-    without = replace(whole.evaluation, models=tuple(replace(m, footprint={}) for m in whole.evaluation.models))
+    without = replace(whole.evaluation, models=tuple(replace(m, footprint=None) for m in whole.evaluation.models))
     _, names, _ = page_of(Material("TRACE", selection=whole.selection, evaluation=without))
     assert names == ["values", "layers", "quality", "provenance"]
 
@@ -247,7 +260,7 @@ def test_without_measurements_nobody_is_told_that_it_is_good(tmp_path) -> None:
     models = whole.evaluation.models
     assert measured == models[1].sets["task"]
     assert where == "Measured on gsm8k-test.jsonl."
-    smaller = tuple(replace(m, selection={**m.selection, "keep": 0.5} if m.selection else {}) for m in models)
+    smaller = tuple(replace(m, selection=replace(m.selection, keep=0.5) if m.selection else None) for m in models)
     another = replace(by_evaluation, evaluation=replace(whole.evaluation, models=smaller))
     assert measured_quality(another) is None
 
@@ -262,11 +275,14 @@ def test_warnings_are_prominent(tmp_path) -> None:
     assert any("does not meet the limit" in text for text in found)
     nothing = replace(material.sweep, recommended=None, reason="None is within the limit")
     assert "The sweep recommends no selection. None is within the limit." in warnings(replace(material, sweep=nothing))
-    points = tuple(replace(p, healthy=False, fits=False, meets_limit=True) for p in material.sweep.points)
+    unhealthy = Health({}, {}, 64, ("answers loop",))
+    points = tuple(
+        replace(p, verdict=replace(p.verdict, health=unhealthy), fits=False, meets=True) for p in material.sweep.points
+    )
     found = warnings(replace(material, sweep=replace(material.sweep, points=points)))
     assert any("loop" in text for text in found)
     assert any("does not fit" in text for text in found)
-    noted = replace(material, evaluation=replace(material.evaluation, warnings=("Few examples.",)))
+    noted = replace(material, evaluation=replace(material.evaluation, notes=("Few examples.",)))
     assert "Few examples." in warnings(noted)
     text, _, page = page_of(material)
     assert text.index('class="warnings"') < text.index('class="meaning"')
@@ -281,7 +297,7 @@ def test_a_sweep_names_the_smallest_selection_that_is_not_recommended(tmp_path) 
     assert told not in page_of(Material("s", sweep=sweep))[2].words
     for another in (None, place - 1):
         words = page_of(Material("s", sweep=replace(sweep, recommended=another)))[2].words
-        assert f"{told} of the experts ({sweep.points[place].method})." in words
+        assert f"{told} of the experts ({sweep.points[place].combination})." in words
     assert (
         "smallest selection within the limit"
         not in page_of(Material("s", sweep=replace(sweep, recommended=None, smallest_within_limit=None)))[2].words
@@ -370,8 +386,12 @@ def test_a_trace_drawn_beside_held_out_examples_has_no_command_but_says_so(tmp_p
 
 def test_results_without_a_command_print_none(tmp_path) -> None:
     whole = full_material(tmp_path)
+    silent = MadeWith(0, {}, "")
     from_python = replace(
-        whole, trace=None, sweep=replace(whole.sweep, command=""), evaluation=replace(whole.evaluation, command="")
+        whole,
+        trace=None,
+        sweep=replace(whole.sweep, made_with=silent),
+        evaluation=replace(whole.evaluation, made_with=silent),
     )
     assert [words.split()[1] for words in commands(from_python)] == ["select", "prune"]
     assert render_report(from_python)

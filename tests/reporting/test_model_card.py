@@ -61,5 +61,44 @@ def test_warnings_and_missing_traces() -> None:
     assert "Calibration:" not in card
 
 
+def test_hostile_names_stay_text() -> None:
+    hostile = "<img src=x onerror=alert(1)> [a](javascript:b) `c` \x1b[2J\x07\n# d_e"
+    found = facts(model=f"./{hostile.replace('/', '')}")
+    trace = replace(found.trace, info=replace(found.trace.info, source={"data": hostile}))
+    selection = replace(
+        found.selection,
+        scorer=hostile,
+        warnings=(hostile,),
+        choice={
+            "examples": 3,
+            "reason": hostile,
+            "split": hostile,
+            "tried": [],
+        },
+    )
+    card = render_card(replace(found, trace=trace, selection=selection))
+    assert not set(card) & set("\x1b\x07")
+    text = r"&lt;img src=x onerror=alert(1)&gt; \[a\](javascript:b) \`c\` \\x1b\[2J\\x07 \# d\_e"
+    for line in (f"# {text}, pruned to 50% of its experts", f"- {text}", f"held-out examples ({text})."):
+        assert line in card
+    code = r"``<img src=x onerror=alert(1)> [a](javascript:b) `c` \x1b[2J\x07 # d_e``"
+    assert f"- Values: {code}. Rule" in card
+    assert f"examples of {code} (1,200" in card
+    beside = card.replace(code, "")
+    assert "<" not in beside.split("## How to load it")[0]
+
+
+def test_the_name_on_a_hub_is_kept_in_the_header() -> None:
+    card = render_card(facts(model="some_org/my_model"))
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "some_org/my_model"
+    assert r"# my\_model, pruned" in card
+
+
+def test_an_alpha_above_one_says_nothing() -> None:
+    plain, above = facts().selection, replace(facts().selection, alpha=1.5)
+    assert f"with alpha = {plain.alpha:.6f}" in render_card(facts(selection=plain))
+    assert "alpha" not in render_card(facts(selection=above))
+
+
 def test_sizes_are_readable() -> None:
     assert [readable_size(n) for n in (5, 2048, 3 * 2**20, 57 * 2**30)] == ["5 B", "2.00 KiB", "3.00 MiB", "57.00 GiB"]

@@ -10,17 +10,19 @@ from dataclasses import replace
 import pytest
 
 from shape_moe.errors import CheckpointError, DataError
+from shape_moe.evaluation.evaluated import Chosen, read_evaluation
 from shape_moe.evaluation.intervals import Estimate
+from shape_moe.evaluation.keep_rate import Combination, Limit
+from shape_moe.evaluation.swept import read_sweep
 from shape_moe.reporting.figures.evaluation import (
     faithfulness_figure,
     footprint_figures,
     quality_figure,
     result_tables,
 )
-from shape_moe.reporting.figures.figure import with_interval
+from shape_moe.reporting.figures.figure import number, percent, with_interval
 from shape_moe.reporting.figures.metrics import METRICS, error_bars, is_wide, known_metrics, value_axis
 from shape_moe.reporting.figures.sweep import sweep_figure
-from shape_moe.reporting.results import read_evaluation, read_sweep
 from shape_moe.selection.selection import Selection
 from support.results import evaluation_document, sweep_document, write_evaluation, write_sweep
 
@@ -36,18 +38,17 @@ def test_a_sweep_is_read_whole(tmp_path) -> None:
     document = sweep_document()
     sweep = read_sweep(write_sweep(tmp_path).parent)
     assert sweep == read_sweep(tmp_path / "sweep.json")
-    assert sweep.limit == ("max_kl", 0.1)
+    assert sweep.limit == Limit("max_kl", 0.1)
     assert (sweep.recommended, sweep.dense_size) == (document["recommended"], 61_064_000_000)
     assert len(sweep.points) == 18
     point, raw = sweep.points[3], document["points"][3]
-    assert (point.scorer, point.rule, point.kept, point.size) == ("shape", "coverage", raw["kept"], raw["bytes"])
-    assert point.measured.quality["kl"].low == raw["quality"]["kl"]["low"]
-    assert point.measured.change["perplexity"].value == raw["change"]["perplexity"]["value"]
-    assert point.method == "shape, coverage, drop"
-    assert replace(point, target="stock").method == "shape, coverage, drop, stock"
-    assert set(point.measured.generation) == {"loop_rate", "no_end_rate", "length", "exact_match"}
-    assert sweep.points[0].measured.generation == {}
-    assert (point.meets_limit, point.healthy, point.fits) == (False, True, None)
+    assert point.combination == Combination("shape", "coverage", "drop")
+    assert (point.kept, point.size) == (raw["kept"], raw["bytes"])
+    assert point.verdict.quality["kl"].low == raw["quality"]["kl"]["low"]
+    assert point.verdict.change["perplexity"].value == raw["change"]["perplexity"]["value"]
+    assert set(point.verdict.health.figures) == {"loop_rate", "no_end_rate", "length", "exact_match"}
+    assert sweep.points[0].verdict.health is None
+    assert (point.meets, point.healthy, point.fits) == (False, True, None)
     assert not point.good
     assert sweep.points[1].good
 
@@ -56,12 +57,12 @@ def test_an_evaluation_is_read_whole(tmp_path) -> None:
     evaluation = read_evaluation(write_evaluation(tmp_path))
     dense, pruned, masked = evaluation.models
     assert [m.kind for m in evaluation.models] == ["dense", "checkpoint", "mask"]
-    assert dense.selection == {}
+    assert dense.selection is None
     assert dense.sets["task"].change == {}
-    assert pruned.selection["keep"] == 0.6
-    assert pruned.classes[:2] == ("kind", "rate")
-    assert masked.device == "cuda (NVIDIA H200)"
-    assert masked.footprint["peak_bytes"] == 41_100_000_000
+    assert pruned.selection == Chosen("shape", "coverage", "drop", 0.6)
+    assert (evaluation.by, list(pruned.classes)) == ("kind", ["sum", "rate"])
+    assert masked.footprint.device == "cuda (NVIDIA H200)"
+    assert masked.footprint.peak_bytes == 41_100_000_000
     assert len(evaluation.faithfulness[0].random) == 3
 
 
@@ -79,7 +80,7 @@ def test_unknown_ends(tmp_path) -> None:
     assert math.isnan(found.kept.quality["kl"].low)
     assert found.inverted.quality == {}
     assert METRIC["KL to the dense model"].text(found.kept) == "0.500"
-    assert (evaluation.data, evaluation.command) == ("", "")
+    assert (evaluation.data, evaluation.made_with.command) == (None, "")
 
 
 def test_least_of_an_evaluation(tmp_path) -> None:
@@ -95,7 +96,9 @@ def test_least_of_an_evaluation(tmp_path) -> None:
     [
         ({"format_version": 2}, "not a result of shape-moe sweep"),
         ({"verb": "evaluate"}, "not a result of shape-moe sweep"),
-        ({"points": [{"scorer": "shape"}]}, "'rule' is missing"),
+        ({"points": [{"keep": 0.5, "scorer": "shape", "routing": "drop"}]}, "'rule' is missing"),
+        ({"points": [{"keep": 0.5, "scorer": "shape", "rule": "global", "routing": "lost"}]}, "no routing 'lost'"),
+        ({"limit": {"kind": "max_size", "value": 0.1}}, "A limit is one of max_kl, max_drop, not 'max_size'"),
         ({"points": 3}, "damaged"),
         ({"recommended": 99}, "no point 99"),
         ({"dense": {"quality": {"kl": {"value": "x", "low": 0, "high": 0}}}}, "damaged"),
@@ -130,7 +133,7 @@ def test_the_curve_shows_every_point_with_its_interval(tmp_path) -> None:
     figure = sweep_figure(sweep, None)
     raw = sorted((p for p in document["points"] if p["scorer"] == "reap"), key=lambda p: p["kept"])
     line = figure.data[2]
-    assert line["name"] == "reap, uniform, drop"
+    assert line["name"] == "reap/uniform, drop"
     assert line["x"] == pytest.approx([p["bytes"] / 2**30 for p in raw])
     assert line["marker"]["symbol"] == [
         "triangle-up" if p["meets_limit"] and p["healthy"] is not False else "triangle-up-open" for p in raw
@@ -293,14 +296,21 @@ def test_intervals_are_told_where_they_are_known() -> None:
         assert with_interval("x", Estimate(0.5, low, high)) == "x"
 
 
+def test_what_rounds_to_zero_has_no_minus() -> None:
+    assert [percent(-1e-9), percent(-0.0), percent(-0.001)] == [
+        f"{text}\N{NO-BREAK SPACE}%" for text in ("0.0", "0.0", "-0.1")
+    ]
+    assert [number(-0.0), number(-1234.4)] == ["0", "-1,234"]
+
+
 def test_metrics_as_text(tmp_path) -> None:
     sweep = read_sweep(write_sweep(tmp_path))
-    measured = sweep.points[3].measured
+    measured = sweep.points[3].verdict
     assert METRIC["Exact match"].text(measured) == "83.3\N{NO-BREAK SPACE}% [80.3, 86.3]"
     assert METRIC["Perplexity"].text(measured).startswith("\N{MULTIPLICATION SIGN}1.13 [")
-    assert METRIC["Loops"].text(sweep.points[0].measured) == "\N{EN DASH}"
+    assert METRIC["Loops"].text(sweep.points[0].verdict) == "\N{EN DASH}"
     assert METRIC["Exact match"].line == "Exact match, % of examples; higher is better."
-    assert [m.title for m in known_metrics([sweep.points[0].measured])] == [
+    assert [m.title for m in known_metrics([sweep.points[0].verdict])] == [
         *("KL to the dense model", "Exact match", "Perplexity", "Same next token")
     ]
 

@@ -1,8 +1,8 @@
 """What is known about each model family: facts as data, no code.
 
 A family belongs here when its experts follow the uniform interface of Transformers
-(``@use_experts_implementation``) and every fact below was checked on a model built from its config class
-(``tests/conformance``). See ``docs/add-a-model.md``.
+(``@use_experts_implementation``) and every fact below was checked on a model built from its config class. See
+``docs/add-a-model.md``.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Family:
             than the oldest that this package takes.
         has_mtp_layers: whether checkpoints may carry multi-token-prediction layers after the decoder layers.
         mtp_count_key: config key that counts those layers.
+        vision: beginnings of the names of tensors on disk that belong to vision parts, which text does not use.
     """
 
     model_type: str
@@ -59,7 +60,11 @@ class Family:
     transformers: str | None = None
     has_mtp_layers: bool = False
     mtp_count_key: str = "num_nextn_predict_layers"
+    vision: tuple[str, ...] = ()
 
+
+QUANTISATION_SCALES = (".k_scale", ".v_scale", ".q_scale", ".kv_scale", ".input_scale", ".activation_scale")
+"""Endings of the names of a quantised checkpoint's tensors that servers use and Transformers does not."""
 
 _CORRECTED_GATE = ("gate.weight", "gate.e_score_correction_bias")
 

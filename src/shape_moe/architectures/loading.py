@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shape_moe.architectures.loaded import check_loaded
+from shape_moe.architectures.moe_config import foreign_code
 from shape_moe.architectures.safetensors_file import DTYPE_BITS
+from shape_moe.architectures.sites import find_sites
 from shape_moe.architectures.sizes import weight_count
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.errors import CheckpointError, ShapeMoeError, UnsupportedModelError, UsageError, first_line
@@ -16,49 +19,105 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Note = Callable[[str], None]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken", "tekken.json")
+_LOADING_ERRORS = (
+    OSError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a damaged or foreign folder can make Transformers raise."""
 _MEMORY_MARGIN = 1.15
 """Weights may take this share of the free memory at most: activations and the KV cache need the rest."""
 
 
-def load_model(snapshot: Snapshot, *, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
-    """Load a model for tracing or masking.
+def load_model(
+    snapshot: Snapshot, *, device: str = "auto", dtype: str = "auto", note: Note = lambda _: None
+) -> PreTrainedModel:
+    """Load a model for tracing or masking, and make sure that all of its weights are the checkpoint's.
+
+    Transformers' own class is used, or the code that comes with the model where the user trusts that.
 
     Args:
         snapshot: the model.
         device: ``auto`` (GPUs where there are some, else the CPU), ``cpu``, ``cuda``, ``cuda:1``, ...
         dtype: ``auto`` for the checkpoint's own.
+        note: where to tell the user something that is worth a line.
 
     Raises:
-        UnsupportedModelError: for a quantisation whose experts cannot be observed.
-        CheckpointError: when Transformers cannot load the model.
+        UnsupportedModelError: for a quantisation whose experts cannot be observed, or code that does not follow the
+            experts interface.
+        CheckpointError: when Transformers cannot load the model, or does not find all of its weights.
         UsageError: for an unknown device or dtype.
     """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+    placement = _placement(device)
+    if not placement.get("device_map") and (reason := why_not_loadable(loaded_bytes(snapshot, dtype), "cpu")):
+        raise ShapeMoeError(f"{snapshot.name} does not fit into memory: {reason}.")
+    code = foreign_code(snapshot.config)
+    model, info = _from_pretrained(snapshot, dtype, placement, trusted=code is not None and snapshot.trust_remote_code)
+    left = check_loaded(snapshot, model, info)
+    for line in (*snapshot.notes, _about_code(code, model), left):
+        if line is not None:
+            note(line)
+    return model.eval()
+
+
+def _from_pretrained(
+    snapshot: Snapshot, dtype: str, options: dict[str, Any], *, trusted: bool
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model as Transformers loads it, and its loading info."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
-    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-    options |= _placement(device)
-    if not options.get("device_map") and (reason := why_not_loadable(loaded_bytes(snapshot, dtype), "cpu")):
-        raise ShapeMoeError(f"{snapshot.name} does not fit into memory: {reason}.")
+    options = {**options, "dtype": dtype if dtype == "auto" else getattr(torch, dtype), "trust_remote_code": trusted}
     quantisation = unpacking(snapshot)
     if quantisation is not None:
         options["quantization_config"] = quantisation
     try:
-        with _without_progress_bars():
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(snapshot.path, **options)
+        with _quietly():
+            # tensors of another shape are refused below, with all others that are not as they should be
+            found: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+                snapshot.path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except _LOADING_ERRORS as error:
         raise CheckpointError(f"Transformers could not load {snapshot.name}: {first_line(error)}") from error
-    return model.eval()
+    return found
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+def _about_code(code: str | None, model: PreTrainedModel) -> str | None:
+    """What is said of code that comes with the model; foreign code that cannot be traced is refused."""
+    if code is None:
+        return None
+    kind = type(model)
+    if kind.__module__.startswith("transformers."):
+        return f"The model names code of its own ({code}); Transformers' own {kind.__name__} is used instead."
+    try:
+        find_sites(model)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f"The code that comes with the model ({code}) cannot be traced: {error} Without --trust-remote-code "
+            "Transformers' own class is used."
+        ) from error
+    return f"The code that comes with the model is used ({code})."
+
+
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder.
+
+    Args:
+        path: the folder.
+        trust_remote_code: run the code that comes with the tokenizer, where there is some.
 
     Raises:
         CheckpointError: when there is none that Transformers can load.
@@ -69,8 +128,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         # Transformers would make an empty tokenizer of the model's family
         raise CheckpointError(f"{path} has no tokenizer: copy the original's tokenizer files there.")
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except _LOADING_ERRORS as error:
         raise CheckpointError(f"{path} has no tokenizer that can be loaded: {first_line(error)}") from error
     return tokenizer
 
@@ -93,7 +152,7 @@ def unpacking(snapshot: Snapshot) -> Any:
         return transformers.FineGrainedFP8Config(dequantize=True)  # the block size is the checkpoint's own
     raise UnsupportedModelError(
         f"Experts quantised with {method!r} cannot be observed in Transformers. Trace the unquantised model of the "
-        "same routers instead, and prune this one with --trace."
+        "same routers instead (shape-moe trace), and prune this one by that trace (shape-moe prune --trace)."
     )
 
 
@@ -112,15 +171,17 @@ def _placement(device: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Keep Transformers' own bars off: the caller shows progress in its own way."""
+def _quietly() -> Iterator[None]:
+    """Keep Transformers' own bars and reports off: callers show progress, and say what is wrong, in their own way."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 

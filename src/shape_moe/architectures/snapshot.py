@@ -56,6 +56,7 @@ class Snapshot:
         name: what the user asked for: a hub id or the folder.
         revision: the commit of a hub model, None for a local folder.
         notes: what the user should know about how it was read.
+        trust_remote_code: whether the user allows code that comes with the model to be run.
         hashes: fingerprints that were computed once.
     """
 
@@ -65,6 +66,7 @@ class Snapshot:
     name: str
     revision: str | None = None
     notes: tuple[str, ...] = ()
+    trust_remote_code: bool = False
     _roles: dict[str, TensorRole] = field(default_factory=dict, repr=False, compare=False)
     hashes: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
@@ -151,8 +153,15 @@ def looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~"))
 
 
-def open_snapshot(model: str | os.PathLike[str], revision: str | None = None) -> Snapshot:
+def open_snapshot(
+    model: str | os.PathLike[str], revision: str | None = None, *, trust_remote_code: bool = False
+) -> Snapshot:
     """Open a local model folder, or the local copy of a hub model (downloaded when it is missing).
+
+    Args:
+        model: a folder or hub id.
+        revision: of a hub model.
+        trust_remote_code: run the code that comes with the model, where there is some, instead of Transformers' own.
 
     Raises:
         CheckpointError: when there is no such model, or a file is missing or damaged.
@@ -163,7 +172,7 @@ def open_snapshot(model: str | os.PathLike[str], revision: str | None = None) ->
         path, commit = _download(str(model), revision)
     check_model_folder(path)
     config, notes = read_config(path)
-    return Snapshot(path, config, _read_tensors(path), str(model), commit, notes)
+    return Snapshot(path, config, _read_tensors(path), str(model), commit, notes, trust_remote_code)
 
 
 def open_headers(model: str | os.PathLike[str], revision: str | None = None) -> Snapshot:
@@ -174,11 +183,11 @@ def open_headers(model: str | os.PathLike[str], revision: str | None = None) -> 
     Raises:
         CheckpointError: when there is no such model, or its headers are damaged.
     """
+    if exists(Path(model)) or looks_like_path(str(model)):
+        return open_snapshot(model, revision)
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError, OfflineModeIsEnabled
 
-    if exists(Path(model)) or looks_like_path(str(model)):
-        return open_snapshot(model, revision)
     try:
         metadata = get_safetensors_metadata(str(model), revision=revision)
         config, notes = read_config(Path(hf_hub_download(str(model), CONFIG_FILE, revision=revision)).parent)
@@ -214,7 +223,13 @@ def _download(model: str, revision: str | None) -> tuple[Path, str | None]:
 def _read_tensors(path: Path) -> dict[str, TensorSlot]:
     index_file, single = path / INDEX_FILE, path / SINGLE_FILE
     if index_file.is_file() or index_file.is_symlink():
-        return _read_indexed(path, read_json(index_file))
+        tensors = _read_indexed(path, read_json(index_file))
+        if single.is_file() and any(slot.file != single for slot in tensors.values()):
+            raise CheckpointError(
+                f"{path} holds both {SINGLE_FILE} and {INDEX_FILE} of other files, and loaders choose differently: "
+                "remove the one that is not the model."
+            )
+        return tensors
     if single.is_file() or single.is_symlink():
         return read_header(single)[0]
     raise no_weights(path)

@@ -63,9 +63,6 @@ def is_router_part(family: Family, name: str) -> bool:
 
 
 def renumbered(family: Family, name: str, new_id: int) -> str:
-    """The name of one expert's tensor under another expert id.
-
-    Works for tensor names and for module names such as those in a quantisation config's ``ignore`` list.
-    """
+    """The name of one expert's tensor under another expert id."""
     pattern = rf"(model\.layers\.\d+\.{re.escape(family.disk_block)}\.experts\.)\d+"
     return re.sub(pattern, rf"\g<1>{new_id}", name, count=1)

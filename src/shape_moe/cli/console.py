@@ -13,13 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.style import StyleType
 from rich.table import Table
 from rich.text import Text
 
+from shape_moe.text import printable
 from shape_moe.units import counted, readable_size
 
 _PLAIN_SECONDS = 10.0
@@ -45,7 +47,7 @@ class Output:
     @property
     def err(self) -> Console:
         """The console of everything that is not a result."""
-        return Console(stderr=True, highlight=False, soft_wrap=True)
+        return new_console(stderr=True)
 
     def note(self, text: str) -> None:
         """One line about what is going on."""
@@ -62,7 +64,7 @@ class Output:
             sys.stdout.write(json.dumps(document, indent=1, default=str) + "\n")
         else:
             width = None if sys.stdout.isatty() else _WIDE  # a file or a pipe has no width to fold at
-            show(Console(highlight=False, soft_wrap=True, width=width))
+            show(new_console(width=width))
 
     @contextmanager
     def phase(self, title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
@@ -84,6 +86,27 @@ class Output:
             lines = _PlainLines(self, title, total, unit)
             yield lines.advance
             lines.close()
+
+
+def new_console(**settings: Any) -> Console:
+    """A console that spells out control characters in whatever it shows, such as those in a file's name."""
+    console = Console(highlight=False, soft_wrap=True, **settings)
+    console.push_render_hook(_PrintableOnly())
+    return console
+
+
+class _PrintableOnly(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Printable(renderable) for renderable in renderables]
+
+
+@dataclass(frozen=True)
+class _Printable:
+    content: ConsoleRenderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for segment in console.render(self.content, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 def _quiet_libraries() -> None:

@@ -9,17 +9,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+import shape_moe
 from shape_moe.cli import select, trace
-from shape_moe.cli.flag_groups import with_flags
 from shape_moe.cli.flags import ForceFlag, OutputFlags
-from shape_moe.jobs import convert as job
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import Trace
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command("convert")(with_flags(convert))
 
 
 def convert(
@@ -53,7 +47,7 @@ def convert(
     Example: shape-moe convert responses.jsonl --model ./Qwen3-30B-A3B -o traces/traffic
     """
     talk = output.output()
-    result = job.convert(
+    result = shape_moe.convert(
         source, out, model=model, kind=kind, to=to, skip_bad=skip_bad, force=force.force, progress=talk
     )
     for warning in _warnings(result):

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from shape_moe.cli.console import plain_table
-from shape_moe.cli.flag_groups import with_flags
 from shape_moe.cli.flags import ForceFlag, OutputFlags, SeedFlag
-from shape_moe.demo.run import CALIBRATION_EXAMPLES, KEEP_RATES, REPORT_KEEP, DemoResult, run_demo
 from shape_moe.demo.tasks import TASKS
 from shape_moe.units import readable_size
 
-
-def add_to(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command("demo")(with_flags(demo))
+if TYPE_CHECKING:
+    from shape_moe.demo.run import DemoResult
 
 
 def demo(
@@ -39,6 +35,8 @@ def demo(
 
     Example: shape-moe demo --task sorting
     """
+    from shape_moe.demo.run import CALIBRATION_EXAMPLES, KEEP_RATES, run_demo
+
     talk = output.output()
     if task in TASKS:
         talk.note(f"{TASKS[task].description}: {CALIBRATION_EXAMPLES} examples")
@@ -66,7 +64,7 @@ def _show(console: Console, found: DemoResult, task: str, rule: str) -> None:
         table.add_row()
     console.print(table)
     if found.report is not None:
-        console.print(f"Report of scorer shape at keep {REPORT_KEEP:g}: [bold]{escape(str(found.report))}[/bold]")
+        console.print(f"Report on what scorer shape keeps: [bold]{escape(str(found.report))}[/bold]")
     console.print(
         "One task is kept, the others fade: that is the bargain. On your own model: "
         "shape-moe prune MODEL --data TASK.jsonl --keep 0.8 -o SMALLER"

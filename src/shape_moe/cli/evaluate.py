@@ -8,31 +8,27 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+import shape_moe
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.console import plain_table
-from shape_moe.cli.figures import number, share, signed
-from shape_moe.cli.flag_groups import changed_flags, with_flags
-from shape_moe.cli.flags import DataFlags, DeviceFlags, ForceFlag, ModelArgument, OutputFlags, SeedFlag
+from shape_moe.cli.data_flags import DataFlags
+from shape_moe.cli.estimates import number, share, signed
+from shape_moe.cli.flag_groups import changed_flags
+from shape_moe.cli.flags import DeviceFlags, ForceFlag, ModelArgument, OutputFlags, SeedFlag
 from shape_moe.cli.quality_flags import GenerationFlags, TaskFlags
 from shape_moe.cli.values import parse_share
 from shape_moe.errors import UsageError
+from shape_moe.evaluation.evaluated import TASK, Evaluated, Evaluation
 from shape_moe.evaluation.faithfulness import Faithfulness
 from shape_moe.evaluation.footprint import Workload
 from shape_moe.evaluation.measures import worst_group
-from shape_moe.jobs import evaluate as job
 from shape_moe.jobs.evaluate import EvaluateOptions
-from shape_moe.jobs.evaluated import TASK, Evaluation
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.units import readable_size
 from shape_moe.workspace import check_output_file, write_json
 
 ALSO_SAMPLES = 100
-_SAMPLES = f"Judge by at most this many records. Default: {HELD_OUT_SAMPLES}."
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command("evaluate")(with_flags(evaluate, samples=_SAMPLES))
+HELPS = {"samples": f"Judge by at most this many records. Default: {HELD_OUT_SAMPLES}."}
 
 
 def evaluate(
@@ -89,16 +85,16 @@ def evaluate(
     given = data.options(run, seed.seed, HELD_OUT_SAMPLES) if data.data is not None else None
     if given is None and changed_flags(data):
         raise UsageError(f"{', '.join(changed_flags(data))} says how examples are read: give --data.")
-    result = job.evaluate(
+    result = shape_moe.evaluate(
         model, candidates or [], data=given, options=options, device=run.device, dtype=run.dtype, progress=talk
     )
     for note in result.notes:
         talk.warn(note)
     if out is not None:
-        write_json(out, result.document)
+        write_json(out, result.to_document())
         talk.note(f"Wrote {out}")
     by_pattern = generation.answer_pattern is not None
-    talk.result(result.document, lambda console: _show(console, result, by_pattern=by_pattern))
+    talk.result(result.to_document(), lambda console: _show(console, result, by_pattern=by_pattern))
 
 
 def _show(console: Console, result: Evaluation, *, by_pattern: bool) -> None:
@@ -127,7 +123,7 @@ def _show(console: Console, result: Evaluation, *, by_pattern: bool) -> None:
 
 
 def _show_set(console: Console, result: Evaluation, name: str, *, by_pattern: bool) -> None:
-    source = result.document["data"] if name == TASK else result.document["also"]
+    source = result.data if name == TASK else result.also
     title = f"{source}: figures with 95 % intervals"
     columns = ("model", "nll", "perplexity", "KL to dense", "same top-1", "exact match", "change", "loops", "no end")
     table = plain_table(*columns, title=title)
@@ -164,6 +160,10 @@ def _show_tasks(console: Console, result: Evaluation) -> None:
     console.print(table)
 
 
+def _size(found: Evaluated) -> str:
+    return readable_size(found.size) if found.size is not None else ""
+
+
 def _show_footprints(console: Console, result: Evaluation) -> None:
     if result.models[0].footprint is None:
         return
@@ -171,12 +171,12 @@ def _show_footprints(console: Console, result: Evaluation) -> None:
     for found in result.models:
         taken = found.footprint
         if taken is None:
-            size = readable_size(found.size)
+            size = _size(found)
             table.add_row(found.name, f"({size})" if found.kind == "mask" else size, "", "", "", "")
             continue
         table.add_row(
             found.name,
-            readable_size(found.size),
+            _size(found),
             readable_size(taken.peak_bytes),
             f"{taken.load_seconds:.1f} s",
             f"{taken.prefill_tokens_per_second:,.0f} token/s",

@@ -8,17 +8,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from shape_moe.cli.flag_groups import with_flags
+import shape_moe
 from shape_moe.cli.flags import ForceFlag, OutputFlags
 from shape_moe.errors import UsageError
-from shape_moe.experiments import run as job
 from shape_moe.experiments.config import ExperimentConfig
 from shape_moe.experiments.reader import read_config
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command("experiment")(with_flags(experiment))
 
 
 def experiment(
@@ -40,7 +34,9 @@ def experiment(
         bool, typer.Option("--dry-run", help="Check CONFIG and count its cells; nothing is read or loaded.")
     ] = False,
 ) -> None:
-    """Run models x calibration tasks x methods x routings x keep rates x evaluations; the same command goes on.
+    """Run models x calibration tasks x methods x routings x keep rates x evaluations.
+
+    An interrupted run is resumed by the same command.
 
     Example: shape-moe experiment examples/tiny/tiny.yaml -o results/tiny
     """
@@ -49,7 +45,7 @@ def experiment(
     if dry_run:
         talk.result(_size(grid), lambda console: _show_size(console, grid))
         return
-    result = job.experiment(grid, out, force=force.force, progress=talk)
+    result = shape_moe.experiment(grid, out, force=force.force, progress=talk)
     talk.note(f"Wrote {result.folder}")
     talk.result(result.document, lambda console: console.print(result.markdown, markup=False))
 

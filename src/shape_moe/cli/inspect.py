@@ -4,35 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 
 from shape_moe.cli.console import plain_table
-from shape_moe.cli.flag_groups import with_flags
 from shape_moe.cli.flags import MemoryFlags, ModelArgument, OutputFlags
 from shape_moe.jobs.inspect import Inspection, inspect_model
 from shape_moe.units import readable_size
 
-
-def add_to(app: typer.Typer) -> None:
-    """Add the verb."""
-    fit = "Say with which precision and keep rate the model fits this memory, KV cache included, as 24GiB."
-    app.command("inspect")(with_flags(inspect, fit=fit))
+HELPS = {"fit": "Say with which precision and keep rate the model fits this memory (such as 24GiB), KV cache included."}
 
 
 def inspect(
     model: ModelArgument,
     memory: MemoryFlags,
     output: OutputFlags,
-) -> None:
+) -> int:
     """Show a model's MoE layers, bytes per expert and size at each keep rate; no weight is read.
 
     Example: shape-moe inspect Qwen/Qwen3-30B-A3B --fit 24GiB --context 16k --concurrency 8
     """
     talk = output.output()
     found = inspect_model(model, fit=memory.size(), context=memory.tokens(), concurrency=memory.concurrency)
+    for note in found.snapshot.notes:
+        talk.warn(note)
     talk.result(_document(found), lambda console: _show(console, found))
+    return 0 if found.fits_somehow else 1
 
 
 def _document(found: Inspection) -> dict[str, Any]:
@@ -94,5 +91,7 @@ def _show_fits(console: Console, found: Inspection) -> None:
             f"The unpruned model already fits at {whole[0]}: compare that with pruning before you decide "
             "(estimated from weight counts; the quantised model must exist or be made)."
         )
-    elif all(fit.keep is None for fit in found.fits):
-        console.print("Nothing of it fits: lower --context or --concurrency, or use a larger device.")
+    elif not found.fits_somehow:
+        console.print(
+            "It does not fit at any precision or keep rate: lower --context or --concurrency, or use a larger device."
+        )

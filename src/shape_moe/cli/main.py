@@ -4,66 +4,81 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 import shape_moe
-from shape_moe.cli import (
-    convert,
-    demo,
-    evaluate,
-    experiment,
-    inspect,
-    merge,
-    prune,
-    report,
-    score,
-    select,
-    serve,
-    sweep,
-    trace,
-    verify,
-)
-from shape_moe.errors import ShapeMoeError
+from shape_moe.cli.console import new_console
+from shape_moe.cli.flag_groups import with_flags
+from shape_moe.errors import InterruptError, ShapeMoeError
 from shape_moe.made_with import command_line
 from shape_moe.process_exit import leave
+from shape_moe.text import printable
 
-_INTERRUPTED = 130  # what Typer makes of Ctrl-C
-_GO_ON = "Interrupted; what is complete was kept, and the same command goes on from there."
+VERBS = {
+    "inspect": "Show a model's experts, its size at each keep rate, and what fits your memory.",
+    "trace": "Record how a model routes a calibration set.",
+    "convert": "Turn server responses and other tools' files into traces and selections, and back.",
+    "merge": "Put several traces of one model together.",
+    "score": "Show what each expert is worth.",
+    "select": "Choose the experts to keep.",
+    "sweep": "Find out which keep rate is safe.",
+    "prune": "Do the whole job: trace, choose, and write a checkpoint without the other experts.",
+    "serve": "Serve the original with vLLM as if it had been pruned.",
+    "verify": "Check that a pruned checkpoint is what it claims to be.",
+    "evaluate": "Judge pruned models beside the dense one.",
+    "experiment": "Run a grid of pruning experiments from one YAML file.",
+    "report": "Write an HTML report.",
+    "demo": "See all of it on a small embedded model, offline.",
+}
+"""What each verb does, for the overview. The module of a verb is imported only when that verb is run."""
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 # Typer brings its own copy of click or uses the installed one; this is the base class of whichever it is.
 _USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
-app = typer.Typer(
-    name="shape-moe",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
-_VERBS = (
-    inspect,
-    trace,
-    convert,
-    merge,
-    score,
-    select,
-    sweep,
-    prune,
-    serve,
-    verify,
-    evaluate,
-    experiment,
-    report,
-    demo,
-)
-for _module in _VERBS:
-    _module.add_to(app)
+
+def command(verb: str | None = None) -> typer.Typer:
+    """The command with the options of one verb, None for all of them; the others are there by name."""
+    app = typer.Typer(
+        name="shape-moe",
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        callback=_root,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    )
+    for name, summary in VERBS.items():
+        if verb in {name, None}:
+            module = import_module(f"shape_moe.cli.{name}")
+            function = with_flags(getattr(module, name), **getattr(module, "HELPS", {}))
+            settings = getattr(module, "SETTINGS", None)
+            app.command(name, short_help=summary, context_settings=settings)(_interruptible(function))
+        else:
+            app.command(name, short_help=summary)(_elsewhere)
+    return app
+
+
+def _elsewhere() -> None:
+    """Stands for a verb that this run is not about."""
+
+
+def _interruptible(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """Typer turns Ctrl-C into a bare exit code; what the interrupt says of what was kept would be lost."""
+
+    @wraps(verb)
+    def call(**values: Any) -> Any:
+        try:
+            return verb(**values)
+        except KeyboardInterrupt as interrupt:
+            raise InterruptError.by(interrupt) from interrupt
+
+    return call
 
 
 def _show_version(wanted: bool) -> None:  # the signature that Typer calls
@@ -72,7 +87,6 @@ def _show_version(wanted: bool) -> None:  # the signature that Typer calls
         raise typer.Exit
 
 
-@app.callback()
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
@@ -90,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        Never: leaves with exit code 0 (done), 1 (failed) or 2 (wrong usage).
+        Never: leaves with exit code 0 (done), 1 (failed), 2 (wrong usage) or 130 (Ctrl-C).
     """
     leave(run(arguments))
 
@@ -98,28 +112,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; errors of the program itself are raised."""
     words = sys.argv[1:] if arguments is None else list(arguments)
+    verb = next((word for word in words if not word.startswith("-")), "")
     try:
         with command_line(words):
-            code = app(args=words, standalone_mode=False)
+            code = command(verb)(args=words, prog_name="shape-moe", standalone_mode=False)
     except _USAGE_ERROR as error:
+        error.message = printable(error.message)
         error.show()
         return 2
-    except (ShapeMoeError, typer.Abort, KeyboardInterrupt, MemoryError, OSError, RuntimeError) as error:
+    except (KeyboardInterrupt, typer.Abort) as interrupt:
+        return _fail(InterruptError.by(interrupt))
+    except ShapeMoeError as error:
+        return _fail(error)
+    except (MemoryError, OSError, RuntimeError) as error:
         message = _sentence(error)
         if message is None:
             raise
-        return _fail(message, getattr(error, "exit_code", 1))
-    if code == _INTERRUPTED:
-        return _fail(_GO_ON, 1)
+        return _fail(ShapeMoeError(message))
     return code if isinstance(code, int) else 0
 
 
 def _sentence(error: BaseException) -> str | None:
     """What a user can do about an error, None for one that is the program's own."""
-    if isinstance(error, ShapeMoeError):
-        return str(error)
-    if isinstance(error, typer.Abort | KeyboardInterrupt):
-        return _GO_ON
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return "The device ran out of memory; lower --batch-size or --max-length, or use --device auto."
     if isinstance(error, OSError) and error.errno and (error.filename or error.errno in _DISK_ERRORS):
@@ -127,6 +141,7 @@ def _sentence(error: BaseException) -> str | None:
     return None
 
 
-def _fail(message: str, code: int) -> int:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(Text("Error: ", style="bold red") + Text(message))
-    return code
+def _fail(error: ShapeMoeError) -> int:
+    word = Text() if isinstance(error, InterruptError) else Text("Error: ", style="bold red")
+    new_console(stderr=True).print(word + Text(str(error)))
+    return error.exit_code

@@ -7,15 +7,9 @@ from typing import Annotated
 
 import typer
 
-from shape_moe.cli.flag_groups import with_flags
+import shape_moe
 from shape_moe.cli.flags import ForceFlag, OutputFlags
 from shape_moe.cli.trace import document, show
-from shape_moe.jobs.trace import merge as merge_folders
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command("merge")(with_flags(merge))
 
 
 def merge(
@@ -31,5 +25,5 @@ def merge(
 
     Example: shape-moe merge traces/maths traces/code --weight 1 --weight 2 -o traces/both
     """
-    result = merge_folders(traces, out, weights=weight, force=force.force)
+    result = shape_moe.merge(traces, out, weights=weight, force=force.force)
     output.output().result(document(result, out), lambda console: show(console, result, out))

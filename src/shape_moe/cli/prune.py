@@ -4,27 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+import shape_moe
 from shape_moe.calibration.records import DataOptions
+from shape_moe.cli.choice_flags import ScoreFlags, SelectFlags
 from shape_moe.cli.console import plain_table
-from shape_moe.cli.figures import number, signed
-from shape_moe.cli.flag_groups import changed_flags, with_flags
-from shape_moe.cli.flags import (
-    DataFlags,
-    DeviceFlags,
-    ForceFlag,
-    MemoryFlags,
-    ModelArgument,
-    OutputFlags,
-    ScoreFlags,
-    SeedFlag,
-    SelectFlags,
-)
+from shape_moe.cli.data_flags import DataFlags
+from shape_moe.cli.estimates import number, signed
+from shape_moe.cli.flag_groups import changed_flags
+from shape_moe.cli.flags import DeviceFlags, ForceFlag, MemoryFlags, ModelArgument, OutputFlags, SeedFlag
 from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags
 from shape_moe.cli.select import summary
 from shape_moe.cli.values import parse_routing
@@ -32,7 +25,6 @@ from shape_moe.errors import UsageError
 from shape_moe.evaluation.intervals import Estimate
 from shape_moe.evaluation.keep_rate import Limit
 from shape_moe.evaluation.verdict import MAX_DROP
-from shape_moe.jobs import prune as job
 from shape_moe.jobs.choose import AUTO_HELD_OUT, ChoiceOptions
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.jobs.judgement import JudgementOptions
@@ -42,16 +34,14 @@ from shape_moe.jobs.session import DEFAULT_SAMPLES
 from shape_moe.selection.selection import Selection, load_selection
 from shape_moe.units import readable_size
 
+if TYPE_CHECKING:
+    from shape_moe.jobs.prune import PruneResult
+
 REJECTED = 3
 """Exit code where the model is not as good as it was required to be."""
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command("prune")(with_flags(prune, **_HELPS))
-
-
-_HELPS = {
+HELPS = {
     "samples": f"Calibrate with at most this many records. Default: {PAPER_SAMPLES}, or "
     f"{DEFAULT_SAMPLES} where candidates are judged.",
     "scorer": "How experts are valued (shape-moe score --list tells how); auto tries several and judges them.",
@@ -144,7 +134,7 @@ def prune(
         check_logits=not no_logits,
         force=force.force,
     )
-    result = job.prune(model, out, options, trace=trace, selection=selection, revision=revision, progress=talk)
+    result = shape_moe.prune(model, out, options, trace=trace, selection=selection, revision=revision, progress=talk)
     for note in result.notes:
         talk.warn(note)
     talk.result(_document(result), lambda console: _show(console, result))
@@ -232,7 +222,7 @@ def _refuse_ignored(
         raise UsageError(f"{decided} has decided that already: leave {', '.join(ignored)} out.")
 
 
-def _document(result: job.PruneResult) -> dict[str, Any]:
+def _document(result: PruneResult) -> dict[str, Any]:
     return {
         "checkpoint": str(result.path),
         "bytes_before": result.bytes_before,
@@ -265,7 +255,7 @@ def _show_choice(console: Console, choice: dict[str, Any]) -> None:
     console.print(f"Chosen: {choice['reason']}", markup=False)
 
 
-def _show(console: Console, result: job.PruneResult) -> None:
+def _show(console: Console, result: PruneResult) -> None:
     console.print(summary(result.selection))
     share = result.bytes_after / result.bytes_before
     sizes = f"{readable_size(result.bytes_before)} -> {readable_size(result.bytes_after)} ({share:.1%})"

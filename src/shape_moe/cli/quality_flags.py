@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from shape_moe.calibration.records import DataOptions
+from shape_moe.cli.data_flags import DataFlags
 from shape_moe.cli.flag_groups import changed_flags
-from shape_moe.cli.flags import DataFlags
 from shape_moe.cli.values import parse_share, parse_values
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.generation import GenerationOptions

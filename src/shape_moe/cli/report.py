@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from shape_moe.cli.flag_groups import with_flags
+import shape_moe
 from shape_moe.cli.flags import ForceFlag, OutputFlags
-from shape_moe.jobs import report as job
 from shape_moe.units import readable_size
 
-
-def add_to(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command("report")(with_flags(report))
+if TYPE_CHECKING:
+    from shape_moe.jobs.report import ReportResult
 
 
 def report(
@@ -44,7 +41,7 @@ def report(
     Example: shape-moe report ./Qwen3-gsm8k-0.6 --sweep sweeps/gsm8k -o report.html
     """
     talk = output.output()
-    result = job.report(
+    result = shape_moe.report(
         source,
         out,
         selection=selection,
@@ -58,7 +55,7 @@ def report(
     talk.result(document, lambda console: _show(console, result))
 
 
-def _show(console: Console, result: job.ReportResult) -> None:
+def _show(console: Console, result: ReportResult) -> None:
     console.print(
         f"[bold]{escape(str(result.path))}[/bold]  {readable_size(result.size)}: {', '.join(result.sections)}"
     )

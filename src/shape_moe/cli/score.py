@@ -8,19 +8,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from shape_moe.cli.choice_flags import ScoreFlags
 from shape_moe.cli.console import plain_table
-from shape_moe.cli.flag_groups import changed_flags, with_flags
-from shape_moe.cli.flags import ForceFlag, OutputFlags, ScoreFlags, SeedFlag
+from shape_moe.cli.flag_groups import changed_flags
+from shape_moe.cli.flags import ForceFlag, OutputFlags, SeedFlag
 from shape_moe.errors import UsageError
 from shape_moe.jobs import select as job
 from shape_moe.scoring.registry import scorers
 from shape_moe.scoring.scores import Scores
 from shape_moe.workspace import check_output_file, write_text
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command("score")(with_flags(score))
 
 
 def score(

@@ -9,18 +9,14 @@ import typer
 from rich.console import Console
 
 from shape_moe.architectures.moe_config import RoutingFacts
+from shape_moe.cli.choice_flags import ScoreFlags, SelectFlags
 from shape_moe.cli.console import plain_table
-from shape_moe.cli.flag_groups import changed_flags, with_flags
-from shape_moe.cli.flags import ForceFlag, OutputFlags, ScoreFlags, SeedFlag, SelectFlags
+from shape_moe.cli.flag_groups import changed_flags
+from shape_moe.cli.flags import ForceFlag, OutputFlags, SeedFlag
 from shape_moe.errors import UsageError
 from shape_moe.jobs import select as job
 from shape_moe.selection.selection import Selection
 from shape_moe.workspace import check_output_file
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command("select")(with_flags(select))
 
 
 def select(
@@ -69,7 +65,9 @@ def summary(selection: Selection) -> str:
     """A selection in a few lines."""
     rate = f"{selection.keep:.4f}; asked {selection.keep_asked:g}"
     how = f"{selection.scorer}/{selection.rule}, routing {selection.routing}"
-    alpha = f", alpha {selection.alpha:.6f}" if selection.alpha is not None else ""
+    alpha = ""
+    if selection.alpha is not None:  # above 1 it says no more than this
+        alpha = f", alpha {selection.alpha:.6f}" if selection.alpha <= 1 else ", every expert of value among them"
     lines = [f"Keeps {selection.kept:,} of {selection.total:,} experts ({rate}) by {how}{alpha}"]
     if selection.stability is not None:
         lines.append(

@@ -12,18 +12,12 @@ from typing import Annotated
 
 import typer
 
-from shape_moe.cli.flag_groups import with_flags
 from shape_moe.cli.flags import ForceFlag, ModelArgument
 from shape_moe.errors import ServingError, UsageError
 from shape_moe.literal_paths import check_plain
 
 PLUGIN = "shape-moe"
-_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command("serve", context_settings=_PASSED_ON)(with_flags(serve))
+SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def serve(

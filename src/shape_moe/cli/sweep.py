@@ -4,43 +4,30 @@ from __future__ import annotations
 
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+import shape_moe
+from shape_moe.cli.choice_flags import CHOICE_PANEL, WeightFlags
 from shape_moe.cli.console import plain_table
-from shape_moe.cli.figures import number, share, signed
-from shape_moe.cli.flag_groups import with_flags
-from shape_moe.cli.flags import (
-    CHOICE_PANEL,
-    DataFlags,
-    DeviceFlags,
-    ForceFlag,
-    MemoryFlags,
-    ModelArgument,
-    OutputFlags,
-    SeedFlag,
-    WeightFlags,
-)
+from shape_moe.cli.data_flags import DataFlags
+from shape_moe.cli.estimates import number, share, signed
+from shape_moe.cli.flags import DeviceFlags, ForceFlag, MemoryFlags, ModelArgument, OutputFlags, SeedFlag
 from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags
 from shape_moe.cli.values import parse_routing
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.keep_rate import SweepPoint
-from shape_moe.jobs import sweep as job
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
-from shape_moe.jobs.search import SweepOptions, SweepResult
 from shape_moe.jobs.session import DEFAULT_SAMPLES
 from shape_moe.scoring.registry import scorers as known_scorers
 from shape_moe.units import readable_size
 
+if TYPE_CHECKING:
+    from shape_moe.jobs.search import SweepResult
 
-def add_to(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command("sweep")(with_flags(sweep, **_HELPS))
-
-
-_HELPS = {
+HELPS = {
     "samples": f"Calibrate with at most this many records. Default: {DEFAULT_SAMPLES}.",
     "held_out_samples": f"Judge by at most this many examples. Default: {HELD_OUT_SAMPLES}.",
     "generate": "Let what may be recommended answer N examples freely.",
@@ -106,7 +93,7 @@ def sweep(
     Example: shape-moe sweep ./Qwen3-30B-A3B --data gsm8k-train.jsonl --max-kl 0.02 -o sweeps/gsm8k
     """
     talk = output.output()
-    options = SweepOptions(
+    options = shape_moe.SweepOptions(
         keep_rates=tuple(keep) if keep else None,
         limit=limits.limit(),
         scorers=_scorers(scorer),
@@ -123,7 +110,7 @@ def sweep(
     if trace is not None:
         data.refuse_unread(judged_by.held_out)
     given = data.options(run, seed.seed, DEFAULT_SAMPLES) if data.data is not None else None
-    result = job.sweep(
+    result = shape_moe.sweep(
         model,
         options,
         out,

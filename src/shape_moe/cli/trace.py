@@ -10,17 +10,14 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from shape_moe.cli.flag_groups import with_flags
-from shape_moe.cli.flags import RUN_PANEL, DataFlags, DeviceFlags, ForceFlag, ModelArgument, OutputFlags, SeedFlag
+import shape_moe
+from shape_moe.cli.data_flags import DataFlags
+from shape_moe.cli.flags import RUN_PANEL, DeviceFlags, ForceFlag, ModelArgument, OutputFlags, SeedFlag
 from shape_moe.cli.values import parse_values
-from shape_moe.jobs import trace as job
 from shape_moe.jobs.session import DEFAULT_SAMPLES
 from shape_moe.tracing.trace import Trace
 
-
-def add_to(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command("trace")(with_flags(trace, samples=f"Use at most this many records. Default: {DEFAULT_SAMPLES}."))
+HELPS = {"samples": f"Use at most this many records. Default: {DEFAULT_SAMPLES}."}
 
 
 def trace(
@@ -50,7 +47,7 @@ def trace(
         engine=engine,
         engine_args=parse_values(engine_arg, "--engine-arg"),
     )
-    result = job.trace(model, options, out, force=force.force, progress=talk)
+    result = shape_moe.trace(model, options, out, force=force.force, progress=talk)
     skipped = result.info.source.get("skipped") or {}
     if skipped:
         talk.warn(f"{len(skipped)} records were skipped; the first: {next(iter(skipped.values()))}")

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from shape_moe.cli.flag_groups import with_flags
+import shape_moe
 from shape_moe.cli.flags import DeviceFlags, OutputFlags
-from shape_moe.jobs import verify as job
 
-
-def add_to(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command("verify")(with_flags(verify))
+if TYPE_CHECKING:
+    from shape_moe.jobs.verify import Check
 
 
 def verify(
@@ -38,7 +35,7 @@ def verify(
     Example: shape-moe verify ./Qwen3-gsm8k-0.6
     """
     talk = output.output()
-    checks = job.verify(
+    checks = shape_moe.verify(
         folder,
         original=original,
         endpoint=endpoint,
@@ -53,7 +50,7 @@ def verify(
     return 0 if passed else 1
 
 
-def _show(console: Console, checks: list[job.Check]) -> None:
+def _show(console: Console, checks: list[Check]) -> None:
     words = {True: Text("ok    ", "green"), False: Text("FAILED", "bold red"), None: Text("skip  ", "yellow")}
     for check in checks:
         console.print(words[check.passed], Text(f"{check.name}: {check.detail}"), soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,12 @@ class Faithfulness:
             "random": [entry(verdict) for verdict in self.random],
             "faithful": self.faithful,
         }
+
+    @classmethod
+    def from_document(cls, found: Mapping[str, Any]) -> Faithfulness:
+        """What :meth:`to_document` described."""
+        kept, inverted = (Verdict.from_document(found[key]) for key in ("kept", "inverted"))
+        return cls(str(found["selection"]), kept, inverted, tuple(map(Verdict.from_document, found["random"])))
 
 
 def faithfulness(

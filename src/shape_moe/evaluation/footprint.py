@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -72,6 +73,19 @@ class Footprint:
     def to_document(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_document(cls, found: Mapping[str, Any]) -> Footprint:
+        """What :meth:`to_document` described."""
+        return cls(
+            device=str(found["device"]),
+            dtype=str(found.get("dtype") or ""),
+            load_seconds=float(found["load_seconds"]),
+            peak_bytes=int(found["peak_bytes"]),
+            prefill_tokens_per_second=float(found["prefill_tokens_per_second"]),
+            decode_tokens_per_second=float(found["decode_tokens_per_second"]),
+            workload=dict(found.get("workload") or {}),
+        )
 
 
 def measure_footprint(

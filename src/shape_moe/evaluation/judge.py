@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ from shape_moe.evaluation.intervals import Bootstrap
 from shape_moe.evaluation.measures import Figures, Groups, Health
 from shape_moe.evaluation.teacher_forced import TeacherForced, compare_with_dense, record_dense
 from shape_moe.progress import Advance
-from shape_moe.pruning.masks import masked
 from shape_moe.selection.selection import Selection
 
 if TYPE_CHECKING:
@@ -43,6 +43,16 @@ class Verdict:
             "change": measures.document(self.change) or None,
             "generation": self.health.to_document() if self.health else None,
         }
+
+    @classmethod
+    def from_document(cls, found: Mapping[str, Any]) -> Verdict:
+        """What :meth:`to_document` described."""
+        answers = found.get("generation")
+        return cls(
+            measures.figures_of(found["quality"]),
+            measures.figures_of(found.get("change")),
+            Health.from_document(answers) if answers else None,
+        )
 
 
 class Judge:
@@ -89,6 +99,8 @@ class Judge:
 
     def compare_masked(self, model: PreTrainedModel, selection: Selection) -> TeacherForced:
         """Teacher-forced sums of the dense model with a selection applied as a mask."""
+        from shape_moe.pruning.masks import masked
+
         with masked(model, selection):
             return self.compare(model)
 
@@ -106,6 +118,8 @@ class Judge:
 
     def answer_masked(self, model: PreTrainedModel, selection: Selection) -> Generated | None:
         """Let the dense model with a selection applied as a mask answer."""
+        from shape_moe.pruning.masks import masked
+
         with masked(model, selection):
             return self.answer(model)
 

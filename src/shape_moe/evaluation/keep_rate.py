@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.intervals import Estimate
 from shape_moe.evaluation.judge import Verdict
 from shape_moe.evaluation.measures import Health
-from shape_moe.selection.selection import Routing, Selection
+from shape_moe.selection.selection import ROUTINGS, Routing, Selection
 
 KINDS = ("max_kl", "max_drop")
 RESOLUTION = 0.01
@@ -76,6 +76,79 @@ class Combination:
     def __str__(self) -> str:
         return f"{self.scorer}/{self.rule}, {self.routing}" + (", stock" if self.target == "stock" else "")
 
+    @classmethod
+    def from_document(cls, found: Mapping[str, Any]) -> Combination:
+        """Out of an object with the attributes' names as keys, wherever else it has."""
+        routing = next((known for known in ROUTINGS if known == found["routing"]), None)
+        if routing is None:
+            raise ValueError(f"there is no routing {found['routing']!r}")
+        return cls(str(found["scorer"]), str(found["rule"]), routing, str(found.get("target") or "ragged"))
+
+
+@dataclass(frozen=True)
+class SweptPoint:
+    """One selection of a sweep, as a document describes it.
+
+    Attributes:
+        combination: how it was chosen.
+        keep_asked: the keep rate asked for.
+        keep: the keep rate met.
+        kept: how many experts are kept.
+        size: bytes of the pruned weights, None where they are not known.
+        verdict: figures over the held-out examples.
+        meets: whether the limit is met, None without a limit.
+        fits: whether it fits the memory asked for, None where none was.
+    """
+
+    combination: Combination
+    keep_asked: float
+    keep: float
+    kept: int
+    size: int | None
+    verdict: Verdict
+    meets: bool | None = None
+    fits: bool | None = None
+
+    @property
+    def healthy(self) -> bool | None:
+        """Whether its free-running answers are like the dense model's; None where it was not generated from."""
+        return None if self.verdict.health is None else not self.verdict.health.complaints
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing speaks against it."""
+        return False not in {self.meets, self.healthy, self.fits}
+
+    def to_document(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            **asdict(self.combination),
+            "keep_asked": self.keep_asked,
+            "keep": self.keep,
+            "kept": self.kept,
+            "bytes": self.size,
+            **self.verdict.to_document(),
+            "meets_limit": self.meets,
+            "healthy": self.healthy,
+            "fits": self.fits,
+        }
+
+    @classmethod
+    def from_document(cls, found: Mapping[str, Any]) -> SweptPoint:
+        """What :meth:`to_document` described."""
+        keep, size = float(found["keep"]), found.get("bytes")
+        meets, fits = (None if found.get(key) is None else bool(found[key]) for key in ("meets_limit", "fits"))
+        return cls(
+            Combination.from_document(found),
+            float(found.get("keep_asked", keep)),
+            keep,
+            int(found["kept"]),
+            None if size is None else int(size),
+            Verdict.from_document(found),
+            meets,
+            fits,
+        )
+
 
 @dataclass(frozen=True)
 class SweepPoint:
@@ -97,31 +170,22 @@ class SweepPoint:
     meets: bool | None = None
     fits: bool | None = None
 
-    @property
-    def healthy(self) -> bool | None:
-        """Whether its free-running answers are like the dense model's; None where it was not generated from."""
-        return None if self.verdict.health is None else not self.verdict.health.complaints
-
     def with_health(self, health: Health | None) -> SweepPoint:
         """The same point with its free-running answers judged."""
         return replace(self, verdict=replace(self.verdict, health=health))
 
-    def to_document(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "scorer": self.combination.scorer,
-            "rule": self.combination.rule,
-            "routing": self.combination.routing,
-            "target": self.combination.target,
-            "keep_asked": self.selection.keep_asked,
-            "keep": self.selection.keep,
-            "kept": self.selection.kept,
-            "bytes": self.size,
-            **self.verdict.to_document(),
-            "meets_limit": self.meets,
-            "healthy": self.healthy,
-            "fits": self.fits,
-        }
+    @property
+    def described(self) -> SweptPoint:
+        """The point without its experts."""
+        kept = self.selection
+        return SweptPoint(
+            *(self.combination, kept.keep_asked, kept.keep, kept.kept, self.size, self.verdict, self.meets, self.fits)
+        )
+
+    @property
+    def healthy(self) -> bool | None:
+        """Whether its free-running answers are like the dense model's; None where it was not generated from."""
+        return self.described.healthy
 
 
 Measure = Callable[[Combination, float], SweepPoint | None]

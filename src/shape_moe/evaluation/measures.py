@@ -83,6 +83,12 @@ class Health:
             "complaints": list(self.complaints),
         }
 
+    @classmethod
+    def from_document(cls, found: Mapping[str, Any]) -> Health:
+        """What :meth:`to_document` described."""
+        complaints = tuple(str(complaint) for complaint in found.get("complaints") or ())
+        return cls(figures_of(found), figures_of(found.get("change")), int(found.get("limit") or 0), complaints)
+
 
 def health(made: Generated, dense: Generated | None, draws: Bootstrap) -> Health:
     """Judge free-running answers beside the dense model's to the same prompts.
@@ -153,3 +159,12 @@ def _rows(result: TeacherForced, rows: list[int]) -> TeacherForced:
 def document(figures: Mapping[str, Estimate]) -> dict[str, Any]:
     """Figures for JSON."""
     return {name: estimate.to_document() for name, estimate in figures.items()}
+
+
+def figures_of(found: Mapping[str, Any] | None) -> Figures:
+    """The figures that :func:`document` described; what is no estimate (a limit, a note) is left out."""
+    return {
+        str(name): Estimate.from_document(value)
+        for name, value in (found or {}).items()
+        if isinstance(value, dict) and value.get("value") is not None
+    }

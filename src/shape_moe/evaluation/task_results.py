@@ -12,7 +12,7 @@ import numpy as np
 
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.intervals import Bootstrap, Estimate
-from shape_moe.evaluation.measures import Figures
+from shape_moe.evaluation.measures import Figures, figures_of
 
 _NORMAL_95 = 1.96
 _SAME_MEAN = 1e-9
@@ -47,6 +47,11 @@ class TaskResult:
     def to_document(self) -> dict[str, dict[str, float | None]]:
         """The metrics as a JSON object."""
         return {name: estimate.to_document() for name, estimate in self.metrics.items()}
+
+    @classmethod
+    def from_document(cls, task: str, metrics: Mapping[str, Any], items: int) -> TaskResult:
+        """The result as a document describes it: without what pairing with another result needs."""
+        return cls(task, figures_of(metrics), items, num_fewshot=None, lm_eval_version="", task_version=None)
 
     def to_items(self) -> dict[str, Any]:
         """Everything, the scores of single items too, for JSON: what pairing with another result later needs."""

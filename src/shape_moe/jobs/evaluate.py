@@ -14,6 +14,7 @@ from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.records import DataOptions, Record, load_records, prompt_hash
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.evaluation.conclusion import conclude
+from shape_moe.evaluation.evaluated import ALSO, TASK, Evaluated, Evaluation
 from shape_moe.evaluation.faithfulness import FEWEST_RANDOM, Faithfulness, faithfulness
 from shape_moe.evaluation.footprint import Workload, measure_footprint
 from shape_moe.evaluation.forgotten import GeneralCheck, general_records
@@ -25,11 +26,10 @@ from shape_moe.evaluation.subjects import Candidate, open_candidate, scores_of
 from shape_moe.evaluation.task_results import TaskResult, task_changes
 from shape_moe.evaluation.teacher_forced import TeacherForced
 from shape_moe.evaluation.verdict import MAX_DROP, Verdict, check_max_drop
-from shape_moe.jobs.evaluated import ALSO, TASK, Evaluated, Evaluation
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES, held_out_set, known_prompts, overlap
 from shape_moe.jobs.session import ExampleOptions, ModelSession, as_example_options, load_original
 from shape_moe.jobs.trace import open_trace
-from shape_moe.made_with import made_with
+from shape_moe.made_with import MadeWith
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.masks import masked
 from shape_moe.scoring.scores import Scores
@@ -37,8 +37,6 @@ from shape_moe.selection.selection import Selection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -205,7 +203,19 @@ class _Run:
         self._run_vllm_tasks(models)
         self._compare_tasks(models)
         self._measure_footprints(models)
-        return Evaluation(tuple(models), tuple(checks), self._document(models, checks), tuple(self.notes))
+        also, asked = self.options.also, self.tracing
+        return Evaluation(
+            model=self.snapshot.name,
+            fingerprint=fingerprint(self.snapshot),
+            data=asked.data.source if asked else None,
+            also=also.source if also else None,
+            examples=len(self.judges[TASK].held_out.examples) if self.judges else 0,
+            by=self.options.by,
+            models=tuple(models),
+            faithfulness=tuple(checks),
+            notes=tuple(self.notes),
+            made_with=MadeWith.now(self.options.seed),
+        )
 
     def _described(self) -> tuple[list[Evaluated], list[Faithfulness]]:
         """All models without a figure: vLLM loads them itself."""
@@ -289,7 +299,7 @@ class _Run:
     def _checkpoint(self, entry: Candidate, snapshot: Snapshot) -> Evaluated:
         release_memory()
         with self.progress.phase(f"Loading {entry.name}", 1, "model") as advance:
-            model = load_model(snapshot, device=self.device, dtype=self.dtype)
+            model = load_model(snapshot, device=self.device, dtype=self.dtype, note=self.progress.note)
             advance(1)
         found = Evaluated(entry.name, "checkpoint", entry.selection, snapshot.total_bytes)
         self._judge(found, model)
@@ -350,7 +360,7 @@ class _Run:
             found.tasks = run_tasks_with_vllm(
                 on_disk.path,
                 asked,
-                selection=found.selection if found.kind == "mask" else None,
+                selection=entry.selection if entry is not None and found.kind == "mask" else None,
                 seed=self.options.seed,
                 progress=self.progress,
             )
@@ -405,19 +415,3 @@ class _Run:
                     except ShapeMoeError as error:  # what was judged before is worth keeping
                         self.notes.append(str(error))
                     advance(1)
-
-    def _document(self, models: list[Evaluated], checks: list[Faithfulness]) -> dict[str, Any]:
-        also = self.options.also
-        return {
-            "format_version": FORMAT_VERSION,
-            "verb": "evaluate",
-            "model": self.snapshot.name,
-            "fingerprint": fingerprint(self.snapshot),
-            "data": self.tracing.data.source if self.tracing else None,
-            "also": also.source if also else None,
-            "examples": len(self.judges[TASK].held_out.examples) if self.judges else 0,
-            **made_with(self.options.seed),
-            "models": [found.to_document(self.options.by) for found in models],
-            "faithfulness": [check.to_document() for check in checks],
-            "warnings": self.notes,
-        }

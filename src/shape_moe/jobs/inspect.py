@@ -43,6 +43,11 @@ class Inspection:
     device_bytes: int | None = None
     kv_bytes: int | None = None
 
+    @property
+    def fits_somehow(self) -> bool:
+        """Whether at least one precision and keep rate fits the device that was asked about, if one was."""
+        return not self.fits or any(fit.dense_fits or fit.keep is not None for fit in self.fits)
+
 
 def inspect_model(
     model: str | PathLike[str],

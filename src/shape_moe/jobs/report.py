@@ -14,11 +14,12 @@ from shape_moe.architectures.sizes import measure
 from shape_moe.architectures.snapshot import Snapshot, open_headers, open_snapshot
 from shape_moe.architectures.tensor_names import tensor_role
 from shape_moe.errors import ShapeMoeError, UsageError
+from shape_moe.evaluation.evaluated import read_evaluation
+from shape_moe.evaluation.swept import SWEEP_FILE, read_sweep
 from shape_moe.jobs.select import is_table
 from shape_moe.progress import SILENT, Progress
 from shape_moe.reporting.html import plotly_script, render_report
 from shape_moe.reporting.material import Material, Sizes
-from shape_moe.reporting.results import SWEEP_FILE, read_evaluation, read_sweep
 from shape_moe.scoring.registry import scorers
 from shape_moe.scoring.scores import Scores, read_scores, score_trace
 from shape_moe.selection.agreement import scoring_of

@@ -27,11 +27,12 @@ from shape_moe.evaluation.keep_rate import (
     recommend,
 )
 from shape_moe.evaluation.measures import Health, health
+from shape_moe.evaluation.swept import Sweep
 from shape_moe.evaluation.teacher_forced import TeacherForced
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES, held_out_set
 from shape_moe.jobs.planning import Plan
 from shape_moe.journal import Journal
-from shape_moe.made_with import made_with
+from shape_moe.made_with import MadeWith
 from shape_moe.progress import Progress
 from shape_moe.scoring.registry import ScoreOptions, get_scorer
 from shape_moe.selection.select import SelectOptions, TraceSelector
@@ -41,7 +42,6 @@ from shape_moe.tracing.trace import Trace
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT_VERSION = 1
 KEEP_RATES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25)
 POINTS_FILE = "points.jsonl"
 """Sums of finished points, while a search is unfinished."""
@@ -192,7 +192,7 @@ class Search:
         if not points:
             raise UsageError("No keep rate of the sweep can be met under the constraints; try larger ones.")
         advice = recommend(points, self.limit, self.health)
-        return SweepResult(self._document(advice), advice, self.limit)
+        return SweepResult(self._sweep(advice).to_document(), advice, self.limit)
 
     @contextmanager
     def measuring(self, title: str, steps: int, unit: str = "point") -> Iterator[Measure]:
@@ -274,25 +274,24 @@ class Search:
         made = self._answered(point.selection)
         return health(made, dense, self.judge.draws) if made is not None else None
 
-    def _document(self, advice: Recommendation) -> dict[str, Any]:
+    def _sweep(self, advice: Recommendation) -> Sweep:
         self.judge.answer_as_dense(self.model)
-        return {
-            "format_version": FORMAT_VERSION,
-            "verb": "sweep",
-            "model": self.snapshot.name,
-            "fingerprint": fingerprint(self.snapshot),
-            "split": self.plan.sentence,
-            "comparisons": self.judge.draws.comparisons,
-            "calibration": self.trace.info.source,
-            "held_out": {"data": self.plan.data.source, "examples": len(self.judge.held_out.examples)},
-            "limit": {"kind": self.limit.kind, "value": self.limit.value},
-            "dense": {**self.judge.dense_verdict().to_document(), "bytes": self.size.total - self.size.dropped},
-            "points": [point.to_document() for point in advice.points],
-            "recommended": advice.chosen,
-            "smallest_within_limit": advice.smallest,
-            "reason": advice.reason,
-            **made_with(self.options.scoring.seed),
-        }
+        return Sweep(
+            model=self.snapshot.name,
+            fingerprint=fingerprint(self.snapshot),
+            split=self.plan.sentence,
+            comparisons=self.judge.draws.comparisons,
+            calibration=self.trace.info.source,
+            held_out={"data": self.plan.data.source, "examples": len(self.judge.held_out.examples)},
+            limit=self.limit,
+            dense=self.judge.dense_verdict(),
+            dense_size=self.size.total - self.size.dropped,
+            points=tuple(point.described for point in advice.points),
+            recommended=advice.chosen,
+            smallest_within_limit=advice.smallest,
+            reason=advice.reason,
+            made_with=MadeWith.now(self.options.scoring.seed),
+        )
 
 
 def check_examples(plan: Plan, limit: Limit | None, combinations: int) -> None:

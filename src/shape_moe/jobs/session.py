@@ -292,7 +292,7 @@ class ModelSession:
 def load_original(snapshot: Snapshot, device: str, dtype: str, progress: Progress) -> PreTrainedModel:
     """Load the full model as a phase of its own; see :func:`shape_moe.architectures.loading.load_model`."""
     with progress.phase("Loading the model", 1, "model") as advance:
-        model = load_model(snapshot, device=device, dtype=dtype)
+        model = load_model(snapshot, device=device, dtype=dtype, note=progress.note)
         advance(1)
     return model
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers import conversion_mapping
 
 PREFIX = "Shape"
 VERSION = 1
@@ -108,11 +109,21 @@ def pruned_class(stock: type[transformers.PreTrainedModel]) -> type[transformers
         _auto_class = "AutoModelForCausalLM"
 
         def __init__(self, config: transformers.PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+            _share_conversions(stock, type(self).__name__)
             super().__init__(config, *args, **kwargs)
             pruning = getattr(config, "shape_pruning", None)
             if pruning is None:
                 raise ValueError(f"{name} loads pruned checkpoints, but this configuration has no shape_pruning.")
             prune_in_place(self, pruning)
+
+        @classmethod
+        def is_custom_code(cls) -> bool:
+            """Whether names and layouts on disk are the class's own: they are those of the stock class.
+
+            For custom code Transformers leaves out the conversions from disk to memory that belong to the model type.
+            """
+            own: bool = stock.is_custom_code()
+            return own
 
         @classmethod
         def is_backend_compatible(cls) -> bool:
@@ -129,6 +140,17 @@ def pruned_class(stock: type[transformers.PreTrainedModel]) -> type[transformers
     Pruned.__doc__ = f"{stock.__name__} with the experts that ``config.shape_pruning`` keeps."
     globals()[name] = Pruned
     return Pruned
+
+
+def _share_conversions(stock: type[transformers.PreTrainedModel], name: str) -> None:
+    """Register the conversions that belong to a stock class by its name for the pruned class too.
+
+    Those that belong to the model type are found by it; a class without its own must not be registered, because
+    Transformers would then apply them a second time to the model inside.
+    """
+    own = conversion_mapping.get_checkpoint_conversion_mapping(stock.__name__)
+    if own is not None:
+        conversion_mapping.register_checkpoint_conversion_mapping(name, own, overwrite=True)
 
 
 def __getattr__(name: str) -> type[transformers.PreTrainedModel]:

@@ -199,7 +199,7 @@ class _Table:
         return f"{self._number(figure['value'])} [{self._number(figure['low'])}, {self._number(figure['high'])}]"
 
     def _number(self, value: float) -> str:
-        return f"{100 * value:.1f} %" if self.metric.is_share else f"{value:.4f}"
+        return f"{100 * value:z.1f} %" if self.metric.is_share else f"{value:z.4f}"
 
 
 def _impossible(document: Document) -> list[str]:

@@ -20,6 +20,7 @@ from shape_moe.reporting import provenance, summary
 from shape_moe.reporting.material import Material
 from shape_moe.reporting.sections import sections
 from shape_moe.reporting.theme import DARK, LIGHT, css_variables
+from shape_moe.text import printable
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -87,18 +88,23 @@ def render_report(material: Material) -> tuple[str, list[str]]:
 
 
 def embedded_json(content: Any) -> str:
-    """JSON for the inside of a script element, which nothing in it can end; numbers that JSON lacks become null."""
-    text = json.dumps(_finite(content), separators=(",", ":"), allow_nan=False)
+    """JSON for the inside of a script element, which nothing in it can end.
+
+    Numbers that JSON lacks become null, control characters are spelled out.
+    """
+    text = json.dumps(_shown(content), separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _finite(content: Any) -> Any:
+def _shown(content: Any) -> Any:
     if isinstance(content, float):
         return content if math.isfinite(content) else None
+    if isinstance(content, str):
+        return printable(content)
     if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: _shown(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
+        return [_shown(value) for value in content]
     return content
 
 
@@ -107,9 +113,15 @@ def _environment() -> Environment:
         loader=PackageLoader("shape_moe.reporting"),
         undefined=StrictUndefined,
         autoescape=True,
+        finalize=_printable,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _printable(content: Any) -> Any:
+    """Text without control characters; what is markup of our own stays."""
+    return printable(content) if isinstance(content, str) and not isinstance(content, Markup) else content
 
 
 @cache

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.architectures.snapshot import looks_like_path
+from shape_moe.evaluation.evaluated import Evaluation
+from shape_moe.evaluation.swept import Sweep
 from shape_moe.reporting.figures.co_activation import lost_shares
 from shape_moe.reporting.figures.layers import kept_mass
-from shape_moe.reporting.results import Evaluation, Sweep
 from shape_moe.scoring.scores import Scores
 from shape_moe.selection.agreement import scoring_of
 from shape_moe.selection.selection import Selection

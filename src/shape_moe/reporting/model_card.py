@@ -6,11 +6,14 @@ import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from shape_moe.architectures.families import FAMILIES
 from shape_moe.selection.selection import Selection
+from shape_moe.text import in_code, in_markdown
 from shape_moe.tracing.trace import Trace
 from shape_moe.units import readable_size
 
@@ -50,7 +53,8 @@ def render_card(facts: CardFacts) -> str:
         undefined=StrictUndefined,
         trim_blocks=False,
         keep_trailing_newline=True,
-        autoescape=False,  # Markdown, not HTML  # noqa: S701
+        autoescape=False,  # Markdown, not HTML: see finalize  # noqa: S701
+        finalize=_as_it_is,
     )
     selection = facts.selection
     counts = sorted(len(ids) for ids in selection.layers.values())
@@ -62,7 +66,7 @@ def render_card(facts: CardFacts) -> str:
     return environment.get_template("model_card.md.jinja").render(
         title=f"{_name(facts.model)}, pruned to {selection.keep:.0%} of its experts",
         model=facts.model if is_hub_id else _name(facts.model),
-        base_model=facts.model if is_hub_id else None,
+        base_model=Markup(facts.model) if is_hub_id else None,  # noqa: S704  # letters, digits, dashes, dots
         selection=selection,
         counts=str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}",
         top_k=selection.top_k,
@@ -75,7 +79,13 @@ def render_card(facts: CardFacts) -> str:
         stock_class=family.stock_class if family else "the original's class",
         version=version("shape-moe"),
         size=readable_size,
+        code=lambda text: Markup(in_code(text)),  # noqa: S704  # safe in Markdown
     )
+
+
+def _as_it_is(content: Any) -> Any:
+    """Foreign text (names of files, say) shows in Markdown as it is."""
+    return in_markdown(content) if isinstance(content, str) and not isinstance(content, Markup) else content
 
 
 def _name(model: str) -> str:

@@ -82,7 +82,7 @@ def _selection(selection: Selection) -> Facts:
         ("Rule", selection.rule),
         ("Routing", selection.routing),
         ("Keep rate", f"{percent(selection.keep, 2)} ({selection.keep_asked:g} asked)"),
-        ("Alpha", f"{selection.alpha:.6f}" if selection.alpha is not None else ""),
+        ("Alpha", f"{selection.alpha:.6f}" if selection.alpha is not None and selection.alpha <= 1 else ""),
         ("Constraints", ", ".join(f"{name} {_short(value)}" for name, value in rules.items())),
         ("Weights and seed", ", ".join(f"{name} {value:g}" for name, value in selection.options.items())),
     ]
@@ -94,9 +94,9 @@ def _short(value: Any) -> str:
 
 def _measurements(material: Material) -> Facts:
     sweep, evaluation = material.sweep, material.evaluation
-    found = [("Sweep", sweep.split), ("Sweep's seed", sweep.seed)] if sweep is not None else []
+    found = [("Sweep", sweep.split), ("Sweep's seed", sweep.made_with.seed)] if sweep is not None else []
     if evaluation is not None:
-        found += [("Evaluation", evaluation.data), ("Evaluation's seed", evaluation.seed)]
+        found += [("Evaluation", evaluation.data), ("Evaluation's seed", evaluation.made_with.seed)]
     return [(name, str(value)) for name, value in found if value is not None]
 
 
@@ -104,8 +104,8 @@ def _versions(material: Material) -> Facts:
     found: Facts = [("This report", f"shape-moe {version('shape-moe')}, plotly {version('plotly')}")]
     made = {
         "Trace": material.trace.info.versions if material.trace else {},
-        "Sweep": material.sweep.versions if material.sweep else {},
-        "Evaluation": material.evaluation.versions if material.evaluation else {},
+        "Sweep": material.sweep.made_with.versions if material.sweep else {},
+        "Evaluation": material.evaluation.made_with.versions if material.evaluation else {},
     }
     return found + [(name, ", ".join(f"{k} {v}" for k, v in versions.items())) for name, versions in made.items()]
 
@@ -125,11 +125,8 @@ def commands(material: Material) -> list[str]:
         select = _select_command(material.selection, source)
         if select:
             found += [select, f"shape-moe prune {model} --selection selection.json -o pruned"]
-    if material.sweep is not None and material.sweep.command:
-        found.append(material.sweep.command)
-    if material.evaluation is not None and material.evaluation.command:
-        found.append(material.evaluation.command)
-    return found
+    measured = [result.made_with.command for result in (material.sweep, material.evaluation) if result is not None]
+    return [*found, *(command for command in measured if command)]
 
 
 def _trace_commands(info: TraceInfo, model: str) -> list[str]:

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from shape_moe.evaluation.swept import Sweep
 from shape_moe.reporting.figures.agreement import agreement_figure
 from shape_moe.reporting.figures.coalitions import (
     MOST_SHOWN,
@@ -26,7 +27,6 @@ from shape_moe.reporting.figures.layers import layer_figure
 from shape_moe.reporting.figures.sweep import sweep_figure
 from shape_moe.reporting.figures.values import heat_map
 from shape_moe.reporting.material import Material
-from shape_moe.reporting.results import Sweep
 from shape_moe.selection.agreement import kept_by_scorer
 from shape_moe.selection.selection import Selection
 
@@ -179,7 +179,7 @@ def _smaller(sweep: Sweep) -> str:
     if place is None or place == sweep.recommended:
         return ""
     point = sweep.points[place]
-    return f"The smallest selection within the limit keeps {percent(point.keep)} of the experts ({point.method})"
+    return f"The smallest selection within the limit keeps {percent(point.keep)} of the experts ({point.combination})"
 
 
 def _evaluate_commands(material: Material) -> tuple[str, str]:
@@ -202,7 +202,7 @@ def _footprint(material: Material) -> Section | Missing:
     evaluation = material.evaluation
     if evaluation is None or not any(model.footprint for model in evaluation.models):
         return Missing("Memory and speed", _evaluate_commands(material))
-    devices = list(dict.fromkeys(model.device for model in evaluation.models if model.device))
+    devices = list(dict.fromkeys(model.footprint.device for model in evaluation.models if model.footprint))
     lead = (
         "Bars compare what the models take and how fast they are on the same machine; the grey bar is the dense model."
     )

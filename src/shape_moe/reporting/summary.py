@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shape_moe.evaluation.evaluated import Evaluated
+from shape_moe.evaluation.judge import Verdict
 from shape_moe.reporting.figures.figure import number, percent, sentence
 from shape_moe.reporting.figures.metrics import METRICS, known_metrics
 from shape_moe.reporting.material import Material, Sizes
-from shape_moe.reporting.results import EvaluatedModel, Measured
 from shape_moe.selection.selection import Selection
 from shape_moe.units import counted, readable_size
 
@@ -118,12 +119,12 @@ def _quality_tiles(material: Material) -> list[Tile]:
     return [Tile(metric.title, metric.shown(estimate.value), detail)]
 
 
-def measured_quality(material: Material) -> tuple[Measured, str] | None:
+def measured_quality(material: Material) -> tuple[Verdict, str] | None:
     """The selection's quality, and on what it was measured: from the sweep, else from the evaluation."""
     if material.sweep is not None:
         point = material.sweep.point_of(material.selection)
         if point is not None:
-            return point.measured, material.sweep.split
+            return point.verdict, material.sweep.split
     if material.evaluation is not None and material.selection is not None:
         for model in material.evaluation.models:
             if _is_selected(model, material.selection) and "task" in model.sets:
@@ -131,10 +132,11 @@ def measured_quality(material: Material) -> tuple[Measured, str] | None:
     return None
 
 
-def _is_selected(model: EvaluatedModel, selection: Selection) -> bool:
+def _is_selected(model: Evaluated, selection: Selection) -> bool:
     chosen = model.selection
-    same = [chosen.get(key) == getattr(selection, key) for key in ("scorer", "rule", "routing")]
-    return bool(chosen) and all(same) and abs(float(chosen.get("keep") or 0) - selection.keep) < 0.5 / selection.total
+    if chosen is None or abs(chosen.keep - selection.keep) >= 0.5 / selection.total:
+        return False
+    return all(getattr(chosen, key) == getattr(selection, key) for key in ("scorer", "rule", "routing"))
 
 
 def meaning(material: Material) -> list[str]:
@@ -219,14 +221,14 @@ def warnings(material: Material) -> list[str]:
     found = list(material.selection.warnings) if material.selection is not None else []
     found += material.remarks
     if material.evaluation is not None:
-        found += material.evaluation.warnings
+        found += material.evaluation.notes
     sweep = material.sweep
     if sweep is None:
         return found
     point = sweep.point_of(material.selection)
     if sweep.recommended is None:
         found.append(sentence(f"The sweep recommends no selection. {sweep.reason}"))
-    if point is not None and point.meets_limit is False:
+    if point is not None and point.meets is False:
         found.append("The selection does not meet the limit on quality that the sweep was given.")
     if point is not None and point.healthy is False:
         found.append("The selection's generated answers loop, or do not end, more often than the dense model's.")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from shape_moe.evaluation.evaluated import Evaluated, Evaluation
+from shape_moe.evaluation.faithfulness import Faithfulness
+from shape_moe.evaluation.judge import Verdict
+from shape_moe.evaluation.measures import worst_group
 from shape_moe.reporting.figures.figure import Figure, State, Swatch, Table, number, plain, shortened, with_interval
 from shape_moe.reporting.figures.metrics import METRICS, Metric, error_bars, is_wide, known_metrics, value_axis
-from shape_moe.reporting.results import EvaluatedModel, Evaluation, Faithfulness
 from shape_moe.reporting.theme import SERIES
 from shape_moe.units import size_unit
 
@@ -85,7 +88,7 @@ def _quality_state(metric: Metric, evaluation: Evaluation, sets: list[str]) -> S
     return State(metric.title, f"{metric.line} {'; '.join(told)}.", patches, layout, lines=(metric.line,))
 
 
-def _of(metric: Metric, model: EvaluatedModel, name: str) -> Any:
+def _of(metric: Metric, model: Evaluated, name: str) -> Any:
     return metric.of(model.sets[name]) if name in model.sets else None
 
 
@@ -116,7 +119,7 @@ def faithfulness_figure(result: Faithfulness, place: int = 1) -> Figure:
     rows = tuple((name, *(metric.text(measured) for metric in metrics)) for name, measured in entries)
     return Figure(
         name=f"faithfulness-{place}",
-        title=f"{shortened(result.selection)} against controls of the same size",
+        title=f"{shortened(result.name)} against controls of the same size",
         label="",
         data=[
             {
@@ -145,11 +148,11 @@ def footprint_figures(evaluation: Evaluation) -> tuple[Figure, ...]:
     return tuple(figures)
 
 
-def _footprint(model: EvaluatedModel, key: str) -> float | None:
-    return model.size if key == "weights" else model.footprint.get(key)
+def _footprint(model: Evaluated, key: str) -> float | None:
+    return model.size if key == "weights" else getattr(model.footprint, key, None)
 
 
-def _bars(name: str, title: str, unit: str, better: str, values: list[tuple[EvaluatedModel, float]]) -> Figure:
+def _bars(name: str, title: str, unit: str, better: str, values: list[tuple[Evaluated, float]]) -> Figure:
     divisor = 1.0
     if unit == "bytes":
         unit, divisor = size_unit(max(value for _, value in values))
@@ -193,22 +196,24 @@ def result_tables(evaluation: Evaluation) -> tuple[Table, ...]:
     rows = [
         (model.name, task, metric, with_interval(number(found.value), found))
         for model in evaluation.models
-        for task, metrics in model.tasks.items()
-        for metric, found in metrics.items()
+        for task, result in model.tasks.items()
+        for metric, found in result.metrics.items()
     ]
     if rows:
         tables.append(
             Table("Benchmarks, with 95 % intervals", ("Model", "Task", "Metric", "Result"), tuple(rows), texts=3)
         )
     for model in evaluation.models:
-        if model.classes is not None:
-            field, worst, by_class = model.classes
+        if (worst := worst_group(model.classes)) is not None:
+            by_class = {name: Verdict(group["quality"], group["change"]) for name, group in model.classes.items()}
             metrics = known_metrics(by_class.values())
             cells = tuple(
-                (f"{name} (worst)" if name == worst else name, *(metric.text(measured) for metric in metrics))
+                (f"{name} (worst)" if name == worst[0] else name, *(metric.text(measured) for metric in metrics))
                 for name, measured in by_class.items()
             )
-            tables.append(Table(f"{model.name} by {field}", (field, *(m.title for m in metrics)), cells))
+            tables.append(
+                Table(f"{model.name} by {evaluation.by}", (str(evaluation.by), *(m.title for m in metrics)), cells)
+            )
     return tuple(tables)
 
 

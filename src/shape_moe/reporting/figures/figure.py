@@ -195,7 +195,7 @@ def shortened(name: str, length: int = 28) -> str:
 
 def percent(share: float | None, digits: int = 1) -> str:
     """A share as per cent; a dash where there is none."""
-    return NONE if share is None or math.isnan(share) else f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
+    return NONE if share is None or math.isnan(share) else f"{100 * share:z.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -203,7 +203,7 @@ def number(value: float, digits: int = 3) -> str:
     if value != 0 and math.isfinite(value) and not 1e-4 <= abs(value) < 1e7:
         return f"{value:.{digits - 1}e}"
     if value == 0 or abs(value) >= 1000:
-        return f"{value:,.0f}"
+        return f"{value:z,.0f}"
     return f"{value:#.{digits}g}".rstrip(".")
 
 

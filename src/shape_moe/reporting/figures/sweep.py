@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from shape_moe.evaluation.keep_rate import SweptPoint
+from shape_moe.evaluation.swept import Sweep
 from shape_moe.reporting.figures.figure import NONE, Figure, State, Swatch, Table, in_template, percent, plain
 from shape_moe.reporting.figures.metrics import METRICS, Metric, error_bars, is_wide, known_metrics, value_axis
-from shape_moe.reporting.results import Sweep, SweepPoint
 from shape_moe.reporting.theme import SERIES
 from shape_moe.selection.selection import Selection
 from shape_moe.units import readable_size, size_unit
@@ -16,13 +17,15 @@ _SYMBOLS = ("circle", "square", "triangle-up", "pentagon", "star", "hexagon")
 
 def sweep_figure(sweep: Sweep, selection: Selection | None) -> Figure:
     """Quality against size, one line per method, with the operating point."""
-    methods = list(dict.fromkeys(point.method for point in sweep.points))
-    groups = [sorted((p for p in sweep.points if p.method == method), key=lambda p: p.kept) for method in methods]
+    methods = list(dict.fromkeys(str(point.combination) for point in sweep.points))
+    groups = [
+        sorted((p for p in sweep.points if str(p.combination) == method), key=lambda p: p.kept) for method in methods
+    ]
     axis = _SizeAxis(sweep)
     chosen = sweep.point_of(selection)
     data = [_line(i, group, axis) for i, group in enumerate(groups)]
     data += [_ring(chosen, axis), _dense_trace(axis)]
-    metrics = known_metrics(point.measured for point in sweep.points) or [METRICS[0]]
+    metrics = known_metrics(point.verdict for point in sweep.points) or [METRICS[0]]
     return Figure(
         name="sweep",
         title="Quality against size",
@@ -51,7 +54,7 @@ class _SizeAxis:
         self.title = f"weights, {self.unit}" if self.by_size else "experts kept, %"
         self.dense = (sweep.dense_size / self.divisor if sweep.dense_size else None) if self.by_size else 100.0
 
-    def at(self, point: SweepPoint) -> float:
+    def at(self, point: SweptPoint) -> float:
         return (point.size or 0) / self.divisor if self.by_size else 100 * point.keep
 
 
@@ -61,12 +64,12 @@ def _mark(place: int) -> tuple[str, str]:
     return _SYMBOLS[(colour + place // len(SERIES)) % len(_SYMBOLS)], SERIES[colour]
 
 
-def _line(place: int, group: list[SweepPoint], axis: _SizeAxis) -> dict[str, Any]:
+def _line(place: int, group: list[SweptPoint], axis: _SizeAxis) -> dict[str, Any]:
     symbol, colour = _mark(place)
     return {
         "type": "scatter",
         "mode": "lines+markers",
-        "name": plain(group[0].method),
+        "name": plain(group[0].combination),
         "x": [axis.at(point) for point in group],
         "line": {"color": colour, "width": 2},
         "marker": {
@@ -76,16 +79,16 @@ def _line(place: int, group: list[SweepPoint], axis: _SizeAxis) -> dict[str, Any
             "line": {"width": 2, "color": colour},
         },
         "customdata": [[percent(point.keep), _size(point)] for point in group],
-        "hovertemplate": in_template(group[0].method)
+        "hovertemplate": in_template(group[0].combination)
         + ", keeps %{customdata[0]}<br>%{customdata[1]}<br>%{y:.4~g}<extra></extra>",
     }
 
 
-def _size(point: SweepPoint) -> str:
+def _size(point: SweptPoint) -> str:
     return readable_size(point.size) if point.size is not None else f"{point.kept:,} experts"
 
 
-def _legend(methods: list[str], axis: _SizeAxis, chosen: SweepPoint | None, *, given: bool) -> tuple[Swatch, ...]:
+def _legend(methods: list[str], axis: _SizeAxis, chosen: SweptPoint | None, *, given: bool) -> tuple[Swatch, ...]:
     marks = [_mark(i) for i in range(len(methods))]
     found = [
         Swatch(method, symbol, (colour[1:],), lined=True)
@@ -98,7 +101,7 @@ def _legend(methods: list[str], axis: _SizeAxis, chosen: SweepPoint | None, *, g
     return tuple(found)
 
 
-def _ring(chosen: SweepPoint | None, axis: _SizeAxis) -> dict[str, Any]:
+def _ring(chosen: SweptPoint | None, axis: _SizeAxis) -> dict[str, Any]:
     return {
         "type": "scatter",
         "mode": "markers",
@@ -119,14 +122,14 @@ def _dense_trace(axis: _SizeAxis) -> dict[str, Any]:
     }
 
 
-def _state(metric: Metric, sweep: Sweep, groups: list[list[SweepPoint]], chosen: SweepPoint | None) -> State:
-    estimates = [[metric.of(point.measured) for point in group] for group in groups]
+def _state(metric: Metric, sweep: Sweep, groups: list[list[SweptPoint]], chosen: SweptPoint | None) -> State:
+    estimates = [[metric.of(point.verdict) for point in group] for group in groups]
     log = is_wide(estimate for group in estimates for estimate in group)
     dense = metric.of_dense(sweep.dense)
     patches: list[dict[str, Any]] = [
         {"y": [e.value if e else None for e in group], "error_y": error_bars(group, log=log)} for group in estimates
     ]
-    ringed = metric.of(chosen.measured) if chosen else None
+    ringed = metric.of(chosen.verdict) if chosen else None
     patches.append({"y": [ringed.value] if ringed else []})
     patches.append({"y": [dense] if dense is not None and not (log and dense <= 0) else []})
     limit = _limit(metric, sweep, dense)
@@ -138,11 +141,11 @@ def _state(metric: Metric, sweep: Sweep, groups: list[list[SweepPoint]], chosen:
 
 
 def _limit(metric: Metric, sweep: Sweep, dense: float | None) -> float | None:
-    kind, value = sweep.limit or ("", 0.0)
-    if kind == "max_kl" and (metric.group, metric.key) == ("quality", "kl"):
-        return value
-    if kind == "max_drop" and (metric.group, metric.key) == ("quality", "exact_match") and dense is not None:
-        return dense - 100 * value
+    limit, place = sweep.limit, (metric.group, metric.key)
+    if limit is not None and limit.kind == "max_kl" and place == ("quality", "kl"):
+        return limit.value
+    if limit is not None and limit.kind == "max_drop" and place == ("quality", "exact_match") and dense is not None:
+        return dense - 100 * limit.value
     return None
 
 
@@ -154,10 +157,10 @@ def _limit_shape(limit: float | None, *, log: bool) -> list[dict[str, Any]]:
     return [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": limit, "y1": limit, "line": line, "label": label}]
 
 
-def _label(metric: Metric, sweep: Sweep, chosen: SweepPoint | None) -> str:
+def _label(metric: Metric, sweep: Sweep, chosen: SweptPoint | None) -> str:
     text = f"{metric.title} against size for {len(sweep.points)} selections; {metric.better} is better."
     if chosen is not None:
-        text += f" The marked one keeps {percent(chosen.keep)} of the experts: {metric.text(chosen.measured)}."
+        text += f" The marked one keeps {percent(chosen.keep)} of the experts: {metric.text(chosen.verdict)}."
     return text
 
 
@@ -165,10 +168,10 @@ def _table(sweep: Sweep, metrics: list[Metric]) -> Table:
     marks = {True: "yes", False: "no", None: NONE}
     rows = []
     for place, point in enumerate(sweep.points):
-        name = point.method + (" (recommended)" if place == sweep.recommended else "")
+        name = str(point.combination) + (" (recommended)" if place == sweep.recommended else "")
         size = readable_size(point.size) if point.size is not None else NONE
-        cells = (name, percent(point.keep), size, *(metric.text(point.measured) for metric in metrics))
-        rows.append((*cells, marks[point.meets_limit], marks[point.healthy], marks[point.fits]))
+        cells = (name, percent(point.keep), size, *(metric.text(point.verdict) for metric in metrics))
+        rows.append((*cells, marks[point.meets], marks[point.healthy], marks[point.fits]))
     dense_size = readable_size(sweep.dense_size) if sweep.dense_size is not None else NONE
     rows.append(("dense model", percent(1.0), dense_size, *(_dense_text(m, sweep) for m in metrics), NONE, NONE, NONE))
     headings = (

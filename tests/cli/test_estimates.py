@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import nan
 
-from shape_moe.cli.figures import number, share, signed
+from shape_moe.cli.estimates import number, share, signed
 from shape_moe.evaluation.intervals import Estimate
 
 
@@ -13,6 +13,13 @@ def test_a_figure_has_its_interval() -> None:
     assert number(known, 4) == "0.7500 [0.5000, 0.8750]"
     assert share(known) == "75.0% [50.0%, 87.5%]"
     assert signed(known) == "+75.0% [+50.0%, +87.5%]"
+
+
+def test_what_rounds_to_zero_has_no_minus() -> None:
+    almost = Estimate(-0.0, -1e-6, 1e-6)
+    assert number(almost, 4) == "0.0000 [0.0000, 0.0000]"
+    assert share(almost) == "0.0% [0.0%, 0.0%]"
+    assert signed(almost) == "+0.0% [+0.0%, +0.0%]"
 
 
 def test_a_figure_without_an_interval_stands_alone() -> None:

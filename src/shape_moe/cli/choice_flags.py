@@ -1,0 +1,112 @@
+"""Options that say how experts are valued and chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from shape_moe.cli.values import parse_layers, parse_protect, parse_routing
+from shape_moe.jobs.select import SelectionJob
+from shape_moe.scoring.registry import ScoreOptions
+from shape_moe.selection.select import SelectOptions
+from shape_moe.tracing.trace import SegmentWeights
+
+CHOICE_PANEL = "Choosing experts"
+
+
+@dataclass
+class WeightFlags:
+    """What counts when experts are valued."""
+
+    prompt_weight: Annotated[
+        float, typer.Option(help="How much a prompt token counts.", rich_help_panel=CHOICE_PANEL)
+    ] = 1.0
+    response_weight: Annotated[
+        float, typer.Option(help="How much a response token counts.", rich_help_panel=CHOICE_PANEL)
+    ] = 1.0
+
+    def options(self, seed: int) -> ScoreOptions:
+        """The scoring options that these flags describe."""
+        return ScoreOptions(SegmentWeights(self.prompt_weight, self.response_weight), seed)
+
+
+@dataclass
+class ScoreFlags(WeightFlags):
+    """How experts are valued."""
+
+    scorer: Annotated[
+        str,
+        typer.Option(help="How experts are valued; shape-moe score --list tells how.", rich_help_panel=CHOICE_PANEL),
+    ] = "shape"
+
+
+@dataclass
+class SelectFlags:
+    """How the budget is spent."""
+
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            help="How layers share the budget: coverage (the default), uniform, global.", rich_help_panel=CHOICE_PANEL
+        ),
+    ] = None
+    routing: Annotated[
+        str | None,
+        typer.Option(
+            help="drop (router unchanged, pruned slots add nothing) or reroute (pruned experts leave the router). "
+            "Default: drop; reroute for target stock.",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = None
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="ragged (counts differ per layer; the default) or stock (equal counts: loads anywhere).",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = None
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Reproduce the paper's bisection, which stops this close to --keep.", rich_help_panel=CHOICE_PANEL
+        ),
+    ] = None
+    skip_layers: Annotated[
+        str | None, typer.Option(help="Layers that keep every expert, as 0,1,47.", rich_help_panel=CHOICE_PANEL)
+    ] = None
+    protect: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Experts to keep in any case, as LAYER:EXPERT,EXPERT; repeat it.", rich_help_panel=CHOICE_PANEL
+        ),
+    ] = None
+    multiple_of: Annotated[
+        int,
+        typer.Option(help="Every pruned layer keeps a multiple of this many experts.", rich_help_panel=CHOICE_PANEL),
+    ] = 1
+    allow_rounding: Annotated[
+        bool,
+        typer.Option(
+            "--allow-rounding",
+            help="Where --keep cannot be met, take the next smaller rate that can.",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = False
+
+    def job(self, keep: float, score: ScoreFlags, seed: int) -> SelectionJob:
+        """The selection job that these flags describe."""
+        target = self.target or "ragged"
+        options = SelectOptions(
+            keep=keep,
+            rule=self.rule or "coverage",
+            routing=parse_routing(self.routing, target),
+            target=target,
+            tolerance=self.tolerance,
+            skip_layers=parse_layers(self.skip_layers),
+            protect=parse_protect(self.protect),
+            multiple_of=self.multiple_of,
+            allow_rounding=self.allow_rounding,
+        )
+        return SelectionJob(options, score.scorer, score.options(seed))
