@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from statistics import fmean, median
 
@@ -18,20 +19,20 @@ from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.embedded import exact_match
 from shape_moe.demo.tasks import TASKS, examples
+from shape_moe.evaluation.bench import Bench
 from shape_moe.evaluation.generation import GenerationOptions
-from shape_moe.evaluation.judge import Judge
-from shape_moe.evaluation.keep_rate import Combination, Limit
-from shape_moe.jobs.choose import AUTO_METHODS, ChoiceOptions, choose
+from shape_moe.evaluation.keep_rate import Limit
+from shape_moe.jobs.auto import AUTO_METHODS, ChoiceOptions, auto_select
 from shape_moe.jobs.held_out import held_out_set
 from shape_moe.jobs.planning import plan_search
 from shape_moe.jobs.prune import PruneOptions, prune
-from shape_moe.jobs.search import SweepOptions
-from shape_moe.jobs.select import AUTO, SelectionJob
+from shape_moe.jobs.select import AUTO
 from shape_moe.jobs.session import ExampleOptions, ModelSession
-from shape_moe.jobs.sweep import sweep
+from shape_moe.jobs.sweep import SweepOptions, sweep
 from shape_moe.progress import SILENT
 from shape_moe.pruning.masks import masked
 from shape_moe.scoring.registry import ScoreOptions
+from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions, TraceSelector
 
 KEEP, SEEDS, PROMPTS, RECORDS = 0.4, range(10), 100, 192
@@ -47,7 +48,7 @@ def write_task(folder: Path, task: str, seed: int, count: int = RECORDS) -> Path
 
 def regret(folder: Path, model, tokenizer) -> dict:
     """Exact match of every fixed method and of the automatic choice, by task and seed."""
-    methods = [Combination(scorer, rule, routing) for scorer, rule in AUTO_METHODS for routing in ("drop", "reroute")]
+    methods = [Method(scorer, rule, routing) for scorer, rule in AUTO_METHODS for routing in ("drop", "reroute")]
     scores: dict[str, list[float]] = {"auto": []}
     picked: dict[str, int] = {}
     for seed in SEEDS:
@@ -57,8 +58,8 @@ def regret(folder: Path, model, tokenizer) -> dict:
             plan = plan_search(snapshot, options, None, None, 64, seed, SILENT)
             plan.session.use(model)
             trace = plan.session.run(None)
-            job = SelectionJob(SelectOptions(KEEP), AUTO, ScoreOptions(seed=seed))
-            found = choose(snapshot, plan, trace, job, ChoiceOptions(generation=FEW), SILENT)
+            job = SelectOptions(KEEP, method=Method(AUTO), scoring=ScoreOptions(seed=seed))
+            found = auto_select(snapshot, plan, trace, job, ChoiceOptions(generation=FEW), SILENT)
             selector, known = TraceSelector(trace), {}
 
             def judge(selection, task=task, seed=seed, known=known):
@@ -69,10 +70,10 @@ def regret(folder: Path, model, tokenizer) -> dict:
                 return known[selection.digest]
 
             for way in methods:
-                selection = selector.select(SelectOptions(KEEP, way.rule, way.routing), way.scorer)
+                selection = selector.select(SelectOptions(KEEP, way))
                 scores.setdefault(str(way), []).append(judge(selection))
             scores["auto"].append(judge(found))
-            name = str(Combination(found.scorer, found.rule, found.routing))
+            name = str(found.method)
             picked[name] = picked.get(name, 0) + 1
     means = {name: fmean(values) for name, values in scores.items()}
     fixed = {name: value for name, value in means.items() if name != "auto"}
@@ -110,8 +111,7 @@ def _one_limit(folder: Path, limit: Limit, seed: int) -> dict:
     options = SweepOptions(
         limit=limit,
         held_out=640,
-        scorers=("shape", "easy-ep"),
-        rules=("coverage", "uniform"),
+        methods=tuple(Method(*pair) for pair in product(("shape", "easy-ep"), ("coverage", "uniform"))),
         scoring=ScoreOptions(seed=seed),
         generation=FEW,
     )
@@ -139,9 +139,8 @@ def _fresh_loss(folder: Path, path: Path, limit: Limit, seed: int) -> float:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     session = ModelSession.open(dense, ExampleOptions(DataOptions(str(file)), device="cpu"), tokenizer, SILENT)
     held_out = held_out_set(session, session.calibrator, "fresh")
-    judge = Judge(dense, tokenizer, held_out)
-    sums = judge.compare(pruned)
-    judge.close()
+    with Bench(dense, tokenizer, held_out) as bench:
+        sums = bench.sums(pruned)
     return float(sums.kl.sum() / sums.tokens.sum())
 
 

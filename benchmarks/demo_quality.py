@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.harness import RESULTS, write
 from shape_moe.architectures.embedded import embedded_model_path
-from shape_moe.architectures.moe_config import RoutingFacts
+from shape_moe.architectures.moe_config import RouterFacts
 from shape_moe.calibration.batches import batches
 from shape_moe.calibration.examples import Tokeniser, TokenOptions
 from shape_moe.calibration.records import Record
@@ -20,6 +20,7 @@ from shape_moe.pruning.masks import masked
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.scoring.scores import score_trace
 from shape_moe.selection.controls import inverted_selection
+from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions, select_from_trace
 from shape_moe.tracing.trace import Trace, TraceInfo
 from shape_moe.tracing.transformers_model import ModelTracer
@@ -50,15 +51,14 @@ def trace_task(model, tokenizer, task: str, seed: int) -> Trace:
     ]
     tracer = ModelTracer(model)
     tracer.run(batches(rows, EXAMPLES, 256))
-    info = TraceInfo("", "", "embedded", "qwen3_moe", 32, RoutingFacts(4, 4, 1, True), tracer.layers, {}, EXAMPLES)
+    info = TraceInfo("", "", "embedded", "qwen3_moe", 32, RouterFacts(4, 4, 1, True), tracer.layers, {}, EXAMPLES)
     return Trace(info, tracer.statistics(), tracer.coalitions())
 
 
 def choose(trace: Trace, scorer: str, rule: str, keep: float, seed: int):
     """The selection of one method."""
-    options, scoring = SelectOptions(keep=keep, rule=rule), ScoreOptions(seed=seed)
-    name = scorer.removesuffix(", inverted")
-    selection = select_from_trace(trace, options, scorer=name, scoring=scoring)
+    name, scoring = scorer.removesuffix(", inverted"), ScoreOptions(seed=seed)
+    selection = select_from_trace(trace, SelectOptions(keep, Method(name, rule), scoring))
     return selection if name == scorer else inverted_selection(selection, score_trace(trace, name, scoring))
 
 

@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from shape_moe.jobs.inspect import inspect_model
     from shape_moe.jobs.prune import PruneOptions, prune
     from shape_moe.jobs.report import report
-    from shape_moe.jobs.search import SweepOptions
-    from shape_moe.jobs.select import SelectionJob, score, select
+    from shape_moe.jobs.select import score, select
     from shape_moe.jobs.session import ExampleOptions
-    from shape_moe.jobs.sweep import sweep
+    from shape_moe.jobs.sweep import SweepOptions, sweep
     from shape_moe.jobs.trace import merge, trace
     from shape_moe.jobs.verify import verify
     from shape_moe.pruning.masks import masked
     from shape_moe.pruning.surgery import prune_model
     from shape_moe.scoring.registry import ScoreOptions
+    from shape_moe.selection.method import Method
     from shape_moe.selection.select import SelectOptions
     from shape_moe.selection.selection import Selection, load_selection
     from shape_moe.tracing.trace import SegmentWeights, Trace, load_trace
@@ -46,12 +46,12 @@ __all__ = [
     "ExampleOptions",
     "GenerationOptions",
     "Limit",
+    "Method",
     "PruneOptions",
     "ScoreOptions",
     "SegmentWeights",
     "SelectOptions",
     "Selection",
-    "SelectionJob",
     "SweepOptions",
     "TaskOptions",
     "TokenOptions",
@@ -88,15 +88,15 @@ _HOMES = {
     "jobs.inspect": ("inspect_model",),
     "jobs.prune": ("PruneOptions", "prune"),
     "jobs.report": ("report",),
-    "jobs.search": ("SweepOptions",),
-    "jobs.select": ("SelectionJob", "score", "select"),
+    "jobs.select": ("score", "select"),
     "jobs.session": ("ExampleOptions",),
-    "jobs.sweep": ("sweep",),
+    "jobs.sweep": ("SweepOptions", "sweep"),
     "jobs.trace": ("merge", "trace"),
     "jobs.verify": ("verify",),
     "pruning.masks": ("masked",),
     "pruning.surgery": ("prune_model",),
     "scoring.registry": ("ScoreOptions",),
+    "selection.method": ("Method",),
     "selection.select": ("SelectOptions",),
     "selection.selection": ("Selection", "load_selection"),
     "tracing.trace": ("SegmentWeights", "Trace", "load_trace"),

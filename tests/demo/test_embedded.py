@@ -144,7 +144,7 @@ def test_the_demo_prunes_by_every_scorer(tmp_path) -> None:
     page = made.report.read_text(encoding="utf-8").replace("\N{NO-BREAK SPACE}", " ")
     page = page[: page.index("plotly.js v")]
     assert "Keeps 77 of 128 experts, size 6.47 → " in page
-    assert "Chosen by shape, rule coverage, routing drop." in page
+    assert "Chosen by shape/coverage, drop." in page
     assert str(tmp_path / "sorting.jsonl") in page
     assert ".partial" not in page
     assert (tmp_path / "sorting.jsonl").is_file()

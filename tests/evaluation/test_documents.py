@@ -16,12 +16,12 @@ from shape_moe.evaluation.evaluated import Chosen, Evaluated, Evaluation, read_e
 from shape_moe.evaluation.faithfulness import Faithfulness
 from shape_moe.evaluation.footprint import Footprint
 from shape_moe.evaluation.intervals import Estimate
-from shape_moe.evaluation.judge import Verdict
-from shape_moe.evaluation.keep_rate import Combination, Limit, SweepPoint, SweptPoint
-from shape_moe.evaluation.measures import Health
+from shape_moe.evaluation.keep_rate import Limit, Point, SweptPoint
+from shape_moe.evaluation.measures import Health, Measured
 from shape_moe.evaluation.swept import Sweep, read_sweep
 from shape_moe.evaluation.task_results import TaskResult
 from shape_moe.made_with import MadeWith
+from shape_moe.selection.method import Method
 from shape_moe.selection.selection import Selection
 
 RELEASED = Path(__file__).parent / "released"
@@ -34,11 +34,11 @@ estimates = st.builds(Estimate, numbers, numbers, numbers)
 figures = st.dictionaries(st.sampled_from(["nll", "perplexity", "kl", "top1", "exact_match"]), estimates)
 answers = st.dictionaries(st.sampled_from(["loop_rate", "no_end_rate", "length", "exact_match"]), estimates, min_size=1)
 healths = st.builds(Health, answers, figures, st.integers(1, 4096), st.lists(names).map(tuple))
-verdicts = st.builds(Verdict, figures, figures, st.none() | healths)
-controls = st.builds(Verdict, figures.filter(lambda found: "kl" in found), figures)
+verdicts = st.builds(Measured, figures, figures, st.none() | healths)
+controls = st.builds(Measured, figures.filter(lambda found: "kl" in found), figures)
 made = st.builds(MadeWith, st.none() | st.integers(0, 2**32), st.dictionaries(names, names), names)
 routings = st.sampled_from(["drop", "reroute"])
-combinations = st.builds(Combination, names, names, routings, st.sampled_from(["ragged", "stock"]))
+combinations = st.builds(Method, names, names, routings, st.sampled_from(["ragged", "stock"]))
 truths = st.none() | st.booleans()
 points = st.builds(SweptPoint, combinations, numbers, numbers, counts, st.none() | counts, verdicts, truths, truths)
 footprints = st.builds(Footprint, names, names, numbers, counts, numbers, numbers, st.dictionaries(names, counts))
@@ -71,7 +71,7 @@ def through_json(document: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("kind", "made"),
-    [(Health, healths), (Verdict, verdicts), (Faithfulness, checks), (Footprint, footprints), (SweptPoint, points)],
+    [(Health, healths), (Measured, verdicts), (Faithfulness, checks), (Footprint, footprints), (SweptPoint, points)],
     ids=lambda entry: getattr(entry, "__name__", ""),
 )
 def test_parts_are_read_back(kind, made) -> None:
@@ -118,26 +118,26 @@ def test_an_evaluation_is_read_back(data) -> None:
 
 
 def test_an_unknown_end_is_null_and_comes_back() -> None:
-    verdict = Verdict({"kl": Estimate(0.5, nan, 0.75)})
+    verdict = Measured({"kl": Estimate(0.5, nan, 0.75)})
     document = through_json(verdict.to_document())
     assert document["quality"] == {"kl": {"value": 0.5, "low": None, "high": 0.75}}
-    read = Verdict.from_document(document).quality["kl"]
+    read = Measured.from_document(document).quality["kl"]
     assert (read.value, isnan(read.low), read.high) == (0.5, True, 0.75)
 
 
 def test_a_live_point_is_described_without_its_experts() -> None:
     chosen = Selection(None, None, None, "shape", "coverage", "drop", 4, 2, {0: [0, 1], 3: [2]}, 0.4)
-    method = Combination("shape", "coverage", "drop")
-    point = SweepPoint(method, chosen, 1234, Verdict({}), meets=True, fits=False)
-    assert point.described == SweptPoint(method, 0.4, 3 / 8, 3, 1234, Verdict({}), meets=True, fits=False)
+    method = Method("shape", "coverage", "drop")
+    point = Point(method, chosen, 1234, Measured({}), meets=True, fits=False)
+    assert point.described == SweptPoint(method, 0.4, 3 / 8, 3, 1234, Measured({}), meets=True, fits=False)
     assert point.healthy is None
 
 
 @pytest.mark.parametrize(("complaints", "healthy"), [((), True), (("loops",), False)])
 @pytest.mark.parametrize(("meets", "fits"), [(None, None), (True, True), (False, None), (True, False)])
 def test_what_speaks_against_a_point(complaints, healthy, meets, fits) -> None:
-    verdict = Verdict({}, health=Health({}, {}, 8, complaints))
-    point = SweptPoint(Combination("shape", "coverage", "drop"), 0.5, 0.5, 4, None, verdict, meets, fits)
+    verdict = Measured({}, health=Health({}, {}, 8, complaints))
+    point = SweptPoint(Method("shape", "coverage", "drop"), 0.5, 0.5, 4, None, verdict, meets, fits)
     assert point.healthy is healthy
     assert point.good is (healthy and meets is not False and fits is not False)
     assert point.to_document()["healthy"] is healthy
@@ -151,14 +151,14 @@ def test_documents_of_the_first_release_are_read_whole() -> None:
 
 
 def test_every_field_of_a_point_is_in_its_document() -> None:
-    plain = SweptPoint(Combination("a", "b", "drop"), 0.5, 0.25, 4, 100, Verdict({}), meets=True, fits=True)
+    plain = SweptPoint(Method("a", "b", "drop"), 0.5, 0.25, 4, 100, Measured({}), meets=True, fits=True)
     changes = {
-        "combination": Combination("a", "b", "drop", "stock"),
+        "method": Method("a", "b", "drop", "stock"),
         "keep_asked": 0.75,
         "keep": 0.375,
         "kept": 5,
         "size": 101,
-        "verdict": Verdict({"kl": Estimate(1.0, 0.5, 2.0)}),
+        "measured": Measured({"kl": Estimate(1.0, 0.5, 2.0)}),
         "meets": False,
         "fits": False,
     }

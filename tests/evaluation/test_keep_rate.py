@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.intervals import Estimate
-from shape_moe.evaluation.judge import Verdict
-from shape_moe.evaluation.keep_rate import RESOLUTION, Combination, Limit, SweepPoint, bisect, grid, recommend
-from shape_moe.evaluation.measures import Health
-from shape_moe.selection.selection import Selection
+from shape_moe.evaluation.keep_rate import RESOLUTION, Limit, Point, bisect, grid, recommend
+from shape_moe.evaluation.measures import Health, Measured
+from shape_moe.selection.method import Method
+from shape_moe.selection.selection import whole_selection
 
 LIMIT = Limit("max_kl", 0.02)
-WAY = Combination("shape", "coverage", "drop")
+WAY = Method("shape", "coverage", "drop")
 
 
-def make(keep: float, kl: float, *, noise: float = 0.0, way: Combination = WAY, fits: bool | None = None) -> SweepPoint:
+def make(keep: float, kl: float, *, noise: float = 0.0, way: Method = WAY, fits: bool | None = None) -> Point:
     kept = max(1, round(100 * keep))
-    selection = Selection(None, None, None, way.scorer, way.rule, way.routing, 100, 2, {0: list(range(kept))}, keep)
-    verdict = Verdict({"kl": Estimate(kl, kl - noise, kl + noise)})
-    return SweepPoint(way, selection, kept, verdict, LIMIT.met(verdict), fits)
+    whole = whole_selection([0], 100)
+    selection = replace(whole, layers={0: list(range(kept))}, keep_asked=keep)
+    measured = Measured({"kl": Estimate(kl, kl - noise, kl + noise)})
+    return Point(way, selection, kept, measured, LIMIT.met(measured), fits)
 
 
-def healthy(point: SweepPoint) -> Health:
+def healthy(point: Point) -> Health:
     return Health({}, {}, 10)
 
 
-def ill(point: SweepPoint) -> Health:
+def ill(point: Point) -> Health:
     return Health({}, {}, 10, ("answers loop",))
 
 
@@ -36,7 +39,7 @@ def ill(point: SweepPoint) -> Health:
 @given(st.floats(0.03, 0.97))
 def test_bisection_finds_the_threshold(threshold) -> None:
     points = bisect(WAY, lambda way, keep: make(keep, 0.01 if keep >= threshold else 1.0), LIMIT)
-    passing = [point.selection.keep_asked for point in points if LIMIT.met(point.verdict)]
+    passing = [point.selection.keep_asked for point in points if LIMIT.met(point.measured)]
     smallest = min(passing, default=1.0)
     assert threshold <= smallest <= threshold + RESOLUTION
     assert len(points) <= 7
@@ -48,7 +51,7 @@ def test_bisection_treats_what_cannot_be_met_as_too_few() -> None:
 
 
 def test_the_grid_leaves_out_what_cannot_be_met() -> None:
-    ways = [WAY, Combination("reap", "uniform", "reroute")]
+    ways = [WAY, Method("reap", "uniform", "reroute")]
     points = grid(
         ways, [0.2, 0.8], lambda way, keep: None if way.routing == "reroute" and keep < 0.5 else make(keep, 0)
     )
@@ -65,7 +68,7 @@ def test_the_smallest_point_within_the_limit_is_recommended() -> None:
 
 
 def test_points_of_one_size_are_ordered_by_their_figure() -> None:
-    other = Combination("easy-ep", "uniform", "drop")
+    other = Method("easy-ep", "uniform", "drop")
     assert recommend([make(0.6, 0.01), make(0.6, 0.005, way=other)], LIMIT, healthy).chosen == 1
 
 
@@ -89,13 +92,13 @@ def test_only_what_fits_is_recommended() -> None:
 def test_a_fall_of_exact_match_is_judged_by_its_worse_end() -> None:
     limit = Limit("max_drop", 0.01)
     change = {"exact_match": Estimate(0.0, -0.02, 0.02)}
-    verdict = Verdict({"kl": Estimate(0, 0, 0)}, change)
-    assert limit.figure(verdict) == Estimate(0.0, -0.02, 0.02)
-    assert f"{limit.figure(verdict).value:.1%}" == "0.0%"  # not -0.0%
-    assert not limit.met(verdict)
-    assert Limit("max_drop", 0.03).met(verdict)
+    measured = Measured({"kl": Estimate(0, 0, 0)}, change)
+    assert limit.figure(measured) == Estimate(0.0, -0.02, 0.02)
+    assert f"{limit.figure(measured).value:.1%}" == "0.0%"  # not -0.0%
+    assert not limit.met(measured)
+    assert Limit("max_drop", 0.03).met(measured)
     with pytest.raises(UsageError, match="needs held-out examples with responses"):
-        limit.figure(Verdict({"kl": Estimate(0, 0, 0)}))
+        limit.figure(Measured({"kl": Estimate(0, 0, 0)}))
 
 
 @pytest.mark.parametrize(("kind", "value"), [("max_kl", 0), ("max_drop", 1.0), ("max_drop", -0.1), ("max_loss", 0.1)])

@@ -12,7 +12,7 @@ import torch
 from shape_moe.calibration.examples import Example
 from shape_moe.errors import DataError, ShapeMoeError
 from shape_moe.evaluation.dense_reference import DenseReference
-from shape_moe.evaluation.held_out import HeldOutSet
+from shape_moe.evaluation.held_out_set import HeldOutSet
 from shape_moe.evaluation.teacher_forced import compare_with_dense, record_dense
 from shape_moe.pruning.masks import masked
 from shape_moe.selection.selection import Selection

@@ -14,9 +14,10 @@ from shape_moe.calibration.records import DataOptions, load_records
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import UsageError
 from shape_moe.evaluation import harness
+from shape_moe.evaluation.bench import Bench
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.experiments import evaluations, plan
-from shape_moe.experiments.evaluations import JudgedExamples, JudgedTask
+from shape_moe.experiments.evaluations import JudgedTask
 from shape_moe.jobs.evaluate import EvaluateOptions
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.tracing.trace import load_trace
@@ -40,7 +41,7 @@ def counted(monkeypatch):
     made = {"judged": [], "stop_at": None}
 
     def counting(kind):
-        original = kind.judge
+        original = kind.document
 
         def judge(self, selection):
             if made["stop_at"] == len(made["judged"]):
@@ -49,9 +50,9 @@ def counted(monkeypatch):
             made["judged"].append(selection.digest)
             return original(self, selection)
 
-        monkeypatch.setattr(kind, "judge", judge)
+        monkeypatch.setattr(kind, "document", judge)
 
-    counting(JudgedExamples)
+    counting(Bench)
     counting(JudgedTask)
     return made
 

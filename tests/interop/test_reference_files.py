@@ -18,6 +18,7 @@ from shape_moe.errors import DataError
 from shape_moe.interop.coalition_counts import coalitions_text, read_coalitions
 from shape_moe.interop.selected_experts import read_selected, selected_text
 from shape_moe.scoring.scores import read_scores, score_trace
+from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions, select_from_scores, select_from_trace
 from shape_moe.selection.selection import Selection, check_selection
 from shape_moe.tracing.coalitions import CoalitionTable
@@ -248,6 +249,6 @@ def test_malformed_counts_are_refused(snapshot, tmp_path, change, message) -> No
 
 
 def test_what_the_format_has_no_place_for(traced) -> None:
-    selection = select_from_trace(traced, SelectOptions(keep=0.5, routing="reroute"))
+    selection = select_from_trace(traced, SelectOptions(keep=0.5, method=Method(routing="reroute")))
     assert "reroute" not in selected_text(selection)
     assert selected_text(selection) == selected_text(replace(selection, stability=None, fingerprint=None))

@@ -21,6 +21,7 @@ from shape_moe.errors import DataError, UsageError
 from shape_moe.interop import responses
 from shape_moe.interop.responses import read_responses
 from shape_moe.scoring.scores import score_trace
+from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions, select_from_trace
 from shape_moe.selection.selection import check_selection
 from shape_moe.tracing.trace import Trace
@@ -108,14 +109,14 @@ def test_shape_and_frequency_select_and_other_scorers_refuse(snapshot, tmp_path)
     assert trace.info.fingerprint == fingerprint(snapshot)
     assert trace.info.canary == []
     for scorer in ("shape", "frequency"):
-        selection = select_from_trace(trace, SelectOptions(keep=0.5), scorer=scorer)
+        selection = select_from_trace(trace, SelectOptions(keep=0.5, method=Method(scorer)))
         check_selection(selection)
         assert selection.kept == 16
         assert selection.stability is not None
         assert selection.fingerprint == fingerprint(snapshot)
     for scorer in ("reap", "contribution", "gating", "ean", "easy-ep"):
         with pytest.raises(UsageError, match=f"'{scorer}' needs .* made by vllm does not hold; use scorer 'shape'"):
-            select_from_trace(trace, SelectOptions(keep=0.5), scorer=scorer)
+            select_from_trace(trace, SelectOptions(keep=0.5, method=Method(scorer)))
 
 
 def test_provenance_holds_no_text(snapshot, tmp_path) -> None:

@@ -13,7 +13,7 @@ from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.embedded import exact_match
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import CheckpointError, FingerprintError, ShapeMoeError, UsageError
-from shape_moe.evaluation import harness
+from shape_moe.evaluation import bench, harness
 from shape_moe.evaluation.footprint import Workload, measure_footprint
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.harness import TaskOptions
@@ -28,6 +28,7 @@ from shape_moe.pruning.masks import masked
 from shape_moe.selection.selection import load_selection
 from support.data import write_lines
 from support.harness_tasks import write_tasks
+from support.interruptions import stopped_after
 
 QUICK = EvaluateOptions(generation=GenerationOptions(examples=10), footprint=None, general=False)
 
@@ -242,13 +243,16 @@ def test_faithfulness_takes_what_was_judged_before(embedded, files, pruned, monk
         generation=None, footprint=None, faithfulness=3, trace=str(pruned / "shape" / "trace"), seed=1
     )
     selection = load_selection(pruned / "shape" / "selection.json")
+    counted, runs = stopped_after(100, bench.compare_with_dense)
+    monkeypatch.setattr(bench, "compare_with_dense", counted)
     result = evaluate(embedded, [pruned, selection], data=float32(files["task"]), options=options, progress=phases)
     checkpoint, mask = result.faithfulness
-    assert mask.kept is result.models[2].sets["task"]
+    assert mask.kept == result.models[2].sets["task"]
     assert checkpoint.kept == mask.kept
     assert checkpoint.random == mask.random
     steps = [counts for title, counts in phases.seen.items() if title.startswith("Faithfulness of ")]
-    assert steps == [(5, 5), (4, 4)]  # the selection of a checkpoint is judged as a mask for this alone
+    assert steps == [(5, 5), (5, 5)]
+    assert len(runs) == 5 + 1  # the selection and its controls once for both, and the checkpoint
 
 
 def test_classes_are_those_that_were_asked_for(embedded, files, pruned) -> None:

@@ -17,12 +17,13 @@ from shape_moe.demo.tasks import examples
 from shape_moe.errors import CheckpointError, FingerprintError, ShapeMoeError, UsageError
 from shape_moe.jobs import prune as job
 from shape_moe.jobs.prune import PruneOptions, prune
-from shape_moe.jobs.select import SelectionJob, select
+from shape_moe.jobs.select import select
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import trace
 from shape_moe.jobs.verify import verify
 from shape_moe.pruning import shards
 from shape_moe.scoring.scores import score_trace
+from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions
 from shape_moe.selection.selection import load_selection
 from shape_moe.tracing.trace import load_trace
@@ -44,7 +45,7 @@ def traced(embedded, data, tmp_path_factory):
 
 def options(keep: float = 0.6, data: str | None = None, **changes) -> PruneOptions:
     entries = {
-        "select": SelectionJob(SelectOptions(keep=keep)),
+        "select": SelectOptions(keep=keep),
         "trace": ExampleOptions(data=DataOptions(data), device="cpu") if data else None,
         "device": "cpu",
     }
@@ -79,7 +80,7 @@ def test_one_command_gives_a_smaller_model_that_does_the_task(embedded, data, tm
 def test_entering_half_way_gives_the_same_checkpoint(embedded, data, traced, tmp_path) -> None:
     whole = prune(embedded, tmp_path / "whole", options(0.6, data))
     from_trace = prune(embedded, tmp_path / "trace", options(0.6), trace=traced)
-    selection = select(traced, SelectionJob(SelectOptions(keep=0.6)))
+    selection = select(traced, SelectOptions(keep=0.6))
     selection.save(tmp_path / "selection.json")
     by_file = prune(embedded, tmp_path / "file", options(select=None), selection=tmp_path / "selection.json")
     assert whole.selection.layers == from_trace.selection.layers == by_file.selection.layers
@@ -94,16 +95,16 @@ def test_entering_half_way_gives_the_same_checkpoint(embedded, data, traced, tmp
 
 def test_tables_of_values_can_be_pruned_by(embedded, traced, tmp_path) -> None:
     score_trace(load_trace(traced), "shape").table().write_csv(tmp_path / "values.csv")
-    selection = select(tmp_path / "values.csv", SelectionJob(SelectOptions(keep=0.6)))
+    selection = select(tmp_path / "values.csv", SelectOptions(keep=0.6))
     assert selection.fingerprint is None
     result = prune(embedded, tmp_path / "out", options(select=None), selection=selection)
-    assert result.selection.layers == select(traced, SelectionJob(SelectOptions(keep=0.6))).layers
+    assert result.selection.layers == select(traced, SelectOptions(keep=0.6)).layers
     assert load_selection(tmp_path / "out").fingerprint.startswith("sha256:")
 
 
 def test_stock_targets_load_anywhere(embedded, traced, tmp_path) -> None:
-    chosen = SelectOptions(keep=0.5, routing="reroute", target="stock")
-    result = prune(embedded, tmp_path / "out", options(select=SelectionJob(chosen)), trace=traced)
+    chosen = SelectOptions(keep=0.5, method=Method(routing="reroute", target="stock"))
+    result = prune(embedded, tmp_path / "out", options(select=chosen), trace=traced)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["Qwen3MoeForCausalLM"]
     assert config["num_local_experts"] == 16
@@ -160,7 +161,7 @@ def test_traces_of_other_models_are_refused(embedded, traced, tmp_path) -> None:
     AutoTokenizer.from_pretrained(embedded).save_pretrained(tmp_path / "tuned")
     with pytest.raises(FingerprintError, match="made from another model: its routers differ"):
         prune(tmp_path / "tuned", tmp_path / "out", options(0.6), trace=traced)
-    selection = select(traced, SelectionJob(SelectOptions(keep=0.6)))
+    selection = select(traced, SelectOptions(keep=0.6))
     with pytest.raises(FingerprintError, match="The selection was made from another model"):
         prune(tmp_path / "tuned", tmp_path / "out", options(select=None), selection=selection)
     unknown = replace(selection, fingerprint="unverified")
@@ -211,12 +212,12 @@ def test_wrong_keep_rates_and_infeasible_budgets(embedded, traced, tmp_path) -> 
     for keep in (0, 1.5, -1):
         with pytest.raises(UsageError, match="above 0 and at most 1"):
             prune(embedded, tmp_path / "out", options(keep), trace=traced)
-    chosen = SelectOptions(keep=0.55, routing="reroute", target="stock")
+    chosen = SelectOptions(keep=0.55, method=Method(routing="reroute", target="stock"))
     with pytest.raises(UsageError, match="equal counts in every layer.*--allow-rounding"):
-        prune(embedded, tmp_path / "out", options(select=SelectionJob(chosen)), trace=traced)
+        prune(embedded, tmp_path / "out", options(select=chosen), trace=traced)
     with pytest.raises(UsageError, match="floor of 4"):
-        low = SelectOptions(keep=0.05, routing="reroute")
-        prune(embedded, tmp_path / "out", options(select=SelectionJob(low)), trace=traced)
+        low = SelectOptions(keep=0.05, method=Method(routing="reroute"))
+        prune(embedded, tmp_path / "out", options(select=low), trace=traced)
     assert not (tmp_path / "out").exists()
 
 
@@ -261,7 +262,7 @@ def test_inputs_are_never_touched(embedded, traced, tmp_path) -> None:
     for out in (embedded, embedded / "smaller", traced, traced / "smaller"):
         with pytest.raises(UsageError, match="overlap; choose an output beside it"):
             prune(embedded, out, options(0.6, force=True), trace=traced)
-    selection = select(traced, SelectionJob(SelectOptions(keep=0.6)))
+    selection = select(traced, SelectOptions(keep=0.6))
     selection.save(tmp_path / "s.json")
     with pytest.raises(UsageError, match="overlap"):
         prune(embedded, tmp_path, options(select=None, force=True), selection=tmp_path / "s.json")

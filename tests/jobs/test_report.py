@@ -17,6 +17,7 @@ from shape_moe.errors import DataError, FingerprintError, ShapeMoeError, UsageEr
 from shape_moe.jobs.prune import PruneOptions
 from shape_moe.jobs.report import original_bytes
 from shape_moe.scoring.scores import score_trace
+from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions, select_from_trace
 from shape_moe.selection.selection import Selection
 from support.data import routing_trace, synthetic_trace
@@ -122,7 +123,7 @@ def test_values_are_weighted_as_the_selection_was(traced) -> None:
     from shape_moe.tracing.trace import SegmentWeights
 
     scoring = ScoreOptions(SegmentWeights(0.25, 2.0), seed=7)
-    selection = select_from_trace(trace, SelectOptions(keep=0.5), scorer="random", scoring=scoring)
+    selection = select_from_trace(trace, SelectOptions(keep=0.5, method=Method("random"), scoring=scoring))
     shape_moe.report(traced / "t", traced / "r.html", selection=selection)
     mass = sum(selection.mass_kept.values()) / 3
     assert f"{100 * mass:.1f} %" in words(traced / "r.html")

@@ -11,18 +11,19 @@ from shape_moe.calibration.example_maker import SPLIT_KEY, AnswerOptions
 from shape_moe.calibration.records import DataOptions, Record, load_records, prompt_hash
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import DataError, UsageError
+from shape_moe.evaluation import bench
 from shape_moe.evaluation.generation import GenerationOptions
-from shape_moe.evaluation.judge import Judge
 from shape_moe.evaluation.keep_rate import Limit
 from shape_moe.jobs import search, session
 from shape_moe.jobs import sweep as job
 from shape_moe.jobs.held_out import known_prompts
-from shape_moe.jobs.search import SweepOptions
 from shape_moe.jobs.session import ExampleOptions
-from shape_moe.jobs.sweep import sweep
+from shape_moe.jobs.sweep import SweepOptions, sweep
 from shape_moe.jobs.trace import trace
 from shape_moe.progress import Silent
+from shape_moe.pruning import masks
 from shape_moe.scoring.registry import ScoreOptions
+from shape_moe.selection.method import Method
 from shape_moe.selection.selection import load_selection
 from shape_moe.tracing.trace import load_trace, merge_traces
 from support.data import write_lines
@@ -61,7 +62,7 @@ def swept(embedded, task_file, tmp_path_factory):
     """A sweep's result, its folder, and the records that it judged by."""
     out = tmp_path_factory.mktemp("sweep") / "result"
     options = SweepOptions(
-        keep_rates=(0.8, 0.3), scorers=("shape", "easy-ep"), held_out=60, limit=Limit("max_kl", 0.05)
+        keep_rates=(0.8, 0.3), methods=(Method("shape"), Method("easy-ep")), held_out=60, limit=Limit("max_kl", 0.05)
     )
     data = ExampleOptions(DataOptions(str(task_file), samples=40), device="cpu")
     with pytest.MonkeyPatch.context() as patch:
@@ -101,23 +102,29 @@ def test_calibration_and_held_out_examples_do_not_overlap(swept) -> None:
     assert "40 examples to calibrate with and 60 held out" in result.document["split"]
 
 
+def note_selections(monkeypatch) -> list[float]:
+    """The keep rates asked for of the selections that are masked from now on."""
+    whole, seen = masks.masked, []
+    monkeypatch.setattr(masks, "masked", lambda model, chosen: seen.append(chosen.keep_asked) or whole(model, chosen))
+    return seen
+
+
 def test_an_interrupted_sweep_goes_on_from_its_last_point(embedded, task_file, tmp_path, monkeypatch) -> None:
     options = SweepOptions(keep_rates=(0.9, 0.7, 0.5), held_out=30, generation=GenerationOptions(examples=4))
     data = ExampleOptions(DataOptions(str(task_file), samples=20), device="cpu")
-    whole = Judge.compare_masked
-    stopped, judged = stopped_after(2, whole)
-    monkeypatch.setattr(Judge, "compare_masked", stopped)
+    whole, chosen = bench.compare_with_dense, note_selections(monkeypatch)
+    monkeypatch.setattr(bench, "compare_with_dense", stopped_after(2, whole)[0])
     with pytest.raises(KeyboardInterrupt):
         sweep(embedded, options, tmp_path / "out", data=data)
     partial = tmp_path / "out.partial"
     assert len((partial / "points.jsonl").read_text().splitlines()) == 2
     with (partial / "points.jsonl").open("a") as stream:
         stream.write('{"key": "cut')  # as a kill in the middle of a line leaves it
-    again = []
-    monkeypatch.setattr(Judge, "compare_masked", lambda s, m, c: again.append(c.keep_asked) or whole(s, m, c))
+    assert chosen == [0.9, 0.7, 0.5]  # it stopped in the last one
+    chosen.clear()
+    monkeypatch.setattr(bench, "compare_with_dense", whole)
     resumed = sweep(embedded, options, tmp_path / "out", data=data)
-    assert [selection.keep_asked for _, _, selection in judged] == [0.9, 0.7]
-    assert again == [0.5]
+    assert chosen == [0.5]
     fresh = sweep(embedded, options, data=data)
     assert [p["quality"] for p in fresh.document["points"]] == [p["quality"] for p in resumed.document["points"]]
 
@@ -130,20 +137,18 @@ def test_written_answers_that_decide_are_made_once(embedded, task_file, tmp_path
         generation=GenerationOptions(answer_pattern="(.*)"),
     )
     data = ExampleOptions(DataOptions(str(task_file), samples=20), device="cpu")
-    whole = Judge.answer_masked
-    stopped, made = stopped_after(2, whole)
+    whole = bench.generate
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Judge, "answer_masked", stopped)
+        patch.setattr(bench, "generate", stopped_after(3, whole)[0])  # the dense model, and two selections
         sweep(embedded, options, tmp_path / "out", data=data)
-    assert [selection.keep_asked for _, _, selection in made] == [0.9, 0.7]
     counted, again = stopped_after(100, whole)
-    monkeypatch.setattr(Judge, "answer_masked", counted)
+    monkeypatch.setattr(bench, "generate", counted)
     resumed = sweep(embedded, options, tmp_path / "out", data=data)
-    assert [selection.keep_asked for _, _, selection in again] == [0.5]
+    assert len(again) == 2  # the dense model, and the selection that was left
     assert resumed.chosen.selection.keep_asked == 0.5
     again.clear()
     fresh = sweep(embedded, options, data=data)
-    assert len(again) == 3
+    assert len(again) == 4
     assert fresh.document["points"] == resumed.document["points"]
 
 
@@ -255,17 +260,19 @@ def test_a_fall_of_nothing_is_no_limit(embedded, tmp_path) -> None:
 def test_too_few_examples_for_a_limit_are_refused_before_the_work(embedded, task_file, monkeypatch) -> None:
     monkeypatch.setattr(session, "load_original", lambda *_: pytest.fail("the model was loaded"))
     data = ExampleOptions(DataOptions(str(task_file), samples=20), device="cpu")
-    options = SweepOptions(limit=Limit("max_drop", 0.01), held_out=60, rules=("coverage", "uniform"))
-    with pytest.raises(UsageError, match=r"below 7\.7% for 2 combinations together.*judge by 498 or more"):
+    options = SweepOptions(limit=Limit("max_drop", 0.01), held_out=60, methods=(Method(), Method(rule="uniform")))
+    with pytest.raises(UsageError, match=r"below 7\.7% for 2 methods together.*judge by 498 or more"):
         sweep(embedded, options, data=data)
 
 
 def test_senseless_options_are_refused(embedded) -> None:
     with pytest.raises(UsageError, match="Give examples"):
         sweep(embedded)
-    with pytest.raises(UsageError, match="at least one of the scorers"):
-        SweepOptions(scorers=())
+    with pytest.raises(UsageError, match="at least one method"):
+        SweepOptions(methods=())
+    with pytest.raises(UsageError, match="no scorer 'best'"):
+        SweepOptions(methods=(Method("best"),))
     with pytest.raises(UsageError, match="keep rate"):
         SweepOptions(keep_rates=(1.5,))
     with pytest.raises(UsageError, match="stock needs routing reroute"):
-        SweepOptions(target="stock")
+        SweepOptions(methods=(Method(target="stock"),))

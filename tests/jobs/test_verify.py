@@ -16,11 +16,11 @@ from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import CheckpointError
 from shape_moe.jobs.prune import PruneOptions, prune
-from shape_moe.jobs.select import SelectionJob
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.verify import Check, check_files, verify
 from shape_moe.progress import SILENT
 from shape_moe.pruning.compare import file_hash
+from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions
 from shape_moe.selection.selection import load_selection
 from shape_moe.serving.manifest import read_manifest, to_document
@@ -32,7 +32,7 @@ from support.data import write_lines
 def pruned(embedded, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pruned")
     file = write_lines(folder / "data.jsonl", examples("reversal", 16, seed=1))
-    chosen = SelectionJob(SelectOptions(keep=0.6, routing="reroute"))
+    chosen = SelectOptions(keep=0.6, method=Method(routing="reroute"))
     prune(
         embedded,
         folder / "out",

@@ -17,6 +17,7 @@ from shape_moe.reporting.figures.agreement import (
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.scoring.scores import Scores, score_trace
 from shape_moe.selection.agreement import kept_by_scorer, options_of, scoring_of
+from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions, select_from_trace
 from shape_moe.tracing.trace import SegmentWeights
 from support.data import routing_trace, synthetic_trace
@@ -78,8 +79,8 @@ def test_overlap_is_the_share_in_common() -> None:
     "changes",
     [
         {},
-        {"rule": "global"},
-        {"rule": "uniform", "routing": "reroute", "target": "stock", "keep": 0.5},
+        {"method": Method("reap", "global")},
+        {"method": Method("reap", "uniform", "reroute", "stock"), "keep": 0.5},
         {"skip_layers": (1,), "protect": {2: (0, 5)}},
         {"multiple_of": 4, "keep": 0.55, "allow_rounding": True},
         {"tolerance": 0.02, "keep": 0.55},
@@ -87,8 +88,7 @@ def test_overlap_is_the_share_in_common() -> None:
 )
 def test_the_selections_own_scorer_gives_the_selection_again(changes: dict) -> None:
     trace = synthetic_trace(layers=4, experts=16, top_k=3)
-    options = SelectOptions(**{"keep": 0.6, **changes})
-    selection = select_from_trace(trace, options, scorer="reap")
+    selection = select_from_trace(trace, SelectOptions(**{"keep": 0.6, "method": Method("reap"), **changes}))
     masks = kept_by_scorer([score_trace(trace, name) for name in ("reap", "frequency")], selection, trace.info.routing)
     assert np.array_equal(masks["reap"], selection.mask())
     assert masks["frequency"].sum() == selection.kept
@@ -97,8 +97,8 @@ def test_the_selections_own_scorer_gives_the_selection_again(changes: dict) -> N
 def test_a_selection_tells_its_scoring_and_target() -> None:
     scoring = ScoreOptions(SegmentWeights(0.25, 2.0), seed=7)
     trace = synthetic_trace(layers=2, experts=16, top_k=3)
-    stock = SelectOptions(keep=0.5, rule="uniform", routing="reroute", target="stock")
-    selection = select_from_trace(trace, stock, scorer="random", scoring=scoring)
+    stock = SelectOptions(keep=0.5, method=Method("random", "uniform", "reroute", "stock"), scoring=scoring)
+    selection = select_from_trace(trace, stock)
     assert scoring_of(selection) == scoring
     assert scoring_of(None) == ScoreOptions()
     assert selection.target == "stock"

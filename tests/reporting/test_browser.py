@@ -15,7 +15,6 @@ import shape_moe
 from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.tasks import TASKS, examples
 from shape_moe.jobs.prune import PruneOptions
-from shape_moe.jobs.select import SelectionJob
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.scoring.scores import read_scores
 from shape_moe.selection.select import SelectOptions, select_from_scores, select_from_trace
@@ -61,7 +60,7 @@ def demo(embedded, tmp_path_factory) -> Path:
     write_lines(folder / "tasks.jsonl", rows)
     options = PruneOptions(
         trace=ExampleOptions(DataOptions(str(folder / "tasks.jsonl"))),
-        select=SelectionJob(SelectOptions(keep=0.6)),
+        select=SelectOptions(keep=0.6),
         device="cpu",
         check_logits=False,
     )

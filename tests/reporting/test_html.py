@@ -20,6 +20,7 @@ from shape_moe.reporting.provenance import commands
 from shape_moe.reporting.summary import meaning, measured_quality, tiles, warnings
 from shape_moe.reporting.theme import DARK, LIGHT, contrast
 from shape_moe.scoring.scores import score_trace
+from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions, select_from_scores, select_from_trace
 from shape_moe.text import printable
 from support.data import routing_trace, synthetic_trace
@@ -320,8 +321,8 @@ def test_commands_give_the_artifacts_again(tmp_path) -> None:
         "fields": {"prompt": "the question", "response": "answer"},
     }
     trace = replace(trace, info=replace(trace.info, model="org/model", source=source))
-    options = SelectOptions(keep=0.55, multiple_of=4, allow_rounding=True, skip_layers=(1,), protect={2: (0, 5)})
-    selection = select_from_trace(trace, options, scorer="reap")
+    fixed = {"multiple_of": 4, "allow_rounding": True, "skip_layers": (1,), "protect": {2: (0, 5)}}
+    selection = select_from_trace(trace, SelectOptions(0.55, Method("reap"), **fixed))
     made = commands(Material("t", selection, score_trace(trace, "reap"), trace))
     assert made == [
         "shape-moe trace org/model --data 'my data.jsonl' --samples 25 --seed 3 --max-length 99 "
@@ -447,7 +448,7 @@ def test_json_cannot_leave_its_element() -> None:
 def test_large_models_stay_below_eight_megabytes() -> None:
     """48 layers of 512 experts, top-10."""
     trace = routing_trace(48, 512, 10, 1500)
-    selection = select_from_trace(trace, SelectOptions(keep=0.5), scorer="reap")
+    selection = select_from_trace(trace, SelectOptions(keep=0.5, method=Method("reap")))
     rivals = tuple(score_trace(trace, name) for name in ("reap", "frequency", "random"))
     text, names = render_report(Material("t", selection, rivals[0], trace, rivals))
     assert "coalitions" in names

@@ -12,7 +12,7 @@ import pytest
 from shape_moe.errors import CheckpointError, DataError
 from shape_moe.evaluation.evaluated import Chosen, read_evaluation
 from shape_moe.evaluation.intervals import Estimate
-from shape_moe.evaluation.keep_rate import Combination, Limit
+from shape_moe.evaluation.keep_rate import Limit
 from shape_moe.evaluation.swept import read_sweep
 from shape_moe.reporting.figures.evaluation import (
     faithfulness_figure,
@@ -23,6 +23,7 @@ from shape_moe.reporting.figures.evaluation import (
 from shape_moe.reporting.figures.figure import number, percent, with_interval
 from shape_moe.reporting.figures.metrics import METRICS, error_bars, is_wide, known_metrics, value_axis
 from shape_moe.reporting.figures.sweep import sweep_figure
+from shape_moe.selection.method import Method
 from shape_moe.selection.selection import Selection
 from support.results import evaluation_document, sweep_document, write_evaluation, write_sweep
 
@@ -42,7 +43,7 @@ def test_a_sweep_is_read_whole(tmp_path) -> None:
     assert (sweep.recommended, sweep.dense_size) == (document["recommended"], 61_064_000_000)
     assert len(sweep.points) == 18
     point, raw = sweep.points[3], document["points"][3]
-    assert point.combination == Combination("shape", "coverage", "drop")
+    assert point.method == Method("shape", "coverage", "drop")
     assert (point.kept, point.size) == (raw["kept"], raw["bytes"])
     assert point.verdict.quality["kl"].low == raw["quality"]["kl"]["low"]
     assert point.verdict.change["perplexity"].value == raw["change"]["perplexity"]["value"]

@@ -12,6 +12,7 @@ from shape_moe.reporting.figures.figure import number, packed, percent, plain, s
 from shape_moe.reporting.figures.layers import kept_mass, layer_figure
 from shape_moe.reporting.figures.values import best_experts, brightness, heat_map, shares
 from shape_moe.scoring.scores import Scores, score_trace
+from shape_moe.selection.method import Method
 from shape_moe.selection.rules import layer_ranks
 from shape_moe.selection.select import SelectOptions, select_from_scores, select_from_trace
 from support.data import routing_trace
@@ -122,7 +123,7 @@ def test_the_background_shows_every_layer_and_both_ends() -> None:
 @pytest.mark.parametrize("rule", ["uniform", "global"])
 def test_without_alpha_there_is_no_line(rule: str) -> None:
     scores = make_scores()
-    selection = select_from_scores(scores, SelectOptions(keep=0.5, rule=rule))
+    selection = select_from_scores(scores, SelectOptions(keep=0.5, method=Method(rule=rule)))
     assert "shapes" not in coverage_figure(scores, selection, kept_mass(selection, scores)).layout
     by_alpha = select_from_scores(scores, SelectOptions(keep=0.5))
     (line,) = coverage_figure(scores, by_alpha, kept_mass(by_alpha, scores)).layout["shapes"]

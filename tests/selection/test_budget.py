@@ -101,11 +101,52 @@ def test_protected_experts_replace_others() -> None:
     assert kept.tolist() == [[True, False, False, True]]
 
 
-def test_chunks_enter_by_their_first_member() -> None:
-    # pairs by rank: layer 0 (10, 1), (0.9, 0.8); layer 1 (5, 4), (3, 2): the best pairs start with 10 and 5, then 3
+@pytest.mark.parametrize(("budget", "counts"), [(2, [2, 0]), (4, [2, 2]), (6, [2, 4])])
+def test_chunks_enter_by_their_first_member(budget, counts) -> None:
+    # pairs by rank: layer 0 (10, 1), (0.9, 0.8); layer 1 (5, 4), (3, 2). First members: 10, 5, 3; last ones: 4, 2, 1
     priority = global_priority(np.array([[10.0, 1.0, 0.9, 0.8], [5.0, 4.0, 3.0, 2.0]]))
-    kept = choose(priority, 6, Constraints(floor=0, multiple_of=2))
-    assert kept.tolist() == [[True, True, False, False], [True, True, True, True]]
+    kept = choose(priority, budget, Constraints(floor=0, multiple_of=2))
+    assert kept.sum(axis=1).tolist() == counts
+    assert all(row[:count].all() for row, count in zip(kept, counts, strict=True))
+
+
+@pytest.mark.parametrize("budget", [2, 4])
+def test_a_chunk_of_router_groups_enters_by_its_best_member(budget) -> None:
+    # one of each group at a time: layer 0 offers (9, 1), layer 1 (8, 7); then (3, 0.5) and (6, 5)
+    values = np.array([[9.0, 3, 2, 0, 1, 0.5, 0, 0], [8.0, 6, 0, 0, 7, 5, 0, 0]])
+    found = choose(global_priority(values), budget, Constraints(floor=0, groups=2))
+    assert np.flatnonzero(found[0]).tolist() == [0, 4]
+    assert np.flatnonzero(found[1]).tolist() == ([] if budget == 2 else [0, 4])
+
+
+@given(st.integers(0, 10_000), st.integers(0, 24), st.sampled_from([1, 2, 3]))
+@settings(max_examples=100, deadline=None)
+def test_chunks_are_those_that_a_search_over_all_finds(seed, chunks, size) -> None:
+    """The smallest first members, found by hand from sorted layers."""
+    values = np.random.default_rng(seed).permutation(24).reshape(2, 12).astype(float)
+    assume(chunks <= 24 // size)
+    kept = choose(global_priority(values), chunks * size, Constraints(floor=0, multiple_of=size))
+    ranked = -np.sort(-values, axis=1)
+    heads = sorted(((-row[start], layer) for layer, row in enumerate(ranked) for start in range(0, 12, size)))
+    wanted = [sum(layer == row for _, layer in heads[:chunks]) * size for row in range(2)]
+    assert kept.sum(axis=1).tolist() == wanted
+    for row, count in enumerate(wanted):
+        assert sorted(values[row][kept[row]]) == sorted(ranked[row, :count])
+
+
+def test_ties_go_to_the_better_rank_then_to_the_earlier_layer() -> None:
+    ranks = np.array([[3, 2, 1, 0], [0, 1, 2, 3]])
+    kept = choose(np.zeros((2, 4)), 3, Constraints(floor=0), ranks=ranks)
+    assert kept.tolist() == [[False, True, True, True], [False] * 4]
+    by_id = choose(np.zeros((2, 4)), 5, Constraints(floor=0))
+    assert by_id.tolist() == [[True] * 4, [True, False, False, False]]
+
+
+def test_a_smaller_priority_goes_before_a_better_rank() -> None:
+    """Ranks decide between equal priorities alone, whatever order they would give."""
+    priority = np.array([[0.4, 0.3, 0.2, 0.1]])
+    kept = choose(priority, 2, Constraints(floor=0), ranks=np.array([[0, 1, 2, 3]]))
+    assert kept.tolist() == [[False, False, True, True]]
 
 
 def test_groups_keep_equal_counts() -> None:

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 import shape_moe
-from shape_moe.architectures.moe_config import RoutingFacts
+from shape_moe.architectures.moe_config import RouterFacts
 from shape_moe.errors import BudgetError, CheckpointError, UsageError
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.scoring.scores import Scores, score_trace
+from shape_moe.selection.budget import choose
 from shape_moe.selection.guards import super_experts, warn_unstable
-from shape_moe.selection.rules import coverage_priority
+from shape_moe.selection.method import Method
+from shape_moe.selection.rules import bisection_budget, coverage_priority
 from shape_moe.selection.select import SelectOptions, check_feasible, select_from_scores, select_from_trace
 from shape_moe.selection.stability import stability
 from shape_moe.tracing.trace import SegmentWeights
@@ -29,7 +31,7 @@ def trace():
 @pytest.mark.parametrize("rule", ["coverage", "uniform", "global"])
 @pytest.mark.parametrize("keep", [0.8, 0.5, 0.3])
 def test_budgets_are_exact_under_every_rule(trace, rule, keep) -> None:
-    selection = select_from_trace(trace, SelectOptions(keep=keep, rule=rule))
+    selection = select_from_trace(trace, SelectOptions(keep=keep, method=Method(rule=rule)))
     assert selection.kept == int(keep * 64 + 0.5)
     assert selection.keep == selection.kept / 64
     assert selection.fingerprint == trace.info.fingerprint
@@ -43,7 +45,7 @@ def test_alpha_describes_the_selection(trace) -> None:
     selection = select_from_trace(trace, SelectOptions(keep=0.5))
     tau = coverage_priority(scores.values, scores.activations)
     assert np.array_equal(tau < selection.alpha, selection.mask())
-    assert select_from_trace(trace, SelectOptions(keep=0.5, rule="uniform")).alpha is None
+    assert select_from_trace(trace, SelectOptions(keep=0.5, method=Method(rule="uniform"))).alpha is None
     forced = SelectOptions(keep=0.5, protect={0: (int(np.argmin(scores.values[0])),)})
     assert select_from_trace(trace, forced).alpha is None  # no alpha keeps the worst expert of a layer alone
 
@@ -69,6 +71,20 @@ def test_stability_compares_halves(trace) -> None:
     shared = (masks[0] & masks[1]).sum()
     assert selection.stability == {"agreement": shared / 32, "undecided": 32 - shared}
     assert stability(masks[0], masks[0]) == {"agreement": 1.0, "undecided": 0.0}
+
+
+def test_halves_choose_at_the_budget_of_the_whole() -> None:
+    """The paper's bisection ends at another budget for each of them."""
+    trace = synthetic_trace(layers=4, experts=16, top_k=3, tokens=300)
+    options = SelectOptions(keep=0.5, tolerance=0.15)
+    selection = select_from_trace(trace, options)
+    scored = [score_trace(trace.half(half)) for half in (0, 1)]
+    priorities = [coverage_priority(half.values, half.activations) for half in scored]
+    own = [bisection_budget(priority, 0.5, 0.15) for priority in priorities]
+    assert set(own) != {selection.kept}  # else this would show nothing
+    masks = [choose(priority, selection.kept) for priority in priorities]
+    assert [int(mask.sum()) for mask in masks] == [selection.kept] * 2
+    assert selection.stability == stability(*masks)
 
 
 def test_one_example_has_no_halves() -> None:
@@ -106,25 +122,25 @@ def test_unseen_experts_are_warned_about() -> None:
 
 
 def test_inflated_gate_weights_are_warned_about(trace) -> None:
-    raw = replace(trace, info=replace(trace.info, routing=RoutingFacts(3, 3, 1, renormalises=False)))
-    reroute = SelectOptions(keep=0.5, routing="reroute")
+    raw = replace(trace, info=replace(trace.info, routing=RouterFacts(3, 3, 1, renormalises=False)))
+    reroute = SelectOptions(keep=0.5, method=Method(routing="reroute"))
     assert any("does not renormalise" in w for w in select_from_trace(raw, reroute).warnings)
     assert not any("renormalise" in w for w in select_from_trace(raw, SelectOptions(keep=0.5)).warnings)
     assert not any("renormalise" in w for w in select_from_trace(trace, reroute).warnings)
 
 
 def test_rerouting_keeps_enough_for_the_top_k(trace) -> None:
-    low = SelectOptions(keep=0.2, routing="reroute")
+    low = SelectOptions(keep=0.2, method=Method(routing="reroute"))
     assert min(len(ids) for ids in select_from_trace(trace, low).layers.values()) == 3
     with pytest.raises(BudgetError, match="floor of 3"):
-        select_from_trace(trace, SelectOptions(keep=0.1, routing="reroute"))
+        select_from_trace(trace, SelectOptions(keep=0.1, method=Method(routing="reroute")))
     dropped = select_from_trace(trace, SelectOptions(keep=0.1))
     assert min(len(ids) for ids in dropped.layers.values()) >= 1
 
 
 def test_router_groups_come_from_the_trace(trace) -> None:
-    grouped = replace(trace, info=replace(trace.info, routing=RoutingFacts(3, 8, groups=4, renormalises=True)))
-    selection = select_from_trace(grouped, SelectOptions(keep=0.625, routing="reroute"))
+    grouped = replace(trace, info=replace(trace.info, routing=RouterFacts(3, 8, groups=4, renormalises=True)))
+    selection = select_from_trace(grouped, SelectOptions(keep=0.625, method=Method(routing="reroute")))
     for ids in selection.layers.values():
         assert len({sum(i // 4 == g for i in ids) for g in range(4)}) == 1
     free = select_from_trace(grouped, SelectOptions(keep=0.625))
@@ -132,10 +148,10 @@ def test_router_groups_come_from_the_trace(trace) -> None:
 
 
 def test_feasibility_is_known_beforehand() -> None:
-    routing = RoutingFacts(4, 4)
+    routing = RouterFacts(4, 4)
     check_feasible(SelectOptions(keep=0.5), (0, 1), 16, routing)
     with pytest.raises(BudgetError, match="equal counts"):
-        check_feasible(SelectOptions(keep=0.6, routing="reroute", target="stock"), (0, 1), 16, routing)
+        check_feasible(SelectOptions(keep=0.6, method=Method(routing="reroute", target="stock")), (0, 1), 16, routing)
     with pytest.raises(UsageError, match="Layer 5 is not an MoE layer"):
         check_feasible(SelectOptions(keep=0.5, skip_layers=(5,)), (0, 1), 16, routing)
 
@@ -143,15 +159,17 @@ def test_feasibility_is_known_beforehand() -> None:
 def test_tables_need_the_top_k_to_reroute() -> None:
     scores = Scores("table", (0,), np.arange(8.0)[None], np.ones((1, 8)))
     with pytest.raises(UsageError, match="give --top-k"):
-        select_from_scores(scores, SelectOptions(keep=0.5, routing="reroute"))
-    chosen = select_from_scores(scores, SelectOptions(keep=0.5, routing="reroute"), routing=RoutingFacts(2, 2))
+        select_from_scores(scores, SelectOptions(keep=0.5, method=Method(routing="reroute")))
+    chosen = select_from_scores(
+        scores, SelectOptions(keep=0.5, method=Method(routing="reroute")), routing=RouterFacts(2, 2)
+    )
     assert (chosen.layers, chosen.top_k) == ({0: [4, 5, 6, 7]}, 2)
 
 
 def test_segment_weights_change_selections(trace) -> None:
     plain = select_from_trace(trace, SelectOptions(keep=0.5))
     only = ScoreOptions(SegmentWeights(prompt=0, response=1))
-    assert select_from_trace(trace, SelectOptions(keep=0.5), scoring=only).layers != plain.layers
+    assert select_from_trace(trace, SelectOptions(keep=0.5, scoring=only)).layers != plain.layers
 
 
 def test_round_trip(trace, tmp_path) -> None:
@@ -214,10 +232,10 @@ def test_damaged_selections_are_refused(trace, tmp_path, change, word) -> None:
     ("options", "word"),
     [
         ({"keep": 0}, "above 0"),
-        ({"keep": 0.5, "rule": "best"}, "no rule"),
-        ({"keep": 0.5, "target": "square"}, "ragged or stock"),
-        ({"keep": 0.5, "target": "stock"}, "needs routing reroute"),
-        ({"keep": 0.5, "tolerance": 0.01, "rule": "global"}, "goes with the coverage rule"),
+        ({"keep": 0.5, "method": Method(rule="best")}, "no rule"),
+        ({"keep": 0.5, "method": Method(target="square")}, "ragged or stock"),
+        ({"keep": 0.5, "method": Method(target="stock")}, "needs routing reroute"),
+        ({"keep": 0.5, "tolerance": 0.01, "method": Method(rule="global")}, "goes with the coverage rule"),
         ({"keep": 0.5, "tolerance": 2}, "between 0 and 1"),
     ],
 )
@@ -237,15 +255,8 @@ def test_segments_without_tokens_cannot_decide() -> None:
     )
     only = ScoreOptions(SegmentWeights(prompt=0, response=1))
     with pytest.raises(UsageError, match="none of them count with --prompt-weight 0 and --response-weight 1"):
-        select_from_trace(silent, SelectOptions(keep=0.5), scoring=only)
-
-
-def test_halves_are_compared_at_the_same_budget(trace) -> None:
-    """With a tolerance the halves' own bisections would end elsewhere."""
-    selection = select_from_trace(trace, SelectOptions(keep=0.5, tolerance=0.1))
-    assert selection.stability["agreement"] <= 1
-    assert selection.stability["undecided"] == round((1 - selection.stability["agreement"]) * selection.kept)
+        select_from_trace(silent, SelectOptions(keep=0.5, scoring=only))
 
 
 def test_random_values_have_no_stability(trace) -> None:
-    assert select_from_trace(trace, SelectOptions(keep=0.5), scorer="random").stability is None
+    assert select_from_trace(trace, SelectOptions(keep=0.5, method=Method("random"))).stability is None

@@ -14,7 +14,6 @@ from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import ShapeMoeError
 from shape_moe.jobs.prune import PruneOptions, prune
-from shape_moe.jobs.select import SelectionJob
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.verify import verify
 from shape_moe.openai_server import OpenAIServer
@@ -29,7 +28,7 @@ def pruned(embedded, tmp_path_factory):
     folder = tmp_path_factory.mktemp("endpoint")
     file = write_lines(folder / "words.jsonl", examples("words", 25, seed=1))
     options = PruneOptions(
-        SelectionJob(SelectOptions(keep=0.6)),
+        SelectOptions(keep=0.6),
         ExampleOptions(DataOptions(str(file))),
         device="cpu",
         dtype="float32",

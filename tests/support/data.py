@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from shape_moe.architectures.moe_config import RoutingFacts
+from shape_moe.architectures.moe_config import RouterFacts
 from shape_moe.calibration.batches import batches
 from shape_moe.calibration.examples import Example
 from shape_moe.tracing.coalitions import CoalitionTable, tabulate
@@ -133,7 +133,7 @@ def _info_without_model(layers: int, experts: int, top_k: int, **entries) -> Tra
         **_FINGERPRINTS,
         family="qwen3_moe",
         num_experts=experts,
-        routing=RoutingFacts(top_k, top_k, 1, True),
+        routing=RouterFacts(top_k, top_k, 1, True),
         layers=tuple(range(layers)),
         **entries,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shape_moe.calibration.examples import Example
 from shape_moe.demo.tasks import examples
-from shape_moe.evaluation.held_out import HeldOutSet
+from shape_moe.evaluation.held_out_set import HeldOutSet
 from support.data import make_examples
 
 

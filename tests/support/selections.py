@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from shape_moe.architectures.snapshot import Snapshot
-from shape_moe.selection.selection import Routing, Selection
+from shape_moe.selection.method import Routing
+from shape_moe.selection.selection import Selection, whole_selection
 
 
 def random_selection(snapshot: Snapshot, routing: Routing, kind: str, *, seed: int = 0) -> Selection:
@@ -40,4 +43,4 @@ def seven_of_eight() -> Selection:
     """Of the embedded model, seven of eight experts and ragged: it still knows its tasks, but not quite."""
     layers = {layer: [expert for expert in range(32) if (expert + layer) % 8] for layer in range(4)}
     layers[0] = layers[0][:-1]
-    return Selection(None, None, "qwen3_moe", "random", "uniform", "drop", 32, 4, layers, 0.875)
+    return replace(whole_selection(range(4), 32), layers=layers, top_k=4, keep_asked=0.875)

@@ -24,7 +24,7 @@ class RouterGroups:
 
 
 @dataclass(frozen=True)
-class RoutingFacts:
+class RouterFacts:
     """What a selection must know about routing.
 
     Attributes:
@@ -63,12 +63,12 @@ class MoeConfig:
     residual_scale: float
 
     @property
-    def routing(self) -> RoutingFacts:
+    def routing(self) -> RouterFacts:
         """What a selection must know about this model's routing."""
         if self.groups is None:
-            return RoutingFacts(self.top_k, self.top_k, 1, self.renormalises)
+            return RouterFacts(self.top_k, self.top_k, 1, self.renormalises)
         per_group = max(-(-self.top_k // self.groups.used), self.family.group_minimum)
-        return RoutingFacts(self.top_k, per_group * self.groups.count, self.groups.count, self.renormalises)
+        return RouterFacts(self.top_k, per_group * self.groups.count, self.groups.count, self.renormalises)
 
 
 def find_family(config: Config) -> Family:

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from shape_moe.cli.values import parse_layers, parse_protect, parse_routing
-from shape_moe.jobs.select import SelectionJob
 from shape_moe.scoring.registry import ScoreOptions
+from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions
 from shape_moe.tracing.trace import SegmentWeights
 
@@ -95,18 +95,16 @@ class SelectFlags:
         ),
     ] = False
 
-    def job(self, keep: float, score: ScoreFlags, seed: int) -> SelectionJob:
-        """The selection job that these flags describe."""
+    def options(self, keep: float, score: ScoreFlags, seed: int) -> SelectOptions:
+        """The options that these flags describe."""
         target = self.target or "ragged"
-        options = SelectOptions(
+        return SelectOptions(
             keep=keep,
-            rule=self.rule or "coverage",
-            routing=parse_routing(self.routing, target),
-            target=target,
+            method=Method(score.scorer, self.rule or "coverage", parse_routing(self.routing, target), target),
+            scoring=score.options(seed),
             tolerance=self.tolerance,
             skip_layers=parse_layers(self.skip_layers),
             protect=parse_protect(self.protect),
             multiple_of=self.multiple_of,
             allow_rounding=self.allow_rounding,
         )
-        return SelectionJob(options, score.scorer, score.options(seed))

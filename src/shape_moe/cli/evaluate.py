@@ -100,9 +100,8 @@ def evaluate(
 def _show(console: Console, result: Evaluation, *, by_pattern: bool) -> None:
     for found in result.models:
         if found.verdict is not None:
-            console.print(
-                f"{found.name}, {readable_size(found.size)} instead of {readable_size(result.models[0].size)}"
-            )
+            sizes = [readable_size(model.size) for model in (found, result.models[0]) if model.size is not None]
+            console.print(f"{found.name}: {' instead of '.join(sizes)}", markup=False)
             lines = [*found.verdict.lines(), *(found.forgotten.lines() if found.forgotten else ())]
             for line in lines:
                 console.print(f"  {line}", markup=False, soft_wrap=True)

@@ -25,7 +25,7 @@ from shape_moe.errors import UsageError
 from shape_moe.evaluation.intervals import Estimate
 from shape_moe.evaluation.keep_rate import Limit
 from shape_moe.evaluation.verdict import MAX_DROP
-from shape_moe.jobs.choose import AUTO_HELD_OUT, ChoiceOptions
+from shape_moe.jobs.auto import AUTO_HELD_OUT, ChoiceOptions
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.jobs.judgement import JudgementOptions
 from shape_moe.jobs.prune import PAPER_SAMPLES, PruneOptions
@@ -125,7 +125,7 @@ def prune(
     reads_data = (trace is None and selection is None) or (choice is not None and data.data is not None)
     asked = 1.0 if limit is not None else keep
     options = PruneOptions(
-        select=select.job(asked, score, seed.seed) if asked is not None else None,
+        select=select.options(asked, score, seed.seed) if asked is not None else None,
         trace=data.options(run, seed.seed, samples) if reads_data else None,
         device=run.device,
         dtype=run.dtype,

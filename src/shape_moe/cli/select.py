@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from shape_moe.architectures.moe_config import RoutingFacts
+from shape_moe.architectures.moe_config import RouterFacts
 from shape_moe.cli.choice_flags import ScoreFlags, SelectFlags
 from shape_moe.cli.console import plain_table
 from shape_moe.cli.flag_groups import changed_flags
@@ -41,8 +41,8 @@ def select(
         check_output_file(out, force=force.force)
     if job.is_table(source) and changed_flags(score):
         raise UsageError(f"{source} holds values already: leave {', '.join(changed_flags(score))} out.")
-    routing = RoutingFacts(top_k, top_k) if top_k else None
-    selection = job.select(source, flags.job(keep, score, seed.seed), routing=routing)
+    routing = RouterFacts(top_k, top_k) if top_k else None
+    selection = job.select(source, flags.options(keep, score, seed.seed), routing=routing)
     for warning in selection.warnings:
         talk.warn(warning)
     if out is not None:
@@ -64,11 +64,10 @@ def show(console: Console, selection: Selection) -> None:
 def summary(selection: Selection) -> str:
     """A selection in a few lines."""
     rate = f"{selection.keep:.4f}; asked {selection.keep_asked:g}"
-    how = f"{selection.scorer}/{selection.rule}, routing {selection.routing}"
     alpha = ""
     if selection.alpha is not None:  # above 1 it says no more than this
         alpha = f", alpha {selection.alpha:.6f}" if selection.alpha <= 1 else ", every expert of value among them"
-    lines = [f"Keeps {selection.kept:,} of {selection.total:,} experts ({rate}) by {how}{alpha}"]
+    lines = [f"Keeps {selection.kept:,} of {selection.total:,} experts ({rate}) by {selection.method}{alpha}"]
     if selection.stability is not None:
         lines.append(
             f"Two halves of the data agree on {selection.stability['agreement']:.1%} of the kept experts; "

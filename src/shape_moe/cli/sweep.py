@@ -16,16 +16,16 @@ from shape_moe.cli.data_flags import DataFlags
 from shape_moe.cli.estimates import number, share, signed
 from shape_moe.cli.flags import DeviceFlags, ForceFlag, MemoryFlags, ModelArgument, OutputFlags, SeedFlag
 from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags
-from shape_moe.cli.values import parse_routing
 from shape_moe.errors import UsageError
-from shape_moe.evaluation.keep_rate import SweepPoint
+from shape_moe.evaluation.keep_rate import Point
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.jobs.session import DEFAULT_SAMPLES
 from shape_moe.scoring.registry import scorers as known_scorers
+from shape_moe.selection.method import Method, check_routing, usual_routing
 from shape_moe.units import readable_size
 
 if TYPE_CHECKING:
-    from shape_moe.jobs.search import SweepResult
+    from shape_moe.jobs.sweep import SweepResult
 
 HELPS = {
     "samples": f"Calibrate with at most this many records. Default: {DEFAULT_SAMPLES}.",
@@ -96,10 +96,12 @@ def sweep(
     options = shape_moe.SweepOptions(
         keep_rates=tuple(keep) if keep else None,
         limit=limits.limit(),
-        scorers=_scorers(scorer),
-        rules=tuple(rule or ["coverage"]),
-        routings=tuple(routing or [parse_routing(None, target)]),
-        target=target,
+        methods=tuple(
+            Method(valued, shared, check_routing(routed), target)
+            for valued in _scorers(scorer)
+            for shared in rule or ["coverage"]
+            for routed in routing or [usual_routing(target)]
+        ),
         scoring=weights.options(seed.seed),
         held_out=HELD_OUT_SAMPLES if judged_by.held_out_samples is None else judged_by.held_out_samples,
         generation=generation.required(),
@@ -139,9 +141,9 @@ def _show(console: Console, result: SweepResult, model: str, out: Path | None) -
     console.print(f"Dense model: {readable_size(dense['bytes'])}, nll {quality['nll']['value']:.4f}{exact}")
     marks = {result.recommendation.chosen: "recommended"}
     places = list(enumerate(result.recommendation.points))
-    for combination, group in groupby(places, key=lambda place: place[1].combination):
+    for method, group in groupby(places, key=lambda place: place[1].method):
         table = plain_table(
-            "keep", "weights", "KL to dense", "same top-1", "exact match", "change", "limit", "", title=str(combination)
+            "keep", "weights", "KL to dense", "same top-1", "exact match", "change", "limit", "", title=str(method)
         )
         for i, point in sorted(group, key=lambda place: -place[1].selection.kept):
             table.add_row(*_row(point), marks.get(i, ""), style="bold green" if i in marks else None)
@@ -157,8 +159,8 @@ def _show(console: Console, result: SweepResult, model: str, out: Path | None) -
         )
 
 
-def _row(point: SweepPoint) -> tuple[str, ...]:
-    quality, change = point.verdict.quality, point.verdict.change
+def _row(point: Point) -> tuple[str, ...]:
+    quality, change = point.measured.quality, point.measured.change
     exact = quality.get("exact_match")
     words = {True: "within", False: "beyond", None: ""}[point.meets]
     if point.fits is False:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from shape_moe.errors import UsageError
 
 if TYPE_CHECKING:
-    from shape_moe.selection.selection import Routing
+    from shape_moe.selection.method import Routing
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 

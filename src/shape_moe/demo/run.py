@@ -27,6 +27,7 @@ from shape_moe.reporting.html import plotly_script
 from shape_moe.scoring.registry import ScoreOptions, scorers
 from shape_moe.scoring.scores import score_trace
 from shape_moe.selection.controls import inverted_selection
+from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions, select_from_trace
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import Trace
@@ -101,7 +102,7 @@ def run_demo(
     if task not in TASKS:
         raise UsageError(f"There is no task {task!r}; there are {', '.join(TASKS)}.")
     for keep in keep_rates:
-        SelectOptions(keep=keep, rule=rule)
+        SelectOptions(keep, Method(rule=rule))
     with ExitStack() as stack:
         if folder is None:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -160,8 +161,8 @@ def _report(traced: Trace, task: str, rule: str, seed: int, folder: Path, progre
         plotly_script()
     except UsageError:  # plotly is an extra
         return None
-    options = SelectOptions(keep=REPORT_KEEP, rule=rule)
-    selection = select_from_trace(traced, options, scorer="shape", scoring=ScoreOptions(seed=seed))
+    options = SelectOptions(REPORT_KEEP, Method(rule=rule), ScoreOptions(seed=seed))
+    selection = select_from_trace(traced, options)
     source, file = folder / _trace_folder(task), folder / REPORT_FILE
     return report(source, file, selection=selection, model=embedded_model_path(), progress=progress).path
 
@@ -169,9 +170,8 @@ def _report(traced: Trace, task: str, rule: str, seed: int, folder: Path, progre
 def _selections(traced: Trace, rule: str, keep_rates: tuple[float, ...], seed: int) -> Iterator[Selection]:
     scoring = ScoreOptions(seed=seed)
     for keep in keep_rates:
-        options = SelectOptions(keep=keep, rule=rule)
         for scorer in scorers():
-            selection = select_from_trace(traced, options, scorer=scorer, scoring=scoring)
+            selection = select_from_trace(traced, SelectOptions(keep, Method(scorer, rule), scoring))
             yield selection
             if scorer == "shape":
                 yield inverted_selection(selection, score_trace(traced, scorer, scoring))

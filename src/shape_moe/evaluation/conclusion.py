@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from shape_moe.evaluation.generation import Generated
-from shape_moe.evaluation.held_out import HeldOutSet
+from shape_moe.evaluation.held_out_set import HeldOutSet
 from shape_moe.evaluation.outcomes import outcomes
 from shape_moe.evaluation.teacher_forced import TeacherForced
 from shape_moe.evaluation.tool_calls import ToolExample

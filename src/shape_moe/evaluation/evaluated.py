@@ -10,8 +10,7 @@ from typing import Any
 from shape_moe.evaluation.faithfulness import Faithfulness
 from shape_moe.evaluation.footprint import Footprint
 from shape_moe.evaluation.forgotten import Forgotten
-from shape_moe.evaluation.judge import Verdict as SetFigures
-from shape_moe.evaluation.measures import Figures, Groups, document, figures_of, worst_group
+from shape_moe.evaluation.measures import Figures, Groups, Measured, document, figures_of, worst_group
 from shape_moe.evaluation.result_file import header, read_result
 from shape_moe.evaluation.task_results import TaskResult
 from shape_moe.evaluation.verdict import Verdict
@@ -42,7 +41,7 @@ class Evaluated:
         kind: ``dense``, ``mask`` (a selection on the dense model) or ``checkpoint``.
         selection: what it keeps, None for the dense model and for checkpoints of other tools.
         size: bytes of its weights; of a mask, what its checkpoint would have; None where they are not known.
-        sets: verdicts by set, ``task`` and perhaps ``also``.
+        sets: what was measured by set, ``task`` and perhaps ``also``.
         classes: figures over the task's examples by class, empty where no classes were asked for.
         tasks: results of lm-evaluation-harness by task.
         task_changes: paired differences to the dense model by task and metric, None for the dense model itself.
@@ -55,7 +54,7 @@ class Evaluated:
     kind: str
     selection: Selection | Chosen | None
     size: int | None
-    sets: dict[str, SetFigures] = field(default_factory=dict)
+    sets: dict[str, Measured] = field(default_factory=dict)
     classes: Groups = field(default_factory=dict)
     tasks: dict[str, TaskResult] = field(default_factory=dict)
     task_changes: dict[str, Figures] | None = None
@@ -74,7 +73,7 @@ class Evaluated:
             "kind": self.kind,
             "selection": asdict(Chosen(chosen.scorer, chosen.rule, chosen.routing, chosen.keep)) if chosen else None,
             "bytes": self.size,
-            "sets": {name: verdict.to_document() for name, verdict in self.sets.items()},
+            "sets": {name: measured.to_document() for name, measured in self.sets.items()},
             "classes": {"field": by, "worst": worst[0], "by": by_class} if worst else None,
             "tasks": {name: result.to_document() for name, result in self.tasks.items()},
             "task_items": {name: result.items for name, result in self.tasks.items()},
@@ -99,7 +98,7 @@ class Evaluated:
             kind=str(found["kind"]),
             selection=Chosen(**{key: chosen[key] for key in ("scorer", "rule", "routing", "keep")}) if chosen else None,
             size=None if size is None else int(size),
-            sets={str(name): SetFigures.from_document(entry) for name, entry in found["sets"].items()},
+            sets={str(name): Measured.from_document(entry) for name, entry in found["sets"].items()},
             classes={
                 str(name): {key: figures_of(entry[key]) for key in ("quality", "change")}
                 for name, entry in classes["by"].items()

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shape_moe.errors import UsageError
 from shape_moe.evaluation import measures
-from shape_moe.evaluation.judge import Judge, Verdict
+from shape_moe.evaluation.bench import Bench
+from shape_moe.evaluation.measures import Measured
 from shape_moe.progress import Advance
 from shape_moe.scoring.scores import Scores
 from shape_moe.selection.controls import inverted_selection, random_selection
 from shape_moe.selection.selection import Selection
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 FEWEST_RANDOM = 3
 
 
 @dataclass(frozen=True)
 class Faithfulness:
-    """Verdicts at the same counts per layer.
+    """What was measured at the same counts per layer.
 
     Attributes:
         name: the selection.
@@ -32,46 +30,44 @@ class Faithfulness:
     """
 
     name: str
-    kept: Verdict
-    inverted: Verdict
-    random: tuple[Verdict, ...]
+    kept: Measured
+    inverted: Measured
+    random: tuple[Measured, ...]
 
     @property
     def faithful(self) -> bool:
         """Whether the selection is closer to the dense model than every random one, and those than its inversion."""
         kept, inverted = self.kept.quality["kl"].value, self.inverted.quality["kl"].value
-        drawn = [verdict.quality["kl"].value for verdict in self.random]
+        drawn = [measured.quality["kl"].value for measured in self.random]
         return kept < min(drawn) and sum(drawn) / len(drawn) < inverted
 
     def to_document(self) -> dict[str, Any]:
         """For JSON."""
 
-        def entry(verdict: Verdict) -> dict[str, Any]:
-            return {"quality": measures.document(verdict.quality), "change": measures.document(verdict.change)}
+        def entry(measured: Measured) -> dict[str, Any]:
+            return {"quality": measures.document(measured.quality), "change": measures.document(measured.change)}
 
         return {
             "selection": self.name,
             "kept": entry(self.kept),
             "inverted": entry(self.inverted),
-            "random": [entry(verdict) for verdict in self.random],
+            "random": [entry(measured) for measured in self.random],
             "faithful": self.faithful,
         }
 
     @classmethod
     def from_document(cls, found: Mapping[str, Any]) -> Faithfulness:
         """What :meth:`to_document` described."""
-        kept, inverted = (Verdict.from_document(found[key]) for key in ("kept", "inverted"))
-        return cls(str(found["selection"]), kept, inverted, tuple(map(Verdict.from_document, found["random"])))
+        kept, inverted = (Measured.from_document(found[key]) for key in ("kept", "inverted"))
+        return cls(str(found["selection"]), kept, inverted, tuple(map(Measured.from_document, found["random"])))
 
 
 def faithfulness(
-    model: PreTrainedModel,
-    judge: Judge,
+    bench: Bench,
     selection: Selection,
     scores: Scores,
     *,
     name: str,
-    kept: Verdict | None = None,
     draws: int = FEWEST_RANDOM,
     groups: int = 1,
     seed: int = 0,
@@ -80,12 +76,10 @@ def faithfulness(
     """Judge a selection, its inversion and random selections as masks.
 
     Args:
-        model: the dense model.
-        judge: has recorded that model's answers.
+        bench: the dense model and the examples; what it has judged before is not judged again.
         selection: what to check.
         scores: the values that it was made from.
         name: what to call it.
-        kept: the verdict over the selection as a mask, where it is known already.
         draws: how many random selections, at least 3.
         groups: router groups whose counts the controls must keep, 1 for none.
         seed: draws the first of them; the others follow.
@@ -96,10 +90,9 @@ def faithfulness(
     """
     if draws < FEWEST_RANDOM:
         raise UsageError(f"Faithfulness needs at least {FEWEST_RANDOM} random selections, not {draws}.")
-    controls = [inverted_selection(selection, scores, groups=groups)]
-    controls += [random_selection(selection, seed + i, groups=groups) for i in range(draws)]
-    verdicts = [] if kept is None else [kept]
-    for chosen in controls if kept is not None else (selection, *controls):
-        verdicts.append(judge.verdict(judge.compare_masked(model, chosen)))
+    controls = [random_selection(selection, seed + i, groups=groups) for i in range(draws)]
+    found = []
+    for chosen in (selection, inverted_selection(selection, scores, groups=groups), *controls):
+        found.append(bench.judge(chosen, freely=False))
         advance(1)
-    return Faithfulness(name, verdicts[0], verdicts[1], tuple(verdicts[2:]))
+    return Faithfulness(name, found[0], found[1], tuple(found[2:]))

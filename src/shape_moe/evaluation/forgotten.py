@@ -16,7 +16,7 @@ from shape_moe.calibration.responses import generate_answers, greedy_answers, pa
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.dense_reference import DenseReference
 from shape_moe.evaluation.generation import ends_in_loop
-from shape_moe.evaluation.held_out import HeldOutSet
+from shape_moe.evaluation.held_out_set import HeldOutSet
 from shape_moe.evaluation.teacher_forced import compare_with_dense, record_dense
 from shape_moe.progress import Advance
 from shape_moe.units import readable_kl

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from shape_moe.calibration.responses import greedy_answers
 from shape_moe.errors import DataError, UsageError
-from shape_moe.evaluation.held_out import HeldOutSet
+from shape_moe.evaluation.held_out_set import HeldOutSet
 from shape_moe.progress import Advance
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Which keep rate is safe: the search over keep rates and ways to choose, and what is recommended."""
+"""Which keep rate is safe: the search over keep rates and methods, and what is recommended."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from shape_moe.errors import UsageError
-from shape_moe.evaluation.intervals import Estimate
-from shape_moe.evaluation.judge import Verdict
-from shape_moe.evaluation.measures import Health
-from shape_moe.selection.selection import ROUTINGS, Routing, Selection
+from shape_moe.evaluation.intervals import Estimate, examples_for, least_fall
+from shape_moe.evaluation.measures import Health, Measured
+from shape_moe.selection.method import Method
+from shape_moe.selection.selection import Selection
 
 KINDS = ("max_kl", "max_drop")
+KEEP_RATES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25)
+"""What is judged where neither keep rates nor a limit are given."""
 RESOLUTION = 0.01
 """Bisection stops when keep rates that fail and that pass are this close."""
 
@@ -41,22 +43,54 @@ class Limit:
             sense = "above 0, such as 0.02" if self.kind == "max_kl" else "a share between 0 and 1, such as 1% or 0.01"
             raise UsageError(f"--{self.kind.replace('_', '-')} must be {sense}, not {self.value:g}.")
 
-    def figure(self, verdict: Verdict) -> Estimate:
+    def figure(self, measured: Measured) -> Estimate:
         """What the limit holds against a model, larger is worse.
 
         Raises:
             UsageError: for a fall of exact match where no example has a response.
         """
         if self.kind == "max_kl":
-            return verdict.quality["kl"]
-        if "exact_match" not in verdict.change:
+            return measured.quality["kl"]
+        if "exact_match" not in measured.change:
             raise UsageError("--max-drop needs held-out examples with responses; use --max-kl for plain text.")
-        gain = verdict.change["exact_match"]
+        gain = measured.change["exact_match"]
         return Estimate(0.0 - gain.value, 0.0 - gain.high, 0.0 - gain.low)  # no minus before a zero
 
-    def met(self, verdict: Verdict) -> bool:
+    def met(self, measured: Measured) -> bool:
         """Whether the upper end of the interval is within the limit."""
-        return self.figure(verdict).high <= self.value
+        return self.figure(measured).high <= self.value
+
+    def check_examples(self, count: int, comparisons: int) -> None:
+        """Refuse a limit that no model could be shown to meet, because there are too few held-out examples.
+
+        Args:
+            count: held-out examples.
+            comparisons: how many methods the best is picked from.
+
+        Raises:
+            UsageError: with the number that would do.
+        """
+        if self.kind != "max_drop" or least_fall(count, comparisons) <= self.value:
+            return
+        together = f" for {comparisons} methods together" if comparisons > 1 else ""
+        raise UsageError(
+            f"{count} held-out examples cannot show a fall of exact match below {least_fall(count, comparisons):.1%}"
+            f"{together}, even if no answer changes: judge by {examples_for(self.value, comparisons):,} or more "
+            "(--held-out-samples), allow a larger fall, or use --max-kl."
+        )
+
+    def check_dense(self, dense: Measured) -> None:
+        """Refuse a limit on exact match where the dense model itself has little to lose.
+
+        Raises:
+            UsageError: where it gives the exact response to less than half of the examples.
+        """
+        right = dense.quality["exact_match"].value if "exact_match" in dense.quality else 0.0
+        if self.kind == "max_drop" and right < _MOSTLY:
+            raise UsageError(
+                f"The dense model gives the exact response to only {right:.0%} of the held-out examples, so a fall of "
+                "that share says little: name the part that must be right with --answer-pattern REGEX, or use --max-kl."
+            )
 
     def __str__(self) -> str:
         if self.kind == "max_kl":
@@ -64,25 +98,9 @@ class Limit:
         return f"a fall of exact match by {self.value:.1%}"
 
 
-@dataclass(frozen=True)
-class Combination:
-    """One way to choose experts at any keep rate."""
-
-    scorer: str
-    rule: str
-    routing: Routing
-    target: str = "ragged"
-
-    def __str__(self) -> str:
-        return f"{self.scorer}/{self.rule}, {self.routing}" + (", stock" if self.target == "stock" else "")
-
-    @classmethod
-    def from_document(cls, found: Mapping[str, Any]) -> Combination:
-        """Out of an object with the attributes' names as keys, wherever else it has."""
-        routing = next((known for known in ROUTINGS if known == found["routing"]), None)
-        if routing is None:
-            raise ValueError(f"there is no routing {found['routing']!r}")
-        return cls(str(found["scorer"]), str(found["rule"]), routing, str(found.get("target") or "ragged"))
+DEFAULT_LIMIT = Limit("max_kl", 0.02)
+"""What a recommendation keeps to when no limit is given."""
+_MOSTLY = 0.5
 
 
 @dataclass(frozen=True)
@@ -90,29 +108,29 @@ class SweptPoint:
     """One selection of a sweep, as a document describes it.
 
     Attributes:
-        combination: how it was chosen.
+        method: how it was chosen.
         keep_asked: the keep rate asked for.
         keep: the keep rate met.
         kept: how many experts are kept.
         size: bytes of the pruned weights, None where they are not known.
-        verdict: figures over the held-out examples.
+        measured: figures over the held-out examples.
         meets: whether the limit is met, None without a limit.
         fits: whether it fits the memory asked for, None where none was.
     """
 
-    combination: Combination
+    method: Method
     keep_asked: float
     keep: float
     kept: int
     size: int | None
-    verdict: Verdict
+    measured: Measured
     meets: bool | None = None
     fits: bool | None = None
 
     @property
     def healthy(self) -> bool | None:
         """Whether its free-running answers are like the dense model's; None where it was not generated from."""
-        return None if self.verdict.health is None else not self.verdict.health.complaints
+        return None if self.measured.health is None else not self.measured.health.complaints
 
     @property
     def good(self) -> bool:
@@ -122,12 +140,12 @@ class SweptPoint:
     def to_document(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            **asdict(self.combination),
+            **asdict(self.method),
             "keep_asked": self.keep_asked,
             "keep": self.keep,
             "kept": self.kept,
             "bytes": self.size,
-            **self.verdict.to_document(),
+            **self.measured.to_document(),
             "meets_limit": self.meets,
             "healthy": self.healthy,
             "fits": self.fits,
@@ -139,47 +157,43 @@ class SweptPoint:
         keep, size = float(found["keep"]), found.get("bytes")
         meets, fits = (None if found.get(key) is None else bool(found[key]) for key in ("meets_limit", "fits"))
         return cls(
-            Combination.from_document(found),
+            Method.from_document(found),
             float(found.get("keep_asked", keep)),
             keep,
             int(found["kept"]),
             None if size is None else int(size),
-            Verdict.from_document(found),
+            Measured.from_document(found),
             meets,
             fits,
         )
 
 
 @dataclass(frozen=True)
-class SweepPoint:
+class Point:
     """One selection, judged.
 
     Attributes:
-        combination: how it was chosen.
+        method: how it was chosen.
         selection: the experts.
         size: bytes of the pruned weights.
-        verdict: figures over the held-out examples.
+        measured: figures over the held-out examples.
         meets: whether the limit is met, None without a limit.
         fits: whether it fits the memory asked for, None where none was.
     """
 
-    combination: Combination
+    method: Method
     selection: Selection
     size: int
-    verdict: Verdict
+    measured: Measured
     meets: bool | None = None
     fits: bool | None = None
-
-    def with_health(self, health: Health | None) -> SweepPoint:
-        """The same point with its free-running answers judged."""
-        return replace(self, verdict=replace(self.verdict, health=health))
 
     @property
     def described(self) -> SweptPoint:
         """The point without its experts."""
         kept = self.selection
         return SweptPoint(
-            *(self.combination, kept.keep_asked, kept.keep, kept.kept, self.size, self.verdict, self.meets, self.fits)
+            *(self.method, kept.keep_asked, kept.keep, kept.kept, self.size, self.measured, self.meets, self.fits)
         )
 
     @property
@@ -187,23 +201,27 @@ class SweepPoint:
         """Whether its free-running answers are like the dense model's; None where it was not generated from."""
         return self.described.healthy
 
+    def with_health(self, health: Health | None) -> Point:
+        """The same point with its free-running answers judged."""
+        return replace(self, measured=replace(self.measured, health=health))
 
-Measure = Callable[[Combination, float], SweepPoint | None]
-"""Judges a combination at a keep rate; None where no selection meets it."""
+
+Measure = Callable[[Method, float], Point | None]
+"""Judges a method at a keep rate; None where no selection meets it."""
 
 
-def grid(combinations: Iterable[Combination], keep_rates: Sequence[float], measure: Measure) -> list[SweepPoint]:
-    """Judge every combination at every keep rate, the largest rates first."""
+def grid(methods: Iterable[Method], keep_rates: Sequence[float], measure: Measure) -> list[Point]:
+    """Judge every method at every keep rate, the largest rates first."""
     rates = sorted(keep_rates, reverse=True)
-    found = [measure(combination, keep) for combination in combinations for keep in rates]
+    found = [measure(method, keep) for method in methods for keep in rates]
     return [point for point in found if point is not None]
 
 
-def bisect(combination: Combination, measure: Measure, limit: Limit, *, most: float = 1.0) -> list[SweepPoint]:
+def bisect(method: Method, measure: Measure, limit: Limit, *, most: float = 1.0) -> list[Point]:
     """Look for the smallest keep rate that meets a limit, as if meeting it were a matter of keeping enough.
 
     Args:
-        combination: how to choose.
+        method: how to choose.
         measure: judges a keep rate.
         limit: the limit.
         most: the largest keep rate to consider.
@@ -214,19 +232,28 @@ def bisect(combination: Combination, measure: Measure, limit: Limit, *, most: fl
     fails, passes, points = 0.0, most, []
     while passes - fails > RESOLUTION:
         middle = (fails + passes) / 2
-        point = measure(combination, middle)
+        point = measure(method, middle)
         if point is not None:
             points.append(point)
-        if point is not None and limit.met(point.verdict):
+        if point is not None and limit.met(point.measured):
             passes = middle
         else:
             fails = middle
     return points
 
 
-def bisection_steps(most: float = 1.0) -> int:
-    """How many keep rates :func:`bisect` judges."""
-    return max(0, math.ceil(math.log2(most / RESOLUTION)))
+def measure_points(
+    methods: Sequence[Method], keep_rates: Sequence[float] | None, measure: Measure, limit: Limit, *, most: float = 1.0
+) -> list[Point]:
+    """Judge every method at given keep rates, or where these are None, at those that :func:`bisect` asks for."""
+    if keep_rates is not None:
+        return grid(methods, keep_rates, measure)
+    return [point for method in methods for point in bisect(method, measure, limit, most=most)]
+
+
+def steps_of(keep_rates: Sequence[float] | None, most: float = 1.0) -> int:
+    """How many keep rates :func:`measure_points` judges each method at."""
+    return len(keep_rates) if keep_rates is not None else max(0, math.ceil(math.log2(most / RESOLUTION)))
 
 
 @dataclass(frozen=True)
@@ -240,15 +267,18 @@ class Recommendation:
         reason: why, in a sentence.
     """
 
-    points: list[SweepPoint]
+    points: list[Point]
     smallest: int | None
     chosen: int | None
     reason: str
 
+    @property
+    def point(self) -> Point | None:
+        """The operating point, None where there is none."""
+        return None if self.chosen is None else self.points[self.chosen]
 
-def recommend(
-    points: Sequence[SweepPoint], limit: Limit, generate: Callable[[SweepPoint], Health | None]
-) -> Recommendation:
+
+def recommend(points: Sequence[Point], limit: Limit, generate: Callable[[Point], Health | None]) -> Recommendation:
     """Find the operating point; every candidate is generated from before it is recommended.
 
     Candidates are the points within the limit (and the memory, where one was given), smallest first, those of one
@@ -261,7 +291,7 @@ def recommend(
     """
     judged = list(points)
     within = [i for i, point in enumerate(judged) if point.meets and point.fits is not False]
-    within.sort(key=lambda i: (judged[i].selection.kept, limit.figure(judged[i].verdict).value, i))
+    within.sort(key=lambda i: (judged[i].selection.kept, limit.figure(judged[i].measured).value, i))
     if not within:
         fitting = " of those that fit" if any(point.fits is False for point in judged) else ""
         return Recommendation(judged, None, None, f"No point{fitting} stays within {limit}.")
@@ -277,12 +307,12 @@ def recommend(
     )
 
 
-def _reason(point: SweepPoint, limit: Limit, passed_over: int) -> str:
-    figure = limit.figure(point.verdict)
+def _reason(point: Point, limit: Limit, passed_over: int) -> str:
+    figure = limit.figure(point.measured)
     shown = f"{figure.value:.4f} (at most {figure.high:.4f})"
     if limit.kind == "max_drop":
         shown = f"{figure.value:.1%} (at most {figure.high:.1%})"
-    reason = f"Keep {point.selection.keep:.3f} by {point.combination} is the smallest within {limit}: {shown}"
+    reason = f"Keep {point.selection.keep:.3f} by {point.method} is the smallest within {limit}: {shown}"
     if passed_over:
         reason += f"; {passed_over} smaller within the limit, but with unhealthy answers"
     return reason + "."

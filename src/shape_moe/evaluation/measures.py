@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import exp
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.evaluation.generation import Generated
-from shape_moe.evaluation.held_out import HeldOutSet
+from shape_moe.evaluation.held_out_set import HeldOutSet
 from shape_moe.evaluation.intervals import Bootstrap, Estimate
 from shape_moe.evaluation.teacher_forced import TeacherForced
 
@@ -88,6 +88,39 @@ class Health:
         """What :meth:`to_document` described."""
         complaints = tuple(str(complaint) for complaint in found.get("complaints") or ())
         return cls(figures_of(found), figures_of(found.get("change")), int(found.get("limit") or 0), complaints)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one model over one set.
+
+    Attributes:
+        quality: see :func:`quality`.
+        change: paired differences to the dense model, empty for the dense model itself.
+        health: free-running answers, None where none were made.
+    """
+
+    quality: Figures
+    change: Figures = field(default_factory=dict)
+    health: Health | None = None
+
+    def to_document(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "quality": document(self.quality),
+            "change": document(self.change) or None,
+            "generation": self.health.to_document() if self.health else None,
+        }
+
+    @classmethod
+    def from_document(cls, found: Mapping[str, Any]) -> Measured:
+        """What :meth:`to_document` described."""
+        answers = found.get("generation")
+        return cls(
+            figures_of(found["quality"]),
+            figures_of(found.get("change")),
+            Health.from_document(answers) if answers else None,
+        )
 
 
 def health(made: Generated, dense: Generated | None, draws: Bootstrap) -> Health:

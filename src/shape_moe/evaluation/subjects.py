@@ -46,7 +46,7 @@ def open_candidate(given: str | PathLike[str] | Selection, dense: Snapshot, trac
         UsageError: when a selection does not fit the model.
     """
     if isinstance(given, Selection):
-        name = f"{given.scorer}/{given.rule}, {given.routing} {given.keep:.2f}"
+        name = f"{given.method} {given.keep:.2f}"
         return _mask(name, given, dense, trace)
     path = Path(given)
     if path.is_file():

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from shape_moe.evaluation.judge import Verdict
 from shape_moe.evaluation.keep_rate import Limit, SweptPoint
+from shape_moe.evaluation.measures import Measured
 from shape_moe.evaluation.result_file import header, read_result
 from shape_moe.made_with import MadeWith
 from shape_moe.selection.selection import Selection
@@ -24,7 +24,7 @@ class Sweep:
         model: name of the model.
         fingerprint: identifies it.
         split: how calibration and held-out examples were told apart, a sentence.
-        comparisons: how many ways to choose the intervals hold for together.
+        comparisons: how many methods the intervals hold for together.
         calibration: what the trace was made from.
         held_out: the source of the held-out examples, and their number.
         limit: what may be lost, None without a limit.
@@ -44,7 +44,7 @@ class Sweep:
     calibration: Mapping[str, Any]
     held_out: Mapping[str, Any]
     limit: Limit | None
-    dense: Verdict
+    dense: Measured
     dense_size: int | None
     points: tuple[SweptPoint, ...]
     recommended: int | None
@@ -92,7 +92,7 @@ class Sweep:
             calibration=dict(document.get("calibration") or {}),
             held_out=dict(document.get("held_out") or {}),
             limit=Limit(str(limit["kind"]), float(limit["value"])) if limit else None,
-            dense=Verdict.from_document(dense),
+            dense=Measured.from_document(dense),
             dense_size=None if dense.get("bytes") is None else int(dense["bytes"]),
             points=points,
             recommended=None if places[0] is None else int(places[0]),
@@ -106,7 +106,7 @@ class Sweep:
         if selection is None:
             return self.points[self.recommended] if self.recommended is not None else None
         wanted = (selection.scorer, selection.rule, selection.routing, selection.kept)
-        made = {(p.combination.scorer, p.combination.rule, p.combination.routing, p.kept): p for p in self.points[::-1]}
+        made = {(p.method.scorer, p.method.rule, p.method.routing, p.kept): p for p in self.points[::-1]}
         return made.get(wanted)
 
 

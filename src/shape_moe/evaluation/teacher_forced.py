@@ -18,7 +18,7 @@ from shape_moe.evaluation.dense_reference import (
     logprobs,
     scored_outputs,
 )
-from shape_moe.evaluation.held_out import HeldOutSet, scored_positions
+from shape_moe.evaluation.held_out_set import HeldOutSet, scored_positions
 from shape_moe.progress import Advance
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.harness import TaskOptions
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.scoring.registry import ScoreOptions
-from shape_moe.selection.selection import Routing
+from shape_moe.selection.method import Method, Routing
 from shape_moe.tracing.trace import SegmentWeights
 
 
@@ -88,15 +88,14 @@ EvaluationSpec = ExamplesSpec | TaskSpec
 
 
 @dataclass(frozen=True)
-class Method:
-    """A scorer with a rule; the seed is that of scorer random, None for all others."""
+class SeededMethod(Method):
+    """A method of the grid, whose routings are an axis of their own.
 
-    scorer: str
-    rule: str
+    Attributes:
+        seed: that of scorer random, None for all others.
+    """
+
     seed: int | None = None
-
-    def __str__(self) -> str:
-        return f"{self.scorer}/{self.rule}"
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ class ExperimentConfig:
 
     models: tuple[ModelSpec, ...]
     calibration: tuple[CalibrationSpec, ...]
-    methods: tuple[Method, ...]
+    methods: tuple[SeededMethod, ...]
     routings: tuple[Routing, ...]
     keep: tuple[float, ...]
     evaluation: tuple[EvaluationSpec, ...]
@@ -139,7 +138,7 @@ class ExperimentConfig:
     def _per_calibration(self) -> int:
         return len(self.methods) * len(self.routings) * len(self.keep)
 
-    def scoring(self, method: Method) -> ScoreOptions:
+    def scoring(self, method: SeededMethod) -> ScoreOptions:
         """How a method's scorer is run."""
         return ScoreOptions(self.weights, self.seed if method.seed is None else method.seed)
 
@@ -161,7 +160,7 @@ class ExperimentConfig:
         axes: dict[str, tuple[str, list[str]]] = {
             "model": ("models", [spec.name for spec in self.models]),
             "calibration": ("calibration", [spec.name for spec in self.calibration]),
-            "method": ("methods", [str(method) for method in self.methods]),
+            "method": ("methods", [method.pair for method in self.methods]),
             "routing": ("routings", [str(routing) for routing in self.routings]),
             "keep": ("keep", [f"{keep:g}" for keep in self.keep]),
             "evaluation": ("evaluation", [spec.name for spec in self.evaluation]),

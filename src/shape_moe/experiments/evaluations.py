@@ -1,19 +1,14 @@
-"""One evaluation of an experiment on one loaded model: held-out examples, or a task of lm-evaluation-harness."""
+"""Evaluations of an experiment on one loaded model: what they share, and tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shape_moe.evaluation.harness import run_tasks
-from shape_moe.evaluation.judge import Judge
 from shape_moe.evaluation.measures import document
 from shape_moe.evaluation.task_results import TaskResult, task_changes
-from shape_moe.experiments.config import ExamplesSpec, TaskSpec
-from shape_moe.jobs.held_out import held_out_set
-from shape_moe.jobs.session import ModelSession
-from shape_moe.progress import Progress
+from shape_moe.experiments.config import TaskSpec
 from shape_moe.pruning.masks import masked
 from shape_moe.selection.selection import Selection
 
@@ -25,66 +20,16 @@ Document = dict[str, Any]
 
 
 class OpenEvaluation(Protocol):
-    """An evaluation that is ready to judge selections as masks."""
+    """An evaluation that is ready to judge selections as masks: a bench of held-out examples, or a task."""
 
-    def dense(self) -> Document:
+    def dense_document(self) -> Document:
         """Figures of the dense model."""
 
-    def judge(self, selection: Selection) -> Document:
+    def document(self, selection: Selection) -> Document:
         """Figures of the model with a selection as a mask, and their change to the dense model's."""
 
     def close(self) -> None:
         """Let go of what judging needed."""
-
-
-class JudgedExamples:
-    """An evaluation by held-out examples.
-
-    Args:
-        spec: the evaluation.
-        session: gives the model, its tokenizer and the examples.
-        seed: draws the resamples of intervals.
-        folder: where answers of the dense model are kept for a later run.
-        progress: where to show progress.
-
-    Raises:
-        DataError: when no record can be used.
-    """
-
-    def __init__(
-        self,
-        spec: ExamplesSpec,
-        session: ModelSession,
-        seed: int,
-        folder: Path,
-        progress: Progress,
-    ) -> None:
-        self.model: PreTrainedModel = session.model
-        held_out = held_out_set(session, session.calibrator, f"Evaluation {spec.name}", folder)
-        with progress.phase(f"Dense model on {spec.name}", len(held_out.examples), "example") as advance:
-            self._judge = Judge(
-                self.model, session.tokenizer, held_out, generation=spec.generation, seed=seed, advance=advance
-            )
-            self._generated = self._judge.answer_as_dense(self.model)
-
-    def dense(self) -> Document:
-        """Figures of the dense model, and how many examples they rest on."""
-        return {
-            **self._judge.dense_verdict().to_document(),
-            "examples": len(self._judge.held_out.examples),
-            "answered": len(self._judge.answered),
-            "generated": len(self._generated.positions) if self._generated else 0,
-        }
-
-    def judge(self, selection: Selection) -> Document:
-        """Figures of a selection."""
-        with masked(self.model, selection):
-            sums, made = self._judge.compare(self.model), self._judge.answer(self.model)
-        return self._judge.verdict(sums, made).to_document()
-
-    def close(self) -> None:
-        """Remove the dense model's log-probabilities."""
-        self._judge.close()
 
 
 class JudgedTask:
@@ -95,7 +40,7 @@ class JudgedTask:
         model: the dense model.
         tokenizer: its tokenizer.
         seed: draws few-shot examples, and the resamples of paired differences.
-        known: what :meth:`dense` of an earlier run gave, None where the dense model is still to be asked.
+        known: what :meth:`dense_document` of an earlier run gave, None where the dense model is still to be asked.
 
     Raises:
         ShapeMoeError: when lm-eval is missing or cannot run the task.
@@ -116,7 +61,7 @@ class JudgedTask:
             else {name: TaskResult.from_items(found) for name, found in known["results"].items()}
         )
 
-    def dense(self) -> Document:
+    def dense_document(self) -> Document:
         """Figures of the dense model; ``results`` is what later runs need to pair items."""
         return {
             "tasks": {name: result.to_document() for name, result in self._dense.items()},
@@ -126,7 +71,7 @@ class JudgedTask:
             "results": {name: result.to_items() for name, result in self._dense.items()},
         }
 
-    def judge(self, selection: Selection) -> Document:
+    def document(self, selection: Selection) -> Document:
         """Figures of a selection."""
         with masked(self.model, selection):
             made = self._run()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,23 +15,25 @@ from shape_moe.architectures.loading import load_tokenizer, release_memory
 from shape_moe.architectures.sizes import measure
 from shape_moe.calibration.records import Record
 from shape_moe.errors import BudgetError
+from shape_moe.evaluation.bench import Bench
 from shape_moe.experiments.config import (
     CalibrationSpec,
     EvaluationSpec,
     ExamplesSpec,
     ExperimentConfig,
-    Method,
     ModelSpec,
+    SeededMethod,
 )
-from shape_moe.experiments.evaluations import JudgedExamples, JudgedTask, OpenEvaluation
+from shape_moe.experiments.evaluations import JudgedTask, OpenEvaluation
 from shape_moe.experiments.plan import Plan, on_device
+from shape_moe.jobs.held_out import held_out_set
 from shape_moe.jobs.session import ExampleOptions, ModelSession, load_original
 from shape_moe.jobs.trace import kept_trace
 from shape_moe.journal import Journal
 from shape_moe.made_with import made_with
 from shape_moe.progress import Progress
 from shape_moe.selection.select import SelectOptions, TraceSelector
-from shape_moe.selection.selection import Routing, Selection
+from shape_moe.selection.selection import Selection
 from shape_moe.units import readable_duration
 from shape_moe.workspace import job_digest
 
@@ -51,8 +53,7 @@ class _Cell:
     """A selection of the grid and what evaluations say of it; without one, the reason why there is none."""
 
     calibration: str
-    method: Method
-    routing: Routing
+    method: SeededMethod
     keep: float
     selection: Selection | None = None
     reason: str | None = None
@@ -160,18 +161,19 @@ class _ModelRun:
         for method, scoring in runs:
             selector = selectors[scoring.seed]
             for routing in self.config.routings:
-                cells += [self._cell(selector, spec.name, method, routing, keep) for keep in self.config.keep]
+                routed = replace(method, routing=routing)
+                cells += [self._cell(selector, spec.name, routed, keep) for keep in self.config.keep]
         return cells
 
-    def _cell(self, selector: TraceSelector, calibration: str, method: Method, routing: Routing, keep: float) -> _Cell:
-        cell = _Cell(calibration, method, routing, keep)
+    def _cell(self, selector: TraceSelector, calibration: str, method: SeededMethod, keep: float) -> _Cell:
+        cell = _Cell(calibration, method, keep)
         try:
-            cell.selection = selector.select(SelectOptions(keep, method.rule, routing), method.scorer)
+            cell.selection = selector.select(SelectOptions(keep, method))
         except BudgetError as error:
-            cell.reason = f"{self.spec.name}, {method}, routing {routing}, keep {keep:g}: {error}"
+            cell.reason = f"{self.spec.name}, {method}, keep {keep:g}: {error}"
             return cell
         seed = "" if method.seed is None else f"-seed{method.seed}"
-        name = f"{method.scorer}-{method.rule}-{routing}-{keep:g}{seed}.json"
+        name = f"{method.scorer}-{method.rule}-{method.routing}-{keep:g}{seed}.json"
         cell.file = f"selections/{self.spec.name}/{calibration}/{name}"
         (self.folder / cell.file).parent.mkdir(parents=True, exist_ok=True)
         cell.selection.save(self.folder / cell.file)
@@ -196,11 +198,11 @@ class _ModelRun:
         opened = self._open(spec)
         try:
             if (self.spec.name, spec.name, _DENSE) not in self.known:
-                self.known.put((self.spec.name, spec.name, _DENSE), opened.dense())
+                self.known.put((self.spec.name, spec.name, _DENSE), opened.dense_document())
             title = f"{self.spec.name}: judging by {spec.name}"
             with self.progress.phase(title, len(missing), "cell") as advance, self.clock.running():
                 for digest, selection in missing.items():
-                    self.known.put((self.spec.name, spec.name, digest), opened.judge(selection))
+                    self.known.put((self.spec.name, spec.name, digest), opened.document(selection))
                     advance(1)
         finally:
             opened.close()
@@ -212,7 +214,14 @@ class _ModelRun:
         folder = self.folder / ANSWERS_FOLDER / self.spec.name / spec.name
         folder.mkdir(parents=True, exist_ok=True)
         session = self._session(spec.tracing, self.plan.held_out[spec.name])
-        return JudgedExamples(spec, session, self.config.seed, folder, self.progress)
+        return Bench(
+            session.model,
+            session.tokenizer,
+            held_out_set(session, session.calibrator, f"evaluation {spec.name}", folder),
+            generation=spec.generation,
+            seed=self.config.seed,
+            progress=self.progress,
+        )
 
     def _document(self, cells: list[_Cell]) -> Document:
         facts = {
@@ -234,7 +243,7 @@ class _ModelRun:
             "scorer": cell.method.scorer,
             "rule": cell.method.rule,
             "seed": cell.method.seed,
-            "routing": cell.routing,
+            "routing": cell.method.routing,
             "keep_asked": cell.keep,
             "keep": chosen.keep if chosen else None,
             "kept": chosen.kept if chosen else None,

@@ -14,7 +14,7 @@ from shape_moe.calibration.records import Record, content_hash, load_records, pr
 from shape_moe.evaluation.harness import check_chat_template, check_tasks
 from shape_moe.experiments.config import ExamplesSpec, ExperimentConfig, ModelSpec, TaskSpec
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES, fresh_records
-from shape_moe.jobs.select import SelectionJob, check_job
+from shape_moe.jobs.select import check_options
 from shape_moe.jobs.session import ExampleOptions, ModelSession
 from shape_moe.progress import SILENT
 from shape_moe.selection.select import SelectOptions
@@ -96,8 +96,8 @@ def _check_methods(plan: Plan, model: ModelSpec) -> None:
     snapshot = plan.snapshots[model.name]
     for method in plan.config.methods:
         for routing in plan.config.routings:
-            asked = SelectionJob(SelectOptions(1.0, method.rule, routing), method.scorer)
-            check_job(asked, snapshot.moe_layers, snapshot.moe.num_experts, snapshot.moe.routing)
+            asked = SelectOptions(1.0, replace(method, routing=routing))
+            check_options(asked, snapshot.moe_layers, snapshot.moe.num_experts, snapshot.moe.routing)
 
 
 def _check_records(plan: Plan, model: ModelSpec) -> None:

@@ -21,8 +21,8 @@ from shape_moe.experiments.config import (
     EvaluationSpec,
     ExamplesSpec,
     ExperimentConfig,
-    Method,
     ModelSpec,
+    SeededMethod,
     TaskSpec,
 )
 from shape_moe.experiments.yaml_section import Section, read_yaml
@@ -31,9 +31,9 @@ from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions
 from shape_moe.literal_paths import expand_home
 from shape_moe.reporting.experiment_tables import EXAMPLE_METRICS, GENERATED
 from shape_moe.scoring.registry import get_scorer
+from shape_moe.selection.method import ROUTINGS, Routing
 from shape_moe.selection.rules import get_rule
 from shape_moe.selection.select import SelectOptions
-from shape_moe.selection.selection import ROUTINGS, Routing
 from shape_moe.tracing.trace import SegmentWeights
 
 _RANDOM = "random"
@@ -203,7 +203,7 @@ class _Reader:
             calibration=calibration,
         )
 
-    def _methods(self) -> tuple[Method, ...]:
+    def _methods(self) -> tuple[SeededMethod, ...]:
         top = self.top
         if top.has("methods") and (top.has("scorers") or top.has("rules")):
             raise UsageError(f"{top.where('methods')} stands for scorers and rules; give either.")
@@ -227,8 +227,8 @@ class _Reader:
                 get_rule(rule)
         found = []
         for scorer, rule in pairs:
-            found += [Method(scorer, rule, seed) for seed in (seeds or (self.seed,))] if scorer == _RANDOM else []
-            found += [] if scorer == _RANDOM else [Method(scorer, rule)]
+            drawn = (seeds or (self.seed,)) if scorer == _RANDOM else (None,)
+            found += [SeededMethod(scorer, rule, seed=seed) for seed in drawn]
         return tuple(found)
 
     def _pair(self, text: str) -> tuple[str, str]:

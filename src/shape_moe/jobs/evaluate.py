@@ -13,6 +13,7 @@ from shape_moe.architectures.sizes import measure
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.records import DataOptions, Record, load_records, prompt_hash
 from shape_moe.errors import ShapeMoeError, UsageError
+from shape_moe.evaluation.bench import Bench
 from shape_moe.evaluation.conclusion import conclude
 from shape_moe.evaluation.evaluated import ALSO, TASK, Evaluated, Evaluation
 from shape_moe.evaluation.faithfulness import FEWEST_RANDOM, Faithfulness, faithfulness
@@ -20,8 +21,6 @@ from shape_moe.evaluation.footprint import Workload, measure_footprint
 from shape_moe.evaluation.forgotten import GeneralCheck, general_records
 from shape_moe.evaluation.generation import Generated, GenerationOptions
 from shape_moe.evaluation.harness import TaskOptions, check_chat_template, check_tasks, run_tasks, run_tasks_with_vllm
-from shape_moe.evaluation.judge import Judge
-from shape_moe.evaluation.judge import Verdict as SetFigures
 from shape_moe.evaluation.subjects import Candidate, open_candidate, scores_of
 from shape_moe.evaluation.task_results import TaskResult, task_changes
 from shape_moe.evaluation.teacher_forced import TeacherForced
@@ -147,8 +146,7 @@ class _Run:
         self.device, self.dtype = placement
         self.notes: list[str] = []
         self.size = measure(snapshot)
-        self.judges: dict[str, Judge] = {}
-        self.dense_answers: dict[str, Generated] = {}
+        self.benches: dict[str, Bench] = {}
         self.asked: list[Record] = []
         self.general: GeneralCheck | None = None
         self.scores: dict[str, Scores] = {}
@@ -194,8 +192,8 @@ class _Run:
             release_memory()
             models += [self._checkpoint(entry, entry.snapshot) for entry in self.candidates if entry.snapshot]
         release_memory()
-        for judge in self.judges.values():
-            judge.close()
+        for bench in self.benches.values():
+            bench.close()
         if self.general is not None:
             self.general.close()
         order = {name: i for i, name in enumerate([self.snapshot.name, *(entry.name for entry in self.candidates)])}
@@ -209,7 +207,7 @@ class _Run:
             fingerprint=fingerprint(self.snapshot),
             data=asked.data.source if asked else None,
             also=also.source if also else None,
-            examples=len(self.judges[TASK].held_out.examples) if self.judges else 0,
+            examples=len(self.benches[TASK].held_out.examples) if self.benches else 0,
             by=self.options.by,
             models=tuple(models),
             faithfulness=tuple(checks),
@@ -229,47 +227,42 @@ class _Run:
 
     def _judged_on_dense(self) -> tuple[list[Evaluated], list[Faithfulness]]:
         """The dense model and all masks on it, and what faithfulness says of every selection."""
-        model, checks = self._dense_model(), []
         if self.session is not None:
-            self.judges = self._judges(self.session)
+            model = self.session.model
+            self.benches = self._open_benches(self.session)
             self.general = self._general(self.session) if self.options.general and self.candidates else None
-        models = [self._dense(model)]
+        else:
+            model = load_original(self.snapshot, self.device, self.dtype, self.progress)
+        dense = Evaluated(self.snapshot.name, "dense", None, self.snapshot.total_bytes)
+        dense.sets = {name: bench.dense() for name, bench in self.benches.items()}
+        dense.tasks = self._tasks(model)
+        models, checks = [dense], []
         for entry in self.candidates:
-            kept = None
             if entry.snapshot is None:
                 models.append(self._masked(entry, model))
-                kept = models[-1].sets.get(TASK)
             if self.options.faithfulness and entry.selection is not None:
-                checks.append(self._faithfulness(entry, entry.selection, model, kept))
+                checks.append(self._faithfulness(entry, entry.selection))
+        for bench in self.benches.values():
+            bench.unload()
         if self.session is not None:
             self.session.unload()
         return models, checks
 
-    def _dense_model(self) -> PreTrainedModel:
-        if self.session is not None:
-            return self.session.model
-        return load_original(self.snapshot, self.device, self.dtype, self.progress)
-
-    def _judges(self, session: ModelSession) -> dict[str, Judge]:
+    def _open_benches(self, session: ModelSession) -> dict[str, Bench]:
         sources = {TASK: session.calibrator}
         if self.options.also is not None:
             sources[ALSO] = session.calibrator_of(load_records(self.options.also), self.options.also)
-        judges = {}
-        for name, calibrator in sources.items():
-            held_out = held_out_set(session, calibrator, calibrator.data.source)
-            with self.progress.phase(f"Dense model on {held_out.name}", len(held_out.examples), "example") as advance:
-                judges[name] = Judge(
-                    session.model,
-                    session.tokenizer,
-                    held_out,
-                    generation=self.options.generation,
-                    seed=self.options.seed,
-                    advance=advance,
-                )
-                made = judges[name].answer_as_dense(session.model)
-                if made is not None:
-                    self.dense_answers[name] = made
-        return judges
+        return {
+            name: Bench(
+                session.model,
+                session.tokenizer,
+                held_out_set(session, maker, maker.data.source),
+                generation=self.options.generation,
+                seed=self.options.seed,
+                progress=self.progress,
+            )
+            for name, maker in sources.items()
+        }
 
     def _general(self, session: ModelSession) -> GeneralCheck:
         records, answers = general_records(), session.options.answers
@@ -282,18 +275,14 @@ class _Run:
                 advance=advance,
             )
 
-    def _dense(self, model: PreTrainedModel) -> Evaluated:
-        found = Evaluated(self.snapshot.name, "dense", None, self.snapshot.total_bytes)
-        found.sets = {name: judge.dense_verdict() for name, judge in self.judges.items()}
-        found.tasks = self._tasks(model)
-        return found
-
     def _masked(self, entry: Candidate, model: PreTrainedModel) -> Evaluated:
         assert entry.selection is not None
         size = round(self.size.at_keep(entry.selection.kept))
         found = Evaluated(entry.name, "mask", entry.selection, size)
+        self._judge(found, entry.selection)
         with masked(model, entry.selection):
-            self._judge(found, model)
+            self._ask_general(found, model)
+            found.tasks = self._tasks(model)
         return found
 
     def _checkpoint(self, entry: Candidate, snapshot: Snapshot) -> Evaluated:
@@ -303,35 +292,42 @@ class _Run:
             advance(1)
         found = Evaluated(entry.name, "checkpoint", entry.selection, snapshot.total_bytes)
         self._judge(found, model)
+        self._ask_general(found, model)
+        found.tasks = self._tasks(model)
         return found
 
-    def _judge(self, found: Evaluated, model: PreTrainedModel) -> None:
-        """Figures of one model: over held-out examples, and at tasks."""
-        if self.judges:
-            total = sum(len(judge.held_out.examples) for judge in self.judges.values())
-            with self.progress.phase(f"Judging {found.name}", total, "example") as advance:
-                for name, judge in self.judges.items():
-                    sums, made = judge.compare(model, advance), judge.answer(model)
-                    found.sets[name] = judge.verdict(sums, made)
-                    self.notes += [f"{found.name}, {judge.held_out.name}: {text}." for text in _complaints(found, name)]
-                    if name == TASK:
-                        found.verdict = self._verdict(found, judge, sums, made)
-                    if name == TASK and self.options.by is not None:
-                        found.classes = judge.by_group(sums)
-            if self.general is not None:
-                with self.progress.phase(f"General prompts, {found.name}", len(self.general.records), "prompt") as step:
-                    found.forgotten = self.general.compare(model, step)
-        found.tasks = self._tasks(model)
+    def _judge(self, found: Evaluated, subject: Selection | PreTrainedModel) -> None:
+        """Figures over the held-out examples, where there are such."""
+        if not self.benches:
+            return
+        total = sum(len(bench.held_out.examples) for bench in self.benches.values())
+        with self.progress.phase(f"Judging {found.name}", total, "example") as advance:
+            for name, bench in self.benches.items():
+                sums, made = bench.sums(subject, advance), bench.answers(subject)
+                found.sets[name] = bench.measured(sums, made)
+                self.notes += [f"{found.name}, {bench.held_out.name}: {text}." for text in _complaints(found, name)]
+                if name == TASK:
+                    found.verdict = self._verdict(found, bench, sums, made)
+                if name == TASK and self.options.by is not None:
+                    found.classes = bench.by_group(sums)
 
-    def _verdict(self, found: Evaluated, judge: Judge, sums: TeacherForced, made: Generated | None) -> Verdict:
+    def _verdict(self, found: Evaluated, bench: Bench, sums: TeacherForced, made: Generated | None) -> Verdict:
         """The verdict over the examples that the model was not made from."""
         trace = next(entry.trace for entry in self.candidates if entry.name == found.name)
         known = (known_prompts(trace) if trace is not None else None) or frozenset()
         seen = {record.index for record in self.asked if prompt_hash(record) in known}
-        left_out = {i for i, example in enumerate(judge.held_out.examples) if example.index in seen}
-        theirs = self.dense_answers.get(TASK)
+        left_out = {i for i, example in enumerate(bench.held_out.examples) if example.index in seen}
+        theirs = bench.dense_answers
         answers = (theirs, made) if theirs is not None and made is not None else None
-        return conclude(judge.held_out, judge.dense, sums, answers, left_out=left_out, max_drop=self.options.max_drop)
+        return conclude(
+            bench.held_out, bench.dense_sums, sums, answers, left_out=left_out, max_drop=self.options.max_drop
+        )
+
+    def _ask_general(self, found: Evaluated, model: PreTrainedModel) -> None:
+        """What became of general prompts."""
+        if self.general is not None:
+            with self.progress.phase(f"General prompts, {found.name}", len(self.general.records), "prompt") as advance:
+                found.forgotten = self.general.compare(model, advance)
 
     def _tasks(self, model: PreTrainedModel) -> dict[str, TaskResult]:
         """Results of the tasks on a live model; those that vLLM runs come later, when nothing else is loaded."""
@@ -376,20 +372,15 @@ class _Run:
                 except UsageError as error:  # what was judged before is worth keeping
                     self.notes.append(f"{found.name} and the dense model cannot be compared: {error}")
 
-    def _faithfulness(
-        self, entry: Candidate, selection: Selection, model: PreTrainedModel, kept: SetFigures | None
-    ) -> Faithfulness:
+    def _faithfulness(self, entry: Candidate, selection: Selection) -> Faithfulness:
         assert entry.trace is not None
         draws, facts = self.options.faithfulness, entry.trace.info.routing
-        total = draws + (2 if kept is None else 1)
-        with self.progress.phase(f"Faithfulness of {entry.name}", total, "selection") as advance:
+        with self.progress.phase(f"Faithfulness of {entry.name}", draws + 2, "selection") as advance:
             return faithfulness(
-                model,
-                self.judges[TASK],
+                self.benches[TASK],
                 selection,
                 self.scores[entry.name],
                 name=entry.name,
-                kept=kept,
                 draws=draws,
                 groups=facts.groups if selection.routing == "reroute" else 1,
                 seed=self.options.seed,

@@ -11,7 +11,7 @@ from shape_moe.calibration.records import DataOptions, Record, load_records, pro
 from shape_moe.calibration.responses import pad_token_id, stop_ids
 from shape_moe.calibration.split import without_prompts
 from shape_moe.errors import DataError
-from shape_moe.evaluation.held_out import HeldOutSet
+from shape_moe.evaluation.held_out_set import HeldOutSet
 from shape_moe.jobs.session import ModelSession
 from shape_moe.tracing.trace import Trace
 from shape_moe.units import counted

@@ -10,10 +10,10 @@ from shape_moe.calibration.example_maker import ExampleMaker, options_of
 from shape_moe.calibration.parts import FEWEST, MOST, Parts, three_parts
 from shape_moe.calibration.records import DataOptions, Record, load_records
 from shape_moe.errors import DataError, UsageError
+from shape_moe.evaluation.bench import Bench
 from shape_moe.evaluation.conclusion import conclude
 from shape_moe.evaluation.forgotten import Forgotten, GeneralCheck, general_records
 from shape_moe.evaluation.generation import GenerationOptions
-from shape_moe.evaluation.judge import Judge
 from shape_moe.evaluation.outcomes import FREE_ANSWERS
 from shape_moe.evaluation.verdict import MAX_DROP, REQUIREMENTS, Verdict, check_max_drop, not_measured
 from shape_moe.jobs.held_out import fresh_records, held_out_set, known_prompts
@@ -141,26 +141,14 @@ def judge_selection(
         else session.calibrator_of(list(reporting), session.options.data)
     )
     held_out, progress = held_out_set(session, maker, "the judgement"), session.progress
-    count = len(held_out.examples)
     generation = GenerationOptions(options.answers)
-    with progress.phase("Judging: the dense model", count, "example") as advance:
-        judge = Judge(session.model, session.tokenizer, held_out, generation=generation, advance=advance)
-        theirs = judge.answer_as_dense(session.model)
-    general = _general(session) if options.general else None
-    forgotten = None
-    with masked(session.model, selection) as model:
-        with progress.phase("Judging: the pruned model", count, "example") as advance:
-            sums = judge.compare(model, advance)
-            ours = judge.answer(model)
-        if general is not None:
-            with progress.phase("Judging: general prompts", len(general.records), "prompt") as advance:
-                forgotten = general.compare(model, advance)
-    answers = (theirs, ours) if theirs is not None and ours is not None else None
-    verdict = conclude(held_out, judge.dense, sums, answers, max_drop=options.max_drop, notes=notes)
-    judge.close()
-    if general is not None:
-        general.close()
-    return Judgement(verdict, forgotten)
+    with Bench(session.model, session.tokenizer, held_out, generation=generation, progress=progress) as bench:
+        with progress.phase("Judging the pruned model", len(held_out.examples), "example") as advance:
+            sums, ours = bench.sums(selection, advance), bench.answers(selection)
+        theirs = bench.dense_answers
+        answers = (theirs, ours) if theirs is not None and ours is not None else None
+        verdict = conclude(held_out, bench.dense_sums, sums, answers, max_drop=options.max_drop, notes=notes)
+    return Judgement(verdict, _forgotten(session, selection) if options.general else None)
 
 
 def no_judgement(reason: str, options: JudgementOptions) -> Judgement:
@@ -175,9 +163,14 @@ def announcement(examples: int, options: JudgementOptions) -> str:
     return f"To be judged, dense and pruned: {', '.join(asked)}; --no-judge leaves it out."
 
 
-def _general(session: ModelSession) -> GeneralCheck:
+def _forgotten(session: ModelSession, selection: Selection) -> Forgotten:
+    """What becomes of general prompts."""
     records, batch_size = general_records(), session.options.answers.batch_size
-    with session.progress.phase("Judging: general prompts, dense", len(records), "prompt") as advance:
-        return GeneralCheck(
+    with session.progress.phase("Judging by general prompts", 2 * len(records), "prompt") as advance:
+        check = GeneralCheck(
             session.model, session.calibrator.tokeniser, batch_size=batch_size, records=records, advance=advance
         )
+        with masked(session.model, selection) as model:
+            found = check.compare(model, advance)
+    check.close()
+    return found

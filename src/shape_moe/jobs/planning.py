@@ -18,7 +18,7 @@ from shape_moe.tracing.trace import Trace
 
 
 @dataclass(frozen=True)
-class Plan:
+class SearchPlan:
     """What a search for a keep rate works with.
 
     Attributes:
@@ -80,7 +80,7 @@ def plan_search(
     samples: int,
     seed: int,
     progress: Progress,
-) -> Plan:
+) -> SearchPlan:
     """Decide which examples calibrate and which judge.
 
     Args:
@@ -113,7 +113,7 @@ def plan_search(
         sentence += f"; {seen} more were left out, because calibration has seen their prompts"
         if held_out is not None:
             progress.note(f"{seen} examples of {source.source} are in the calibration set as well and were left out.")
-    return Plan(session, trace, judged, sentence)
+    return SearchPlan(session, trace, judged, sentence)
 
 
 def _prompts_of(trace: Trace, progress: Progress, *, others: bool) -> frozenset[str]:
@@ -130,11 +130,13 @@ def _prompts_of(trace: Trace, progress: Progress, *, others: bool) -> frozenset[
     return frozenset()
 
 
-def _split_plan(snapshot: Snapshot, tracing: ExampleOptions, held_out: int, seed: int, progress: Progress) -> Plan:
+def _split_plan(
+    snapshot: Snapshot, tracing: ExampleOptions, held_out: int, seed: int, progress: Progress
+) -> SearchPlan:
     """Split one source into calibration and held-out examples."""
     wanted = tracing.data.samples or DEFAULT_SAMPLES
     pool = load_records(replace(tracing.data, samples=wanted + held_out))
     split = split_records(pool, wanted, held_out, seed=seed)
     session = ModelSession.open(snapshot, tracing, None, progress, split.calibration)
     session.source_notes[SPLIT_KEY] = split.sentence
-    return Plan(session, None, session.calibrator_of(split.held_out, tracing.data), split.sentence)
+    return SearchPlan(session, None, session.calibrator_of(split.held_out, tracing.data), split.sentence)

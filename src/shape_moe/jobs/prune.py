@@ -15,7 +15,7 @@ from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.parts import Parts
 from shape_moe.calibration.records import DataOptions
 from shape_moe.errors import CheckpointError, ShapeMoeError, UsageError
-from shape_moe.jobs.choose import ChoiceOptions, candidates, choose
+from shape_moe.jobs.auto import ChoiceOptions, auto_select, methods_to_try
 from shape_moe.jobs.judgement import (
     Judgement,
     JudgementOptions,
@@ -24,9 +24,8 @@ from shape_moe.jobs.judgement import (
     no_judgement,
     set_aside,
 )
-from shape_moe.jobs.planning import Plan, held_out_tracing, plan_search
-from shape_moe.jobs.search import check_examples
-from shape_moe.jobs.select import SelectionJob, as_selection_job, check_job
+from shape_moe.jobs.planning import SearchPlan, held_out_tracing, plan_search
+from shape_moe.jobs.select import as_select_options, check_options
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options, load_original
 from shape_moe.jobs.trace import kept_trace, open_trace
 from shape_moe.progress import SILENT, Progress
@@ -37,8 +36,8 @@ from shape_moe.pruning.masks import masked
 from shape_moe.pruning.model_config import pruned_config
 from shape_moe.pruning.shards import write_compared
 from shape_moe.reporting.model_card import CardFacts, write_card
-from shape_moe.selection.select import select_from_trace
-from shape_moe.selection.selection import Selection, load_selection, open_selection
+from shape_moe.selection.select import SelectOptions, select_from_trace
+from shape_moe.selection.selection import Selection, load_selection, open_selection, whole_selection
 from shape_moe.serving.bundle import copy_code, copy_root_files
 from shape_moe.serving.manifest import write_manifest
 from shape_moe.tracing.statistics import STATISTICS
@@ -67,7 +66,7 @@ class PruneOptions:
         force: replace an existing result, accept artifacts of unknown origin.
     """
 
-    select: SelectionJob | None = None
+    select: SelectOptions | None = None
     trace: ExampleOptions | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -116,7 +115,7 @@ class _Run:
     progress: Progress
     session: ModelSession | None = None
     trace: Trace | None = None
-    plan: Plan | None = None
+    plan: SearchPlan | None = None
     parts: Parts | None = None
     logits_skipped: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -179,7 +178,7 @@ def prune(
     chosen = open_selection(selection, snapshot, force=options.force) if selection is not None else None
     if options.select is not None:
         moe, automatic = snapshot.moe, options.choice is not None
-        check_job(options.select, snapshot.moe_layers, moe.num_experts, moe.routing, automatic=automatic)
+        check_options(options.select, snapshot.moe_layers, moe.num_experts, moe.routing, automatic=automatic)
     target = _target(options, chosen)
     _check_writable(snapshot, chosen, target)
     traced = open_trace(trace, snapshot, progress, force=options.force) if trace is not None else None
@@ -235,15 +234,17 @@ def _complete_options(
         samples = DEFAULT_SAMPLES if options.choice else PAPER_SAMPLES
         options = replace(options, trace=as_example_options(data, samples))
     if keep is not None:
-        options = replace(options, select=as_selection_job(keep))
+        options = replace(options, select=as_select_options(keep))
     if options.select is None and options.choice is not None and options.choice.limit is not None:
-        options = replace(options, select=as_selection_job(1.0))  # the limit decides how many are kept
+        options = replace(options, select=as_select_options(1.0))  # the limit decides how many are kept
     if options.trace is not None:
         options = replace(options, trace=replace(options.trace, device=options.device, dtype=options.dtype))
     return options
 
 
-def _plan_choice(snapshot: Snapshot, options: PruneOptions, trace: Trace | None, progress: Progress) -> Plan | None:
+def _plan_choice(
+    snapshot: Snapshot, options: PruneOptions, trace: Trace | None, progress: Progress
+) -> SearchPlan | None:
     """Which examples calibrate and which judge candidates, None where nothing is left to choose."""
     choice, select = options.choice, options.select
     if choice is None or select is None:
@@ -252,15 +253,17 @@ def _plan_choice(snapshot: Snapshot, options: PruneOptions, trace: Trace | None,
     tracing = held_out_tracing(options.trace, trace, choice.held_out, seed)
     tracing = replace(tracing, device=options.device, dtype=options.dtype)
     plan = plan_search(snapshot, tracing, trace, choice.held_out, choice.samples, seed, progress)
-    held = trace.statistics if trace is not None else STATISTICS
-    check_examples(plan, choice.limit, len(candidates(select, choice, snapshot.moe.top_k, held)))
+    if choice.limit is not None:
+        held = trace.statistics if trace is not None else STATISTICS
+        methods = methods_to_try(select.method, choice, snapshot.moe.top_k, held)
+        choice.limit.check_examples(len(plan.held_out.records), len(methods))
     return plan
 
 
 def _target(options: PruneOptions, chosen: Selection | None) -> str:
     """The target that the selection is made for."""
     if options.select is not None:
-        return options.select.options.target
+        return options.select.method.target
     assert chosen is not None
     return chosen.target
 
@@ -271,9 +274,9 @@ def _check_writable(snapshot: Snapshot, chosen: Selection | None, target: str) -
         plan_checkpoint(snapshot, chosen)
         pruned_config(snapshot.config, snapshot.moe, chosen, target)
         return
-    everything = {layer: list(range(snapshot.moe.num_experts)) for layer in snapshot.moe_layers}
-    whole = Selection(None, None, None, "", "", "drop", snapshot.moe.num_experts, None, everything, 1.0)
-    pruned_config(snapshot.config, snapshot.moe, whole, "ragged")
+    pruned_config(
+        snapshot.config, snapshot.moe, whole_selection(snapshot.moe_layers, snapshot.moe.num_experts), "ragged"
+    )
 
 
 def _job(
@@ -282,7 +285,7 @@ def _job(
     session: ModelSession | None,
     trace: str | PathLike[str] | None,
     chosen: Selection | None,
-    plan: Plan | None,
+    plan: SearchPlan | None,
 ) -> Mapping[str, Any]:
     """What decides the result, by its content: the model, the artifacts that enter, and the options."""
     description = asdict(options)
@@ -301,7 +304,7 @@ def _job(
 
 
 def _check_disk(snapshot: Snapshot, options: PruneOptions, chosen: Selection | None, folder: Path) -> None:
-    keep = chosen.keep if chosen is not None else options.select.options.keep if options.select else 1.0
+    keep = chosen.keep if chosen is not None else options.select.keep if options.select else 1.0
     expert_bytes = sum(s.size for s in snapshot.tensors.values() if snapshot.role(s.name).role in ("expert", "packed"))
     written = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     needed = snapshot.total_bytes - expert_bytes * (1 - keep) + _DISK_MARGIN - written
@@ -324,7 +327,6 @@ def _traced(run: _Run, session: ModelSession) -> Trace:
 def _selected(run: _Run) -> Selection:
     assert run.trace is not None
     assert run.options.select is not None
-    job = run.options.select
     if run.plan is not None and run.options.choice is not None:
         folder, file = run.work / "candidates.partial", run.artifacts / "selection.json"
         if file.is_file():
@@ -332,12 +334,14 @@ def _selected(run: _Run) -> Selection:
             chosen = load_selection(file)
         else:
             folder.mkdir(exist_ok=True)
-            chosen = choose(run.snapshot, run.plan, run.trace, job, run.options.choice, run.progress, folder)
+            chosen = auto_select(
+                run.snapshot, run.plan, run.trace, run.options.select, run.options.choice, run.progress, folder
+            )
             chosen.save(file)
         shutil.rmtree(folder, ignore_errors=True)
         run.progress.note(f"Chosen: {chosen.choice['reason'] if chosen.choice else ''}")
         return chosen
-    return select_from_trace(run.trace, job.options, scorer=job.scorer, scoring=job.scoring)
+    return select_from_trace(run.trace, run.options.select)
 
 
 def _completed(selection: Selection, snapshot: Snapshot) -> Selection:

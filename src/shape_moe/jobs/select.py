@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
-from shape_moe.architectures.moe_config import RoutingFacts
+from shape_moe.architectures.moe_config import RouterFacts
 from shape_moe.errors import UsageError
 from shape_moe.scoring.registry import ScoreOptions, get_scorer
 from shape_moe.scoring.scores import Scores, read_scores, score_trace
@@ -18,26 +17,9 @@ AUTO = "auto"
 """The scorer that stands for trying several."""
 
 
-@dataclass(frozen=True)
-class SelectionJob:
-    """How experts are scored and selected.
-
-    Attributes:
-        options: keep rate, rule, routing, target and constraints.
-        scorer: name of the scorer.
-        scoring: segment weights and seed.
-    """
-
-    options: SelectOptions
-    scorer: str = "shape"
-    scoring: ScoreOptions = field(default_factory=ScoreOptions)
-
-
-def as_selection_job(job: SelectionJob | SelectOptions | float) -> SelectionJob:
-    """A selection job from options, or from a keep rate alone."""
-    if isinstance(job, SelectionJob):
-        return job
-    return SelectionJob(job if isinstance(job, SelectOptions) else SelectOptions(keep=job))
+def as_select_options(given: SelectOptions | float) -> SelectOptions:
+    """Options from themselves, or from a keep rate alone: the published method."""
+    return given if isinstance(given, SelectOptions) else SelectOptions(keep=given)
 
 
 def score(source: str | PathLike[str] | Trace, scorer: str = "shape", options: ScoreOptions | None = None) -> Scores:
@@ -55,29 +37,28 @@ def score(source: str | PathLike[str] | Trace, scorer: str = "shape", options: S
 
 def select(
     source: str | PathLike[str] | Trace | Scores,
-    job: SelectionJob | SelectOptions | float,
+    options: SelectOptions | float,
     *,
-    routing: RoutingFacts | None = None,
+    routing: RouterFacts | None = None,
 ) -> Selection:
     """Select experts from a trace (a folder or an object) or from values (a ``.csv`` file or an object).
 
     Args:
         source: where values come from.
-        job: how to score and select; a number is a keep rate for the published method.
-        routing: facts about the model's routing; a table of values needs them to reroute.
+        options: how to score and select; a number is a keep rate for the published method.
+        routing: facts about the model's router; a table of values needs them to reroute.
 
     Raises:
         BudgetError: when the budget cannot be met under the constraints.
         ShapeMoeError: when source, scorer and options do not fit each other.
     """
-    job = as_selection_job(job)
-    _refuse_auto(job)
+    options = as_select_options(options)
+    _refuse_auto(options)
     if isinstance(source, Scores):
-        return select_from_scores(source, job.options, routing=routing)
+        return select_from_scores(source, options, routing=routing)
     if not isinstance(source, Trace) and is_table(source):
-        return select_from_scores(read_scores(source), job.options, routing=routing)
-    trace = source if isinstance(source, Trace) else load_trace(source)
-    return select_from_trace(trace, job.options, scorer=job.scorer, scoring=job.scoring)
+        return select_from_scores(read_scores(source), options, routing=routing)
+    return select_from_trace(source if isinstance(source, Trace) else load_trace(source), options)
 
 
 def is_table(source: str | PathLike[str]) -> bool:
@@ -85,21 +66,21 @@ def is_table(source: str | PathLike[str]) -> bool:
     return Path(source).suffix.lower() == ".csv"
 
 
-def _refuse_auto(job: SelectionJob) -> None:
-    if job.scorer == AUTO:
+def _refuse_auto(options: SelectOptions) -> None:
+    if options.method.scorer == AUTO:
         raise UsageError("Scorer auto tries candidates on held-out examples, which `shape-moe prune` does.")
 
 
-def check_job(
-    job: SelectionJob, layers: tuple[int, ...], experts: int, routing: RoutingFacts, *, automatic: bool = False
+def check_options(
+    options: SelectOptions, layers: tuple[int, ...], experts: int, routing: RouterFacts, *, automatic: bool = False
 ) -> None:
-    """Check a selection job against a model, before anything is traced.
+    """Check options against a model, before anything is traced.
 
     Args:
-        job: the job.
+        options: what is asked of a selection.
         layers: the model's MoE layers.
         experts: routed experts per layer.
-        routing: facts about its routing.
+        routing: facts about its router.
         automatic: whether scorer ``auto`` can be served, because candidates are judged.
 
     Raises:
@@ -107,10 +88,11 @@ def check_job(
         BudgetError: when the budget cannot be met under the constraints.
     """
     if not automatic:
-        _refuse_auto(job)
-    if job.scorer != AUTO and not (scorer := get_scorer(job.scorer)).can_value(routing.top_k):
+        _refuse_auto(options)
+    name = options.method.scorer
+    if name != AUTO and not (scorer := get_scorer(name)).can_value(routing.top_k):
         raise UsageError(
             f"Scorer {scorer.name} needs top-{scorer.least_top_k} routing or more, and this model's is "
             f"top-{routing.top_k}: its values would say nothing; use --scorer reap."
         )
-    check_feasible(job.options, layers, experts, routing)
+    check_feasible(options, layers, experts, routing)

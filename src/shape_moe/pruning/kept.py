@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from shape_moe.architectures.families import Family
 from shape_moe.architectures.tensor_names import renumbered, tensor_role
-from shape_moe.selection.selection import Routing
+from shape_moe.selection.method import Routing
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from shape_moe.architectures.sites import MoeSite, find_sites, live_moe_config
-from shape_moe.selection.selection import Routing, Selection, check_against_model
+from shape_moe.selection.method import Routing
+from shape_moe.selection.selection import Selection, check_against_model
 
 if TYPE_CHECKING:
     import torch

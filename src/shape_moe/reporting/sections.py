@@ -179,7 +179,7 @@ def _smaller(sweep: Sweep) -> str:
     if place is None or place == sweep.recommended:
         return ""
     point = sweep.points[place]
-    return f"The smallest selection within the limit keeps {percent(point.keep)} of the experts ({point.combination})"
+    return f"The smallest selection within the limit keeps {percent(point.keep)} of the experts ({point.method})"
 
 
 def _evaluate_commands(material: Material) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shape_moe.evaluation.evaluated import Evaluated
-from shape_moe.evaluation.judge import Verdict
+from shape_moe.evaluation.measures import Measured
 from shape_moe.reporting.figures.figure import number, percent, sentence
 from shape_moe.reporting.figures.metrics import METRICS, known_metrics
 from shape_moe.reporting.material import Material, Sizes
@@ -54,7 +54,7 @@ def subline(material: Material) -> str:
     text = f"Keeps {selection.kept:,} of {selection.total:,} experts"
     if material.sizes is not None:
         text += f", size {_shrunk(material.sizes)}"
-    return f"{text}. Chosen by {selection.scorer}, rule {selection.rule}, routing {selection.routing}."
+    return f"{text}. Chosen by {selection.method}."
 
 
 def tiles(material: Material) -> list[Tile]:
@@ -119,12 +119,12 @@ def _quality_tiles(material: Material) -> list[Tile]:
     return [Tile(metric.title, metric.shown(estimate.value), detail)]
 
 
-def measured_quality(material: Material) -> tuple[Verdict, str] | None:
+def measured_quality(material: Material) -> tuple[Measured, str] | None:
     """The selection's quality, and on what it was measured: from the sweep, else from the evaluation."""
     if material.sweep is not None:
         point = material.sweep.point_of(material.selection)
         if point is not None:
-            return point.verdict, material.sweep.split
+            return point.measured, material.sweep.split
     if material.evaluation is not None and material.selection is not None:
         for model in material.evaluation.models:
             if _is_selected(model, material.selection) and "task" in model.sets:
@@ -197,10 +197,10 @@ def _stability(selection: Selection) -> str:
     if selection.stability is None:
         return ""
     agreement = selection.stability["agreement"]
-    verdict = "little" if agreement >= _FIRM else "somewhat" if agreement >= _FAIR else "a lot"
+    measured = "little" if agreement >= _FIRM else "somewhat" if agreement >= _FAIR else "a lot"
     return (
         f"Each half of the calibration data alone would choose {percent(agreement)} of the same experts: other "
-        f"examples of the same kind would change the selection {verdict}."
+        f"examples of the same kind would change the selection {measured}."
     )
 
 

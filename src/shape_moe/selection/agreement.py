@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from shape_moe.architectures.moe_config import RoutingFacts
+from shape_moe.architectures.moe_config import RouterFacts
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.scoring.scores import Scores
 from shape_moe.selection.rules import RULES
@@ -34,9 +34,7 @@ def options_of(selection: Selection) -> SelectOptions | None:
         return None
     return SelectOptions(
         keep=selection.keep,
-        rule=selection.rule,
-        routing=selection.routing,
-        target=selection.target,
+        method=selection.method,
         skip_layers=tuple(rules.get("skip_layers") or ()),
         protect={int(layer): tuple(ids) for layer, ids in (rules.get("protect") or {}).items()},
         multiple_of=int(rules.get("multiple_of") or 1),
@@ -45,7 +43,7 @@ def options_of(selection: Selection) -> SelectOptions | None:
 
 
 def kept_by_scorer(
-    scores: Sequence[Scores], selection: Selection, routing: RoutingFacts | None
+    scores: Sequence[Scores], selection: Selection, routing: RouterFacts | None
 ) -> dict[str, NDArray[np.bool_]]:
     """What each of several scorers keeps as the selection does: same size, rule, routing and constraints.
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.errors import BudgetError, UsageError
-from shape_moe.selection.rules import Priority, layer_ranks
+from shape_moe.selection.rules import Priority
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,15 @@ def choose(
     """Keep ``budget`` experts: those that constraints fix, and the smallest priorities among the rest.
 
     Fixed are whole skipped layers, protected experts and each layer's floor (its best ranked). The rest enters in
-    chunks (of one expert, unless ``multiple_of`` or ``groups`` say otherwise) by their first member's priority; ties
-    go to the earlier layer, then to the better rank.
+    chunks (of one expert, unless ``multiple_of`` or ``groups`` say otherwise) by their first member's priority.
+
+    Here all ties are broken: between experts of one layer by ``ranks``, then between layers the earlier one first.
 
     Args:
-        priority: float [L, E], smaller is kept first; must not decrease with rank within a layer.
+        priority: float [L, E], smaller is kept first.
         budget: experts to keep over all layers.
         constraints: see :class:`Constraints`.
-        ranks: int [L, E], rank within the layer; by default the order of ``priority``, then the lower id.
+        ranks: int [L, E], decides between equal priorities of a layer, smaller first; by default the lower id does.
 
     Returns:
         bool [L, E], True for kept.
@@ -62,21 +63,27 @@ def choose(
         BudgetError: when no selection of that size respects the constraints; it names the nearest that do.
         UsageError: for constraints that contradict each other or the model.
     """
-    constraints = constraints or Constraints()
     layers, experts = priority.shape
-    ranks = layer_ranks(-priority) if ranks is None else ranks
-    plan = _Plan(layers, experts, constraints)
-    order = plan.order(ranks)
-    budget = plan.feasible(budget)
-    counts = plan.counts(priority, order, budget)
+    room = Room(layers, experts, constraints or Constraints())
+    order = room.order(priority, np.zeros(priority.shape, dtype=np.int64) if ranks is None else ranks)
+    counts = room.counts(priority, order, room.feasible(budget))
     kept = np.zeros(priority.shape, dtype=bool)
-    for row in range(layers):
-        kept[row, order[row][:, : counts[row]].ravel()] = True
+    for row, count in enumerate(counts):
+        kept[row, order[row][:, :count].ravel()] = True
     return kept
 
 
-class _Plan:
-    """What the constraints leave open: per layer, how many experts each group keeps."""
+class Room:
+    """What constraints leave open: per layer, how many experts each router group may keep.
+
+    Args:
+        layers: number of MoE layers.
+        experts: routed experts per layer.
+        constraints: see :class:`Constraints`.
+
+    Raises:
+        UsageError: for constraints that contradict each other or the model.
+    """
 
     def __init__(self, layers: int, experts: int, constraints: Constraints) -> None:
         self.layers, self.experts, self.rules = layers, experts, constraints
@@ -87,6 +94,7 @@ class _Plan:
         base = [self._base(row) for row in range(layers)]
         self.base = [max(base)] * layers if constraints.equal else base
         self.chunk = self.step * constraints.groups * (layers if constraints.equal else 1)
+        self._open = [row for row in range(layers) if row not in constraints.skip_layers]
 
     def _base(self, row: int) -> int:
         """Experts per group that a layer keeps whatever the priorities say."""
@@ -106,23 +114,22 @@ class _Plan:
             )
         return base
 
-    def _open(self, row: int) -> bool:
-        return row not in self.rules.skip_layers
-
-    def order(self, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Expert ids [L, G, E/G] in the order in which they enter: protected ones first, then by rank."""
-        key = ranks.copy()
+    def order(self, priority: Priority, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Expert ids [L, G, E/G] in the order in which they enter: protected ones, then by priority, then by rank."""
+        free = np.ones(priority.shape, dtype=bool)
         for row, protected in self.rules.protect.items():
-            key[row, list(protected)] -= self.experts
-        grouped = key.reshape(self.layers, self.rules.groups, self.group_size)
-        offset = (np.arange(self.rules.groups) * self.group_size)[None, :, None]
-        return np.argsort(grouped, axis=2, kind="stable") + offset
+            free[row, list(protected)] = False
+        keys = [key.reshape(self.layers, self.rules.groups, self.group_size) for key in (ranks, priority, free)]
+        return np.lexsort(keys) + (np.arange(self.rules.groups) * self.group_size)[None, :, None]
 
     def feasible(self, budget: int) -> int:
-        """The budget itself, or the nearest one below where rounding is allowed."""
+        """The budget itself, or the nearest one below where rounding is allowed.
+
+        Raises:
+            BudgetError: when it cannot be met; it names the nearest that can.
+        """
         low = sum(self.base) * self.rules.groups
-        open_layers = [row for row in range(self.layers) if self._open(row)]
-        high = low + sum(self.most - self.base[row] for row in open_layers) * self.rules.groups
+        high = low + sum(self.most - self.base[row] for row in self._open) * self.rules.groups
         if low <= budget <= high and (budget - low) % self.chunk == 0:
             return budget
         inside = low + max(0, budget - low) // self.chunk * self.chunk
@@ -158,11 +165,9 @@ class _Plan:
         if self.rules.equal:
             return [count + chunks * self.step for count in counts]
         entries: list[tuple[float, int, int]] = []
-        for row in range(self.layers):
-            if self._open(row):
-                ranked = priority[row][order[row]].min(axis=0)
-                starts = range(self.base[row], self.most, self.step)
-                entries += [(float(ranked[start]), row, start) for start in starts]
+        for row in self._open:
+            ranked = priority[row][order[row]].min(axis=0)
+            entries += [(float(ranked[start]), row, start) for start in range(self.base[row], self.most, self.step)]
         for _, row, _ in sorted(entries)[:chunks]:
             counts[row] += self.step
         return counts

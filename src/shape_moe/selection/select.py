@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shape_moe.architectures.moe_config import RoutingFacts
+from shape_moe.architectures.moe_config import RouterFacts
 from shape_moe.errors import UsageError
 from shape_moe.scoring.registry import ScoreOptions, get_scorer
 from shape_moe.scoring.scores import Scores, score_trace
 from shape_moe.selection import guards
-from shape_moe.selection.budget import Constraints, choose
+from shape_moe.selection.budget import Constraints, Room, choose
+from shape_moe.selection.method import Method
 from shape_moe.selection.rules import Priority, bisection_budget, budget_for, get_rule, layer_ranks
-from shape_moe.selection.selection import Routing, Selection, check_selection, layers_from_mask
+from shape_moe.selection.selection import Selection, check_selection, layers_from_mask
 from shape_moe.selection.stability import stability
 from shape_moe.tracing.trace import Trace
 
@@ -27,20 +27,21 @@ class SelectOptions:
 
     Attributes:
         keep: keep rate in (0, 1].
-        rule: ``coverage``, ``uniform`` or ``global``.
-        routing: ``drop`` or ``reroute``.
-        target: ``ragged`` or ``stock`` (equal counts in every layer, rerouted).
+        method: scorer, rule, routing and target.
+        scoring: segment weights and seed.
         tolerance: reproduce the paper's bisection with this tolerance in keep rate (rule coverage).
         skip_layers: decoder layers that keep every expert.
         protect: expert ids by decoder layer that are kept in any case.
         multiple_of: every pruned layer keeps a multiple of this many experts.
         allow_rounding: take the nearest feasible budget below an infeasible one.
+
+    Raises:
+        UsageError: for a keep rate outside (0, 1], and a method or a tolerance that does not exist or fit.
     """
 
     keep: float
-    rule: str = "coverage"
-    routing: Routing = "drop"
-    target: str = "ragged"
+    method: Method = field(default_factory=Method)
+    scoring: ScoreOptions = field(default_factory=ScoreOptions)
     tolerance: float | None = None
     skip_layers: tuple[int, ...] = ()
     protect: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
@@ -48,26 +49,55 @@ class SelectOptions:
     allow_rounding: bool = False
 
     def __post_init__(self) -> None:
-        get_rule(self.rule)
+        self.method.check()
         budget_for(self.keep, 1)
-        if self.target not in ("ragged", "stock"):
-            raise UsageError(f"Target must be ragged or stock, not {self.target!r}.")
-        if self.target == "stock" and self.routing != "reroute":
-            raise UsageError("Target stock needs routing reroute: a stock model knows no dropped slots.")
-        if self.tolerance is not None and (self.rule != "coverage" or not 0 < self.tolerance < 1):
+        if self.tolerance is not None and (self.method.rule != "coverage" or not 0 < self.tolerance < 1):
             raise UsageError("A tolerance goes with the coverage rule and lies between 0 and 1.")
 
+    def budget(self, priority: Priority) -> int:
+        """How many experts to keep."""
+        if self.tolerance is not None:
+            return bisection_budget(priority, self.keep, self.tolerance)
+        return budget_for(self.keep, priority.size)
 
-@dataclass(frozen=True)
-class _Choice:
-    mask: NDArray[np.bool_]
-    priority: Priority
-    asked: int
+    def constraints(self, layers: tuple[int, ...], facts: RouterFacts | None) -> Constraints:
+        """The constraints on a model's layers.
+
+        Args:
+            layers: the model's MoE layers.
+            facts: of its router; only rerouting has to know them.
+
+        Raises:
+            UsageError: for a layer that the model does not have.
+        """
+        unknown = (set(self.skip_layers) | set(self.protect)) - set(layers)
+        if unknown:
+            raise UsageError(f"Layer {min(unknown)} is not an MoE layer of this model.")
+        facts = facts if self.method.routing == "reroute" else None
+        return Constraints(
+            skip_layers=frozenset(layers.index(layer) for layer in self.skip_layers),
+            protect={layers.index(layer): tuple(ids) for layer, ids in self.protect.items()},
+            floor=facts.floor if facts else 1,
+            multiple_of=self.multiple_of,
+            groups=facts.groups if facts else 1,
+            equal=self.method.equal_counts,
+            allow_rounding=self.allow_rounding,
+        )
 
 
-class _Chooser(Protocol):
-    def __call__(self, scores: Scores, budget: int | None = None) -> _Choice:
-        """Choose by scores; ``budget`` overrules what the options ask for."""
+class _Picker:
+    """Keeps experts as options say, by any scores over the layers of one model."""
+
+    def __init__(self, options: SelectOptions, layers: tuple[int, ...], facts: RouterFacts | None) -> None:
+        self.options, self.rule = options, get_rule(options.method.rule)
+        self.constraints = options.constraints(layers, facts)
+
+    def priority(self, scores: Scores) -> Priority:
+        return self.rule(scores.values, scores.activations)
+
+    def keep(self, scores: Scores, budget: int) -> NDArray[np.bool_]:
+        ranks = layer_ranks(scores.values, scores.activations)
+        return choose(self.priority(scores), budget, self.constraints, ranks=ranks)
 
 
 class TraceSelector:
@@ -103,30 +133,29 @@ class TraceSelector:
             self._scores[scorer] = whole, [score_trace(half, scorer, self.scoring) for half in halves]
         return self._scores[scorer]
 
-    def select(self, options: SelectOptions, scorer: str = "shape") -> Selection:
+    def select(self, options: SelectOptions) -> Selection:
         """Select experts.
 
         Args:
-            options: what is asked for.
-            scorer: name of the scorer.
+            options: what is asked for; scores are weighted as this selector's are.
 
         Raises:
             BudgetError: when the budget cannot be met under the constraints.
             UsageError: for options that contradict each other, the trace or the model.
         """
         info, weights = self.trace.info, self.scoring.weights
-        scores, halves = self._scored(scorer)
-        pick = _chooser(options, info.layers, info.routing)
-        choice = pick(scores)
-        agreement = stability(*(pick(half, choice.asked).mask for half in halves)) if halves else None
+        scores, halves = self._scored(options.method.scorer)
+        picker = _Picker(options, info.layers, info.routing)
+        selection, mask, budget = _selection(picker, scores, info.routing.top_k)
+        agreement = stability(*(picker.keep(half, budget) for half in halves)) if halves else None
         warnings = guards.warn_unseen(self._tokens)
         if "largest_norm" in self.trace.statistics:
             largest = self.trace.sums("largest_norm", weights)
-            warnings += guards.warn_lost_super_experts(info.layers, largest, choice.mask)
+            warnings += guards.warn_lost_super_experts(info.layers, largest, mask)
         warnings += guards.warn_unstable(agreement)
-        warnings += guards.warn_inflation(options.routing, info.routing.renormalises)
+        warnings += guards.warn_inflation(options.method.routing, info.routing.renormalises)
         return replace(
-            _selection(scores, choice, options, info.routing.top_k),
+            selection,
             fingerprint=info.fingerprint,
             model=info.model,
             family=info.family,
@@ -136,44 +165,39 @@ class TraceSelector:
         )
 
 
-def select_from_trace(
-    trace: Trace, options: SelectOptions, *, scorer: str = "shape", scoring: ScoreOptions | None = None
-) -> Selection:
+def select_from_trace(trace: Trace, options: SelectOptions) -> Selection:
     """Score a trace and select experts.
 
     Args:
         trace: the trace.
         options: what is asked for.
-        scorer: name of the scorer.
-        scoring: segment weights and seed.
 
     Raises:
         BudgetError: when the budget cannot be met under the constraints.
         UsageError: for options that contradict each other, the trace or the model, and when the segments that count
             hold no tokens.
     """
-    return TraceSelector(trace, scoring).select(options, scorer)
+    return TraceSelector(trace, options.scoring).select(options)
 
 
-def select_from_scores(scores: Scores, options: SelectOptions, *, routing: RoutingFacts | None = None) -> Selection:
+def select_from_scores(scores: Scores, options: SelectOptions, *, routing: RouterFacts | None = None) -> Selection:
     """Select experts by a table of values; what only a trace knows (stability, norms) stays empty.
 
     Args:
-        scores: the values.
+        scores: the values; the method's scorer does not enter.
         options: what is asked for.
-        routing: facts about the model's routing, needed to reroute.
+        routing: facts about the model's router, needed to reroute.
 
     Raises:
         BudgetError: when the budget cannot be met under the constraints.
         UsageError: for options that contradict each other or the table, and for routing reroute without ``routing``.
     """
-    if options.routing == "reroute" and routing is None:
+    if options.method.routing == "reroute" and routing is None:
         raise UsageError(
             "A table of values does not say how many experts serve a token, which routing reroute must know: "
             "give --top-k."
         )
-    choice = _chooser(options, scores.layers, routing)(scores)
-    selection = _selection(scores, choice, options, routing.top_k if routing else None)
+    selection, *_ = _selection(_Picker(options, scores.layers, routing), scores, routing.top_k if routing else None)
     return replace(selection, warnings=tuple(guards.warn_unseen(scores.activations)))
 
 
@@ -181,74 +205,50 @@ def _counted(tokens: Mapping[str, float]) -> str:
     return " and ".join(f"{count:,.0f} {segment} tokens" for segment, count in tokens.items())
 
 
-def check_feasible(options: SelectOptions, layers: tuple[int, ...], experts: int, routing: RoutingFacts) -> None:
+def check_feasible(options: SelectOptions, layers: tuple[int, ...], experts: int, routing: RouterFacts) -> None:
     """Check that a budget can be met, before anything is traced.
 
     Raises:
         BudgetError: when it cannot be met under the constraints.
         UsageError: for options that contradict each other or the model.
     """
-    if options.tolerance is None:
-        _chooser(options, layers, routing)(Scores("none", layers, *2 * [np.zeros((len(layers), experts))]))
+    room = Room(len(layers), experts, options.constraints(layers, routing))
+    if options.tolerance is None:  # else the budget depends on the scores
+        room.feasible(budget_for(options.keep, len(layers) * experts))
 
 
-def _chooser(options: SelectOptions, layers: tuple[int, ...], routing: RoutingFacts | None) -> _Chooser:
-    row_of = {layer: row for row, layer in enumerate(layers)}
-    unknown = (set(options.skip_layers) | set(options.protect)) - set(layers)
-    if unknown:
-        raise UsageError(f"Layer {min(unknown)} is not an MoE layer of this model.")
-    facts = routing if routing and options.routing == "reroute" else None
-    constraints = Constraints(
-        skip_layers=frozenset(row_of[layer] for layer in options.skip_layers),
-        protect={row_of[layer]: tuple(ids) for layer, ids in options.protect.items()},
-        floor=facts.floor if facts else 1,
-        multiple_of=options.multiple_of,
-        groups=facts.groups if facts else 1,
-        equal=options.target == "stock",
-        allow_rounding=options.allow_rounding,
-    )
-
-    def pick(scores: Scores, budget: int | None = None) -> _Choice:
-        priority = get_rule(options.rule)(scores.values, scores.activations)
-        if budget is None and options.tolerance is not None:
-            budget = bisection_budget(priority, options.keep, options.tolerance)
-        elif budget is None:
-            budget = budget_for(options.keep, priority.size)
-        ranks = layer_ranks(scores.values, scores.activations)
-        return _Choice(choose(priority, budget, constraints, ranks=ranks), priority, budget)
-
-    return pick
-
-
-def _selection(scores: Scores, choice: _Choice, options: SelectOptions, top_k: int | None) -> Selection:
+def _selection(picker: _Picker, scores: Scores, top_k: int | None) -> tuple[Selection, NDArray[np.bool_], int]:
+    """The selection by scores, its mask, and the budget that was asked for."""
+    options, priority = picker.options, picker.priority(scores)
+    budget = options.budget(priority)
+    mask = picker.keep(scores, budget)
     mass = np.maximum(scores.values, 0)
-    kept_mass, layer_mass = (mass * choice.mask).sum(axis=1), mass.sum(axis=1)
+    kept_mass, layer_mass = (mass * mask).sum(axis=1), mass.sum(axis=1)
     shares = [float(kept / whole) if whole > 0 else None for kept, whole in zip(kept_mass, layer_mass, strict=True)]
-    constraints = {
-        "target": options.target,
-        "tolerance": options.tolerance,
-        "skip_layers": list(options.skip_layers),
-        "protect": {str(layer): list(ids) for layer, ids in options.protect.items()},
-        "multiple_of": options.multiple_of,
-        "budget_asked": choice.asked,
-    }
     selection = Selection(
         fingerprint=None,
         model=None,
         family=None,
         scorer=scores.scorer,
-        rule=options.rule,
-        routing=options.routing,
+        rule=options.method.rule,
+        routing=options.method.routing,
         num_experts=scores.num_experts,
         top_k=top_k,
-        layers=layers_from_mask(scores.layers, choice.mask),
+        layers=layers_from_mask(scores.layers, mask),
         keep_asked=options.keep,
-        alpha=reached_alpha(choice.priority, choice.mask) if options.rule == "coverage" else None,
-        constraints=constraints,
+        alpha=reached_alpha(priority, mask) if options.method.rule == "coverage" else None,
+        constraints={
+            "target": options.method.target,
+            "tolerance": options.tolerance,
+            "skip_layers": list(options.skip_layers),
+            "protect": {str(layer): list(ids) for layer, ids in options.protect.items()},
+            "multiple_of": options.multiple_of,
+            "budget_asked": budget,
+        },
         mass_kept=dict(zip(scores.layers, shares, strict=True)),
     )
     check_selection(selection)
-    return selection
+    return selection, mask, budget
 
 
 def reached_alpha(priority: Priority, mask: NDArray[np.bool_]) -> float | None:

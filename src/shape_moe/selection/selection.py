@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,10 @@ from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.documents import MOST_EXPERTS, as_shape
 from shape_moe.errors import CheckpointError, UsageError
 from shape_moe.json_file import read_json
+from shape_moe.selection.method import Method, Routing, check_routing
 from shape_moe.workspace import write_text
 
 FORMAT_VERSION = 1
-Routing = Literal["drop", "reroute"]
-ROUTINGS: tuple[Routing, ...] = get_args(Routing)
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,11 @@ class Selection:
         return str(self.constraints.get("target", "ragged"))
 
     @property
+    def method(self) -> Method:
+        """How it was chosen."""
+        return Method(self.scorer, self.rule, self.routing, self.target)
+
+    @property
     def digest(self) -> str:
         """sha256 over what a model with this selection computes: the kept experts and the routing."""
         content = json.dumps([self.routing, sorted(self.layers.items())])
@@ -123,6 +127,22 @@ class Selection:
 def layers_from_mask(layers: tuple[int, ...], mask: NDArray[np.bool_]) -> dict[int, list[int]]:
     """Kept ids by layer from a mask [L, E]."""
     return {layer: np.flatnonzero(row).tolist() for layer, row in zip(layers, mask, strict=True)}
+
+
+def whole_selection(layers: Iterable[int], num_experts: int) -> Selection:
+    """The selection that keeps everything, of no model in particular."""
+    return Selection(
+        fingerprint=None,
+        model=None,
+        family=None,
+        scorer="none",
+        rule="none",
+        routing="drop",
+        num_experts=num_experts,
+        top_k=None,
+        layers={layer: list(range(num_experts)) for layer in layers},
+        keep_asked=1.0,
+    )
 
 
 def load_selection(path: str | PathLike[str]) -> Selection:
@@ -170,8 +190,7 @@ def check_selection(selection: Selection) -> None:
     Raises:
         UsageError: naming the first layer that is wrong.
     """
-    if selection.routing not in ROUTINGS:
-        raise UsageError(f"Routing must be one of {', '.join(ROUTINGS)}, not {selection.routing!r}.")
+    check_routing(selection.routing)
     _check_ids(selection)
     if selection.routing == "reroute" and selection.top_k is not None:
         for layer, ids in selection.layers.items():
@@ -212,8 +231,7 @@ def check_against_model(selection: Selection, moe: MoeConfig, layers: Iterable[i
     Raises:
         UsageError: naming what does not fit.
     """
-    if routing not in ROUTINGS:
-        raise UsageError(f"Routing must be one of {', '.join(ROUTINGS)}, not {routing!r}.")
+    check_routing(routing)
     if selection.num_experts != moe.num_experts:
         raise UsageError(
             f"The selection is for {selection.num_experts} experts per layer; the model has {moe.num_experts}."

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from shape_moe.architectures.moe_config import RoutingFacts
+from shape_moe.architectures.moe_config import RouterFacts
 from shape_moe.documents import MOST_EXPERTS, as_shape
 from shape_moe.errors import CheckpointError, FingerprintError, UsageError
 from shape_moe.json_file import read_json
@@ -65,7 +65,7 @@ class TraceInfo:
     model: str
     family: str
     num_experts: int
-    routing: RoutingFacts
+    routing: RouterFacts
     layers: tuple[int, ...]
     tokens: dict[str, float]
     examples: int

@@ -6,8 +6,7 @@ from typing import Any
 
 from shape_moe.evaluation.evaluated import Evaluated, Evaluation
 from shape_moe.evaluation.faithfulness import Faithfulness
-from shape_moe.evaluation.judge import Verdict
-from shape_moe.evaluation.measures import worst_group
+from shape_moe.evaluation.measures import Measured, worst_group
 from shape_moe.reporting.figures.figure import Figure, State, Swatch, Table, number, plain, shortened, with_interval
 from shape_moe.reporting.figures.metrics import METRICS, Metric, error_bars, is_wide, known_metrics, value_axis
 from shape_moe.reporting.theme import SERIES
@@ -205,7 +204,7 @@ def result_tables(evaluation: Evaluation) -> tuple[Table, ...]:
         )
     for model in evaluation.models:
         if (worst := worst_group(model.classes)) is not None:
-            by_class = {name: Verdict(group["quality"], group["change"]) for name, group in model.classes.items()}
+            by_class = {name: Measured(group["quality"], group["change"]) for name, group in model.classes.items()}
             metrics = known_metrics(by_class.values())
             cells = tuple(
                 (f"{name} (worst)" if name == worst[0] else name, *(metric.text(measured) for metric in metrics))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from shape_moe.evaluation.intervals import Estimate
-from shape_moe.evaluation.judge import Verdict
+from shape_moe.evaluation.measures import Measured
 from shape_moe.reporting.figures.figure import NONE, number, with_interval
 
 _PERCENT = "\N{NO-BREAK SPACE}%"
@@ -47,24 +47,26 @@ class Metric:
         """What is shown, and which direction is the better one."""
         return f"{self.axis[0].upper()}{self.axis[1:]}; {self.better} is better."
 
-    def of(self, verdict: Verdict) -> Estimate | None:
+    def of(self, measured: Measured) -> Estimate | None:
         """The estimate in the unit shown; None where it was not measured."""
-        answers = verdict.health.figures if verdict.health else {}
-        found = {"quality": verdict.quality, "change": verdict.change, "generation": answers}[self.group].get(self.key)
+        answers = measured.health.figures if measured.health else {}
+        found = {"quality": measured.quality, "change": measured.change, "generation": answers}[self.group].get(
+            self.key
+        )
         if found is None or not math.isfinite(found.value):
             return None
         return Estimate(found.value * self.factor, found.low * self.factor, found.high * self.factor)
 
-    def of_dense(self, verdict: Verdict | None) -> float | None:
+    def of_dense(self, measured: Measured | None) -> float | None:
         """The dense model's value in the unit shown."""
         if self.dense is not None:
             return self.dense
-        found = self.of(verdict) if verdict is not None else None
+        found = self.of(measured) if measured is not None else None
         return found.value if found is not None else None
 
-    def text(self, verdict: Verdict) -> str:
+    def text(self, measured: Measured) -> str:
         """The estimate with its interval; a dash where it was not measured."""
-        found = self.of(verdict)
+        found = self.of(measured)
         if found is None:
             return NONE
         return with_interval(self.shown(found.value), found)
@@ -93,9 +95,9 @@ METRICS = (
 )
 
 
-def known_metrics(verdicts: Iterable[Verdict]) -> list[Metric]:
+def known_metrics(entries: Iterable[Measured]) -> list[Metric]:
     """The metrics that at least one of several results has."""
-    results = list(verdicts)
+    results = list(entries)
     return [metric for metric in METRICS if any(metric.of(result) is not None for result in results)]
 
 

@@ -17,15 +17,13 @@ _SYMBOLS = ("circle", "square", "triangle-up", "pentagon", "star", "hexagon")
 
 def sweep_figure(sweep: Sweep, selection: Selection | None) -> Figure:
     """Quality against size, one line per method, with the operating point."""
-    methods = list(dict.fromkeys(str(point.combination) for point in sweep.points))
-    groups = [
-        sorted((p for p in sweep.points if str(p.combination) == method), key=lambda p: p.kept) for method in methods
-    ]
+    methods = list(dict.fromkeys(str(point.method) for point in sweep.points))
+    groups = [sorted((p for p in sweep.points if str(p.method) == method), key=lambda p: p.kept) for method in methods]
     axis = _SizeAxis(sweep)
     chosen = sweep.point_of(selection)
     data = [_line(i, group, axis) for i, group in enumerate(groups)]
     data += [_ring(chosen, axis), _dense_trace(axis)]
-    metrics = known_metrics(point.verdict for point in sweep.points) or [METRICS[0]]
+    metrics = known_metrics(point.measured for point in sweep.points) or [METRICS[0]]
     return Figure(
         name="sweep",
         title="Quality against size",
@@ -69,7 +67,7 @@ def _line(place: int, group: list[SweptPoint], axis: _SizeAxis) -> dict[str, Any
     return {
         "type": "scatter",
         "mode": "lines+markers",
-        "name": plain(group[0].combination),
+        "name": plain(group[0].method),
         "x": [axis.at(point) for point in group],
         "line": {"color": colour, "width": 2},
         "marker": {
@@ -79,7 +77,7 @@ def _line(place: int, group: list[SweptPoint], axis: _SizeAxis) -> dict[str, Any
             "line": {"width": 2, "color": colour},
         },
         "customdata": [[percent(point.keep), _size(point)] for point in group],
-        "hovertemplate": in_template(group[0].combination)
+        "hovertemplate": in_template(group[0].method)
         + ", keeps %{customdata[0]}<br>%{customdata[1]}<br>%{y:.4~g}<extra></extra>",
     }
 
@@ -123,13 +121,13 @@ def _dense_trace(axis: _SizeAxis) -> dict[str, Any]:
 
 
 def _state(metric: Metric, sweep: Sweep, groups: list[list[SweptPoint]], chosen: SweptPoint | None) -> State:
-    estimates = [[metric.of(point.verdict) for point in group] for group in groups]
+    estimates = [[metric.of(point.measured) for point in group] for group in groups]
     log = is_wide(estimate for group in estimates for estimate in group)
     dense = metric.of_dense(sweep.dense)
     patches: list[dict[str, Any]] = [
         {"y": [e.value if e else None for e in group], "error_y": error_bars(group, log=log)} for group in estimates
     ]
-    ringed = metric.of(chosen.verdict) if chosen else None
+    ringed = metric.of(chosen.measured) if chosen else None
     patches.append({"y": [ringed.value] if ringed else []})
     patches.append({"y": [dense] if dense is not None and not (log and dense <= 0) else []})
     limit = _limit(metric, sweep, dense)
@@ -160,7 +158,7 @@ def _limit_shape(limit: float | None, *, log: bool) -> list[dict[str, Any]]:
 def _label(metric: Metric, sweep: Sweep, chosen: SweptPoint | None) -> str:
     text = f"{metric.title} against size for {len(sweep.points)} selections; {metric.better} is better."
     if chosen is not None:
-        text += f" The marked one keeps {percent(chosen.keep)} of the experts: {metric.text(chosen.verdict)}."
+        text += f" The marked one keeps {percent(chosen.keep)} of the experts: {metric.text(chosen.measured)}."
     return text
 
 
@@ -168,9 +166,9 @@ def _table(sweep: Sweep, metrics: list[Metric]) -> Table:
     marks = {True: "yes", False: "no", None: NONE}
     rows = []
     for place, point in enumerate(sweep.points):
-        name = str(point.combination) + (" (recommended)" if place == sweep.recommended else "")
+        name = str(point.method) + (" (recommended)" if place == sweep.recommended else "")
         size = readable_size(point.size) if point.size is not None else NONE
-        cells = (name, percent(point.keep), size, *(metric.text(point.verdict) for metric in metrics))
+        cells = (name, percent(point.keep), size, *(metric.text(point.measured) for metric in metrics))
         rows.append((*cells, marks[point.meets], marks[point.healthy], marks[point.fits]))
     dense_size = readable_size(sweep.dense_size) if sweep.dense_size is not None else NONE
     rows.append(("dense model", percent(1.0), dense_size, *(_dense_text(m, sweep) for m in metrics), NONE, NONE, NONE))

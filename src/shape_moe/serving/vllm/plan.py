@@ -11,7 +11,7 @@ from shape_moe.architectures.families import FAMILIES, Family
 from shape_moe.architectures.moe_config import PRUNING_KEY
 from shape_moe.errors import ServingError
 from shape_moe.pruning.modeling_shape_moe import VERSION
-from shape_moe.selection.selection import Routing
+from shape_moe.selection.method import Routing
 from shape_moe.serving.vllm.families import VLLM_FAMILIES, VllmFamily
 
 SOURCE_KEY = "source"

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from shape_moe.architectures.moe_config import RoutingFacts
+from shape_moe.architectures.moe_config import RouterFacts
 from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.evaluation.generation import GenerationOptions
-from shape_moe.evaluation.keep_rate import Limit
+from shape_moe.evaluation.intervals import Estimate
+from shape_moe.evaluation.keep_rate import Limit, Point
+from shape_moe.evaluation.measures import Measured
+from shape_moe.jobs import auto as auto_module
 from shape_moe.jobs import prune as job
 from shape_moe.jobs import session
-from shape_moe.jobs.choose import AUTO_METHODS, ChoiceOptions, candidates
+from shape_moe.jobs.auto import AUTO_METHODS, ChoiceOptions, methods_to_try, tied_with
 from shape_moe.jobs.prune import PruneOptions, prune
-from shape_moe.jobs.select import AUTO, SelectionJob, check_job, select
+from shape_moe.jobs.select import AUTO, check_options, select
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import trace
 from shape_moe.scoring.registry import scorers
+from shape_moe.selection.method import Method
 from shape_moe.selection.rules import get_rule
 from shape_moe.selection.select import SelectOptions, select_from_trace
-from shape_moe.selection.selection import load_selection
+from shape_moe.selection.selection import Selection, load_selection, whole_selection
 from shape_moe.tracing.trace import load_trace
 from support.data import synthetic_trace, write_lines
 from support.interruptions import stopped_after
@@ -41,7 +47,7 @@ def data(tmp_path_factory) -> ExampleOptions:
 def chosen(embedded, data, tmp_path_factory):
     out = tmp_path_factory.mktemp("auto") / "out"
     options = PruneOptions(
-        select=SelectionJob(SelectOptions(keep=0.4), AUTO),
+        select=SelectOptions(keep=0.4, method=Method(AUTO)),
         choice=ChoiceOptions(held_out_samples=40, generation=FEW),
         device="cpu",
         dtype="float32",
@@ -54,18 +60,16 @@ def test_the_candidate_closest_to_the_dense_model_is_written(chosen, embedded, d
     figures = {entry["method"]: entry["kl"]["value"] for entry in choice["tried"]}
     assert len(figures) == 2 * len(AUTO_METHODS)
     assert choice["best"] == min(figures, key=figures.get)
-    method = f"{chosen.selection.scorer}/{chosen.selection.rule}, {chosen.selection.routing}"
+    method = str(chosen.selection.method)
     assert method in choice["tied"]
     assert method in choice["reason"]
     # the first of the benchmark's order among the tied ones
-    order = [f"{scorer}/{rule}, {routing}" for scorer, rule in AUTO_METHODS for routing in ("drop", "reroute")]
+    order = [str(Method(*pair, routing)) for pair in AUTO_METHODS for routing in ("drop", "reroute")]
     assert method == min(choice["tied"], key=order.index)
     again = load_selection(chosen.path)
     assert again.choice == json.loads(json.dumps(choice))
     from_trace = select_from_trace(
-        load_trace(chosen.path / "shape" / "trace"),
-        SelectOptions(0.4, chosen.selection.rule, chosen.selection.routing),
-        scorer=chosen.selection.scorer,
+        load_trace(chosen.path / "shape" / "trace"), SelectOptions(0.4, chosen.selection.method)
     )
     assert from_trace.layers == chosen.selection.layers
 
@@ -78,7 +82,7 @@ def test_the_card_tells_what_was_tried(chosen) -> None:
 
 def test_an_interrupted_job_does_not_choose_again(chosen, embedded, data, tmp_path, monkeypatch) -> None:
     options = PruneOptions(
-        select=SelectionJob(SelectOptions(keep=0.4), AUTO),
+        select=SelectOptions(keep=0.4, method=Method(AUTO)),
         choice=ChoiceOptions(held_out_samples=40, generation=FEW),
         device="cpu",
         dtype="float32",
@@ -86,7 +90,7 @@ def test_an_interrupted_job_does_not_choose_again(chosen, embedded, data, tmp_pa
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(job, "record_canary", stopped_after(0, job.record_canary)[0])
         prune(embedded, tmp_path / "out", options, data=data)
-    monkeypatch.setattr(job, "choose", lambda *_: pytest.fail("chosen again"))
+    monkeypatch.setattr(job, "auto_select", lambda *_: pytest.fail("chosen again"))
     result = prune(embedded, tmp_path / "out", options, data=data)
     assert result.selection == chosen.selection
     names = [sorted(file.relative_to(folder) for file in folder.rglob("*")) for folder in (result.path, chosen.path)]
@@ -117,15 +121,15 @@ def test_too_few_examples_for_a_limit_are_refused_before_the_work(embedded, data
     options = PruneOptions(choice=ChoiceOptions(limit=Limit("max_drop", 0.01), held_out_samples=60), device="cpu")
     with pytest.raises(UsageError, match=r"60 held-out examples .* below 6\.0%.*judge by 381 or more"):
         prune(embedded, tmp_path / "out", options, data=data)
-    automatic = replace(options, select=SelectionJob(SelectOptions(1.0), AUTO))
-    with pytest.raises(UsageError, match=r"for 16 combinations together.*judge by 865 or more"):
+    automatic = replace(options, select=SelectOptions(1.0, method=Method(AUTO)))
+    with pytest.raises(UsageError, match=r"for 16 methods together.*judge by 865 or more"):
         prune(embedded, tmp_path / "out", automatic, data=data)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_within_the_limit_prunes_nothing(embedded, data, tmp_path) -> None:
     options = PruneOptions(
-        select=SelectionJob(SelectOptions(1.0), "random"),  # shape removes an expert that is never used first
+        select=SelectOptions(1.0, method=Method("random")),  # shape removes an expert that is never used first
         choice=ChoiceOptions(limit=Limit("max_kl", 1e-9), held_out_samples=30, generation=FEW),
         device="cpu",
     )
@@ -137,7 +141,7 @@ def test_nothing_within_the_limit_prunes_nothing(embedded, data, tmp_path) -> No
 def test_a_finished_trace_is_not_made_again(embedded, data, tmp_path) -> None:
     trace(embedded, data, tmp_path / "trace")
     options = PruneOptions(
-        select=SelectionJob(SelectOptions(keep=0.5, routing="reroute"), AUTO),
+        select=SelectOptions(keep=0.5, method=Method(AUTO, routing="reroute")),
         choice=ChoiceOptions(routings=("reroute",), held_out_samples=30, generation=FEW),
         device="cpu",
     )
@@ -149,25 +153,27 @@ def test_a_finished_trace_is_not_made_again(embedded, data, tmp_path) -> None:
 
 def test_candidates_are_what_the_trace_and_the_target_allow() -> None:
     whole = synthetic_trace()
-    job = SelectionJob(SelectOptions(0.5), AUTO)
-    assert len(candidates(job, ChoiceOptions(), 2, whole.statistics)) == 2 * len(AUTO_METHODS)
+    job = SelectOptions(0.5, method=Method(AUTO))
+    assert len(methods_to_try(job.method, ChoiceOptions(), 2, whole.statistics)) == 2 * len(AUTO_METHODS)
     counted = type(whole)(whole.info, {k: v for k, v in whole.statistics.items() if "tokens" in k}, whole.coalitions)
-    assert {way.scorer for way in candidates(job, ChoiceOptions(), 2, counted.statistics)} == {"shape"}
-    stock = SelectionJob(SelectOptions(0.5, routing="reroute", target="stock"), AUTO)
-    assert {(way.rule, way.routing) for way in candidates(stock, ChoiceOptions(), 2)} == {("uniform", "reroute")}
-    named = SelectionJob(SelectOptions(0.5, rule="global"), "reap")
-    assert [str(way) for way in candidates(named, ChoiceOptions(), 2)] == ["reap/global, drop"]
+    assert {way.scorer for way in methods_to_try(job.method, ChoiceOptions(), 2, counted.statistics)} == {"shape"}
+    stock = SelectOptions(0.5, method=Method(AUTO, routing="reroute", target="stock"))
+    assert {(way.rule, way.routing) for way in methods_to_try(stock.method, ChoiceOptions(), 2)} == {
+        ("uniform", "reroute")
+    }
+    named = SelectOptions(0.5, method=Method("reap", "global"))
+    assert [str(way) for way in methods_to_try(named.method, ChoiceOptions(), 2)] == ["reap/global, drop"]
 
 
 def test_scorers_that_say_nothing_about_top_1_routing_are_left_out() -> None:
-    automatic = SelectionJob(SelectOptions(0.5), AUTO)
-    tried = {way.scorer for way in candidates(automatic, ChoiceOptions(), 1)}
+    automatic = SelectOptions(0.5, method=Method(AUTO))
+    tried = {way.scorer for way in methods_to_try(automatic.method, ChoiceOptions(), 1)}
     assert tried == {scorer for scorer, _ in AUTO_METHODS} - {"shape"}
-    model = ((0, 1, 2), 8, RoutingFacts(1, 1))
+    model = ((0, 1, 2), 8, RouterFacts(1, 1))
     with pytest.raises(UsageError, match=r"^Scorer shape needs top-2 routing or more, and this model's is top-1"):
-        check_job(SelectionJob(SelectOptions(0.5)), *model)
-    check_job(SelectionJob(SelectOptions(0.5), "reap"), *model)
-    check_job(SelectionJob(SelectOptions(0.5)), (0, 1, 2), 8, RoutingFacts(2, 2))
+        check_options(SelectOptions(0.5), *model)
+    check_options(SelectOptions(0.5, method=Method("reap")), *model)
+    check_options(SelectOptions(0.5), (0, 1, 2), 8, RouterFacts(2, 2))
 
 
 def test_every_method_exists() -> None:
@@ -177,10 +183,59 @@ def test_every_method_exists() -> None:
 
 
 def test_auto_needs_examples(embedded, data, tmp_path) -> None:
-    job = SelectionJob(SelectOptions(0.5), AUTO)
+    job = SelectOptions(0.5, method=Method(AUTO))
     with pytest.raises(UsageError, match="shape-moe prune"):
         select(synthetic_trace(), job)
     with pytest.raises(UsageError, match="shape-moe prune"):
         prune(embedded, tmp_path / "out", PruneOptions(select=job, device="cpu"), data=data)
     with pytest.raises(UsageError, match="held-out examples"):
         prune(embedded, tmp_path / "out", PruneOptions(select=job, choice=ChoiceOptions(), device="cpu"))
+
+
+class Noise:
+    """A bench where some selections are tied with the best one."""
+
+    def __init__(self, tied: set[str]) -> None:
+        self.names = tied
+
+    def tied(self, selection: Selection, _best: Selection) -> bool:
+        return selection.scorer in self.names
+
+
+def points_of(figures: dict[str, float]) -> list[Point]:
+    whole = whole_selection([0], 4)
+    return [
+        Point(Method(name), replace(whole, scorer=name), 1, Measured({"kl": Estimate(kl, kl, kl)}))
+        for name, kl in figures.items()
+    ]
+
+
+def test_ties_within_noise_go_to_the_earlier_method() -> None:
+    points = points_of({"a": 0.3, "b": 0.2, "c": 0.1})
+    assert tied_with(2, points, Noise(set())) == [2]
+    assert tied_with(2, points, Noise({"b"})) == [1, 2]
+    assert tied_with(2, points, Noise({"a", "c"})) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("tied", "chosen", "said"),
+    [
+        (set(), "c", "c/coverage, drop with a KL divergence of 0.1000 on held-out examples; clearly behind, nearest "),
+        ({"b"}, "b", "within noise of it: c/coverage, drop (best by its figure: c/coverage, drop, 0.1000; ties go to"),
+    ],
+)
+def test_the_preferred_one_of_those_tied_is_taken(tied, chosen, said) -> None:
+    points = points_of({"a": 0.3, "b": 0.2, "c": 0.1})
+    by_scorer = {point.method.scorer: point for point in points}
+    bench = Noise(tied)
+    bench.judge = lambda selection: by_scorer[selection.scorer].measured
+    search = SimpleNamespace(
+        bench=bench,
+        methods=[point.method for point in points],
+        measuring=lambda *_: nullcontext(lambda method, keep: by_scorer[method.scorer]),
+    )
+    selection, record = auto_module._closest(search, 0.5)
+    assert selection.scorer == chosen
+    assert record["best"] == "c/coverage, drop"
+    assert record["tied"] == [f"{name}/coverage, drop" for name in sorted({*tied, "c"})]
+    assert said in record["reason"]
