@@ -24,6 +24,11 @@ def counted(count: float, noun: str) -> str:
     return f"{count:,.0f} {noun}{'' if count == 1 else 's'}"
 
 
+def capitalised(text: str) -> str:
+    """The text with a capital letter at its beginning."""
+    return text[:1].upper() + text[1:]
+
+
 def readable_duration(seconds: float) -> str:
     """A time in seconds, minutes or hours."""
     if seconds < 90:

@@ -19,6 +19,7 @@ from shape_moe.jobs.evaluate import EvaluateOptions, evaluate
 from shape_moe.jobs.prune import PruneOptions, prune
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import trace
+from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions, select_from_trace
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import Trace
@@ -45,7 +46,7 @@ def traced(embedded, files) -> Trace:
 @pytest.fixture(scope="module")
 def fine(traced) -> Selection:
     """A selection that has lost nothing of the task."""
-    return select_from_trace(traced, SelectOptions(0.9), scorer="reap")
+    return select_from_trace(traced, SelectOptions(0.9, Method("reap")))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from shape_moe.errors import UsageError
 from shape_moe.evaluation.falls import CALLS, Fall, FreeAnswers, Outcome
 from shape_moe.evaluation.intervals import examples_for, quantile
 from shape_moe.evaluation.measures import HEALTH_LIMIT, LENGTH_LIMIT
-from shape_moe.units import counted, readable_kl, readable_share, share_at_most
+from shape_moe.units import capitalised, counted, readable_kl, readable_share, share_at_most
 
 MAX_DROP = 0.02
 """The fall that a model may have and still be called safe, unless told otherwise."""
@@ -214,10 +214,10 @@ class _Judged:
         advice = "keep more experts, or calibrate with more examples"
         for name, answers in self.unhealthy:
             if answers.excess >= 2 and answers.excess > DAMAGE * answers.count:
-                return Word.DAMAGED, f"{_of(name)}{_broken(answers)}.", f"{_capital(advice)}{_such(name)}."
+                return Word.DAMAGED, f"{_of(name)}{_broken(answers)}.", f"{capitalised(advice)}{_such(name)}."
         for fall in self.falls:
             if fall.figure != CALLS and fall.fall.low > DAMAGE:
-                return Word.DAMAGED, _fallen(fall), f"{_capital(advice)}{_such(fall.name)}."
+                return Word.DAMAGED, _fallen(fall), f"{capitalised(advice)}{_such(fall.name)}."
         return None
 
     def safe(self) -> _Found:
@@ -228,7 +228,7 @@ class _Judged:
         if not (self.falls and enough and every and within and answers and not self.unhealthy and not self._longer()):
             return None
         worst = max(self.falls, key=lambda fall: fall.fall.high)
-        reason = f"{_capital(worst.figure)}{_in(worst.name)} falls by {share_at_most(worst.fall.high)} at most"
+        reason = f"{capitalised(worst.figure)}{_in(worst.name)} falls by {share_at_most(worst.fall.high)} at most"
         return Word.SAFE, f"{reason}, and {counted(answers.count, 'free answer')} are as healthy as before.", ""
 
     def loss(self) -> _Found:
@@ -325,7 +325,7 @@ def _fallen(fall: Fall) -> str:
     """The fall that decided."""
     dense, pruned = (readable_share(share) for share in fall.shares)
     verb = "fall" if fall.figure == CALLS else "falls"
-    text = f"{_capital(fall.figure)}{_in(fall.name)} {verb} from {dense} to {pruned} over "
+    text = f"{capitalised(fall.figure)}{_in(fall.name)} {verb} from {dense} to {pruned} over "
     text += f"{counted(fall.examples, 'example')}: a loss of {readable_share(fall.fall.low)} at least, "
     return f"{text}{share_at_most(fall.fall.high)} at most."
 
@@ -359,10 +359,6 @@ def _points(share: float) -> str:
     """A difference of shares in percentage points."""
     shown = readable_share(share).removesuffix(" %")
     return f"{shown} {'point' if shown == '1' else 'points'}"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _of(name: str) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from shape_moe.calibration.example_maker import ExampleMaker, options_of
+from shape_moe.architectures.loading import loaded_bytes, why_not_loadable
+from shape_moe.architectures.snapshot import Snapshot
+from shape_moe.calibration.example_maker import options_of
 from shape_moe.calibration.parts import FEWEST, MOST, Parts, three_parts
-from shape_moe.calibration.records import DataOptions, Record, load_records
+from shape_moe.calibration.records import DataOptions, load_records
 from shape_moe.errors import DataError, UsageError
 from shape_moe.evaluation.bench import Bench
 from shape_moe.evaluation.conclusion import conclude
@@ -17,11 +18,12 @@ from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.outcomes import FREE_ANSWERS
 from shape_moe.evaluation.verdict import MAX_DROP, REQUIREMENTS, Verdict, check_max_drop, not_measured
 from shape_moe.jobs.held_out import fresh_records, held_out_set, known_prompts
-from shape_moe.jobs.session import ModelSession
+from shape_moe.jobs.session import ExampleOptions, ModelSession
+from shape_moe.progress import Progress
 from shape_moe.pruning.masks import masked
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import Trace
-from shape_moe.units import counted
+from shape_moe.units import capitalised, counted
 
 _ADVICE = "Judge it by examples that it was not made from: shape-moe evaluate MODEL DIR --data FILE."
 
@@ -106,41 +108,61 @@ def set_aside(data: DataOptions, options: JudgementOptions, *, choice: int = 0, 
     )
 
 
-def unseen_records(trace: Trace, options: JudgementOptions, seed: int = 0) -> tuple[DataOptions, list[Record]]:
-    """Records of a trace's source that the trace was not made from.
+def unseen_parts(
+    data: DataOptions, trace: Trace | None, chosen_by: Sequence[Record], options: JudgementOptions
+) -> Parts:
+    """Records of a source that nothing has seen, to report by; none, with the reason, where there are none.
 
-    Raises:
-        DataError: when the trace does not say, the source cannot be read, or it has no others.
+    Args:
+        data: the source.
+        trace: what was calibrated on.
+        chosen_by: records that something was chosen by.
+        options: how many to report by.
     """
-    source, known = trace.info.source, known_prompts(trace)
-    if known is None or not source.get("data"):
-        raise DataError("the trace does not name its examples")
-    data = replace(options_of(source)[0], seed=seed)
-    return data, fresh_records(data, known, options.examples)[0]
+    known = known_prompts(trace) if trace is not None else None
+    if known is None:
+        return Parts([], [], [], {"": "the trace does not name its prompts"}, "")
+    try:
+        records, _ = fresh_records(data, {*known, *map(prompt_hash, chosen_by)}, options.examples)
+    except DataError as error:
+        return Parts([], [], [], {"": str(error).rstrip(".")}, "")
+    return three_parts([], records, calibration=0, most=options.examples, give_up=False, seed=data.seed)
+
+
+def session_of_trace(
+    snapshot: Snapshot, trace: Trace, device: str, dtype: str, progress: Progress
+) -> ModelSession | None:
+    """The full model, read for as a trace was; None where the trace does not say, or the model does not fit."""
+    source = trace.info.source
+    if not source.get("data") or not source.get("prompts") or why_not_loadable(loaded_bytes(snapshot, dtype), device):
+        return None
+    data, tokens, answers = options_of(source)
+    read = ExampleOptions(data, tokens, answers, device=device, dtype=dtype)
+    try:
+        return ModelSession.open(snapshot, read, None, progress, load_records(replace(data, samples=1)))
+    except DataError:  # the examples may be gone since
+        return None
 
 
 def judge_selection(
-    session: ModelSession,
-    reporting: ExampleMaker | Sequence[Record],
-    selection: Selection,
-    options: JudgementOptions,
-    notes: Sequence[str] = (),
+    session: ModelSession, parts: Parts, data: DataOptions, selection: Selection, options: JudgementOptions
 ) -> Judgement:
     """Judge a selection as a mask on the dense model, beside that.
 
     Args:
         session: gives the dense model.
-        reporting: the records to report by.
+        parts: the records to report by, and why some classes have none.
+        data: where they come from.
         selection: what the written model keeps.
         options: see :class:`JudgementOptions`.
-        notes: what else a reader should know.
     """
-    maker = (
-        reporting
-        if isinstance(reporting, ExampleMaker)
-        else session.calibrator_of(list(reporting), session.options.data)
-    )
-    held_out, progress = held_out_set(session, maker, "the judgement"), session.progress
+    reasons = [f"{group}: {why}" if group else why for group, why in parts.unmeasured.items()]
+    if not parts.report:
+        return no_judgement(f"{capitalised('; '.join(reasons))}.", options)
+    progress = session.progress
+    progress.note(_announcement(len(parts.report), options))
+    notes = [f"Not measured: {reason}." for reason in reasons] + [f"{parts.sentence}."]
+    held_out = held_out_set(session, session.calibrator_of(parts.report, data), "the judgement")
     generation = GenerationOptions(options.answers)
     with Bench(session.model, session.tokenizer, held_out, generation=generation, progress=progress) as bench:
         with progress.phase("Judging the pruned model", len(held_out.examples), "example") as advance:
@@ -156,7 +178,7 @@ def no_judgement(reason: str, options: JudgementOptions) -> Judgement:
     return Judgement(not_measured(reason, _ADVICE, max_drop=options.max_drop))
 
 
-def announcement(examples: int, options: JudgementOptions) -> str:
+def _announcement(examples: int, options: JudgementOptions) -> str:
     """What is about to be done, before it is."""
     asked = [counted(examples, "example"), f"up to {counted(options.answers, 'free answer')}"]
     asked += [f"{len(general_records())} general prompts"] if options.general else []

@@ -19,10 +19,11 @@ from shape_moe.jobs.auto import ChoiceOptions, auto_select, methods_to_try
 from shape_moe.jobs.judgement import (
     Judgement,
     JudgementOptions,
-    announcement,
     judge_selection,
     no_judgement,
+    session_of_trace,
     set_aside,
+    unseen_parts,
 )
 from shape_moe.jobs.planning import SearchPlan, held_out_tracing, plan_search
 from shape_moe.jobs.select import as_select_options, check_options
@@ -48,6 +49,7 @@ PAPER_SAMPLES = 25
 """Calibration examples of the published experiments."""
 _DISK_MARGIN = 64 * 2**20
 _REJECTED = ".rejected"
+_NO_EXAMPLES = "There are no examples that the model was not made from."
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,17 @@ def _plan_choice(
     seed = select.scoring.seed
     tracing = held_out_tracing(options.trace, trace, choice.held_out, seed)
     tracing = replace(tracing, device=options.device, dtype=options.dtype)
-    plan = plan_search(snapshot, tracing, trace, choice.held_out, choice.samples, seed, progress)
+    plan = plan_search(
+        snapshot,
+        tracing,
+        trace,
+        choice.held_out,
+        choice.samples,
+        seed,
+        progress,
+        options.judgement,
+        give_up=choice.limit is None,
+    )
     if choice.limit is not None:
         held = trace.statistics if trace is not None else STATISTICS
         methods = methods_to_try(select.method, choice, snapshot.moe.top_k, held)
@@ -366,16 +378,19 @@ def _parts(options: PruneOptions) -> Parts | None:
 
 def _judged(run: _Run, selection: Selection) -> Judgement:
     """What pruning did to the model, while the full model is (or can be) loaded."""
-    options = run.options.judgement
+    options, device, dtype = run.options.judgement, run.options.device, run.options.dtype
     assert options is not None
-    if run.parts is None or run.session is None:
-        return no_judgement("There are no examples that the model was not made from.", options)
-    if not run.parts.report:
-        reasons = [f"{group}: {why}" if group else why for group, why in run.parts.unmeasured.items()]
-        return no_judgement(f"{'; '.join(reasons)}.", options)
-    run.progress.note(announcement(len(run.parts.report), options))
-    unmeasured = [f"Not measured, {group}: {why}." for group, why in run.parts.unmeasured.items()]
-    return judge_selection(run.session, run.parts.report, selection, options, [*unmeasured, f"{run.parts.sentence}."])
+    if run.session is None and run.trace is not None:
+        run.session = session_of_trace(run.snapshot, run.trace, device, dtype, run.progress)
+    if run.session is None:
+        reason = why_not_loadable(loaded_bytes(run.snapshot, dtype), device)
+        return no_judgement(f"The original was not loaded: {reason}." if reason else _NO_EXAMPLES, options)
+    parts, data, chosen_by = run.parts, run.session.options.data, []
+    if run.plan is not None:
+        parts, data, chosen_by = run.plan.parts, run.plan.data, run.plan.held_out.records
+    if parts is None:
+        parts = unseen_parts(data, run.trace, chosen_by, options)
+    return judge_selection(run.session, parts, data, selection, options)
 
 
 def _canary(run: _Run, selection: Selection) -> Canary | None:
