@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ from shape_moe.architectures.loading import loaded_bytes, why_not_loadable
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.example_maker import options_of
 from shape_moe.calibration.parts import FEWEST, MOST, Parts, three_parts
-from shape_moe.calibration.records import DataOptions, load_records
+from shape_moe.calibration.records import DataOptions, Record, load_records, prompt_hash
 from shape_moe.errors import DataError, UsageError
 from shape_moe.evaluation.bench import Bench
 from shape_moe.evaluation.conclusion import conclude
