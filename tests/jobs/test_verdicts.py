@@ -185,3 +185,18 @@ def test_a_model_that_is_not_good_enough_is_rejected(embedded, tmp_path, few_pro
     assert run([*arguments, "--keep", "0.8", "--force", "--require", "safe", "--no-judge"]) == 2
     assert run([*arguments, "--keep", "0.8", "--force", "--require", "perfect"]) == 2
     assert "--require takes safe or no-loss" in capsys.readouterr().err
+
+
+TOOL = {"type": "function", "function": {"name": "sort", "parameters": {"type": "object", "required": ["digits"]}}}
+
+
+@pytest.fixture
+def scripted_calls(monkeypatch, fine):
+    """Where tools are offered, the dense model calls one as the data does; one that lacks experts answers by words."""
+
+    def answer(model, asked, room, **_):
+        cut = any("forward" in vars(module) for module in model.modules())
+        words = "I sort no more." if cut else CALL
+        yield {key: list(words.encode()) for key in asked}
+
+    monkeypatch.setattr(tool_check, "greedy_answers", answer)

@@ -24,6 +24,8 @@ from shape_moe.evaluation.harness import TaskOptions, check_chat_template, check
 from shape_moe.evaluation.subjects import Candidate, open_candidate, scores_of
 from shape_moe.evaluation.task_results import TaskResult, task_changes
 from shape_moe.evaluation.teacher_forced import TeacherForced
+from shape_moe.evaluation.tool_calls import ToolExample
+from shape_moe.evaluation.tool_check import ToolCheck, calls_tools, tool_prompts
 from shape_moe.evaluation.verdict import MAX_DROP, Verdict, check_max_drop
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES, held_out_set, known_prompts, overlap
 from shape_moe.jobs.session import ExampleOptions, ModelSession, as_example_options, load_original
@@ -36,6 +38,8 @@ from shape_moe.selection.selection import Selection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Calls = dict[int, ToolExample] | None
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,7 @@ class _Run:
         self.size = measure(snapshot)
         self.benches: dict[str, Bench] = {}
         self.asked: list[Record] = []
+        self.tools: ToolCheck | None = None
         self.general: GeneralCheck | None = None
         self.scores: dict[str, Scores] = {}
         self.session: ModelSession | None = None
@@ -157,7 +162,7 @@ class _Run:
         if tracing is None:
             return
         self._check_faithfulness()
-        records = self.asked = load_records(tracing.data)
+        records = load_records(tracing.data)
         self._warn_of_overlap(records, tracing.data)
         self.session = ModelSession.open(snapshot, tracing, self.tokenizer, progress, records)
 
@@ -230,7 +235,7 @@ class _Run:
         if self.session is not None:
             model = self.session.model
             self.benches = self._open_benches(self.session)
-            self.general = self._general(self.session) if self.options.general and self.candidates else None
+            self._ask_dense(self.session)
         else:
             model = load_original(self.snapshot, self.device, self.dtype, self.progress)
         dense = Evaluated(self.snapshot.name, "dense", None, self.snapshot.total_bytes)
@@ -264,25 +269,30 @@ class _Run:
             for name, maker in sources.items()
         }
 
-    def _general(self, session: ModelSession) -> GeneralCheck:
-        records, answers = general_records(), session.options.answers
-        with self.progress.phase("Asking general prompts", len(records), "prompt") as advance:
-            return GeneralCheck(
-                session.model,
-                session.calibrator.tokeniser,
-                batch_size=answers.batch_size,
-                records=records,
-                advance=advance,
-            )
+    def _ask_dense(self, session: ModelSession) -> None:
+        """Let the dense model answer what a bench does not ask: where tools are offered, and general prompts."""
+        if not self.candidates:
+            return
+        by_index = {record.index: record for record in session.calibrator.records}
+        self.asked = [by_index[example.index] for example in self.benches[TASK].held_out.examples]
+        tokeniser, size = session.calibrator.tokeniser, session.options.answers.batch_size
+        prompts = tool_prompts(self.asked)
+        if prompts:
+            with self.progress.phase("Asking where tools are offered", len(prompts), "prompt") as advance:
+                self.tools = ToolCheck(session.model, tokeniser, prompts, batch_size=size, advance=advance)
+        if self.options.general:
+            records = general_records()
+            with self.progress.phase("Asking general prompts", len(records), "prompt") as advance:
+                self.general = GeneralCheck(session.model, tokeniser, batch_size=size, records=records, advance=advance)
 
     def _masked(self, entry: Candidate, model: PreTrainedModel) -> Evaluated:
         assert entry.selection is not None
         size = round(self.size.at_keep(entry.selection.kept))
         found = Evaluated(entry.name, "mask", entry.selection, size)
-        self._judge(found, entry.selection)
         with masked(model, entry.selection):
-            self._ask_general(found, model)
+            calls = self._ask(found, model)
             found.tasks = self._tasks(model)
+        self._judge(found, entry.selection, calls)
         return found
 
     def _checkpoint(self, entry: Candidate, snapshot: Snapshot) -> Evaluated:
@@ -291,13 +301,19 @@ class _Run:
             model = load_model(snapshot, device=self.device, dtype=self.dtype, note=self.progress.note)
             advance(1)
         found = Evaluated(entry.name, "checkpoint", entry.selection, snapshot.total_bytes)
-        self._judge(found, model)
-        self._ask_general(found, model)
+        self._judge(found, model, self._ask(found, model))
         found.tasks = self._tasks(model)
         return found
 
-    def _judge(self, found: Evaluated, subject: Selection | PreTrainedModel) -> None:
-        """Figures over the held-out examples, where there are such."""
+    def _ask(self, found: Evaluated, model: PreTrainedModel) -> Calls:
+        """Ask a live model what a bench does not ask: general prompts, and where tools are offered."""
+        if self.general is not None:
+            with self.progress.phase(f"General prompts, {found.name}", len(self.general.records), "prompt") as advance:
+                found.forgotten = self.general.compare(model, advance)
+        return self.tools.compare(model) if self.tools is not None else None
+
+    def _judge(self, found: Evaluated, subject: Selection | PreTrainedModel, calls: Calls) -> None:
+        """Figures and verdict over the held-out examples, where there are such."""
         if not self.benches:
             return
         total = sum(len(bench.held_out.examples) for bench in self.benches.values())
@@ -307,27 +323,27 @@ class _Run:
                 found.sets[name] = bench.measured(sums, made)
                 self.notes += [f"{found.name}, {bench.held_out.name}: {text}." for text in _complaints(found, name)]
                 if name == TASK:
-                    found.verdict = self._verdict(found, bench, sums, made)
+                    found.verdict = self._verdict(found, sums, made, calls)
                 if name == TASK and self.options.by is not None:
                     found.classes = bench.by_group(sums)
 
-    def _verdict(self, found: Evaluated, bench: Bench, sums: TeacherForced, made: Generated | None) -> Verdict:
+    def _verdict(self, found: Evaluated, sums: TeacherForced, made: Generated | None, calls: Calls) -> Verdict:
         """The verdict over the examples that the model was not made from."""
+        bench = self.benches[TASK]
         trace = next(entry.trace for entry in self.candidates if entry.name == found.name)
         known = (known_prompts(trace) if trace is not None else None) or frozenset()
-        seen = {record.index for record in self.asked if prompt_hash(record) in known}
-        left_out = {i for i, example in enumerate(bench.held_out.examples) if example.index in seen}
+        left_out = {i for i, record in enumerate(self.asked) if prompt_hash(record) in known}
         theirs = bench.dense_answers
-        answers = (theirs, made) if theirs is not None and made is not None else None
         return conclude(
-            bench.held_out, bench.dense_sums, sums, answers, left_out=left_out, max_drop=self.options.max_drop
+            bench.held_out,
+            bench.dense_sums,
+            sums,
+            (theirs, made) if theirs is not None and made is not None else None,
+            calls=calls,
+            calling={i for i, record in enumerate(self.asked) if calls_tools(record)},
+            left_out=left_out,
+            max_drop=self.options.max_drop,
         )
-
-    def _ask_general(self, found: Evaluated, model: PreTrainedModel) -> None:
-        """What became of general prompts."""
-        if self.general is not None:
-            with self.progress.phase(f"General prompts, {found.name}", len(self.general.records), "prompt") as advance:
-                found.forgotten = self.general.compare(model, advance)
 
     def _tasks(self, model: PreTrainedModel) -> dict[str, TaskResult]:
         """Results of the tasks on a live model; those that vLLM runs come later, when nothing else is loaded."""
