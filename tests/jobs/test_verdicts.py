@@ -10,11 +10,10 @@ import pytest
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.main import run
 from shape_moe.demo.tasks import examples
+from shape_moe.evaluation import questions, tool_check
 from shape_moe.evaluation.forgotten import general_records
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.verdict import Verdict, Word
-from shape_moe.jobs import evaluate as evaluate_job
-from shape_moe.jobs import judgement
 from shape_moe.jobs.evaluate import EvaluateOptions, evaluate
 from shape_moe.jobs.prune import PruneOptions, prune
 from shape_moe.jobs.session import ExampleOptions
@@ -128,7 +127,7 @@ def test_the_command_opens_with_the_verdict(embedded, broken, files, tmp_path, c
 
 def test_what_was_forgotten_is_shown_beside_the_verdict(embedded, broken, files, monkeypatch) -> None:
     records = general_records(["arithmetic"])[:6]
-    monkeypatch.setattr(evaluate_job, "general_records", lambda: records)
+    monkeypatch.setattr(questions, "general_records", lambda: records)
     found = judge(embedded, broken, files["few"], general=True).models[1]
     assert [(group.name, group.prompts) for group in found.forgotten.groups] == [("arithmetic", 6)]
     assert found.forgotten.groups[0].kl > 0.1
@@ -138,7 +137,7 @@ def test_what_was_forgotten_is_shown_beside_the_verdict(embedded, broken, files,
 def few_prompts(monkeypatch):
     """Six general prompts instead of two hundred."""
     records = general_records(["arithmetic"])[:6]
-    monkeypatch.setattr(judgement, "general_records", lambda: records)
+    monkeypatch.setattr(questions, "general_records", lambda: records)
 
 
 def test_prune_ends_with_the_judgement(embedded, tmp_path, few_prompts) -> None:
@@ -188,15 +187,40 @@ def test_a_model_that_is_not_good_enough_is_rejected(embedded, tmp_path, few_pro
 
 
 TOOL = {"type": "function", "function": {"name": "sort", "parameters": {"type": "object", "required": ["digits"]}}}
+CALL = '<tool_call>{"name": "sort", "arguments": {"digits": "%s"}}</tool_call>'
 
 
 @pytest.fixture
-def scripted_calls(monkeypatch, fine):
+def scripted_calls(monkeypatch):
     """Where tools are offered, the dense model calls one as the data does; one that lacks experts answers by words."""
 
     def answer(model, asked, room, **_):
-        cut = any("forward" in vars(module) for module in model.modules())
-        words = "I sort no more." if cut else CALL
-        yield {key: list(words.encode()) for key in asked}
+        masked = any(module._forward_pre_hooks for module in model.modules())
+        for key, prompt in asked.items():
+            digits = bytes(prompt).decode().partition("sort ")[2].rstrip("=")
+            yield {key: list(b"I sort no more." if masked else (CALL % digits).encode())}
 
     monkeypatch.setattr(tool_check, "greedy_answers", answer)
+
+
+def test_three_models_that_are_not_safe_get_three_verdicts(
+    embedded, fine, broken, files, tmp_path, scripted_calls
+) -> None:
+    """One that loops, one that answers well and calls no tools any more, and one that is judged on ten examples."""
+    looping = judge(embedded, broken, files["few"]).models[1].verdict
+    few = judge(embedded, fine, files["few"]).models[1].verdict
+    rows = examples("sorting", 120, seed=1, held_out=True)
+    offered = [with_tool(row) for row in examples("sorting", 20, seed=5, held_out=True)]
+    silent = judge(embedded, fine, write_lines(tmp_path / "tools.jsonl", rows + offered)).models[1].verdict
+    assert [looping.word, silent.word, few.word] == [Word.DAMAGED, Word.LOSS, Word.NO_LOSS]
+    assert silent.reason.startswith("It calls no tools any more. Right tool calls fall from 100 % to 0 %")
+    assert silent.outcomes[0].exact.count == 120
+    assert silent.outcomes[0].calls["valid"].shares == (1.0, 0.0)
+
+
+def with_tool(row):
+    """A record that asks a task's question and offers a function for it, which the answer calls."""
+    digits = row["prompt"].partition("sort ")[2].rstrip("=")
+    call = {"type": "function", "function": {"name": "sort", "arguments": {"digits": digits}}}
+    turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    return {"messages": turns, "tools": [TOOL]}

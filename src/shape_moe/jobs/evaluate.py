@@ -18,14 +18,12 @@ from shape_moe.evaluation.conclusion import conclude
 from shape_moe.evaluation.evaluated import ALSO, TASK, Evaluated, Evaluation
 from shape_moe.evaluation.faithfulness import FEWEST_RANDOM, Faithfulness, faithfulness
 from shape_moe.evaluation.footprint import Workload, measure_footprint
-from shape_moe.evaluation.forgotten import GeneralCheck, general_records
 from shape_moe.evaluation.generation import Generated, GenerationOptions
 from shape_moe.evaluation.harness import TaskOptions, check_chat_template, check_tasks, run_tasks, run_tasks_with_vllm
+from shape_moe.evaluation.questions import Questions, Replies
 from shape_moe.evaluation.subjects import Candidate, open_candidate, scores_of
 from shape_moe.evaluation.task_results import TaskResult, task_changes
 from shape_moe.evaluation.teacher_forced import TeacherForced
-from shape_moe.evaluation.tool_calls import ToolExample
-from shape_moe.evaluation.tool_check import ToolCheck, calls_tools, tool_prompts
 from shape_moe.evaluation.verdict import MAX_DROP, Verdict, check_max_drop
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES, held_out_set, known_prompts, overlap
 from shape_moe.jobs.session import ExampleOptions, ModelSession, as_example_options, load_original
@@ -38,8 +36,6 @@ from shape_moe.selection.selection import Selection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Calls = dict[int, ToolExample] | None
 
 
 @dataclass(frozen=True)
@@ -152,8 +148,7 @@ class _Run:
         self.size = measure(snapshot)
         self.benches: dict[str, Bench] = {}
         self.asked: list[Record] = []
-        self.tools: ToolCheck | None = None
-        self.general: GeneralCheck | None = None
+        self.questions: Questions | None = None
         self.scores: dict[str, Scores] = {}
         self.session: ModelSession | None = None
         self.tokenizer = load_tokenizer(snapshot.path)
@@ -199,8 +194,8 @@ class _Run:
         release_memory()
         for bench in self.benches.values():
             bench.close()
-        if self.general is not None:
-            self.general.close()
+        if self.questions is not None:
+            self.questions.close()
         order = {name: i for i, name in enumerate([self.snapshot.name, *(entry.name for entry in self.candidates)])}
         models.sort(key=lambda found: order[found.name])
         self._run_vllm_tasks(models)
@@ -270,29 +265,27 @@ class _Run:
         }
 
     def _ask_dense(self, session: ModelSession) -> None:
-        """Let the dense model answer what a bench does not ask: where tools are offered, and general prompts."""
-        if not self.candidates:
-            return
+        """Let the dense model answer what a bench does not ask."""
         by_index = {record.index: record for record in session.calibrator.records}
         self.asked = [by_index[example.index] for example in self.benches[TASK].held_out.examples]
-        tokeniser, size = session.calibrator.tokeniser, session.options.answers.batch_size
-        prompts = tool_prompts(self.asked)
-        if prompts:
-            with self.progress.phase("Asking where tools are offered", len(prompts), "prompt") as advance:
-                self.tools = ToolCheck(session.model, tokeniser, prompts, batch_size=size, advance=advance)
-        if self.options.general:
-            records = general_records()
-            with self.progress.phase("Asking general prompts", len(records), "prompt") as advance:
-                self.general = GeneralCheck(session.model, tokeniser, batch_size=size, records=records, advance=advance)
+        if self.candidates:
+            self.questions = Questions(
+                session.model,
+                session.calibrator.tokeniser,
+                self.asked,
+                general=self.options.general,
+                batch_size=session.options.answers.batch_size,
+                progress=self.progress,
+            )
 
     def _masked(self, entry: Candidate, model: PreTrainedModel) -> Evaluated:
         assert entry.selection is not None
         size = round(self.size.at_keep(entry.selection.kept))
         found = Evaluated(entry.name, "mask", entry.selection, size)
         with masked(model, entry.selection):
-            calls = self._ask(found, model)
+            replies = self._ask(found, model)
             found.tasks = self._tasks(model)
-        self._judge(found, entry.selection, calls)
+        self._judge(found, entry.selection, replies)
         return found
 
     def _checkpoint(self, entry: Candidate, snapshot: Snapshot) -> Evaluated:
@@ -305,17 +298,14 @@ class _Run:
         found.tasks = self._tasks(model)
         return found
 
-    def _ask(self, found: Evaluated, model: PreTrainedModel) -> Calls:
-        """Ask a live model what a bench does not ask: general prompts, and where tools are offered."""
-        if self.general is not None:
-            with self.progress.phase(f"General prompts, {found.name}", len(self.general.records), "prompt") as advance:
-                found.forgotten = self.general.compare(model, advance)
-        return self.tools.compare(model) if self.tools is not None else None
+    def _ask(self, found: Evaluated, model: PreTrainedModel) -> Replies:
+        return self.questions.ask(model, found.name) if self.questions is not None else Replies()
 
-    def _judge(self, found: Evaluated, subject: Selection | PreTrainedModel, calls: Calls) -> None:
+    def _judge(self, found: Evaluated, subject: Selection | PreTrainedModel, replies: Replies) -> None:
         """Figures and verdict over the held-out examples, where there are such."""
         if not self.benches:
             return
+        found.forgotten = replies.forgotten
         total = sum(len(bench.held_out.examples) for bench in self.benches.values())
         with self.progress.phase(f"Judging {found.name}", total, "example") as advance:
             for name, bench in self.benches.items():
@@ -323,11 +313,11 @@ class _Run:
                 found.sets[name] = bench.measured(sums, made)
                 self.notes += [f"{found.name}, {bench.held_out.name}: {text}." for text in _complaints(found, name)]
                 if name == TASK:
-                    found.verdict = self._verdict(found, sums, made, calls)
+                    found.verdict = self._verdict(found, sums, made, replies)
                 if name == TASK and self.options.by is not None:
                     found.classes = bench.by_group(sums)
 
-    def _verdict(self, found: Evaluated, sums: TeacherForced, made: Generated | None, calls: Calls) -> Verdict:
+    def _verdict(self, found: Evaluated, sums: TeacherForced, made: Generated | None, replies: Replies) -> Verdict:
         """The verdict over the examples that the model was not made from."""
         bench = self.benches[TASK]
         trace = next(entry.trace for entry in self.candidates if entry.name == found.name)
@@ -339,8 +329,8 @@ class _Run:
             bench.dense_sums,
             sums,
             (theirs, made) if theirs is not None and made is not None else None,
-            calls=calls,
-            calling={i for i, record in enumerate(self.asked) if calls_tools(record)},
+            calls=replies.calls,
+            calling=self.questions.calling if self.questions is not None else (),
             left_out=left_out,
             max_drop=self.options.max_drop,
         )

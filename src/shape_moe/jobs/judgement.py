@@ -14,11 +14,10 @@ from shape_moe.calibration.records import DataOptions, Record, load_records, pro
 from shape_moe.errors import DataError, UsageError
 from shape_moe.evaluation.bench import Bench
 from shape_moe.evaluation.conclusion import conclude
-from shape_moe.evaluation.forgotten import Forgotten, GeneralCheck, general_records
+from shape_moe.evaluation.forgotten import Forgotten, general_records
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.outcomes import FREE_ANSWERS
-from shape_moe.evaluation.tool_calls import ToolExample
-from shape_moe.evaluation.tool_check import ToolCheck, calls_tools, tool_prompts
+from shape_moe.evaluation.questions import Questions
 from shape_moe.evaluation.verdict import MAX_DROP, REQUIREMENTS, Verdict, check_max_drop, not_measured
 from shape_moe.jobs.held_out import fresh_records, held_out_set, known_prompts
 from shape_moe.jobs.session import ExampleOptions, ModelSession
@@ -168,23 +167,34 @@ def judge_selection(
     held_out = held_out_set(session, session.calibrator_of(parts.report, data), "the judgement")
     by_index = {record.index: record for record in parts.report}
     records = [by_index[example.index] for example in held_out.examples]
-    generation = GenerationOptions(options.answers)
-    with Bench(session.model, session.tokenizer, held_out, generation=generation, progress=progress) as bench:
+    generation, model = GenerationOptions(options.answers), session.model
+    with Bench(model, session.tokenizer, held_out, generation=generation, progress=progress) as bench:
         with progress.phase("Judging the pruned model", len(held_out.examples), "example") as advance:
             sums, ours = bench.sums(selection, advance), bench.answers(selection)
         theirs = bench.dense_answers
-        answers = (theirs, ours) if theirs is not None and ours is not None else None
+        questions = Questions(
+            model,
+            session.calibrator.tokeniser,
+            records,
+            general=options.general,
+            most=options.answers,
+            batch_size=session.options.answers.batch_size,
+            progress=progress,
+        )
+        with masked(model, selection):
+            replies = questions.ask(model, "the pruned model")
+        questions.close()
         verdict = conclude(
             held_out,
             bench.dense_sums,
             sums,
-            answers,
-            calls=_calls(session, records, selection, options),
-            calling={i for i, record in enumerate(records) if calls_tools(record)},
+            (theirs, ours) if theirs is not None and ours is not None else None,
+            calls=replies.calls,
+            calling=questions.calling,
             max_drop=options.max_drop,
             notes=notes,
         )
-    return Judgement(verdict, _forgotten(session, selection) if options.general else None)
+    return Judgement(verdict, replies.forgotten)
 
 
 def no_judgement(reason: str, options: JudgementOptions) -> Judgement:
@@ -197,29 +207,3 @@ def _announcement(examples: int, options: JudgementOptions) -> str:
     asked = [counted(examples, "example"), f"up to {counted(options.answers, 'free answer')}"]
     asked += [f"{len(general_records())} general prompts"] if options.general else []
     return f"To be judged, dense and pruned: {', '.join(asked)}; --no-judge leaves it out."
-
-
-def _calls(
-    session: ModelSession, records: Sequence[Record], selection: Selection, options: JudgementOptions
-) -> dict[int, ToolExample] | None:
-    """What both models do where tools are offered, None where none are."""
-    prompts, batch_size = tool_prompts(records, options.answers), session.options.answers.batch_size
-    if not prompts:
-        return None
-    with session.progress.phase("Judging tool calls", 2 * len(prompts), "prompt") as advance:
-        check = ToolCheck(session.model, session.calibrator.tokeniser, prompts, batch_size=batch_size, advance=advance)
-        with masked(session.model, selection) as model:
-            return check.compare(model, advance)
-
-
-def _forgotten(session: ModelSession, selection: Selection) -> Forgotten:
-    """What becomes of general prompts."""
-    records, batch_size = general_records(), session.options.answers.batch_size
-    with session.progress.phase("Judging by general prompts", 2 * len(records), "prompt") as advance:
-        check = GeneralCheck(
-            session.model, session.calibrator.tokeniser, batch_size=batch_size, records=records, advance=advance
-        )
-        with masked(session.model, selection) as model:
-            found = check.compare(model, advance)
-    check.close()
-    return found
