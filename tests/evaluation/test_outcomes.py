@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shape_moe.calibration.examples import Example
+from shape_moe.evaluation.conclusion import conclude
 from shape_moe.evaluation.falls import Pairs
 from shape_moe.evaluation.generation import Generated
+from shape_moe.evaluation.held_out_set import HeldOutSet
 from shape_moe.evaluation.outcomes import outcomes, spread_over_classes
 from shape_moe.evaluation.teacher_forced import TeacherForced
 from shape_moe.evaluation.tool_call_formats import ToolCall
@@ -55,6 +60,18 @@ def test_examples_are_counted_by_class() -> None:
     seen = outcomes(groups, dense, pruned, answered=range(5), answers=answers, left_out={0, 2, 4})
     assert [(outcome.name, outcome.examples) for outcome in seen] == [("", 1), ("a", 0), ("b", 2)]
     assert seen[1].exact is seen[1].agreement is seen[1].kl is seen[1].answers is None
+
+
+def test_exact_match_by_answers_is_that_of_the_answers_alone() -> None:
+    rows = tuple(Example(i, str(i), (1, 2, 3), 1) for i in range(6))
+    held_out = HeldOutSet("set", rows, (None,) * 6, 2)
+    dense, pruned = sums([0, 0, 0, 0, 0, 0]), sums([0, 0, 0, 0, 0, 0])
+    answers = [written(((1,), (2,), (3,)), looped=[False] * 3) for _ in range(2)]
+    answers[1] = replace(answers[1], exact=np.array([True, False, True]))
+    found = conclude(held_out, dense, pruned, tuple(answers), by_answers=True)
+    assert found.outcomes[0].exact == Pairs(3, 3, 1, 0)
+    plain = conclude(held_out, dense, pruned, tuple(answers))
+    assert plain.outcomes[0].exact == Pairs(6, 0, 0, 0)
 
 
 @given(st.lists(st.sampled_from(["a", "b", None]), min_size=1, max_size=60), st.integers(1, 70))

@@ -134,7 +134,8 @@ class FreeAnswers:
             made: the pruned model's.
             rows: which of the examples count, by position in their set; None for all.
         """
-        at = [i for i, position in enumerate(made.positions) if rows is None or position in set(rows)]
+        counted = set(made.positions if rows is None else rows)
+        at = [i for i, position in enumerate(made.positions) if position in counted]
         if not at:
             return None
         pairs = [(dense.answers[i], made.answers[i]) for i in at]

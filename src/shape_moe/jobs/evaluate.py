@@ -319,7 +319,7 @@ class _Run:
 
     def _verdict(self, found: Evaluated, sums: TeacherForced, made: Generated | None, replies: Replies) -> Verdict:
         """The verdict over the examples that the model was not made from."""
-        bench = self.benches[TASK]
+        bench, generation = self.benches[TASK], self.options.generation
         trace = next(entry.trace for entry in self.candidates if entry.name == found.name)
         known = (known_prompts(trace) if trace is not None else None) or frozenset()
         left_out = {i for i, record in enumerate(self.asked) if prompt_hash(record) in known}
@@ -329,6 +329,7 @@ class _Run:
             bench.dense_sums,
             sums,
             (theirs, made) if theirs is not None and made is not None else None,
+            by_answers=generation is not None and generation.answer_pattern is not None,
             calls=replies.calls,
             calling=self.questions.calling if self.questions is not None else (),
             left_out=left_out,
