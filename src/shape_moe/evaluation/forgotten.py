@@ -19,7 +19,7 @@ from shape_moe.evaluation.generation import ends_in_loop
 from shape_moe.evaluation.held_out_set import HeldOutSet
 from shape_moe.evaluation.teacher_forced import compare_with_dense, record_dense
 from shape_moe.progress import Advance
-from shape_moe.units import readable_kl
+from shape_moe.units import one_line, readable_kl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -254,5 +254,5 @@ def _loops(group: GroupLoss) -> str:
 
 
 def _one_line(text: str) -> str:
-    flat = " ".join(text.split())
+    flat = " ".join(one_line(text).split())
     return f"{flat[:_SHOWN]}..." if len(flat) > _SHOWN else flat or "(nothing)"

@@ -13,7 +13,7 @@ from shape_moe.errors import UsageError
 from shape_moe.evaluation.falls import CALLS, Fall, FreeAnswers, Outcome
 from shape_moe.evaluation.intervals import examples_for, quantile
 from shape_moe.evaluation.measures import HEALTH_LIMIT, LENGTH_LIMIT
-from shape_moe.units import capitalised, counted, readable_kl, readable_share, share_at_most
+from shape_moe.units import capitalised, counted, one_line, readable_kl, readable_share, share_at_most
 
 MAX_DROP = 0.02
 """The fall that a model may have and still be called safe, unless told otherwise."""
@@ -99,7 +99,7 @@ class Verdict:
         if self.answers is not None:
             found.append(describe_answers(self.answers))
         found += self.notes
-        return [*found, f"Next: {self.advice}"] if self.advice else found
+        return [one_line(line) for line in (*found, *([f"Next: {self.advice}"] if self.advice else []))]
 
     def to_document(self) -> dict[str, Any]:
         """For JSON."""

@@ -63,7 +63,9 @@ def render_card(facts: CardFacts) -> str:
     slots = (
         "the same; a pruned expert's slot adds nothing" if selection.routing == "drop" else "the same, among kept ones"
     )
-    return environment.get_template("model_card.md.jinja").render(
+    return environment.get_template(
+        "model_card.md.jinja"
+    ).render(
         title=f"{_name(facts.model)}, pruned to {selection.keep:.0%} of its experts",
         model=facts.model if is_hub_id else _name(facts.model),
         base_model=Markup(facts.model) if is_hub_id else None,  # noqa: S704  # letters, digits, dashes, dots
@@ -75,7 +77,7 @@ def render_card(facts: CardFacts) -> str:
         bytes_after=facts.bytes_after,
         trace=facts.trace.info if facts.trace else None,
         target=facts.target,
-        verdict=[line.replace("```", "'''") for line in facts.verdict],
+        verdict=[*facts.verdict[:1], *(Markup(line) for line in facts.verdict[1:])],  # noqa: S704  # in a code block
         stock_class=family.stock_class if family else "the original's class",
         version=version("shape-moe"),
         size=readable_size,
