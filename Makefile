@@ -75,6 +75,8 @@ test: dev browser
 test-long: dev $(VLLM_VENV)/installed
 	mkdir -p build
 	HF_HUB_OFFLINE=1 SHAPE_MOE_PASSED=build/long.txt $(BIN)/python -m pytest -m long --timeout 3600 tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST) --hypothesis-profile search -k "not browser" \
+		tests/scoring tests/selection tests/tracing tests/interop tests/evaluation
 	HF_HUB_OFFLINE=1 SHAPE_MOE_PASSED=build/long.txt SHAPE_MOE_FULL_MATRIX=1 \
 		$(VLLM_BIN)/python -m pytest tests/engines --durations=0
 

@@ -71,16 +71,12 @@ def digest_of(folder: Path, names: list[str]) -> str:
 
 
 def cover_of(work: Path, tests: list[str], workers: int, again: bool) -> Cover:
-    """Coverage of this tree, recorded anew where the source has changed."""
-    digest, folder = digest_of(PROJECT, ["src"]), work / "cover"
-    stamp = folder / "digest"
-    tree = work / "tree"
-    if not again and stamp.is_file() and stamp.read_text() == digest:
+    """Coverage of this tree, or as it was recorded before."""
+    folder, tree = work / "cover", work / "tree"
+    if not again and (folder / "tests.jsonl").is_file():
         return read_cover(tree, folder)
     print("Running the tests once with coverage ...", file=sys.stderr)
-    cover = record(copy_tree(PROJECT, tree), folder, tests, workers)
-    stamp.write_text(digest)
-    return cover
+    return record(copy_tree(PROJECT, tree), folder, tests, workers)
 
 
 class Journal:
@@ -112,8 +108,9 @@ def _digest(mutant: Mutant) -> str:
     return hashlib.sha256(mutant.after.encode()).hexdigest()[:16]
 
 
-def judge_all(mutants: list[Mutant], cover: Cover, work: Path, workers: int) -> dict[str, Outcome]:
+def judge_all(mutants: list[Mutant], cover: Cover, options: argparse.Namespace) -> dict[str, Outcome]:
     """Outcomes by key; every worker has a room of its own."""
+    work, workers = options.work, options.workers
     journal = Journal(work / "journal.jsonl")
     outcomes: dict[str, Outcome] = {}
     waiting: queue.Queue[Mutant] = queue.Queue()
@@ -125,7 +122,7 @@ def judge_all(mutants: list[Mutant], cover: Cover, work: Path, workers: int) -> 
             outcomes[mutant.key] = known
 
     def work_off(number: int) -> None:
-        room = Room(PROJECT, work / f"room-{number}", cover)
+        room = Room(PROJECT, work / f"room-{number}", cover, quick=options.quick)
         while True:
             try:
                 mutant = waiting.get_nowait()
@@ -195,17 +192,18 @@ def main() -> int:
     parser.add_argument("--patches", help="a folder of patch files, each one fault, instead of a sample")
     parser.add_argument("--workers", type=int, default=2, help="mutants that are tried at a time")
     parser.add_argument("--first", nargs="+", default=["tests"], help="tests to look for covering ones among")
-    parser.add_argument("--again", action="store_true", help="record coverage anew although the source is the same")
+    parser.add_argument("--again", action="store_true", help="record coverage anew, after large changes")
     parser.add_argument(
         "--work", type=Path, default=PROJECT / "build" / "mutants", help="folder for copies and journal"
     )
+    parser.add_argument("--quick", action="store_true", help="do not run the rest of the suite on survivors")
     parser.add_argument("--out", type=Path, help="file for the result")
     options = parser.parse_args()
     started = time.monotonic()
     options.work.mkdir(parents=True, exist_ok=True)
     mutants = chosen(options)
     cover = cover_of(options.work, options.first, options.workers, options.again)
-    outcomes = judge_all(mutants, cover, options.work, options.workers)
+    outcomes = judge_all(mutants, cover, options)
     result = document(mutants, outcomes, options, cover, time.monotonic() - started)
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=1) + "\n")

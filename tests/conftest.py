@@ -1,4 +1,4 @@
-"""Everything runs offline, on two threads, and quietly."""
+"""Everything runs offline, on two threads in all, quietly, and the same every time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,12 @@ from support.tiny_models import FAMILIES, make_model, save_model
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference" / "qwen3-30b-a3b"
 
 
+with suppress(ImportError):  # the environment of the tests with a real vLLM has no hypothesis
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("search", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile("same", settings.get_profile("search"), derandomize=True)
+    settings.load_profile("same")  # a busy machine is no fault, and every run tries the same examples
 PASSED = os.environ.get("SHAPE_MOE_PASSED")
 """A file that names tests which have passed: they are not run again, so that a long run can go on where it was."""
 
@@ -44,7 +51,7 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     yield
 
 

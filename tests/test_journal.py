@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from shape_moe.errors import CheckpointError
 from shape_moe.journal import Journal
 
 
@@ -32,3 +35,11 @@ def test_without_a_file_work_stays_in_memory() -> None:
     journal = Journal(None, "key", "sums")
     journal.put("digest", [1])
     assert journal == {"digest": [1]}
+
+
+@pytest.mark.parametrize("line", [b"{", b"[1]", b'{"key": "a"}', b'{"key": 1, "work": 2}', b"\xff", b"[" * 100_000])
+def test_damaged_lines_are_one_sentence(tmp_path, line) -> None:
+    file = tmp_path / "journal"
+    file.write_bytes(line + b"\n")
+    with pytest.raises(CheckpointError, match=r"journal is damaged; delete it"):
+        Journal(file, "key", "work")

@@ -54,6 +54,7 @@ class Mutant:
         line: where the changed span begins, from 1.
         statement: first and last line of the innermost statement around it; None outside functions.
         kind: what was done.
+        edit: the changed text, before and after.
         before: the source of the file.
         after: the source with the fault.
     """
@@ -62,6 +63,7 @@ class Mutant:
     line: int
     statement: tuple[int, int] | None
     kind: str
+    edit: tuple[str, str]
     before: str
     after: str
 
@@ -82,25 +84,32 @@ class Mutant:
     @property
     def key(self) -> str:
         """Names the mutant; it stays while the changed lines stay."""
-        nth = self.before.splitlines()[: self.line].count(self.before.splitlines()[self.line - 1])
-        return hashlib.sha256(f"{self.file}\n{nth}\n{self.change}".encode()).hexdigest()[:16]
+        lines = self.before.splitlines()
+        text = lines[self.line - 1]
+        changed = self.after.splitlines()[self.line - 1]
+        nth = lines[: self.line].count(text)
+        told = repr((self.file, nth, text.strip(), changed.strip(), self.edit))
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+    @property
+    def valid(self) -> bool:
+        """Whether it is Python, and not the same Python as before."""
+        try:
+            return ast.dump(ast.parse(self.after)) != ast.dump(ast.parse(self.before))
+        except SyntaxError:
+            return False
 
 
 def mutants_of(file: str, source: str) -> list[Mutant]:
-    """Every mutant of a file, in the order of its text."""
+    """Every mutant of a file, in the order of its text; some are not valid."""
     tree = ast.parse(source)
-    visitor, original = _Visitor(source), ast.dump(tree)
+    visitor = _Visitor(source)
     visitor.visit(tree)
     found = []
     for start, end, text, kind in visitor.edits:
-        after = source[:start] + text + source[end:]
-        try:
-            same = ast.dump(ast.parse(after)) == original
-        except SyntaxError:
-            continue
-        if not same:
-            line = source.count("\n", 0, start) + 1
-            found.append(Mutant(file, line, statement_at(tree, line), kind, source, after))
+        line = source.count("\n", 0, start) + 1
+        edit, after = (source[start:end], text), source[:start] + text + source[end:]
+        found.append(Mutant(file, line, statement_at(tree, line), kind, edit, source, after))
     return found
 
 
@@ -319,7 +328,9 @@ def sample(mutants: Iterator[Mutant], count: int, seed: int) -> list[Mutant]:
 
     taken: dict[tuple[str, int, str], Mutant] = {}
     for mutant in sorted(mutants, key=drawn):
-        taken.setdefault((mutant.file, mutant.line, mutant.kind), mutant)
+        place = (mutant.file, mutant.line, mutant.kind)
+        if place not in taken and mutant.valid:
+            taken[place] = mutant
         if len(taken) == count:
             break
     return list(taken.values())

@@ -38,5 +38,5 @@ def read_patches(project: Path, folder: Path) -> list[Mutant]:
             first, last = line, line + old.count("\n")
             spans = [span for at in range(first, last + 1) if (span := statement_at(ast.parse(before), at))]
             span = (min(s[0] for s in spans), max(s[1] for s in spans)) if spans else None
-            found.append(Mutant(name, line, span, f"by hand ({file.stem})", before, after))
+            found.append(Mutant(name, line, span, f"by hand ({file.stem})", (old, new), before, after))
     return found

@@ -4,8 +4,8 @@ Variables of the environment say what it does:
 
 - ``MUTANTS_RECORD``, a folder: every test's seconds and whether it passed go to ``tests.jsonl``, and the modules that
   are loaded at the end to ``modules-*.json``.
-- ``MUTANTS_PLAN``, a JSON file with ``seconds`` by test, and ``only`` or ``without`` (lists of tests): what runs, quick
-  tests first, each with a time limit of its own.
+- ``MUTANTS_PLAN``, a JSON file with ``seconds`` by test, tests that run ``only`` or are left ``without``, and a folder
+  ``new_under`` whose tests run too where they have no seconds yet: quick tests first, each with a time limit.
 """
 
 from __future__ import annotations
@@ -51,10 +51,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if source is None:
         return
     plan = json.loads(Path(source).read_text())
-    only, without, seconds = plan.get("only"), set(plan.get("without", ())), plan["seconds"]
-    wanted = [item for item in items if item.nodeid not in without and (only is None or item.nodeid in set(only))]
-    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
-    for item in wanted:
+    seconds, without, only = plan["seconds"], set(plan["without"]), plan.get("only")
+    new_under = plan.get("new_under")
+
+    def wanted(test: str) -> bool:
+        if test in without or only is None:
+            return test not in without
+        return test in covering or bool(new_under and test.startswith(new_under) and test not in seconds)
+
+    covering = set(only or ())
+    chosen = [item for item in items if wanted(item.nodeid)]
+    config.hook.pytest_deselected(items=[item for item in items if not wanted(item.nodeid)])
+    for item in chosen:
         limit = pytest.mark.timeout(90 + 10 * seconds.get(item.nodeid, _UNKNOWN))
         item.add_marker(limit, append=False)
-    items[:] = sorted(wanted, key=lambda item: seconds.get(item.nodeid, _UNKNOWN))
+    items[:] = sorted(chosen, key=lambda item: seconds.get(item.nodeid, _UNKNOWN))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -50,22 +51,42 @@ class Cover:
 
     Attributes:
         lines: tests by file and line.
+        digests: of the files as they were then; in a file that has changed, lines are not told apart.
         seconds: by test.
         modules: names of everything that was imported.
         failing: tests that fail without any fault; they can catch none and are left out.
     """
 
     lines: dict[str, dict[int, list[str]]]
+    digests: dict[str, str]
     seconds: dict[str, float]
     modules: list[str]
     failing: list[str]
 
     def of(self, mutant: Mutant) -> list[str]:
-        """Tests that run the mutant's statement; those that run any line of its file for what an import runs."""
+        """Tests that run the mutant's statement.
+
+        Those that run any line of its file for what an import runs, and where the file has changed since; those of its
+        package where there are none.
+        """
         lines = self.lines.get(mutant.file, {})
-        first, last = mutant.statement or (1, max(lines, default=1))
-        tests = {test for line in range(first, last + 1) for test in lines.get(line, ())} - set(self.failing)
+        same = self.digests.get(mutant.file) == digest(mutant.before)
+        first, last = mutant.statement if mutant.statement and same else (1, max(lines, default=1))
+        tests = {test for line in range(first, last + 1) for test in lines.get(line, ())}
+        if not tests:
+            tests = {test for test in self.seconds if test.startswith(tests_of(mutant.file))}
+        tests -= set(self.failing)
         return sorted(tests, key=lambda test: (self.seconds.get(test, 0.0), test))
+
+
+def digest(text: str) -> str:
+    """A short hash."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def tests_of(file: str) -> str:
+    """Where the tests of a file's package are."""
+    return f"tests/{Path(file).parent.name}/"
 
 
 def record(tree: Path, folder: Path, tests: Sequence[str], workers: int) -> Cover:
@@ -80,6 +101,8 @@ def record(tree: Path, folder: Path, tests: Sequence[str], workers: int) -> Cove
     settings.write_text(f"[run]\nsource = {tree / 'src'}\nrelative_files = true\ndata_file = {folder / 'coverage'}\n")
     measured = ["--cov", f"--cov-config={settings}", "--cov-context=test", "--cov-report=", *tests]
     command = [sys.executable, "-m", "pytest", *_arguments(), "-n", str(workers), *measured]
+    digests = {path.relative_to(tree).as_posix(): digest(path.read_text()) for path in (tree / "src").rglob("*.py")}
+    (folder / "digests.json").write_text(json.dumps(digests))
     environment = {**_environment(tree), "MUTANTS_RECORD": str(folder)}
     done = subprocess.run(command, cwd=tree, env=environment, check=False)
     cover = read_cover(tree, folder) if done.returncode in {0, 1} else None
@@ -108,6 +131,7 @@ def read_cover(tree: Path, folder: Path) -> Cover:
         modules |= dict.fromkeys(json.loads(file.read_text()))
     return Cover(
         lines,
+        json.loads((folder / "digests.json").read_text()),
         seconds={test: seconds for test, seconds, _ in tests},
         modules=list(modules),
         failing=[test for test, _, passed in tests if not passed],
@@ -136,13 +160,15 @@ class Room:
         project: the checkout; it is only read.
         folder: for the copy and everything the runs write.
         cover: of this tree.
+        quick: run the tests that cover a mutant only, not the rest of the suite.
     """
 
-    def __init__(self, project: Path, folder: Path, cover: Cover) -> None:
+    def __init__(self, project: Path, folder: Path, cover: Cover, *, quick: bool = False) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self.tree, self.folder, self.cover = copy_tree(project, folder / "tree"), folder, cover
         self._trusted: set[str] = set()
+        self._quick = quick
         (folder / "modules.json").write_text(json.dumps(cover.modules))
         self._server = subprocess.Popen(
             [sys.executable, "-m", "mutation.server", str(folder / "modules.json")],
@@ -172,10 +198,10 @@ class Room:
         file = self.tree / mutant.file
         file.write_text(mutant.after)
         try:
-            first = self._run(only=covering) if covering else Outcome(False, "", 0.0)
-            if first.caught:
+            first = self._run(only=covering, new_under=tests_of(mutant.file))
+            if first.caught or self._quick:
                 return first
-            rest = self._run(without=covering)
+            rest = self._run(without=covering)  # new ones once more
             return Outcome(rest.caught, rest.by, first.seconds + rest.seconds)
         finally:
             file.write_text(mutant.before)
@@ -186,14 +212,16 @@ class Room:
         self._trusted.add(test)
         return True
 
-    def _run(self, only: Collection[str] | None = None, without: Collection[str] = ()) -> Outcome:
+    def _run(
+        self, only: Collection[str] | None = None, without: Collection[str] = (), new_under: str | None = None
+    ) -> Outcome:
         seconds = self.cover.seconds
         plan: dict[str, Any] = {"seconds": seconds, "without": [*without, *self.cover.failing]}
         files = ["tests"]
         if only is not None:
-            plan["only"] = list(only)
-            files = sorted({test.split("::")[0] for test in only})
-            files = [name for name in files if (self.tree / name).is_file()]
+            plan |= {"only": list(only), "new_under": new_under}
+            files = sorted({test.split("::")[0] for test in only} | ({new_under} if new_under else set()))
+            files = [name for name in files if (self.tree / name).exists()]
         (self.folder / "plan.json").write_text(json.dumps(plan))
         log = self.folder / "log.txt"
         expected = sum(seconds.get(test, 5.0) for test in (seconds if only is None else only))

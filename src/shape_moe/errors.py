@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import re
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_WORDS = ("No space left on device", "StorageFull", "Disk quota exceeded", "File too large")
 """How libraries that lose the error number tell of it."""
+_FULL_NUMBER = re.compile(rf"os error ({'|'.join(str(number) for number in _FULL)})\b")
 
 
 def first_line(error: BaseException) -> str:
@@ -21,7 +23,8 @@ def full_disk(error: BaseException) -> bool:
     seen: set[int] = set()
     while found is not None and id(found) not in seen:
         seen.add(id(found))
-        if getattr(found, "errno", None) in _FULL or any(words in str(found) for words in _FULL_WORDS):
+        told = isinstance(found, Exception) and any(words in str(found) for words in _FULL_WORDS)
+        if getattr(found, "errno", None) in _FULL or told or _FULL_NUMBER.search(str(found)):
             return True
         found = found.__cause__ or found.__context__
     return False

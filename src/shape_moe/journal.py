@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TypeVar
 
+from shape_moe.errors import CheckpointError
+
 Key = str | tuple[str, ...]
 Work = TypeVar("Work")
 
@@ -19,12 +21,20 @@ class Journal(dict[Key, Work]):
         file: the file, which need not exist; None keeps work in memory only.
         key: what a line calls the key, a text or a list of them.
         work: what a line calls the work, which must be fit for JSON.
+
+    Raises:
+        CheckpointError: when the file holds something else.
     """
 
     def __init__(self, file: Path | None, key: str, work: str) -> None:
         self._file, self._names = file, (key, work)
-        entries = [json.loads(line) for line in _whole_lines(file)] if file is not None and file.is_file() else []
-        super().__init__({_as_key(entry[key]): entry[work] for entry in entries})
+        lines = _whole_lines(file) if file is not None and file.is_file() else []
+        try:
+            entries = [json.loads(line) for line in lines]
+            known = {_as_key(entry[key]): entry[work] for entry in entries}
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{file} is damaged; delete it, and its work is done again.") from error
+        super().__init__(known)
 
     def put(self, key: Key, work: Work) -> None:
         """Remember a piece of work, on disk at once."""
@@ -41,7 +51,7 @@ def _whole_lines(file: Path) -> list[str]:
     if len(whole) < len(content):
         with file.open("r+b") as stream:
             stream.truncate(len(whole))
-    return whole.decode().splitlines()
+    return whole.decode(errors="replace").splitlines()
 
 
 def _as_key(found: str | list[str]) -> Key:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 SMALL = 16 * 2**20
 """Files up to this many bytes are hashed whole; of larger ones a sample is."""
-_SAMPLES, _SAMPLE = 64, 4096
+_SAMPLES, _SAMPLE = 16, 4096
 _LARGEST_HEADER = 100_000_000
 _MODEL_FILES = ("*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "*.tiktoken", "vocab.*", "merges.txt")
 """What loaders read of a model's folder; other files there (notes, logs) may change while a job runs."""
@@ -72,27 +72,28 @@ def describe_file(file: Path) -> SourceFile:
     Raises:
         OSError: when it cannot be read.
     """
+    found = file.stat()
+    return _described(file, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+
+
+@lru_cache(maxsize=4096)
+def _described(file: Path, size: int, mtime_ns: int, ctime_ns: int, inode: int) -> SourceFile:
+    """Record a file; in one state it is read once."""
     with file.open("rb") as stream:
-        found = os.fstat(stream.fileno())
         header = None
         if file.suffix == ".safetensors":
             length = int.from_bytes(stream.read(8), "little")
-            header = _sha256(stream.read(min(length, _LARGEST_HEADER)))
+            header = sha256(stream.read(min(length, _LARGEST_HEADER)))
             stream.seek(0)
-        if found.st_size <= SMALL:
+        if size <= SMALL:
             digest = f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
         else:
             blocks = hashlib.sha256()
             for i in range(_SAMPLES):
-                stream.seek((found.st_size - _SAMPLE) * i // (_SAMPLES - 1))
+                stream.seek(max(0, size - _SAMPLE) * i // (_SAMPLES - 1))
                 blocks.update(stream.read(_SAMPLE))
             digest = f"sampled:{blocks.hexdigest()}"
-    return SourceFile(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, digest, header)
-
-
-def model_files(folder: Path) -> dict[str, SourceFile]:
-    """Record what loaders read of a model's folder, by name; subfolders are not entered."""
-    return {file.name: describe_file(file) for file in _files_of_model(folder)}
+    return SourceFile(size, mtime_ns, ctime_ns, inode, digest, header)
 
 
 def describe_inputs(inputs: Iterable[str | os.PathLike[str]]) -> dict[str, SourceFile]:
@@ -132,16 +133,6 @@ def changed_since(before: Mapping[str, SourceFile], inputs: Iterable[str | os.Pa
     return f"{added[0]} was added" if added else None
 
 
-def to_document(files: Mapping[str, SourceFile]) -> dict[str, dict[str, Any]]:
-    """For JSON."""
-    return {name: asdict(file) for name, file in files.items()}
-
-
-def place_of(folder: Path) -> str:
-    """A folder's place on this machine, without naming it: artifacts are published."""
-    return _sha256(os.fsencode(folder.resolve()))
-
-
 def _files(path: Path) -> Iterator[Path]:
     if path.is_file():
         yield path
@@ -159,5 +150,6 @@ def _files_of_model(folder: Path) -> Iterator[Path]:
             yield file
 
 
-def _sha256(content: bytes) -> str:
+def sha256(content: bytes) -> str:
+    """In hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()

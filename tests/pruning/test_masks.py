@@ -53,8 +53,8 @@ def test_drop_is_the_model_whose_pruned_experts_output_zero(name, checkpoint) ->
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_reroute_never_routes_to_pruned_experts_and_ranks_the_kept_as_before(name, checkpoint) -> None:
-    """Reading the routers: ids are kept ones, and they are the best kept ones by the full router's own choice."""
+def test_reroute_never_routes_to_pruned_experts(name, checkpoint) -> None:
+    """Every token gets different experts, and kept ones alone; which ones is compared with sliced routers elsewhere."""
     selection = random_selection(open_snapshot(checkpoint(name)), "reroute", "ragged")
     model = make_model(name)
     seen: list[tuple[int, torch.Tensor]] = []

@@ -124,7 +124,7 @@ def test_hostile_names_stay_text(tmp_path) -> None:
     clean, _, _ = page_of(full_material(tmp_path))
     material = full_material(tmp_path, name=HOSTILE)
     points = tuple(
-        replace(point, combination=replace(point.combination, scorer=HOSTILE)) for point in material.sweep.points
+        replace(point, method=replace(point.method, scorer=HOSTILE)) for point in material.sweep.points
     )
     models = tuple(
         replace(model, name=HOSTILE + str(i), footprint=replace(model.footprint, device=HOSTILE))

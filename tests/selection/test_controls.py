@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shape_moe.architectures.moe_config import RoutingFacts
+from shape_moe.architectures.moe_config import RouterFacts
 from shape_moe.scoring.scores import Scores
 from shape_moe.selection.agreement import kept_by_scorer, options_of, scoring_of
 from shape_moe.selection.controls import inverted_selection, random_selection
+from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions, select_from_scores, select_from_trace
 from shape_moe.selection.selection import Selection
 from shape_moe.selection.stability import stability
@@ -17,13 +18,13 @@ from support.data import synthetic_trace
 VALUES = np.array([[8.0, 7, 6, 5, 4, 3, 2, 1], [1.0, 2, 3, 4, 5, 6, 7, 8]])
 SCORES = Scores("reap", (2, 5), VALUES, np.ones((2, 8)))
 OPTIONS = SelectOptions(
-    keep=0.625, rule="global", protect={5: (0,)}, skip_layers=(2,), multiple_of=2, allow_rounding=True
+    keep=0.625, method=Method(rule="global"), protect={5: (0,)}, skip_layers=(2,), multiple_of=2, allow_rounding=True
 )
 
 
 @pytest.fixture(scope="module")
 def selection() -> Selection:
-    return select_from_scores(SCORES, SelectOptions(keep=0.375, rule="global", protect={2: (7,)}))
+    return select_from_scores(SCORES, SelectOptions(keep=0.375, method=Method(rule="global"), protect={2: (7,)}))
 
 
 def test_the_inversion_keeps_the_worst_at_the_same_counts(selection) -> None:
@@ -38,7 +39,7 @@ def test_the_inversion_keeps_the_worst_at_the_same_counts(selection) -> None:
 def test_of_equal_values_the_inversion_removes_the_ones_used_more() -> None:
     activations = np.array([[1.0, 9, 1, 1]])
     scores = Scores("t", (0,), np.ones((1, 4)), activations)
-    chosen = select_from_scores(scores, SelectOptions(keep=0.5, rule="uniform"))
+    chosen = select_from_scores(scores, SelectOptions(keep=0.5, method=Method(rule="uniform")))
     assert chosen.layers == {0: [0, 1]}
     assert inverted_selection(chosen, scores).layers == {0: [2, 3]}
 
@@ -61,7 +62,7 @@ def test_the_options_of_a_selection_make_it_again() -> None:
     found = options_of(chosen)
     assert found is not None
     assert (found.skip_layers, found.protect, found.multiple_of) == ((2,), {5: (0,)}, 2)
-    assert (found.keep, found.rule, found.routing) == (0.625, "global", "drop")
+    assert (found.keep, str(found.method)) == (0.625, "reap/global, drop")
     assert select_from_scores(SCORES, found).layers == chosen.layers
 
 
@@ -71,8 +72,10 @@ def test_other_scorers_keep_as_many_under_the_same_conditions() -> None:
     masks = kept_by_scorer([SCORES, other], chosen, None)
     assert np.array_equal(masks["reap"], chosen.mask())
     assert [np.flatnonzero(row).tolist() for row in masks["ean"]] == [list(range(8)), [0, 1]]
-    routing = RoutingFacts(2, 2)
-    rerouted = select_from_scores(SCORES, SelectOptions(keep=0.5, rule="global", routing="reroute"), routing=routing)
+    routing = RouterFacts(2, 2)
+    rerouted = select_from_scores(
+        SCORES, SelectOptions(keep=0.5, method=Method(rule="global", routing="reroute")), routing=routing
+    )
     lopsided = Scores("ean", SCORES.layers, VALUES * np.array([[1], [100]]), SCORES.activations)
     counts = kept_by_scorer([lopsided], rerouted, routing)["ean"].sum(axis=1)
     assert counts.tolist() == [2, 6]  # the floor of the routing, which a drop would not have
@@ -84,15 +87,21 @@ def test_the_weights_and_the_seed_of_a_selection_are_found_again() -> None:
     from shape_moe.tracing.trace import SegmentWeights
 
     asked = ScoreOptions(SegmentWeights(prompt=0.25, response=2.0), seed=7)
-    chosen = select_from_trace(trace, SelectOptions(keep=0.5), scoring=asked)
+    chosen = select_from_trace(trace, SelectOptions(keep=0.5, scoring=asked))
     assert scoring_of(chosen) == asked
     assert scoring_of(None) == ScoreOptions()
 
 
+def test_a_selection_says_what_was_asked_and_what_was_met() -> None:
+    chosen = select_from_scores(SCORES, SelectOptions(keep=0.7, rule="global", multiple_of=2, allow_rounding=True))
+    assert (chosen.constraints["budget_asked"], chosen.kept) == (11, 10)
+    assert (chosen.keep_asked, chosen.keep) == (0.7, 0.625)
+
+
 def test_layers_are_protected_and_skipped_by_their_number_not_their_row() -> None:
-    chosen = select_from_scores(SCORES, SelectOptions(keep=0.5, rule="global", protect={5: (0, 1)}))
+    chosen = select_from_scores(SCORES, SelectOptions(keep=0.5, method=Method(rule="global"), protect={5: (0, 1)}))
     assert {0, 1} <= set(chosen.layers[5])
-    skipped = select_from_scores(SCORES, SelectOptions(keep=0.75, rule="global", skip_layers=(5,)))
+    skipped = select_from_scores(SCORES, SelectOptions(keep=0.75, method=Method(rule="global"), skip_layers=(5,)))
     assert skipped.layers == {2: [0, 1, 2, 3], 5: list(range(8))}
 
 

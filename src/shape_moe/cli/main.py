@@ -15,7 +15,7 @@ from rich.text import Text
 import shape_moe
 from shape_moe.cli.console import new_console
 from shape_moe.cli.flag_groups import with_flags
-from shape_moe.errors import InterruptError, ShapeMoeError
+from shape_moe.errors import InterruptError, ShapeMoeError, full_disk
 from shape_moe.made_with import command_line
 from shape_moe.process_exit import leave
 from shape_moe.text import printable
@@ -37,7 +37,7 @@ VERBS = {
     "demo": "See all of it on a small embedded model, offline.",
 }
 """What each verb does, for the overview. The module of a verb is imported only when that verb is run."""
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_DISK_ERRORS = (errno.EROFS, errno.EIO)
 # Typer brings its own copy of click or uses the installed one; this is the base class of whichever it is.
 _USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
@@ -116,6 +116,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         with command_line(words):
             code = command(verb)(args=words, prog_name="shape-moe", standalone_mode=False)
+            sys.stdout.flush()  # a full disk shows here rather than when the interpreter ends
     except _USAGE_ERROR as error:
         error.message = printable(error.message)
         error.show()
@@ -124,7 +125,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _fail(InterruptError.by(interrupt))
     except ShapeMoeError as error:
         return _fail(error)
-    except (MemoryError, OSError, RuntimeError) as error:
+    except Exception as error:
         message = _sentence(error)
         if message is None:
             raise
@@ -134,6 +135,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def _sentence(error: BaseException) -> str | None:
     """What a user can do about an error, None for one that is the program's own."""
+    if full_disk(error):
+        return "The disk is full, or the limit on what may be written is reached: free some space and try again."
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return "The device ran out of memory; lower --batch-size or --max-length, or use --device auto."
     if isinstance(error, OSError) and error.errno and (error.filename or error.errno in _DISK_ERRORS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -58,7 +59,16 @@ def select(
         return select_from_scores(source, options, routing=routing)
     if not isinstance(source, Trace) and is_table(source):
         return select_from_scores(read_scores(source), options, routing=routing)
-    return select_from_trace(source if isinstance(source, Trace) else load_trace(source), options)
+    trace = source if isinstance(source, Trace) else load_trace(source)
+    selection = select_from_trace(trace, options)
+    return replace(selection, warnings=(*selection.warnings, *_warn_of_changes(trace)))
+
+
+def _warn_of_changes(trace: Trace) -> list[str]:
+    """What has become of the model that was traced, where it lies where it did."""
+    known, folder = trace.info.traced_files, Path(trace.info.model)
+    changed = known.changed(folder) if known is not None and folder.is_dir() else None
+    return [f"The model {folder} is not as it was traced: {changed}. Trace it anew."] if changed else []
 
 
 def is_table(source: str | PathLike[str]) -> bool:

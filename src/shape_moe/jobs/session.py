@@ -29,6 +29,7 @@ from shape_moe.interrupts import DeferredInterrupt
 from shape_moe.made_with import versions
 from shape_moe.progress import Progress
 from shape_moe.pruning.canary import canary_tokens
+from shape_moe.traced_files import traced_files
 from shape_moe.tracing.trace import Trace, TraceInfo, load_trace, merge_traces
 from shape_moe.workspace import write_json
 
@@ -114,6 +115,7 @@ class ModelSession:
         self.tokenizer = tokenizer
         self.source_notes: dict[str, str] = {}
         records = load_records(options.data) if records is None else records
+        self._files = traced_files(snapshot.path) if snapshot else None
         self.calibrator = ExampleMaker(records, tokeniser, options.data, options.answers, progress)
 
     @classmethod
@@ -253,7 +255,14 @@ class ModelSession:
     def info(
         self, moe: MoeConfig, layers: tuple[int, ...], implementation: str, dtype: str, engine: str = "transformers"
     ) -> TraceInfo:
-        """Where the trace comes from, once the calibration set is known."""
+        """Where the trace comes from, once the calibration set is known.
+
+        Raises:
+            ShapeMoeError: when a file of the model has changed since the session began.
+        """
+        files, snapshot = self._files, self.snapshot
+        if files is not None and snapshot is not None and (changed := files.touched(snapshot.path)) is not None:
+            raise ShapeMoeError(f"{changed} while the model was traced; run the command again.")
         calibrator = self.calibrator
         examples = [example for example in calibrator.examples if example.where not in calibrator.skipped]
         prompt = sum(example.prompt_length for example in examples)
@@ -272,6 +281,7 @@ class ModelSession:
             source={**calibrator.source(), **self.source_notes},
             versions=versions("torch", "transformers", "tokenizers", "numpy"),
             canary=canary_tokens([example.tokens for example in examples]),
+            traced_files=self._files,
         )
 
     def _origin(self) -> Origin:

@@ -13,6 +13,7 @@ from shape_moe.architectures.fingerprint import UNVERIFIED, check_fingerprint, f
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.example_maker import ANSWERS_FILE
 from shape_moe.calibration.records import DataOptions
+from shape_moe.errors import FingerprintError
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options
 from shape_moe.jobs.vllm_session import trace_with_vllm
 from shape_moe.progress import SILENT, Progress
@@ -85,17 +86,34 @@ def open_trace(given: str | PathLike[str], snapshot: Snapshot, progress: Progres
         given: its folder.
         snapshot: the model.
         progress: where to note that the trace was made from another copy of the model.
-        force: accept a trace of unknown origin.
+        force: accept a trace of unknown origin, or of weights that have changed since.
 
     Raises:
-        FingerprintError: when it was made from another model.
+        FingerprintError: when it was made from another model, or this one's weights have changed since.
         CheckpointError: when it cannot be read.
     """
     found = load_trace(given)
     check_fingerprint(found.info.fingerprint, fingerprint(snapshot), f"The trace {given}", force=force)
     if found.info.layout_fingerprint not in (UNVERIFIED, layout_fingerprint(snapshot)):
         progress.note("The trace was made from another copy of this model (other names, dtypes or shapes of tensors).")
+    _check_weights(found, f"The trace {given}", snapshot, progress, force=force)
     return found
+
+
+def _check_weights(found: Trace, what: str, snapshot: Snapshot, progress: Progress, *, force: bool) -> None:
+    """Refuse a trace of other weights than those at hand; routers were compared already."""
+    known = found.info.traced_files
+    if known is None:
+        return
+    if (changed := known.changed(snapshot.path)) is None and (other := known.difference_of_copy(snapshot.path)):
+        changed = f"{other} holds other weights than the traced one"
+    if changed is not None:
+        message = f"{what} no longer fits {snapshot.name}: {changed}"
+        if not force:
+            raise FingerprintError(f"{message}. Trace the model anew, or use --force if the change cannot matter.")
+        progress.note(f"{message}; it is used all the same (--force).")
+    elif (rest := known.uncompared(snapshot.path)) is not None:
+        progress.note(f"The trace was made from another copy of this model: {rest}")
 
 
 def kept_trace(session: Callable[[], ModelSession], folder: Path) -> Trace:

@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from shape_moe.documents import MOST_EXPERTS
 from shape_moe.errors import DataError, ShapeMoeError, UsageError
 from shape_moe.scoring.registry import ScoreOptions, get_scorer
 from shape_moe.tracing.trace import Trace
@@ -73,6 +74,13 @@ def score_trace(trace: Trace, scorer: str = "shape", options: ScoreOptions | Non
     return Scores(scorer, trace.info.layers, values, trace.sums("tokens", options.weights))
 
 
+def _check_numbers(column: pl.Series, path: Path) -> None:
+    """Check that layers or experts have numbers that there can be, before anything is allocated by them."""
+    numbers = column.cast(pl.Float64).to_numpy()
+    if not (np.isfinite(numbers) & (numbers == np.rint(numbers)) & (numbers >= 0) & (numbers < MOST_EXPERTS)).all():
+        raise DataError(f"{path}: {column.name} must be a whole number from 0 to {MOST_EXPERTS - 1:,} in every row.")
+
+
 def read_scores(file: str | PathLike[str]) -> Scores:
     """Read a table of values (``VALUES.csv`` with the columns :data:`COLUMNS`).
 
@@ -91,6 +99,8 @@ def read_scores(file: str | PathLike[str]) -> Scores:
         raise DataError(f"{path} has no rows.")
     if frame.null_count().sum_horizontal().item() or not all(dtype.is_numeric() for dtype in frame.dtypes):
         raise DataError(f"{path}: every row needs a number in each of the columns {', '.join(COLUMNS)}.")
+    for column in ("Layer", "Expert_ID"):
+        _check_numbers(frame[column], path)
     frame = frame.sort("Layer", "Expert_ID")
     layers = frame["Layer"].unique(maintain_order=True).to_list()
     experts = int(frame["Expert_ID"].max()) + 1  # type: ignore[arg-type]  # numeric, checked above

@@ -16,6 +16,8 @@ from shape_moe.architectures.moe_config import RouterFacts
 from shape_moe.documents import MOST_EXPERTS, as_shape
 from shape_moe.errors import CheckpointError, FingerprintError, UsageError
 from shape_moe.json_file import read_json
+from shape_moe.source_files import changed_file
+from shape_moe.traced_files import TracedFiles
 from shape_moe.tracing.coalitions import CoalitionTable, merge_tables, read_table, write_table
 from shape_moe.tracing.statistics import STATISTICS
 from shape_moe.workspace import write_text
@@ -58,6 +60,7 @@ class TraceInfo:
         source: the calibration set: where it came from and how it was tokenised.
         versions: package versions.
         canary: token sequences from the calibration set that later checks run.
+        traced_files: the model's weights as they were; None where no folder was traced, and in older traces.
     """
 
     fingerprint: str
@@ -76,6 +79,7 @@ class TraceInfo:
     source: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     canary: list[list[int]] = field(default_factory=list)
+    traced_files: TracedFiles | None = None
 
     @property
     def top_k(self) -> int:
@@ -209,10 +213,20 @@ def merge_traces(traces: Sequence[Trace], weights: Sequence[float] | None = None
         same = ("fingerprint", "num_experts", "routing", "layers")
         if any(getattr(trace.info, key) != getattr(first, key) for key in same):
             raise FingerprintError("The traces are of different models: their fingerprints or layers differ.")
+        if trace.info.traced_files is not None and (changed := _changed_between(first, trace.info)) is not None:
+            raise FingerprintError(f"{changed} between the traces, so they are of different models.")
     names = [name for name in STATISTICS if all(name in trace.statistics for trace in traces)]
     statistics = {name: _merge_statistic(name, [t.statistics[name] for t in traces], weights) for name in names}
     coalitions = {layer: merge_tables([t.coalitions[layer] for t in traces], weights) for layer in first.layers}
     return Trace(_merge_infos([t.info for t in traces], weights), statistics, coalitions)
+
+
+def _changed_between(first: TraceInfo, second: TraceInfo) -> str | None:
+    """The file of one folder that changed between two traces of it, None where none did."""
+    before, after = first.traced_files, second.traced_files
+    if before is None or after is None or before.place != after.place:
+        return None
+    return changed_file(before.files, after.files)
 
 
 def _merge_statistic(name: str, arrays: list[Array], weights: list[float]) -> Array:
