@@ -13,12 +13,12 @@ from statistics import fmean, median
 import torch
 
 from benchmarks.harness import write
-from shape_moe.architectures.embedded import embedded_model_path
 from shape_moe.architectures.loading import load_model, load_tokenizer
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.embedded import exact_match
 from shape_moe.demo.tasks import TASKS, examples
+from shape_moe.embedded_model import embedded_model_path
 from shape_moe.evaluation.bench import Bench
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.keep_rate import Limit

@@ -9,13 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.harness import RESULTS, write
-from shape_moe.architectures.embedded import embedded_model_path
 from shape_moe.architectures.moe_config import RouterFacts
 from shape_moe.calibration.batches import batches
 from shape_moe.calibration.examples import Tokeniser, TokenOptions
 from shape_moe.calibration.records import Record
 from shape_moe.demo.embedded import exact_match
 from shape_moe.demo.tasks import TASKS, examples
+from shape_moe.embedded_model import embedded_model_path
 from shape_moe.pruning.masks import masked
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.scoring.scores import score_trace

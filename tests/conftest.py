@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import shape_moe  # noqa: F401  # registers pruned checkpoints with Transformers
-from shape_moe.architectures.embedded import embedded_model_path
+from shape_moe.embedded_model import embedded_model_path
 from support.tiny_models import FAMILIES, make_model, save_model
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference" / "qwen3-30b-a3b"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
-from shape_moe.errors import UsageError
+from shape_moe.errors import ServingError
 
 _PLAIN = re.compile(r"[\w./+@,=-]+", re.ASCII)
 
@@ -24,10 +24,10 @@ def check_plain(path: str, reader: str) -> None:
     """Refuse a folder whose name another program would read as a pattern, and so might load another folder's files.
 
     Raises:
-        UsageError: when the name holds ``*``, ``?`` or ``[``.
+        ServingError: when the name holds ``*``, ``?`` or ``[``.
     """
     if re.search(r"[*?\[]", str(Path(path).absolute())) and Path(path).exists():
-        raise UsageError(
+        raise ServingError(
             f"{reader} reads the name {path} as a pattern and may load another folder's files; rename the folder, or "
             "give a link to it whose name holds no *, ? and [."
         )

@@ -38,7 +38,11 @@ def test_answers_are_right_and_prompts_differ(task) -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_seeds_decide(task) -> None:
     assert examples(task, 20, seed=1) == examples(task, 20, seed=1)
-    assert examples(task, 20, seed=1) != examples(task, 20, seed=2)
+
+
+def test_a_seed_draws_the_same_examples_on_every_machine() -> None:
+    drawn = {seed: [row["prompt"] for row in examples("addition", 2, seed=seed)] for seed in (1, 2)}
+    assert drawn == {1: ["add 695+746=", "add 171+963="], 2: ["add 207+137=", "add 948+715="]}
 
 
 def test_a_tenth_is_held_out() -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shape_moe.architectures.embedded import embedded_model_path
 from shape_moe.calibration.presets import presets
+from shape_moe.embedded_model import embedded_model_path
 from shape_moe.errors import UsageError
 from shape_moe.experiments.config import ExamplesSpec, TaskSpec
 from shape_moe.experiments.reader import read_config
@@ -46,7 +46,7 @@ def test_defaults_and_places(write, tmp_path):
     config = read_config(write(output="results"))
     assert [spec.model for spec in config.models] == [str(embedded_model_path())]
     assert config.calibration[0].tracing.data.source == str(tmp_path / "a.jsonl")
-    assert [str(method) for method in config.methods] == ["shape/coverage"]
+    assert [method.pair for method in config.methods] == ["shape/coverage"]
     assert config.routings == ("drop",)
     assert config.evaluation[0].calibration == ("a",)
     assert config.output == str(tmp_path / "results")
@@ -55,7 +55,7 @@ def test_defaults_and_places(write, tmp_path):
 
 def test_scorers_and_rules_are_a_product_and_random_has_its_seeds(write):
     config = read_config(write(scorers=["shape", "random"], rules=["coverage", "global"], random_seeds=[3, 4]))
-    found = [(str(method), method.seed) for method in config.methods]
+    found = [(method.pair, method.seed) for method in config.methods]
     assert found == [
         ("shape/coverage", None),
         ("shape/global", None),
@@ -108,12 +108,23 @@ def test_presets_are_read_from_the_hub_or_from_a_copy_beside_the_file(write, tmp
         ({"models": [{"model": "x/a"}, {"model": "y/a"}]}, ["two of them are called 'a'"]),
         ({"models": ["./nowhere"]}, ["models", "no folder", "nowhere"]),
         ({"calibration": {}}, ["calibration is empty"]),
-        ({"calibration": {"a/b": {"data": "a.jsonl"}}}, ["'a/b' is no name"]),
+        ({"calibration": {"a/b": {"data": "a.jsonl"}}}, ["'a/b' cannot be a name"]),
         ({"calibration": {"a": {"data": "b.jsonl"}}}, ["calibration.a.data", "no file", "b.jsonl"]),
         ({"calibration": {"a": {"data": "preset:gsm9k"}}}, ["calibration.a", "no preset 'gsm9k'"]),
         ({"calibration": {"a": {"data": "a.jsonl", "samples": 0}}}, ["calibration.a", "at least 1"]),
         ({"calibration": {"a": {"data": "a.jsonl", "samples": "many"}}}, ["a.samples must be a whole number"]),
         ({"calibration": {"a": {"data": "a.jsonl", "skip_bad": 1}}}, ["a.skip_bad must be true or false"]),
+        ({"calibration": {"a": {"data": "a.jsonl", "map": {"text": 3}}}}, ["a.map: every value must be text."]),
+        ({"calibration": {"a": {"data": "a.jsonl", "seed": 3}}}, ["calibration.a.seed is not a key"]),
+        ({"calibration": {"a": {"samples": 3}}}, ["calibration.a.data is missing"]),
+        ({"calibration": {"a": {"data": ["a.jsonl"]}}}, ["calibration.a.data must be text, not a list."]),
+        ({"models": [{"name": "a"}]}, ["models, entry 1.model is missing."]),
+        ({"models": [3]}, ["models, entry 1 must be a mapping of keys to values, not 3."]),
+        ({"routings": [1]}, ["routings, entry 1 must be text, not 1."]),
+        ({"evaluation": {"e": {"task": "gsm8k", "fewshot": "0"}}}, ["e.fewshot must be a whole number, not '0'."]),
+        ({"evaluation": {"e": {"task": "gsm8k", "batch_size": 0}}}, ["e.batch_size must be at least 1, not 0."]),
+        ({"evaluation": {"e": {"task": "gsm8k", "metrics": []}}}, ["evaluation.e.metrics is empty"]),
+        ({"evaluation": {"e": {"data": "a.jsonl", "generate": -1}}}, ["evaluation.e: ", "at least 1"]),
         ({"keep": []}, ["keep is empty"]),
         ({"keep": [1.5]}, ["keep", "1.5"]),
         ({"keep": [True]}, ["keep, entry 1 must be a number"]),
@@ -125,7 +136,7 @@ def test_presets_are_read_from_the_hub_or_from_a_copy_beside_the_file(write, tmp
         ({"evaluation": {"e": {"data": "a.jsonl", "metrics": ["f1"]}}}, ["no figure 'f1'"]),
         ({"evaluation": {"e": {"data": "a.jsonl", "metrics": ["generated_exact_match"]}}}, ["needs generate"]),
         ({"evaluation": {"e": {"data": "a.jsonl", "answer_pattern": "("}}}, ["evaluation.e", "regular expression"]),
-        ({"random_seeds": [1]}, ["random_seeds goes with scorer random"]),
+        ({"random_seeds": [1]}, ["random_seeds needs scorer random"]),
         ({"seed": "one"}, ["seed must be a whole number, not 'one'"]),
         (
             {"calibration": {"a": {"data": "a.jsonl"}, "b": {"data": "a.jsonl"}},

@@ -165,7 +165,7 @@ def test_what_cannot_be_compared_is_refused(embedded, files, pruned, checkpoint,
     data = float32(files["task"])
     with pytest.raises(CheckpointError, match="another vocabulary"):
         evaluate(embedded, [checkpoint("mixtral")], data=data, options=QUICK)
-    with pytest.raises(UsageError, match="same name"):
+    with pytest.raises(UsageError, match="are called"):
         evaluate(embedded, [pruned, pruned], data=data, options=QUICK)
     selection = json.loads((pruned / "shape" / "selection.json").read_text())
     foreign = tmp_path / "foreign.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from shape_moe.calibration.records import DataOptions, load_records
 from shape_moe.cli.main import run
 from shape_moe.demo.tasks import examples
-from shape_moe.errors import UsageError
+from shape_moe.errors import ServingError
 from shape_moe.experiments.reader import read_config
 from shape_moe.literal_paths import check_plain, expand_home, plain_model, plain_name
 from shape_moe.scoring.scores import read_scores
@@ -104,11 +105,24 @@ def test_plain_names_lead_to_the_same_folder(tmp_path, name) -> None:
 def test_vllm_is_not_given_patterns(tmp_path) -> None:
     for name in ("t[1]", "a?b", "a*b"):
         (tmp_path / name).mkdir()
-        with pytest.raises(UsageError, match="reads the name .* as a pattern"):
+        with pytest.raises(ServingError, match="reads the name .* as a pattern"):
             check_plain(str(tmp_path / name), "vLLM")
     (tmp_path / "t1").mkdir()
     check_plain(str(tmp_path / "t1"), "vLLM")
     check_plain("someone/model", "vLLM")
+
+
+def test_the_plugin_refuses_patterns(tmp_path, monkeypatch) -> None:
+    """Whoever starts vLLM themselves is told before any weight is looked for."""
+    from types import SimpleNamespace
+
+    from shape_moe.serving.vllm import registration
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0.32.0"))
+    (tmp_path / "t[1]").mkdir()
+    config = SimpleNamespace(model_config=SimpleNamespace(model=str(tmp_path / "t[1]"), hf_config=None))
+    with pytest.raises(ServingError, match="reads the name .* as a pattern"):
+        registration._checked(object).verify_and_update_config(config)
 
 
 def test_only_the_own_home_is_expanded(tmp_path, monkeypatch) -> None:
@@ -124,7 +138,7 @@ def test_only_the_own_home_is_expanded(tmp_path, monkeypatch) -> None:
     assert config.calibration[0].tracing.data.source == str(tmp_path / "~x.jsonl")
 
 
-@pytest.mark.parametrize(("name", "decoy"), [("t[1]", "t1"), ("a?b ~{x,y}#%20::[b]", "a*b")])
+@pytest.mark.parametrize(("name", "decoy"), [("t[1] ?*{x,y}#%20::~", "t1")])
 def test_from_a_trace_to_a_report(embedded, tmp_path, monkeypatch, capsys, name, decoy) -> None:
     """Everything lies in a hostile folder and has a hostile name, beside what it could be taken for."""
     home = tmp_path / "[" / "b]" / name  # [/b] would end bold letters that never began

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -315,3 +316,23 @@ def test_engines_and_their_arguments(embedded, data) -> None:
 def test_engine_vllm_needs_vllm(embedded, data) -> None:
     with pytest.raises(ShapeMoeError, match=r"needs vLLM in this environment: install shape-moe\[vllm\]"):
         trace(embedded, options(data([{"text": "abc"}]), engine="vllm"))
+
+
+def test_a_trace_that_was_killed_at_its_very_end_is_taken_up(embedded, data, tmp_path, monkeypatch) -> None:
+    """All is written and has its name, but job.json is still there: the same command ends well and traces nothing."""
+    source, unlink = data(examples("sorting", 4, seed=1)), Path.unlink
+
+    def stop(self, missing_ok=False):
+        if self.name == "job.json":
+            raise KeyboardInterrupt
+        unlink(self, missing_ok)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", stop)
+        trace(embedded, options(source), tmp_path / "t")
+    finished = {path.name: path.read_bytes() for path in (tmp_path / "t").iterdir() if path.is_file()}
+    monkeypatch.setattr(job.ModelSession, "run", lambda *_: pytest.fail("traced again"))
+    assert trace(embedded, options(source), tmp_path / "t").info.examples == 4
+    del finished["job.json"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "t").iterdir() if path.is_file()} == finished
+    assert {path.name for path in tmp_path.iterdir()} == {"t", "data.jsonl"}

@@ -18,11 +18,12 @@ from shape_moe.reporting.html import embedded_json, plotly_script, render_report
 from shape_moe.reporting.material import Material, Sizes
 from shape_moe.reporting.provenance import commands
 from shape_moe.reporting.summary import meaning, measured_quality, tiles, warnings
-from shape_moe.reporting.theme import DARK, LIGHT, contrast
+from shape_moe.reporting.theme import DARK, LIGHT
 from shape_moe.scoring.scores import score_trace
 from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions, select_from_scores, select_from_trace
 from shape_moe.text import printable
+from support.contrast import contrast
 from support.data import routing_trace, synthetic_trace
 from support.results import write_evaluation, write_sweep
 
@@ -123,9 +124,7 @@ def test_headings_ids_and_labels_are_in_order(tmp_path) -> None:
 def test_hostile_names_stay_text(tmp_path) -> None:
     clean, _, _ = page_of(full_material(tmp_path))
     material = full_material(tmp_path, name=HOSTILE)
-    points = tuple(
-        replace(point, method=replace(point.method, scorer=HOSTILE)) for point in material.sweep.points
-    )
+    points = tuple(replace(point, method=replace(point.method, scorer=HOSTILE)) for point in material.sweep.points)
     models = tuple(
         replace(model, name=HOSTILE + str(i), footprint=replace(model.footprint, device=HOSTILE))
         for i, model in enumerate(material.evaluation.models)
@@ -278,7 +277,8 @@ def test_warnings_are_prominent(tmp_path) -> None:
     assert "The sweep recommends no selection. None is within the limit." in warnings(replace(material, sweep=nothing))
     unhealthy = Health({}, {}, 64, ("answers loop",))
     points = tuple(
-        replace(p, verdict=replace(p.verdict, health=unhealthy), fits=False, meets=True) for p in material.sweep.points
+        replace(p, measured=replace(p.measured, health=unhealthy), fits=False, meets=True)
+        for p in material.sweep.points
     )
     found = warnings(replace(material, sweep=replace(material.sweep, points=points)))
     assert any("loop" in text for text in found)
@@ -298,7 +298,7 @@ def test_a_sweep_names_the_smallest_selection_that_is_not_recommended(tmp_path) 
     assert told not in page_of(Material("s", sweep=sweep))[2].words
     for another in (None, place - 1):
         words = page_of(Material("s", sweep=replace(sweep, recommended=another)))[2].words
-        assert f"{told} of the experts ({sweep.points[place].combination})." in words
+        assert f"{told} of the experts ({sweep.points[place].method})." in words
     assert (
         "smallest selection within the limit"
         not in page_of(Material("s", sweep=replace(sweep, recommended=None, smallest_within_limit=None)))[2].words

@@ -45,10 +45,10 @@ def test_a_sweep_is_read_whole(tmp_path) -> None:
     point, raw = sweep.points[3], document["points"][3]
     assert point.method == Method("shape", "coverage", "drop")
     assert (point.kept, point.size) == (raw["kept"], raw["bytes"])
-    assert point.verdict.quality["kl"].low == raw["quality"]["kl"]["low"]
-    assert point.verdict.change["perplexity"].value == raw["change"]["perplexity"]["value"]
-    assert set(point.verdict.health.figures) == {"loop_rate", "no_end_rate", "length", "exact_match"}
-    assert sweep.points[0].verdict.health is None
+    assert point.measured.quality["kl"].low == raw["quality"]["kl"]["low"]
+    assert point.measured.change["perplexity"].value == raw["change"]["perplexity"]["value"]
+    assert set(point.measured.health.figures) == {"loop_rate", "no_end_rate", "length", "exact_match"}
+    assert sweep.points[0].measured.health is None
     assert (point.meets, point.healthy, point.fits) == (False, True, None)
     assert not point.good
     assert sweep.points[1].good
@@ -98,7 +98,10 @@ def test_least_of_an_evaluation(tmp_path) -> None:
         ({"format_version": 2}, "not a result of shape-moe sweep"),
         ({"verb": "evaluate"}, "not a result of shape-moe sweep"),
         ({"points": [{"keep": 0.5, "scorer": "shape", "routing": "drop"}]}, "'rule' is missing"),
-        ({"points": [{"keep": 0.5, "scorer": "shape", "rule": "global", "routing": "lost"}]}, "no routing 'lost'"),
+        (
+            {"points": [{"keep": 0.5, "scorer": "shape", "rule": "global", "routing": "lost"}]},
+            "Routing must be drop or reroute, not 'lost'",
+        ),
         ({"limit": {"kind": "max_size", "value": 0.1}}, "A limit is one of max_kl, max_drop, not 'max_size'"),
         ({"points": 3}, "damaged"),
         ({"recommended": 99}, "no point 99"),
@@ -306,12 +309,12 @@ def test_what_rounds_to_zero_has_no_minus() -> None:
 
 def test_metrics_as_text(tmp_path) -> None:
     sweep = read_sweep(write_sweep(tmp_path))
-    measured = sweep.points[3].verdict
+    measured = sweep.points[3].measured
     assert METRIC["Exact match"].text(measured) == "83.3\N{NO-BREAK SPACE}% [80.3, 86.3]"
     assert METRIC["Perplexity"].text(measured).startswith("\N{MULTIPLICATION SIGN}1.13 [")
-    assert METRIC["Loops"].text(sweep.points[0].verdict) == "\N{EN DASH}"
+    assert METRIC["Loops"].text(sweep.points[0].measured) == "\N{EN DASH}"
     assert METRIC["Exact match"].line == "Exact match, % of examples; higher is better."
-    assert [m.title for m in known_metrics([sweep.points[0].verdict])] == [
+    assert [m.title for m in known_metrics([sweep.points[0].measured])] == [
         *("KL to the dense model", "Exact match", "Perplexity", "Same next token")
     ]
 

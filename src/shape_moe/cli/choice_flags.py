@@ -38,7 +38,9 @@ class ScoreFlags(WeightFlags):
 
     scorer: Annotated[
         str,
-        typer.Option(help="How experts are valued; shape-moe score --list tells how.", rich_help_panel=CHOICE_PANEL),
+        typer.Option(
+            help="How experts are valued; shape-moe score --list explains them.", rich_help_panel=CHOICE_PANEL
+        ),
     ] = "shape"
 
 
@@ -74,12 +76,14 @@ class SelectFlags:
         ),
     ] = None
     skip_layers: Annotated[
-        str | None, typer.Option(help="Layers that keep every expert, as 0,1,47.", rich_help_panel=CHOICE_PANEL)
+        str | None,
+        typer.Option(help="Layers that keep every expert, for example 0,1,47.", rich_help_panel=CHOICE_PANEL),
     ] = None
     protect: Annotated[
         list[str] | None,
         typer.Option(
-            help="Experts to keep in any case, as LAYER:EXPERT,EXPERT; repeat it.", rich_help_panel=CHOICE_PANEL
+            help="Experts to keep whatever their value, written LAYER:EXPERT,EXPERT; can be repeated.",
+            rich_help_panel=CHOICE_PANEL,
         ),
     ] = None
     multiple_of: Annotated[

@@ -51,7 +51,7 @@ class DataFlags:
         typer.Option(
             "--map",
             metavar="OURS=YOURS",
-            help="Where a field has another name in your data, as prompt=question; repeat it.",
+            help="Where a field has another name in your data, for example prompt=question; can be repeated.",
             rich_help_panel=DATA_PANEL,
         ),
     ] = None
@@ -67,7 +67,8 @@ class DataFlags:
     template_arg: Annotated[
         list[str] | None,
         typer.Option(
-            help="Variable of the chat template, as enable_thinking=false; repeat it.", rich_help_panel=DATA_PANEL
+            help="Variable of the chat template, for example enable_thinking=false; can be repeated.",
+            rich_help_panel=DATA_PANEL,
         ),
     ] = None
     max_new_tokens: Annotated[

@@ -27,7 +27,7 @@ def experiment(
         list[str] | None,
         typer.Option(
             metavar="AXIS=NAME",
-            help="A part of the grid: model, calibration, method, routing, keep or evaluation; repeat it.",
+            help="A part of the grid: model, calibration, method, routing, keep or evaluation; can be repeated.",
         ),
     ] = None,
     dry_run: Annotated[
@@ -55,7 +55,7 @@ def _axes(given: list[str]) -> dict[str, list[str]]:
     for text in given:
         axis, equals, name = text.partition("=")
         if not equals or not name:
-            raise UsageError(f"--only takes AXIS=NAME, as model=gpt-oss-20b, not {text!r}.")
+            raise UsageError(f"--only takes AXIS=NAME, such as model=gpt-oss-20b, not {text!r}.")
         axes.setdefault(axis, []).append(name)
     return axes
 

@@ -26,7 +26,7 @@ class OutputFlags:
 
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes; warnings stay.")] = False
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries have to say.")] = False
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show messages of the libraries.")] = False
 
     def output(self) -> Output:
         """The output that these flags describe."""
@@ -73,7 +73,7 @@ class MemoryFlags:
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory that must hold weights and KV cache, as 24GiB.",
+            help="Memory that must hold weights and KV cache, for example 24GiB.",
             rich_help_panel=MEMORY_PANEL,
         ),
     ] = None
@@ -81,7 +81,7 @@ class MemoryFlags:
         str,
         typer.Option(
             metavar="TOKENS",
-            help="With --fit: tokens per sequence in the KV cache, as 16k.",
+            help="With --fit: tokens per sequence in the KV cache, for example 16k.",
             rich_help_panel=MEMORY_PANEL,
         ),
     ] = "4096"

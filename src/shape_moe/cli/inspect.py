@@ -1,4 +1,4 @@
-"""``shape-moe inspect``: what a model weighs, and what of it fits."""
+"""``shape-moe inspect``: what a model weighs, and what fits your memory."""
 
 from __future__ import annotations
 

@@ -44,15 +44,15 @@ REJECTED = 3
 HELPS = {
     "samples": f"Calibrate with at most this many records. Default: {PAPER_SAMPLES}, or "
     f"{DEFAULT_SAMPLES} where candidates are judged.",
-    "scorer": "How experts are valued (shape-moe score --list tells how); auto tries several and judges them.",
+    "scorer": "How experts are valued (shape-moe score --list explains them); auto tries several and judges them.",
     "max_kl": "Instead of --keep: keep as few as stay within this KL divergence to the dense model, in nats per token.",
-    "max_drop": "Instead of --keep: keep as few as lose no more of their exact match than this, as 1% or 0.01.",
+    "max_drop": "Instead of --keep: keep as few as lose no more of their exact match than this (1% or 0.01, say).",
     "held_out": "Judge candidates (of --scorer auto, --max-kl or --max-drop) by these examples. Default: a share of "
     "--data.",
     "held_out_samples": f"Judge by at most this many examples. Default: {HELD_OUT_SAMPLES} with a limit, else "
     f"{AUTO_HELD_OUT}.",
     "generate": "Let a candidate answer N examples freely before it is chosen.",
-    "fit": "Instead of --keep: keep as many as fit this memory, KV cache included, as 24GiB.",
+    "fit": "Instead of --keep: keep as many as fit this memory, KV cache included, for example 24GiB.",
 }
 """What options that other verbs have too say to those who prune."""
 
@@ -72,7 +72,7 @@ def prune(
     force: ForceFlag,
     output: OutputFlags,
     keep: Annotated[
-        float | None, typer.Option(help="Share of the routed experts to keep, over all layers, as 0.6.")
+        float | None, typer.Option(help="Share of the routed experts to keep, over all layers, for example 0.6.")
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="Start from this trace instead of tracing --data.")] = None,
     selection: Annotated[
@@ -109,7 +109,9 @@ def prune(
         choice = _choice(limit, select, generation, judged_by.data(data, seed.seed), judged_by.held_out_samples)
     elif idle := changed_flags(judged_by) + changed_flags(generation):
         named = ", ".join(idle)
-        raise UsageError(f"{named} goes with --scorer auto, --max-kl or --max-drop: nothing is judged without.")
+        raise UsageError(
+            f"{named} has no effect without --scorer auto, --max-kl or --max-drop: only these judge candidates."
+        )
     _refuse_ignored(data, select, score, judged_by, trace, selection, chooses=choice is not None)
     most = memory.most_keep(model, revision)
     if most is not None:

@@ -54,7 +54,7 @@ class LimitFlags:
     max_drop: Annotated[
         str | None,
         typer.Option(
-            metavar="SHARE", help="Limit on the fall of exact match, as 1% or 0.01.", rich_help_panel=LIMIT_PANEL
+            metavar="SHARE", help="Limit on the fall of exact match, such as 1% or 0.01.", rich_help_panel=LIMIT_PANEL
         ),
     ] = None
 
@@ -87,7 +87,7 @@ class GenerationFlags:
         str | None,
         typer.Option(
             metavar="REGEX",
-            help="What of an answer must be right, as '#### (.*)'. Default: all of it.",
+            help="The part of an answer that must be right, for example '#### (.*)'. Default: all of it.",
             rich_help_panel=GENERATION_PANEL,
         ),
     ] = None
@@ -102,7 +102,9 @@ class GenerationFlags:
         """The same, where nothing is chosen without free answers."""
         options = self.options()
         if options is None:
-            raise UsageError("Nothing is recommended that was not generated from: --generate must be at least 1 here.")
+            raise UsageError(
+                "A model is recommended only after it has answered freely: --generate must be at least 1 here."
+            )
         return options
 
 
@@ -137,14 +139,14 @@ class TaskFlags:
     ] = "transformers"
     engine_arg: Annotated[
         list[str] | None,
-        typer.Option(help="Argument of vllm.LLM, as tensor_parallel_size=2.", rich_help_panel=TASK_PANEL),
+        typer.Option(help="Argument of vllm.LLM, for example tensor_parallel_size=2.", rich_help_panel=TASK_PANEL),
     ] = None
 
     def options(self) -> TaskOptions | None:
         """The task options that these flags describe, None for no tasks."""
         if self.tasks is None:
             if changed_flags(self):
-                raise UsageError(f"{', '.join(changed_flags(self))} goes with --tasks.")
+                raise UsageError(f"{', '.join(changed_flags(self))} has no effect without --tasks.")
             return None
         return TaskOptions(
             names=tuple(name.strip() for name in self.tasks.split(",") if name.strip()),

@@ -29,7 +29,7 @@ def score(
     ] = None,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every value into this CSV file.")] = None,
     top: Annotated[int, typer.Option(help="Show this many experts per layer.")] = 5,
-    list_scorers: Annotated[bool, typer.Option("--list", help="List the scorers and end.")] = False,
+    list_scorers: Annotated[bool, typer.Option("--list", help="List the scorers and exit.")] = False,
 ) -> None:
     """Show what each expert is worth.
 

@@ -36,7 +36,7 @@ def serve(
     if model.startswith("-"):
         raise UsageError("MODEL comes first: shape-moe serve MODEL --selection SELECTION [options of vllm serve].")
     if any(argument.split("=", maxsplit=1)[0] == "--hf-overrides" for argument in context.args):
-        raise UsageError("--hf-overrides is what shape-moe serve itself gives to vLLM; leave it out.")
+        raise UsageError("shape-moe serve itself passes --hf-overrides to vLLM; leave it out.")
     check_plain(model, "vLLM")
     command = _vllm_command()
     from shape_moe.serving.vllm import overrides

@@ -31,7 +31,7 @@ HELPS = {
     "samples": f"Calibrate with at most this many records. Default: {DEFAULT_SAMPLES}.",
     "held_out_samples": f"Judge by at most this many examples. Default: {HELD_OUT_SAMPLES}.",
     "generate": "Let what may be recommended answer N examples freely.",
-    "fit": "Recommend only what fits this memory, KV cache included, as 24GiB.",
+    "fit": "Recommend only what fits this memory, KV cache included, for example 24GiB.",
 }
 """What options that other verbs have too say to those who sweep."""
 
@@ -57,18 +57,21 @@ def sweep(
     trace: Annotated[Path | None, typer.Option(help="Start from this trace; its examples are never judged by.")] = None,
     keep: Annotated[
         list[float] | None,
-        typer.Option(help="A keep rate to judge; repeat it. Default: bisection to a given limit, else 0.9 to 0.25."),
+        typer.Option(
+            help="A keep rate to judge; can be repeated. Default: bisection to a given limit, else 0.9 to 0.25."
+        ),
     ] = None,
     scorer: Annotated[
         list[str] | None,
         typer.Option(
-            help="How experts are valued; repeat it, or say all. Default: shape.", rich_help_panel=CHOICE_PANEL
+            help="How experts are valued; can be repeated; all takes every scorer. Default: shape.",
+            rich_help_panel=CHOICE_PANEL,
         ),
     ] = None,
     rule: Annotated[
         list[str] | None,
         typer.Option(
-            help="How layers share the budget: coverage (the default), uniform, global; repeat it.",
+            help="How layers share the budget: coverage (the default), uniform, global; can be repeated.",
             rich_help_panel=CHOICE_PANEL,
         ),
     ] = None,
@@ -76,7 +79,7 @@ def sweep(
         list[str] | None,
         typer.Option(
             help="drop (router unchanged, pruned slots add nothing) or reroute (pruned experts leave the router); "
-            "repeat it for both. Default: drop; reroute for target stock.",
+            "give it twice for both. Default: drop; reroute for target stock.",
             rich_help_panel=CHOICE_PANEL,
         ),
     ] = None,

@@ -34,7 +34,9 @@ def trace(
     ] = "transformers",
     engine_arg: Annotated[
         list[str] | None,
-        typer.Option(help="With --engine vllm: NAME=VALUE, as tensor_parallel_size=2.", rich_help_panel=RUN_PANEL),
+        typer.Option(
+            help="With --engine vllm: NAME=VALUE, for example tensor_parallel_size=2.", rich_help_panel=RUN_PANEL
+        ),
     ] = None,
 ) -> None:
     """Record how a model routes a calibration set (at most 128 records unless --samples says otherwise).

@@ -24,7 +24,7 @@ def parse_size(text: str) -> int:
     try:
         return int(float(match[1]) * _UNITS[match[2] or ""])  # type: ignore[index]  # None is caught below
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{text!r} is not a size; write it as 24GiB or 80GB.") from error
+        raise UsageError(f"{text!r} is not a size; write something like 24GiB or 80GB.") from error
 
 
 def parse_count(text: str) -> int:
@@ -35,7 +35,7 @@ def parse_count(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+)\s*(k?)\s*", text.lower())
     if match is None:
-        raise UsageError(f"{text!r} is not a number of tokens; write it as 16k or 8192.")
+        raise UsageError(f"{text!r} is not a number of tokens; write something like 16k or 8192.")
     return int(match[1]) * (1024 if match[2] else 1)
 
 
@@ -47,7 +47,7 @@ def parse_share(text: str, option: str) -> float:
     """
     match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(%?)\s*", text)
     if match is None:
-        raise UsageError(f"{option} takes a share as 1% or 0.01, not {text!r}.")
+        raise UsageError(f"{option} takes a share such as 1% or 0.01, not {text!r}.")
     return float(match[1]) / (100 if match[2] else 1)
 
 
@@ -86,7 +86,7 @@ def parse_layers(text: str | None) -> tuple[int, ...]:
     if not text:
         return ()
     if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise UsageError(f"--skip-layers takes layer indices as 0,1,47, not {text!r}.")
+        raise UsageError(f"--skip-layers takes layer indices such as 0,1,47, not {text!r}.")
     return tuple(sorted({int(part) for part in text.split(",")}))
 
 

@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
-from shape_moe.architectures.embedded import embedded_model_path
 from shape_moe.architectures.loading import load_model, load_tokenizer
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.calibration.example_maker import AnswerOptions
 from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.embedded import exact_match
 from shape_moe.demo.tasks import TASKS, examples
+from shape_moe.embedded_model import embedded_model_path
 from shape_moe.errors import UsageError
 from shape_moe.jobs.prune import PruneOptions, prune
 from shape_moe.jobs.report import report

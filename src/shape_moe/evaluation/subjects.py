@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
 from shape_moe.architectures.fingerprint import check_fingerprint, fingerprint
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
-from shape_moe.errors import CheckpointError
+from shape_moe.errors import CheckpointError, UsageError
 from shape_moe.scoring.scores import Scores, score_trace
 from shape_moe.selection.agreement import scoring_of
 from shape_moe.selection.selection import Selection, check_against_model, load_selection, open_selection
@@ -50,8 +51,7 @@ def open_candidate(given: str | PathLike[str] | Selection, dense: Snapshot, trac
         return _mask(name, given, dense, trace)
     path = Path(given)
     if path.is_file():
-        name = path.stem if path.stem != "selection" else path.parent.name
-        return _mask(name, path, dense, trace)
+        return _mask(_name_of(path), path, dense, trace)
     snapshot = open_snapshot(given)
     if snapshot.config.get("vocab_size") != dense.config.get("vocab_size"):
         raise CheckpointError(f"{given} has another vocabulary than {dense.name}, so the two cannot be compared.")
@@ -61,6 +61,34 @@ def open_candidate(given: str | PathLike[str] | Selection, dense: Snapshot, trac
         check_fingerprint(selection.fingerprint, fingerprint(dense), f"The checkpoint {given}", force=True)
     own = folder / "trace"
     return Candidate(path.resolve().name, snapshot, selection, load_trace(own) if own.is_dir() else trace)
+
+
+def open_candidates(
+    given: Sequence[str | PathLike[str] | Selection], dense: Snapshot, trace: Trace | None = None
+) -> list[Candidate]:
+    """Open all that is to be judged; where two would have the same name, they are called as they were given.
+
+    Raises:
+        ShapeMoeError: see :func:`open_candidate`.
+        UsageError: when two are named alike even so.
+    """
+    found = [open_candidate(entry, dense, trace) for entry in given]
+    names = [dense.name, *(candidate.name for candidate in found)]
+    for i, entry in enumerate(given):
+        if not isinstance(entry, Selection) and names.count(found[i].name) > 1:
+            found[i] = replace(found[i], name=str(entry))
+    names = [dense.name, *(candidate.name for candidate in found)]
+    if again := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"Two of the models to evaluate are called {again[0]}; leave one out, or rename it.")
+    return found
+
+
+def _name_of(file: Path) -> str:
+    """What a selection's file is called: ``selection.json`` is named after its folder, in a checkpoint after that."""
+    if file.name != "selection.json":
+        return file.stem
+    folder = file.resolve().parent
+    return folder.parent.name if folder.name == "shape" else folder.name
 
 
 def _mask(name: str, given: Path | Selection, dense: Snapshot, trace: Trace | None) -> Candidate:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.generation import GenerationOptions
@@ -70,13 +72,13 @@ class TaskSpec:
 
     name: str
     task: str
-    limit: int | None
-    fewshot: int | None
-    batch_size: int
-    chat_template: bool
-    unsafe_code: bool
-    metrics: tuple[str, ...]
-    calibration: tuple[str, ...]
+    limit: Annotated[int, Meta(ge=1)] | None = None
+    fewshot: Annotated[int, Meta(ge=0)] | None = None
+    batch_size: Annotated[int, Meta(ge=1)] = 8
+    chat_template: bool = False
+    unsafe_code: bool = False
+    metrics: tuple[str, ...] = ()
+    calibration: tuple[str, ...] = ()
 
     @property
     def options(self) -> TaskOptions:

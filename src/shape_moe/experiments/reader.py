@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field, replace
+from itertools import product
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from shape_moe.architectures.embedded import EMBEDDED, embedded_model_path
 from shape_moe.architectures.snapshot import looks_like_path
 from shape_moe.calibration.example_maker import AnswerOptions
 from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.presets import PREFIX, with_base
 from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.sources import FILE_TYPES
+from shape_moe.embedded_model import EMBEDDED, embedded_model_path
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.experiments.config import (
@@ -25,13 +27,13 @@ from shape_moe.experiments.config import (
     SeededMethod,
     TaskSpec,
 )
-from shape_moe.experiments.yaml_section import Section, read_yaml
+from shape_moe.experiments.yaml_section import YamlSection, read_yaml
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions
 from shape_moe.literal_paths import expand_home
 from shape_moe.reporting.experiment_tables import EXAMPLE_METRICS, GENERATED
 from shape_moe.scoring.registry import get_scorer
-from shape_moe.selection.method import ROUTINGS, Routing
+from shape_moe.selection.method import check_routing
 from shape_moe.selection.rules import get_rule
 from shape_moe.selection.select import SelectOptions
 from shape_moe.tracing.trace import SegmentWeights
@@ -49,53 +51,83 @@ def read_config(file: str | PathLike[str]) -> ExperimentConfig:
     return _Reader(top, Path(file).resolve().parent).config()
 
 
+@dataclass(frozen=True)
+class _Grid:
+    """What the file says at its top, but for the sections of its parts."""
+
+    models: list[Any]
+    keep: list[float]
+    scorers: list[str] | None = None
+    rules: list[str] | None = None
+    methods: list[str] | None = None
+    routings: list[str] = field(default_factory=lambda: ["drop"])
+    random_seeds: list[int] | None = None
+    seed: int = 0
+    prompt_weight: float = 1.0
+    response_weight: float = 1.0
+    output: str | None = None
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What the file says of an evaluation by examples, but for the examples."""
+
+    metrics: tuple[str, ...] = ()
+    calibration: tuple[str, ...] = ()
+    generate: int | None = None
+    answer_tokens: int | None = None
+    answer_pattern: str | None = None
+
+
 class _Reader:
     """Turns the file's sections into specs."""
 
-    def __init__(self, top: Section, base: Path) -> None:
+    def __init__(self, top: YamlSection, base: Path) -> None:
         self.top, self.base = top, base
-        self.seed = top.one("seed", int, 0)
+        self.grid = top.take(_Grid)
 
     def config(self) -> ExperimentConfig:
-        top = self.top
-        models = tuple(self._model(entry, place) for place, entry in enumerate(top.some("models", object), start=1))
-        self._check_different("models", [spec.name for spec in models])
+        top, grid = self.top, self.grid
+        models = tuple(self._model(entry, place) for place, entry in enumerate(grid.models, start=1))
+        names = [spec.name for spec in models]
+        if again := [name for name in names if names.count(name) > 1]:
+            raise UsageError(f"{top.where('models')}: two of them are called {again[0]!r}; give one another name.")
         calibration = tuple(self._calibration(name, part) for name, part in top.parts("calibration"))
         known = tuple(spec.name for spec in calibration)
         evaluation = tuple(self._evaluation(name, part, known) for name, part in top.parts("evaluation"))
         judged = {name for spec in evaluation for name in spec.calibration}
         if unused := [name for name in known if name not in judged]:
             raise UsageError(f"{top.where('calibration')}.{unused[0]} is judged by none of the evaluations.")
-        output = top.one("output", str, None)
-        config = ExperimentConfig(
+        top.done()
+        with top.naming("keep"):
+            for rate in grid.keep:
+                SelectOptions(rate)
+        with top.naming("routings"):
+            routings = tuple(check_routing(routing) for routing in grid.routings)
+        with top.naming():
+            weights = SegmentWeights(grid.prompt_weight, grid.response_weight)
+        return ExperimentConfig(
             models=models,
             calibration=calibration,
             methods=self._methods(),
-            routings=self._routings(),
-            keep=self._keep(),
+            routings=routings,
+            keep=tuple(grid.keep),
             evaluation=evaluation,
-            seed=self.seed,
-            weights=self._weights(),
-            output=None if output is None else str(self.base / output),
+            seed=grid.seed,
+            weights=weights,
+            output=None if grid.output is None else str(self.base / grid.output),
         )
-        top.done()
-        return config
-
-    def _weights(self) -> SegmentWeights:
-        with self.top.naming():
-            return SegmentWeights(
-                self.top.one("prompt_weight", float, 1.0), self.top.one("response_weight", float, 1.0)
-            )
 
     def _model(self, entry: Any, place: int) -> ModelSpec:
-        path = f"models, entry {place}"
-        part = Section({"model": entry} if isinstance(entry, str) else entry, self.top.file, path)
-        given = part.one("model", str)
-        name = part.one("name", str, given.rstrip("/").rsplit("/", 1)[-1])
-        self._check_name(name, part)
-        spec = ModelSpec(name, self._place_of(given), part.one("device", str, "auto"), part.one("dtype", str, "auto"))
+        part = YamlSection(
+            {"model": entry} if isinstance(entry, str) else entry, self.top.file, f"models, entry {place}"
+        )
+        last = str(part.content.get("model")).rstrip("/").rsplit("/", 1)[-1]
+        default: dict[str, Any] = {} if "name" in part.content else {"name": last}
+        spec = part.take(ModelSpec, **default)
+        self._check_name(spec.name, part)
         part.done()
-        return spec
+        return replace(spec, model=self._place_of(spec.model))
 
     def _place_of(self, model: str) -> str:
         """The embedded model, a folder beside the file, or a hub id."""
@@ -108,43 +140,19 @@ class _Reader:
             raise UsageError(f"{self.top.where('models')}: there is no folder {folder}.")
         return model
 
-    def _calibration(self, name: str, part: Section) -> CalibrationSpec:
+    def _calibration(self, name: str, part: YamlSection) -> CalibrationSpec:
         self._check_name(name, part)
         spec = CalibrationSpec(name, self._tracing(part, DEFAULT_SAMPLES))
         part.done()
         return spec
 
-    def _tracing(self, part: Section, samples: int) -> ExampleOptions:
-        fields = part.mapping("map")
-        if wrong := [key for key, value in fields.items() if not isinstance(value, str)]:
-            raise UsageError(f"{part.where('map')}.{wrong[0]} must name a field.")
-        with part.naming():
-            data = DataOptions(
-                source=self._source(part),
-                split=part.one("split", str, None),
-                subset=part.one("subset", str, None),
-                fields={key: str(value) for key, value in fields.items()} or None,
-                samples=part.one("samples", int, samples),
-                stratify=part.one("stratify", str, None),
-                seed=self.seed,
-            )
-            tokens = TokenOptions(
-                template=part.one("template", bool, True),
-                template_args=dict(part.mapping("template_args")),
-                max_length=part.one("max_length", int, None),
-            )
-            answers = AnswerOptions(
-                max_new_tokens=part.one("max_new_tokens", int, AnswerOptions.max_new_tokens),
-                responses_from=part.one("responses_from", str, None),
-                batch_size=part.one("batch_size", int, AnswerOptions.batch_size),
-                max_tokens=part.one("max_tokens", int, AnswerOptions.max_tokens),
-                skip_bad=part.one("skip_bad", bool, False),
-            )
-        return ExampleOptions(data, tokens, answers)
+    def _tracing(self, part: YamlSection, samples: int) -> ExampleOptions:
+        data = part.take(DataOptions, {"source": "data", "fields": "map"}, seed=self.grid.seed)
+        data = replace(data, source=self._source(data.source, part), samples=data.samples or samples)
+        return ExampleOptions(data, part.take(TokenOptions), part.take(AnswerOptions))
 
-    def _source(self, part: Section) -> str:
+    def _source(self, source: str, part: YamlSection) -> str:
         """A file, folder or local copy beside the configuration; a preset or a dataset's name as it is."""
-        source = part.one("data", str)
         if source.startswith(PREFIX):
             return with_base(source, self.base)
         path = (self.base / expand_home(source)).resolve()
@@ -154,110 +162,69 @@ class _Reader:
             raise UsageError(f"{part.where('data')}: there is no file {path}.")
         return source
 
-    def _evaluation(self, name: str, part: Section, known: tuple[str, ...]) -> EvaluationSpec:
+    def _evaluation(self, name: str, part: YamlSection, known: tuple[str, ...]) -> EvaluationSpec:
         self._check_name(name, part)
-        if part.has("data") == part.has("task"):
+        if ("data" in part.content) == ("task" in part.content):
             raise UsageError(f"{part.where()} needs either data (examples) or task (of lm-evaluation-harness).")
-        calibration = part.some("calibration", str, known)
-        if unknown := [entry for entry in calibration if entry not in known]:
-            raise UsageError(f"{part.where('calibration')}: there is no calibration task {unknown[0]!r}.")
-        spec = self._examples(name, part, calibration) if part.has("data") else self._task(name, part, calibration)
+        spec = self._examples(name, part) if "data" in part.content else self._task(name, part)
         part.done()
-        return spec
+        if unknown := [entry for entry in spec.calibration if entry not in known]:
+            raise UsageError(f"{part.where('calibration')}: there is no calibration task {unknown[0]!r}.")
+        return replace(spec, calibration=spec.calibration or known)
 
-    def _examples(self, name: str, part: Section, calibration: tuple[str, ...]) -> ExamplesSpec:
-        pattern = part.one("answer_pattern", str, None)
-        count = part.one("generate", int, GenerationOptions.examples if pattern is not None else 0)
-        longest = part.one("answer_tokens", int, None)
+    def _examples(self, name: str, part: YamlSection) -> ExamplesSpec:
+        found = part.take(_Judged)
+        usual = GenerationOptions.examples if found.answer_pattern is not None else 0
+        count = usual if found.generate is None else found.generate
         with part.naming():
-            generation = GenerationOptions(count, longest, pattern) if count else None
-        metrics = part.some("metrics", str, (GENERATED if generation else "exact_match", "nll", "kl"))
-        for metric in metrics:
-            if metric not in EXAMPLE_METRICS:
-                raise UsageError(
-                    f"{part.where('metrics')}: there is no figure {metric!r}; there are {', '.join(EXAMPLE_METRICS)}."
-                )
+            generation = GenerationOptions(count, found.answer_tokens, found.answer_pattern) if count else None
+        metrics = found.metrics or (GENERATED if generation else "exact_match", "nll", "kl")
+        if unknown := [metric for metric in metrics if metric not in EXAMPLE_METRICS]:
+            known = ", ".join(EXAMPLE_METRICS)
+            raise UsageError(f"{part.where('metrics')}: there is no figure {unknown[0]!r}; there are {known}.")
         if GENERATED in metrics and generation is None:
             raise UsageError(f"{part.where('metrics')}: {GENERATED} needs generate, the number of free answers.")
-        return ExamplesSpec(name, self._tracing(part, HELD_OUT_SAMPLES), generation, metrics, calibration)
+        return ExamplesSpec(name, self._tracing(part, HELD_OUT_SAMPLES), generation, metrics, found.calibration)
 
-    def _task(self, name: str, part: Section, calibration: tuple[str, ...]) -> TaskSpec:
-        task = part.one("task", str)
-        if task.endswith((".yaml", ".yml")):
-            file = (self.base / expand_home(task)).resolve()
-            if not file.is_file():
-                raise UsageError(f"{part.where('task')}: there is no file {file}.")
-            task = str(file)
-        for key, least in (("limit", 1), ("fewshot", 0), ("batch_size", 1)):
-            if (value := part.one(key, int, None)) is not None and value < least:
-                raise UsageError(f"{part.where(key)} must be at least {least}, not {value}.")
-        return TaskSpec(
-            name=name,
-            task=task,
-            limit=part.one("limit", int, None),
-            fewshot=part.one("fewshot", int, None),
-            batch_size=part.one("batch_size", int, 8),
-            chat_template=part.one("chat_template", bool, False),
-            unsafe_code=part.one("unsafe_code", bool, False),
-            metrics=part.some("metrics", str, ()),
-            calibration=calibration,
-        )
+    def _task(self, name: str, part: YamlSection) -> TaskSpec:
+        spec = part.take(TaskSpec, name=name)
+        if not spec.task.endswith((".yaml", ".yml")):
+            return spec
+        file = (self.base / expand_home(spec.task)).resolve()
+        if not file.is_file():
+            raise UsageError(f"{part.where('task')}: there is no file {file}.")
+        return replace(spec, task=str(file))
 
     def _methods(self) -> tuple[SeededMethod, ...]:
-        top = self.top
-        if top.has("methods") and (top.has("scorers") or top.has("rules")):
+        top, grid = self.top, self.grid
+        if grid.methods and (grid.scorers or grid.rules):
             raise UsageError(f"{top.where('methods')} stands for scorers and rules; give either.")
-        if top.has("methods"):
-            pairs = [self._pair(text) for text in top.some("methods", str)]
-        else:
-            pairs = [
-                (scorer, rule)
-                for scorer in top.some("scorers", str, ("shape",))
-                for rule in top.some("rules", str, ("coverage",))
-            ]
-        seeds = top.some("random_seeds", int, None)
-        if seeds is not None and _RANDOM not in {scorer for scorer, _ in pairs}:
-            raise UsageError(f"{top.where('random_seeds')} goes with scorer random, which is not among the methods.")
-        key = "methods" if top.has("methods") else "scorers"
-        with top.naming(key):
-            for scorer, _ in pairs:
-                get_scorer(scorer)
-        with top.naming("methods" if top.has("methods") else "rules"):
-            for _, rule in pairs:
-                get_rule(rule)
-        found = []
+        pairs = list(product(grid.scorers or ("shape",), grid.rules or ("coverage",)))
+        if grid.methods:
+            pairs = [self._pair(text) for text in grid.methods]
+        if grid.random_seeds is not None and _RANDOM not in {scorer for scorer, _ in pairs}:
+            raise UsageError(f"{top.where('random_seeds')} needs scorer random, which is not among the methods.")
         for scorer, rule in pairs:
-            drawn = (seeds or (self.seed,)) if scorer == _RANDOM else (None,)
-            found += [SeededMethod(scorer, rule, seed=seed) for seed in drawn]
-        return tuple(found)
+            with top.naming("methods" if grid.methods else "scorers"):
+                get_scorer(scorer)
+            with top.naming("methods" if grid.methods else "rules"):
+                get_rule(rule)
+        seeds = grid.random_seeds or (grid.seed,)
+        return tuple(
+            SeededMethod(scorer, rule, seed=seed)
+            for scorer, rule in pairs
+            for seed in (seeds if scorer == _RANDOM else (None,))
+        )
 
     def _pair(self, text: str) -> tuple[str, str]:
         scorer, slash, rule = text.partition("/")
         if not (scorer and slash and rule):
-            raise UsageError(f"{self.top.where('methods')}: {text!r} is not SCORER/RULE, as shape/coverage.")
+            raise UsageError(f"{self.top.where('methods')}: {text!r} is not SCORER/RULE, such as shape/coverage.")
         return scorer, rule
 
-    def _routings(self) -> tuple[Routing, ...]:
-        routings = self.top.some("routings", str, ("drop",))
-        for routing in routings:
-            if routing not in ROUTINGS:
-                names = ", ".join(ROUTINGS)
-                raise UsageError(f"{self.top.where('routings')}: there is no routing {routing!r}; there are {names}.")
-        return tuple(routing for known in routings for routing in ROUTINGS if routing == known)
-
-    def _keep(self) -> tuple[float, ...]:
-        rates = self.top.some("keep", float)
-        with self.top.naming("keep"):
-            for rate in rates:
-                SelectOptions(rate)
-        return rates
-
-    def _check_name(self, name: str, part: Section) -> None:
+    def _check_name(self, name: str, part: YamlSection) -> None:
         """Names become folders."""
         if not re.fullmatch(r"\w[\w.-]*", name):
-            raise UsageError(f"{part.where()}: {name!r} is no name; use letters, digits, dots, dashes and underscores.")
-
-    def _check_different(self, key: str, names: list[str]) -> None:
-        for name in names:
-            if names.count(name) > 1:
-                raise UsageError(f"{self.top.where(key)}: two of them are called {name!r}; give one another name.")
+            raise UsageError(
+                f"{part.where()}: {name!r} cannot be a name; use letters, digits, dots, dashes and underscores."
+            )

@@ -40,7 +40,7 @@ def experiment(
     force: bool = False,
     progress: Progress = SILENT,
 ) -> ExperimentResult:
-    """Run every cell of a grid; an interrupted run with the same configuration goes on from its last cell.
+    """Run every cell of a grid; an interrupted run with the same configuration resumes after its last cell.
 
     Args:
         config: a YAML file, or what :func:`shape_moe.experiments.reader.read_config` made of one.

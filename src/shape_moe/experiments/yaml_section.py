@@ -1,19 +1,23 @@
-"""YAML read with care: every value has a kind, every key is known, and a mistake is named by its place."""
+"""YAML read into dataclasses: every value has the declared type, every key is known, every mistake has its place."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import yaml
 
 from shape_moe.errors import UsageError, first_line
 
 T = TypeVar("T")
-_REQUIRED: Any = object()
+_WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}
+_WORDS |= {"array": "a list", "object": "a mapping", "null": "nothing"}
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
@@ -27,7 +31,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(file: Path) -> Section:
+def read_yaml(file: Path) -> YamlSection:
     """Read a YAML file whose content is a mapping.
 
     Raises:
@@ -42,11 +46,11 @@ def read_yaml(file: Path) -> Section:
         raise UsageError(f"{file}{line}: not valid YAML ({error.problem}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{file}: not valid YAML ({first_line(error)}).") from error
-    return Section(content, file.name, "")
+    return YamlSection(content, file.name, "")
 
 
-class Section:
-    """A mapping of the file; :meth:`done` refuses the keys that nobody has asked for.
+class YamlSection:
+    """A mapping of the file, whose keys :meth:`take` turns into dataclasses; :meth:`done` refuses what is left.
 
     Args:
         content: the mapping.
@@ -60,12 +64,12 @@ class Section:
     def __init__(self, content: Any, file: str, path: str) -> None:
         self.file, self.path = file, path
         if not isinstance(content, dict):
-            raise UsageError(f"{self.where()} must be a mapping of keys to values, not {_kind(content)}.")
+            raise UsageError(f"{self.where()} must be a mapping of keys to values, not {_shown(content)}.")
         for key in content:
             if not isinstance(key, str):
                 raise UsageError(f"{self.where(str(key))}: a key must be text; put {key!r} in quotes.")
-        self.content: dict[str, Any] = content
-        self._asked: list[str] = []
+        self.content: dict[str, Any] = {key: value for key, value in content.items() if value is not None}
+        self._known: set[str] = set()
 
     def where(self, key: str = "") -> str:
         """How a key is named in messages."""
@@ -80,89 +84,76 @@ class Section:
         except UsageError as error:
             raise UsageError(f"{self.where(key)}: {error}") from error
 
-    def has(self, key: str) -> bool:
-        """Whether a key is there with a value."""
-        return self._get(key) is not None
+    def take(self, kind: type[T], names: Mapping[str, str] | None = None, **given: Any) -> T:
+        """Make a dataclass out of the keys that are its fields.
 
-    def one(self, key: str, kind: type[T], default: Any = _REQUIRED) -> T:
-        """A value of one kind (``float`` takes whole numbers as well); ``default`` where it is missing."""
-        value = self._get(key)
-        if value is None:
-            if default is _REQUIRED:
-                raise UsageError(f"{self.where(key)} is missing.")
-            return default  # type: ignore[no-any-return]  # what the caller says
-        return _as(kind, value, self.where(key))
+        Args:
+            kind: the dataclass.
+            names: how the file calls fields that have another name there.
+            given: values of fields that the file does not name.
 
-    def some(self, key: str, kind: type[T], default: Any = _REQUIRED) -> tuple[T, ...]:
-        """A list of different values of one kind, of which there is at least one."""
-        value = self._get(key)
-        if value is None:
-            if default is _REQUIRED:
-                raise UsageError(f"{self.where(key)} is missing; give a list.")
-            return default  # type: ignore[no-any-return]  # what the caller says
-        if not isinstance(value, list):
-            raise UsageError(f"{self.where(key)} must be a list, not {_kind(value)}.")
-        if not value:
+        Raises:
+            UsageError: naming the key that is missing, has a value of another type, or one that ``kind`` refuses.
+        """
+        keys = {entry.name: (names or {}).get(entry.name, entry.name) for entry in fields(kind)}  # type: ignore[arg-type]
+        values = {name: self.content[key] for name, key in keys.items() if name not in given and key in self.content}
+        for name, entries in values.items():
+            if isinstance(entries, list):
+                self._check_list(keys[name], entries)
+        self._known |= {key for name, key in keys.items() if name not in given}
+        try:
+            with self.naming():
+                return msgspec.convert({**values, **given}, kind)
+        except msgspec.ValidationError as error:
+            raise UsageError(self._complaint(str(error), values, keys)) from error
+
+    def _check_list(self, key: str, entries: list[Any]) -> None:
+        if not entries:
             raise UsageError(f"{self.where(key)} is empty; name at least one.")
-        found = tuple(_as(kind, entry, f"{self.where(key)}, entry {i}") for i, entry in enumerate(value, start=1))
-        for entry in found:
-            if not isinstance(entry, dict) and found.count(entry) > 1:
-                raise UsageError(f"{self.where(key)} names {entry} twice.")
-        return found
+        if again := [entry for entry in entries if not isinstance(entry, dict) and entries.count(entry) > 1]:
+            raise UsageError(f"{self.where(key)} names {again[0]} twice.")
 
-    def parts(self, key: str) -> list[tuple[str, Section]]:
+    def _complaint(self, message: str, values: dict[str, Any], keys: dict[str, str]) -> str:
+        """What msgspec finds wrong, in the words of this package."""
+        if missing := re.fullmatch(r"Object missing required field `(\w+)`", message):
+            return f"{self.where(keys[missing[1]])} is missing."
+        found = re.fullmatch(r"Expected `([\w| ]+)`(?: >= (\d+))?(?:, got `\w+`)? - at `\$\.(\w+)(.*)`", message)
+        if found is None:
+            return f"{self.where()}: {message}."
+        types, least, name, rest = found.groups()
+        value, place = values[name], keys[name]
+        if index := re.fullmatch(r"\[(\d+)\]", rest):
+            value, place = value[int(index[1])], f"{place}, entry {int(index[1]) + 1}"
+        wanted = " or ".join(_WORDS.get(word, word) for word in types.split(" | ") if word != "null")
+        wanted = f"at least {least}" if least else wanted
+        if rest and not index:
+            return f"{self.where(place)}: every value must be {wanted}."
+        return f"{self.where(place)} must be {wanted}, not {_shown(value)}."
+
+    def parts(self, key: str) -> list[tuple[str, YamlSection]]:
         """A mapping of names to mappings, of which there is at least one."""
-        if not self.has(key):
-            raise UsageError(f"{self.where(key)} is missing or empty; name at least one.")
-        whole = Section(self._get(key), self.file, f"{self.path}.{key}".lstrip("."))
+        self._known.add(key)
+        whole = YamlSection(self.content.get(key) or {}, self.file, f"{self.path}.{key}".lstrip("."))
         if not whole.content:
-            raise UsageError(f"{self.where(key)} is empty; name at least one.")
-        return [(name, Section(entry, self.file, f"{whole.path}.{name}")) for name, entry in whole.content.items()]
-
-    def mapping(self, key: str) -> Mapping[str, Any]:
-        """A mapping of names to plain values, empty where the key is missing."""
-        return Section(self._get(key) or {}, self.file, f"{self.path}.{key}".lstrip(".")).content
+            raise UsageError(
+                f"{self.where(key)} is {'empty' if key in self.content else 'missing'}; name at least one."
+            )
+        return [(name, YamlSection(entry, self.file, f"{whole.path}.{name}")) for name, entry in whole.content.items()]
 
     def done(self) -> None:
-        """Refuse keys that were never asked for.
+        """Refuse keys that no dataclass has.
 
         Raises:
             UsageError: naming the first of them, and what may have been meant.
         """
         for key in self.content:
-            if key not in self._asked:
-                near = get_close_matches(key, self._asked, n=1)
-                advice = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(sorted(set(self._asked)))}."
+            if key not in self._known:
+                near = get_close_matches(key, self._known, n=1)
+                advice = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(sorted(self._known))}."
                 raise UsageError(f"{self.where(key)} is not a key; {advice}")
 
-    def _get(self, key: str) -> Any:
-        self._asked.append(key)
-        return self.content.get(key)
 
-
-def _as(kind: type[T], value: Any, where: str) -> T:
-    if kind is object:
-        return value  # type: ignore[no-any-return]  # anything goes
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)  # type: ignore[return-value]  # float is the kind
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise UsageError(f"{where} must be {_NAMES[kind]}, not {_kind(value)}.")
-    return value
-
-
-_NAMES: dict[type, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    list: "a list",
-    dict: "a mapping",
-}
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    return (
-        f"{value!r}" if isinstance(value, bool | int | float | str) else _NAMES.get(type(value), type(value).__name__)
-    )
+def _shown(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return _WORDS["object" if isinstance(value, dict) else "array"]
+    return "nothing" if value is None else repr(value)

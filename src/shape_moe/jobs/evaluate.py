@@ -21,7 +21,7 @@ from shape_moe.evaluation.footprint import Workload, measure_footprint
 from shape_moe.evaluation.generation import Generated, GenerationOptions
 from shape_moe.evaluation.harness import TaskOptions, check_chat_template, check_tasks, run_tasks, run_tasks_with_vllm
 from shape_moe.evaluation.questions import Questions, Replies
-from shape_moe.evaluation.subjects import Candidate, open_candidate, scores_of
+from shape_moe.evaluation.subjects import Candidate, open_candidates, scores_of
 from shape_moe.evaluation.task_results import TaskResult, task_changes
 from shape_moe.evaluation.teacher_forced import TeacherForced
 from shape_moe.evaluation.verdict import MAX_DROP, Verdict, check_max_drop
@@ -115,10 +115,7 @@ def evaluate(
         device, dtype = tracing.device, tracing.dtype
     snapshot = open_snapshot(model)
     trace = open_trace(options.trace, snapshot, progress, force=True) if options.trace is not None else None
-    known = [open_candidate(entry, snapshot, trace) for entry in candidates]
-    names = [snapshot.name, *(entry.name for entry in known)]
-    if len(set(names)) < len(names):
-        raise UsageError("Two of the models to evaluate have the same name; rename one, or leave it out.")
+    known = open_candidates(candidates, snapshot, trace)
     if options.tasks is not None:
         check_tasks(options.tasks.names, options.tasks.engine)
     return _Run(snapshot, known, tracing, options, (device, dtype), progress).carry_out()

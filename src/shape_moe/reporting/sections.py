@@ -140,7 +140,7 @@ def _coalitions(material: Material) -> Section | Missing:
         "what their traffic suggests."
     ]
     if selection is not None:
-        notes.insert(0, "In the matrix, kept experts come first, and lines part them from removed ones.")
+        notes.insert(0, "In the matrix, kept experts come first, and lines separate them from the removed ones.")
     if trace.info.num_experts > MOST_SHOWN:
         notes.append(f"The matrix shows the {MOST_SHOWN} experts with most tokens; bars and tables count all.")
     return Section("coalitions", "Coalitions", lead, tuple(figures), notes=tuple(notes))
@@ -168,7 +168,8 @@ def _sweep(material: Material) -> Section | Missing:
     if sweep is None or not sweep.points:
         command = f"shape-moe sweep {material.model_word} --trace TRACE -o SWEEP"
         return Missing("Quality against size", (command, _report_command(material, "--sweep SWEEP")))
-    lead = "Each point is the model with one selection: left is smaller, and the ringed point is the operating point."
+    ringed = ", and the ringed point is the operating point" if sweep.point_of(material.selection) else ""
+    lead = f"Each point is the model with one selection: left is smaller{ringed}."
     notes = tuple(sentence(text) for text in (sweep.reason, _smaller(sweep), sweep.split) if text)
     return Section("sweep", "Quality against size", lead, (sweep_figure(sweep, material.selection),), notes=notes)
 

@@ -167,8 +167,8 @@ def _routing(selection: Selection) -> str:
     if selection.routing == "reroute":
         return "The router forgets removed experts too: a token still gets its full number, the best of those kept."
     return (
-        "The router stays as it is: where it picks a removed expert, that expert adds nothing and no other takes its "
-        "place, so the model also computes less."
+        "The router stays as it is: where it picks a removed expert, that expert adds nothing and no other "
+        "expert takes its place, so the model also computes less."
     )
 
 

@@ -89,15 +89,3 @@ SERIES = tuple(f"@{name}" for name in LIGHT if name.startswith("series-"))
 def css_variables(palette: dict[str, str]) -> str:
     """A palette as CSS declarations."""
     return " ".join(f"--{name}: {colour};" for name, colour in palette.items())
-
-
-def contrast(first: str, second: str) -> float:
-    """Contrast ratio of two colours (``#rrggbb``) as WCAG 2 defines it, 1 to 21."""
-    lighter, darker = sorted((_luminance(first), _luminance(second)), reverse=True)
-    return (lighter + 0.05) / (darker + 0.05)
-
-
-def _luminance(colour: str) -> float:
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

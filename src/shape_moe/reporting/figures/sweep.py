@@ -36,7 +36,9 @@ def sweep_figure(sweep: Sweep, selection: Selection | None) -> Figure:
         height=430,
         states=tuple(_state(metric, sweep, groups, chosen) for metric in metrics),
         legend=_legend(methods, axis, chosen, given=selection is not None),
-        lines=("Bars are 95 % intervals. Hollow points break the limit, answer unhealthily or do not fit.",),
+        lines=(
+            "Bars are 95 % intervals. Hollow points exceed the limit, answer unhealthily, or do not fit the memory.",
+        ),
         table=_table(sweep, metrics),
     )
 

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from shape_moe.errors import ServingError
+from shape_moe.literal_paths import check_plain
 from shape_moe.pruning.modeling_shape_moe import PREFIX
 from shape_moe.serving.vllm.families import architectures
 from shape_moe.serving.vllm.plan import read_plan
@@ -36,6 +37,7 @@ def _checked(stock: type[Any]) -> type[Any]:
             import vllm
 
             check_version(vllm.__version__)
+            check_plain(vllm_config.model_config.model, "vLLM")
             check_startup(read_plan(vllm_config.model_config.hf_config), vllm_config)
             stock.verify_and_update_config(vllm_config)
 

@@ -1,10 +1,8 @@
-"""Where the embedded model lies."""
+"""Where the embedded model lies, for whoever reads a model by name."""
 
 from __future__ import annotations
 
 from pathlib import Path
-
-import shape_moe
 
 EMBEDDED = "embedded"
 """The name that stands for it where a model is named."""
@@ -12,4 +10,4 @@ EMBEDDED = "embedded"
 
 def embedded_model_path() -> Path:
     """Folder of the embedded model, an ordinary checkpoint."""
-    return Path(shape_moe.__file__).parent / "demo" / "model"
+    return Path(__file__).parent / "demo" / "model"
