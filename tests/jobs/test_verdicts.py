@@ -13,6 +13,7 @@ from shape_moe.demo.tasks import examples
 from shape_moe.evaluation import questions, tool_check
 from shape_moe.evaluation.forgotten import general_records
 from shape_moe.evaluation.generation import GenerationOptions
+from shape_moe.evaluation.tool_check import calls_tools
 from shape_moe.evaluation.verdict import Verdict, Word
 from shape_moe.jobs.evaluate import EvaluateOptions, evaluate
 from shape_moe.jobs.prune import PruneOptions, prune
@@ -201,6 +202,7 @@ def scripted_calls(monkeypatch):
             yield {key: list(b"I sort no more." if masked else (CALL % digits).encode())}
 
     monkeypatch.setattr(tool_check, "greedy_answers", answer)
+    monkeypatch.setattr(tool_check, "tools_of", lambda record: (TOOL,) if calls_tools(record) else ())
 
 
 def test_three_models_that_are_not_safe_get_three_verdicts(
@@ -209,18 +211,20 @@ def test_three_models_that_are_not_safe_get_three_verdicts(
     """One that loops, one that answers well and calls no tools any more, and one that is judged on ten examples."""
     looping = judge(embedded, broken, files["few"]).models[1].verdict
     few = judge(embedded, fine, files["few"]).models[1].verdict
-    rows = examples("sorting", 120, seed=1, held_out=True)
-    offered = [with_tool(row) for row in examples("sorting", 20, seed=5, held_out=True)]
-    silent = judge(embedded, fine, write_lines(tmp_path / "tools.jsonl", rows + offered)).models[1].verdict
+    rows = examples("sorting", 140, seed=1, held_out=True)
+    talk = [conversation(row) for row in rows[:120]] + [conversation(row, calling=True) for row in rows[120:]]
+    silent = judge(embedded, fine, write_lines(tmp_path / "tools.jsonl", talk)).models[1].verdict
     assert [looping.word, silent.word, few.word] == [Word.DAMAGED, Word.LOSS, Word.NO_LOSS]
     assert silent.reason.startswith("It calls no tools any more. Right tool calls fall from 100 % to 0 %")
     assert silent.outcomes[0].exact.count == 120
     assert silent.outcomes[0].calls["valid"].shares == (1.0, 0.0)
 
 
-def with_tool(row):
-    """A record that asks a task's question and offers a function for it, which the answer calls."""
-    digits = row["prompt"].partition("sort ")[2].rstrip("=")
-    call = {"type": "function", "function": {"name": "sort", "arguments": {"digits": digits}}}
-    turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    return {"messages": turns, "tools": [TOOL]}
+def conversation(row, *, calling: bool = False):
+    """An example of a task as a conversation, whose answer is a call of a function where it shall be."""
+    turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
+    if calling:
+        digits = row["prompt"].partition("sort ")[2].rstrip("=")
+        call = {"type": "function", "function": {"name": "sort", "arguments": {"digits": digits}}}
+        turns[1] |= {"content": "", "tool_calls": [call]}
+    return {"messages": turns}

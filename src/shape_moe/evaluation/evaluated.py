@@ -45,9 +45,9 @@ class Evaluated:
         classes: figures over the task's examples by class, empty where no classes were asked for.
         tasks: results of lm-evaluation-harness by task.
         task_changes: paired differences to the dense model by task and metric, None for the dense model itself.
+        footprint: memory and speed, None where they were not measured (a mask has the dense model's).
         verdict: what pruning did to the model, over the task's examples; None for the dense model itself.
         forgotten: what became of general prompts, None where they were not asked.
-        footprint: memory and speed, None where they were not measured (a mask has the dense model's).
     """
 
     name: str
@@ -58,9 +58,9 @@ class Evaluated:
     classes: Groups = field(default_factory=dict)
     tasks: dict[str, TaskResult] = field(default_factory=dict)
     task_changes: dict[str, Figures] | None = None
+    footprint: Footprint | None = None
     verdict: Verdict | None = None
     forgotten: Forgotten | None = None
-    footprint: Footprint | None = None
 
     def to_document(self, by: str | None) -> dict[str, Any]:
         """For JSON; ``by`` is the field whose values are the classes."""
@@ -78,9 +78,9 @@ class Evaluated:
             "tasks": {name: result.to_document() for name, result in self.tasks.items()},
             "task_items": {name: result.items for name, result in self.tasks.items()},
             "task_changes": None if changes is None else {name: document(found) for name, found in changes.items()},
-            "verdict": self.verdict.to_document() if self.verdict else None,
-            "forgotten": self.forgotten.to_document() if self.forgotten else None,
             "footprint": self.footprint.to_document() if self.footprint else None,
+            **({"verdict": self.verdict.to_document()} if self.verdict else {}),
+            **({"forgotten": self.forgotten.to_document()} if self.forgotten else {}),
         }
 
     @classmethod

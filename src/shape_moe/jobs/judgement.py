@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from shape_moe.architectures.loading import loaded_bytes, why_not_loadable
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.example_maker import options_of
 from shape_moe.calibration.parts import FEWEST, MOST, Parts, three_parts
@@ -134,9 +133,9 @@ def unseen_parts(
 def session_of_trace(
     snapshot: Snapshot, trace: Trace, device: str, dtype: str, progress: Progress
 ) -> ModelSession | None:
-    """The full model, read for as a trace was; None where the trace does not say, or the model does not fit."""
+    """The full model, reading examples as for a trace; None where the trace does not say where they are."""
     source = trace.info.source
-    if not source.get("data") or not source.get("prompts") or why_not_loadable(loaded_bytes(snapshot, dtype), device):
+    if not source.get("data") or not source.get("prompts"):
         return None
     data, tokens, answers = options_of(source)
     read = ExampleOptions(data, tokens, answers, device=device, dtype=dtype)

@@ -380,11 +380,13 @@ def _judged(run: _Run, selection: Selection) -> Judgement:
     """What pruning did to the model, while the full model is (or can be) loaded."""
     options, device, dtype = run.options.judgement, run.options.device, run.options.dtype
     assert options is not None
-    if run.session is None and run.trace is not None:
-        run.session = session_of_trace(run.snapshot, run.trace, device, dtype, run.progress)
     if run.session is None:
         reason = why_not_loadable(loaded_bytes(run.snapshot, dtype), device)
-        return no_judgement(f"The original was not loaded: {reason}." if reason else _NO_EXAMPLES, options)
+        if reason:
+            return no_judgement(f"The original was not loaded: {reason}.", options)
+        run.session = session_of_trace(run.snapshot, run.trace, device, dtype, run.progress) if run.trace else None
+    if run.session is None:
+        return no_judgement(_NO_EXAMPLES, options)
     parts, data, chosen_by = run.parts, run.session.options.data, []
     if run.plan is not None:
         parts, data, chosen_by = run.plan.parts, run.plan.data, run.plan.held_out.records
