@@ -117,7 +117,7 @@ def test_tasks_alone_need_no_examples(call, embedded, tmp_path) -> None:
         (("sweep", "M", "--data", "F", "--rule", "fair"), ("There is no rule",)),
         (("prune", "M", "--data", "F", "-o", "O"), ("--keep", "--max-drop 1%")),
         (("prune", "M", "--data", "F", "-o", "O", "--keep", 0.5, "--max-kl", 0.1), ("exclude each other",)),
-        (("prune", "M", "--data", "F", "-o", "O", "--keep", 0.5, "--held-out", "G"), ("nothing is judged without",)),
+        (("prune", "M", "--data", "F", "-o", "O", "--keep", 0.5, "--held-out", "G"), ("only these judge candidates",)),
         (
             ("prune", "M", "--data", "F", "-o", "O", "--keep", 0.5, "--generate", 4),
             ("--generate has no effect without",),

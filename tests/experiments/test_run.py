@@ -16,7 +16,8 @@ from shape_moe.errors import UsageError
 from shape_moe.evaluation import harness
 from shape_moe.evaluation.bench import Bench
 from shape_moe.evaluation.generation import GenerationOptions
-from shape_moe.experiments import evaluations, plan
+from shape_moe.experiments import grid as grid_module
+from shape_moe.experiments import plan
 from shape_moe.experiments.evaluations import JudgedTask
 from shape_moe.jobs.evaluate import EvaluateOptions
 from shape_moe.jobs.session import ExampleOptions
@@ -200,7 +201,7 @@ def test_nothing_is_loaded_when_a_record_is_too_long_for_the_model(grid, monkeyp
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("shape_moe.experiments.grid.load_original", loaded)
-    monkeypatch.setattr(evaluations, "held_out_set", loaded)
+    monkeypatch.setattr(grid_module, "held_out_set", loaded)
     rows = [{"prompt": "p", "response": "x" * 5000}, *examples("addition", CALIBRATE, seed=1)]
     write_rows(grid.parent / "addition.jsonl", rows)
     with pytest.raises(shape_moe.errors.DataError, match="addition.jsonl, line 1"):

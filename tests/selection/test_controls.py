@@ -93,7 +93,7 @@ def test_the_weights_and_the_seed_of_a_selection_are_found_again() -> None:
 
 
 def test_a_selection_says_what_was_asked_and_what_was_met() -> None:
-    chosen = select_from_scores(SCORES, SelectOptions(keep=0.7, rule="global", multiple_of=2, allow_rounding=True))
+    chosen = select_from_scores(SCORES, SelectOptions(0.7, Method(rule="global"), multiple_of=2, allow_rounding=True))
     assert (chosen.constraints["budget_asked"], chosen.kept) == (11, 10)
     assert (chosen.keep_asked, chosen.keep) == (0.7, 0.625)
 
