@@ -24,11 +24,6 @@ def counted(count: float, noun: str) -> str:
     return f"{count:,.0f} {noun}{'' if count == 1 else 's'}"
 
 
-def one_line(text: str) -> str:
-    """Foreign text without line breaks and control characters."""
-    return "".join(character if character.isprintable() else " " for character in text)
-
-
 def capitalised(text: str) -> str:
     """The text with a capital letter at its beginning."""
     return text[:1].upper() + text[1:]

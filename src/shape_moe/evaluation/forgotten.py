@@ -19,7 +19,8 @@ from shape_moe.evaluation.generation import ends_in_loop
 from shape_moe.evaluation.held_out_set import HeldOutSet
 from shape_moe.evaluation.teacher_forced import compare_with_dense, record_dense
 from shape_moe.progress import Advance
-from shape_moe.units import one_line, readable_kl
+from shape_moe.text import one_line
+from shape_moe.units import readable_kl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

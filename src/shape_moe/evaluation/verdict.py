@@ -13,7 +13,8 @@ from shape_moe.errors import UsageError
 from shape_moe.evaluation.falls import CALLS, Fall, FreeAnswers, Outcome
 from shape_moe.evaluation.intervals import examples_for, quantile
 from shape_moe.evaluation.measures import HEALTH_LIMIT, LENGTH_LIMIT
-from shape_moe.units import capitalised, counted, one_line, readable_kl, readable_share, share_at_most
+from shape_moe.text import one_line
+from shape_moe.units import capitalised, counted, readable_kl, readable_share, share_at_most
 
 MAX_DROP = 0.02
 """The fall that a model may have and still be called safe, unless told otherwise."""
