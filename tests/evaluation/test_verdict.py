@@ -149,7 +149,7 @@ def test_the_worst_class_comes_first_and_decides() -> None:
 def test_names_of_classes_cannot_break_out_of_their_line() -> None:
     lines = decide([one(9, 0, 20, name="odd\n```\x1b[31m"), one(0, 0, 20)]).lines()
     assert all(line.isprintable() for line in lines)
-    assert any(r"odd ``` \x1b[31m" in line for line in lines)
+    assert any(r"odd ```\x1b[31m" in line for line in lines)
 
 
 def test_answers_of_one_class_that_loop_damage_the_model() -> None:

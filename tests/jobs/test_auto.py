@@ -25,6 +25,7 @@ from shape_moe.jobs.prune import PruneOptions, prune
 from shape_moe.jobs.select import AUTO, check_options, select
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import trace
+from shape_moe.pruning import logits
 from shape_moe.scoring.registry import scorers
 from shape_moe.selection.method import Method
 from shape_moe.selection.rules import get_rule
@@ -88,7 +89,7 @@ def test_an_interrupted_job_does_not_choose_again(chosen, embedded, data, tmp_pa
         dtype="float32",
     )
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(job, "record_canary", stopped_after(0, job.record_canary)[0])
+        patch.setattr(logits, "record_canary", stopped_after(0, logits.record_canary)[0])
         prune(embedded, tmp_path / "out", options, data=data)
     monkeypatch.setattr(job, "auto_select", lambda *_: pytest.fail("chosen again"))
     result = prune(embedded, tmp_path / "out", options, data=data)

@@ -246,7 +246,9 @@ def test_a_limit_alone_is_bisected_and_memory_bounds_the_advice(embedded, task_f
     )
     narrow = sweep(embedded, small, data=data)
     assert [point.fits for point in narrow.recommendation.points] == [False, True]
-    assert narrow.chosen is None or narrow.chosen.fits
+    assert [point.meets for point in narrow.recommendation.points] == [True, False]
+    assert narrow.chosen is None
+    assert narrow.recommendation.reason.startswith("No point of those that fit")
 
 
 def test_a_fall_of_nothing_is_no_limit(embedded, tmp_path) -> None:

@@ -144,6 +144,23 @@ def test_saving_shards_and_packed_layouts(tmp_path) -> None:
         assert relative_error(logits_of(model, tokens), logits) <= FLOAT32
 
 
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("name", ["mixtral", "granitemoe", "deepseek_v3"])
+def test_layouts_of_the_live_model(tmp_path, name, routing) -> None:
+    """Checkpoints whose names and packing are those of the live model, not of the published files."""
+    model, tokens = make_model(name), random_tokens(2, 12)
+    folder = save_model(model, tmp_path / "native", save_original_format=False)
+    snapshot = open_snapshot(folder)
+    assert any(
+        key.endswith("mlp.experts.gate_up_proj") or "_moe.experts.gate_up_proj" in key for key in snapshot.tensors
+    )
+    selection = random_selection(snapshot, routing, "ragged")
+    pruned = load_model(open_snapshot(write(folder, selection, tmp_path / "out")))
+    with masked(model, selection):
+        expected = logits_of(model, tokens)
+    assert relative_error(logits_of(pruned, tokens), expected) <= FLOAT32
+
+
 def test_other_tensors_are_copied_bit_by_bit(checkpoint, tmp_path) -> None:
     source = checkpoint("deepseek_v3")
     snapshot = open_snapshot(source)

@@ -13,6 +13,7 @@ from shape_moe.architectures.moe_config import RouterFacts
 from shape_moe.errors import BudgetError, CheckpointError, UsageError
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.scoring.scores import Scores, score_trace
+from shape_moe.scoring.shape import shape_values
 from shape_moe.selection.budget import choose
 from shape_moe.selection.guards import super_experts, warn_unstable
 from shape_moe.selection.method import Method
@@ -166,10 +167,15 @@ def test_tables_need_the_top_k_to_reroute() -> None:
     assert (chosen.layers, chosen.top_k) == ({0: [4, 5, 6, 7]}, 2)
 
 
-def test_segment_weights_change_selections(trace) -> None:
-    plain = select_from_trace(trace, SelectOptions(keep=0.5))
+def test_a_segment_that_counts_alone_decides_alone(trace) -> None:
+    """As a table of values from its tokens, which is another selection than that of all tokens."""
     only = ScoreOptions(SegmentWeights(prompt=0, response=1))
-    assert select_from_trace(trace, SelectOptions(keep=0.5, scoring=only)).layers != plain.layers
+    tables = [trace.coalitions[layer] for layer in trace.info.layers]
+    values = np.stack([shape_values(table.members, table.counts[:, 1], 16) for table in tables])
+    activations = trace.statistics["tokens"][:, 1].sum(axis=1).astype(float)
+    expected = select_from_scores(Scores("shape", trace.info.layers, values, activations), SelectOptions(keep=0.5))
+    assert select_from_trace(trace, SelectOptions(keep=0.5, scoring=only)).layers == expected.layers
+    assert select_from_trace(trace, SelectOptions(keep=0.5)).layers != expected.layers
 
 
 def test_round_trip(trace, tmp_path) -> None:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 import shape_moe
 from shape_moe.errors import CheckpointError, FingerprintError, UsageError
-from shape_moe.scoring.registry import ScoreOptions, scorers
 from shape_moe.scoring.scores import score_trace
 from shape_moe.tracing.coalitions import tabulate
 from shape_moe.tracing.statistics import STATISTICS
@@ -122,16 +121,6 @@ def test_halves_add_up_to_the_whole() -> None:
     for layer, table in alone.coalitions.items():
         np.testing.assert_array_equal(table.members, halves[0].coalitions[layer].members)
         np.testing.assert_array_equal(table.counts[:, :2], halves[0].coalitions[layer].counts[:, :2])
-
-
-def test_every_scorer_works_on_a_half_and_on_weighted_segments() -> None:
-    trace = synthetic_trace()
-    options = ScoreOptions(SegmentWeights(prompt=0.1, response=1.0))
-    for name in scorers():
-        assert score_trace(trace.half(1), name).values.shape == (3, 8)
-        weighted = score_trace(trace, name, options).values
-        if name != "random":
-            assert not np.allclose(weighted, score_trace(trace, name).values)
 
 
 def test_segment_weights_select_segments() -> None:

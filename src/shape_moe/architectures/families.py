@@ -25,7 +25,8 @@ class Family:
         experts: path of the experts module inside the block of the live model.
         disk_block: path of the MoE block inside a decoder layer on disk.
         disk_router: path of the router inside the block on disk.
-        router_rows: router tensors on disk with one row per expert, relative to the block on disk.
+        router_rows: router tensors on disk with one row per expert, relative to the block on disk; in the original
+            layout and in that of the live model, which ``save_pretrained(save_original_format=False)`` writes.
         packed: tensors on disk that hold all experts of a layer outside of ``experts``, relative to the block.
         residual_norm: norm in the decoder layer whose input is the residual stream that feeds the block.
         residual_scale_key: config key of the factor on the block's output, None where there is none.
@@ -99,7 +100,7 @@ FAMILIES: dict[str, Family] = {
             router="router",
             disk_block="block_sparse_moe",
             disk_router="router",
-            router_rows=("router.layer.weight",),
+            router_rows=("router.layer.weight", "router.weight"),
             packed=("input_linear.weight", "output_linear.weight"),
             residual_scale_key="residual_multiplier",
             renormalises=True,

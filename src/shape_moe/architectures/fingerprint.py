@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any, TypedDict
 
-from shape_moe.architectures.snapshot import Snapshot
+from shape_moe.architectures.weight_source import WeightSource
 from shape_moe.errors import FingerprintError
 
 UNVERIFIED = "unverified"
@@ -42,7 +42,7 @@ class Origin(TypedDict):
     layout_fingerprint: str
 
 
-def origin(snapshot: Snapshot) -> Origin:
+def origin(snapshot: WeightSource) -> Origin:
     """What an artifact records of the model on disk that it is made from."""
     return Origin(
         model=snapshot.name,
@@ -52,7 +52,7 @@ def origin(snapshot: Snapshot) -> Origin:
     )
 
 
-def fingerprint(snapshot: Snapshot) -> str:
+def fingerprint(snapshot: WeightSource) -> str:
     """Identify a model: sha256 over its routers' raw bytes and the config fields that routing depends on.
 
     It survives requantising and resharding, which leave routers alone, and differs for a fine-tune that moved them.
@@ -62,7 +62,7 @@ def fingerprint(snapshot: Snapshot) -> str:
     return snapshot.hashes["routers"]
 
 
-def _hash_routers(snapshot: Snapshot) -> str:
+def _hash_routers(snapshot: WeightSource) -> str:
     digest = hashlib.sha256()
     fields: dict[str, Any] = {key: snapshot.config.get(key) for key in _CONFIG_FIELDS}
     fields |= {"num_experts": snapshot.moe.num_experts, "top_k": snapshot.moe.top_k}
@@ -74,7 +74,7 @@ def _hash_routers(snapshot: Snapshot) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def layout_fingerprint(snapshot: Snapshot) -> str:
+def layout_fingerprint(snapshot: WeightSource) -> str:
     """Describe a checkpoint's layout: sha256 over the sorted (name, dtype, shape) of all tensors."""
     rows = sorted((slot.name, slot.dtype, slot.shape) for slot in snapshot.tensors.values())
     return f"sha256:{hashlib.sha256(json.dumps(rows).encode()).hexdigest()}"

@@ -134,26 +134,46 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
     return tokenizer
 
 
+def find_tokenizer(snapshot: Snapshot) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model, None where there is none that can be loaded."""
+    try:
+        return load_tokenizer(snapshot.path, trust_remote_code=snapshot.trust_remote_code)
+    except CheckpointError:
+        return None
+
+
 def unpacking(snapshot: Snapshot) -> Any:
     """The quantisation config that unpacks a checkpoint's experts, None for one that is not quantised.
 
     Raises:
         UnsupportedModelError: for a quantisation whose fused kernels would bypass the experts interface.
     """
-    config = snapshot.config.get("quantization_config")
-    if not config:
+    if (reason := why_not_observable(snapshot)) is not None:
+        raise UnsupportedModelError(
+            f"{reason[0].upper()}{reason[1:]}. Trace the unquantised model of the same routers instead (shape-moe "
+            "trace), and prune this one by that trace (shape-moe prune --trace)."
+        )
+    method = _quantisation_method(snapshot)
+    if method is None:
         return None
     import transformers
 
-    method = str(config.get("quant_method"))
     if method == "mxfp4":
         return transformers.Mxfp4Config(dequantize=True)
-    if method == "fp8":
-        return transformers.FineGrainedFP8Config(dequantize=True)  # the block size is the checkpoint's own
-    raise UnsupportedModelError(
-        f"Experts quantised with {method!r} cannot be observed in Transformers. Trace the unquantised model of the "
-        "same routers instead (shape-moe trace), and prune this one by that trace (shape-moe prune --trace)."
-    )
+    return transformers.FineGrainedFP8Config(dequantize=True)  # the block size is the checkpoint's own
+
+
+def why_not_observable(snapshot: Snapshot) -> str | None:
+    """Why the routing of a model cannot be observed in Transformers although its family is known, None if it can."""
+    method = _quantisation_method(snapshot)
+    if method in (None, "mxfp4", "fp8"):
+        return None
+    return f"experts quantised with {method!r} cannot be observed in Transformers"
+
+
+def _quantisation_method(snapshot: Snapshot) -> str | None:
+    config = snapshot.config.get("quantization_config")
+    return str(config.get("quant_method")) if config else None
 
 
 def _placement(device: str) -> dict[str, Any]:

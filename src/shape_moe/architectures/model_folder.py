@@ -12,6 +12,8 @@ CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_config.json"
+QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""Files beside ``config.json`` that servers read quantisation settings from: modelopt, GPTQ, AWQ."""
 _GGUF = b"GGUF"
 _UNGGUF = "name the safetensors model that it was made from, and convert the pruned model to GGUF afterwards."
 _BIN = (

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shape_moe.errors import CheckpointError, first_line
 from shape_moe.json_file import parse_json
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPE_BITS = {
     "BOOL": 8,
@@ -51,6 +54,17 @@ class TensorSlot:
     file: Path
     start: int
     size: int
+
+    def row(self, index: int) -> TensorSlot:
+        """One row of dimension 0, without that dimension."""
+        size = self.size // self.shape[0]
+        return replace(self, shape=self.shape[1:], start=self.start + index * size, size=size)
+
+    def read(self) -> bytes:
+        """The raw bytes."""
+        with self.file.open("rb") as stream:
+            stream.seek(self.start)
+            return stream.read(self.size)
 
 
 def byte_size(dtype: str, shape: tuple[int, ...]) -> int:
@@ -144,3 +158,19 @@ def make_header(tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
+
+
+def stored_values(slot: TensorSlot) -> torch.Tensor:
+    """The values of a tensor in the dtype in which they are stored.
+
+    Raises:
+        CheckpointError: for a dtype that torch does not have.
+    """
+    from safetensors.torch import load
+
+    try:
+        content = make_header({slot.name: (slot.dtype, slot.shape)}, {}) + slot.read()
+        tensor: torch.Tensor = load(content)[slot.name]
+    except Exception as error:  # the library has an error type of its own
+        raise CheckpointError(f"{slot.file}: the values of {slot.name} cannot be read: {first_line(error)}") from error
+    return tensor

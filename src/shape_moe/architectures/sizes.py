@@ -8,7 +8,7 @@ from math import ceil
 from typing import Any
 
 from shape_moe.architectures.safetensors_file import DTYPE_BITS, TensorSlot
-from shape_moe.architectures.snapshot import Snapshot
+from shape_moe.architectures.weight_source import WeightSource
 
 PRECISION_BITS = {"as stored": None, "bf16": 16.0, "fp8": 8.0, "int4": 4.25}
 """Bits per weight of matrices in decoder layers; embeddings, norms and routers stay as stored. int4 counts scales."""
@@ -64,7 +64,7 @@ class ModelSize:
         return min(self.num_experts, int((budget - self.at_keep(0, precision)) // per_expert))
 
 
-def measure(snapshot: Snapshot) -> ModelSize:
+def measure(snapshot: WeightSource) -> ModelSize:
     """Add the sizes of a model's tensors up."""
     layers = snapshot.moe_layers
     sums: Counter[str] = Counter()

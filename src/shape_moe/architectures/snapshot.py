@@ -8,21 +8,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shape_moe.architectures.config_file import read_config
 from shape_moe.architectures.model_folder import (
     CONFIG_FILE,
     INDEX_FILE,
+    QUANTISATION_FILES,
     SINGLE_FILE,
     check_model_folder,
     no_weights,
 )
 from shape_moe.architectures.moe_config import MoeConfig, read_moe_config
-from shape_moe.architectures.safetensors_file import TensorSlot, read_header
+from shape_moe.architectures.safetensors_file import TensorSlot, read_header, stored_values
 from shape_moe.architectures.tensor_names import TensorRole, is_router_part, tensor_role
+from shape_moe.architectures.weight_source import Form
 from shape_moe.errors import CheckpointError, UnsupportedModelError, first_line
 from shape_moe.json_file import read_json
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT_FILES = (
     "tokenizer.json",
@@ -129,10 +134,37 @@ class Snapshot:
 
     def read(self, name: str) -> bytes:
         """The raw bytes of one tensor."""
-        slot = self.tensors[name]
-        with slot.file.open("rb") as stream:
-            stream.seek(slot.start)
-            return stream.read(slot.size)
+        return self.tensors[name].read()
+
+    def layer(self, layer: int) -> tuple[TensorSlot, ...]:
+        """All tensors of one decoder layer."""
+        return tuple(slot for name, slot in self.tensors.items() if self.role(name).layer == layer)
+
+    def expert(self, layer: int, expert: int) -> tuple[TensorSlot, ...]:
+        """The tensors of one expert: its own, and its rows of those that hold all experts of the layer."""
+        parts = []
+        for slot in self.layer(layer):
+            role = self.role(slot.name)
+            if role.role == "packed":
+                parts.append(slot.row(expert))
+            elif role.role == "expert" and role.expert == expert:
+                parts.append(slot)
+        return tuple(parts)
+
+    @property
+    def forms(self) -> frozenset[Form]:
+        """The forms in which values are given: those of a quantised model as they are stored only."""
+        return frozenset(("raw",) if self.config.get("quantization_config") else ("raw", "dequantised"))
+
+    def values(self, slot: TensorSlot, form: Form = "raw") -> torch.Tensor:
+        """The values of a tensor, or of a part of one, in the dtype in which they are stored.
+
+        Raises:
+            UnsupportedModelError: for dequantised values of a quantised model.
+        """
+        if form not in self.forms:
+            raise UnsupportedModelError(f"{self.name}: the values of quantised tensors are only given as stored.")
+        return stored_values(slot)
 
     @property
     def total_bytes(self) -> int:
@@ -209,7 +241,7 @@ def _download(model: str, revision: str | None) -> tuple[Path, str | None]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["config.json", "*.safetensors", INDEX_FILE, *ROOT_FILES]
+    patterns = [CONFIG_FILE, "*.safetensors", INDEX_FILE, *QUANTISATION_FILES, *ROOT_FILES]
     try:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except HFValidationError as error:

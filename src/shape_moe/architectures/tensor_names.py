@@ -29,9 +29,15 @@ class TensorRole:
 
 
 @cache
+def _block(family: Family) -> str:
+    """The path of the block, as checkpoints have it: in the original layout, or in that of the live model."""
+    return f"(?:{'|'.join(re.escape(path) for path in dict.fromkeys((family.disk_block, family.block)))})"
+
+
+@cache
 def _patterns(family: Family) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
     layer = r"^(model\.layers\.)(\d+)\."
-    block = re.escape(family.disk_block)
+    block = _block(family)
     expert = re.compile(rf"{layer}{block}\.experts\.(\d+)\.(.+)$")
     packed = re.compile(rf"{layer}{block}\.experts\.(\D.*)$")
     router = re.compile(rf"{layer}{block}\.(.+)$")
@@ -59,10 +65,10 @@ def tensor_role(family: Family, name: str) -> TensorRole:
 
 def is_router_part(family: Family, name: str) -> bool:
     """Whether a tensor lies inside the router, known to the family's facts or not."""
-    return re.match(rf"^model\.layers\.\d+\.{re.escape(family.disk_block)}\.{family.disk_router}\.", name) is not None
+    return re.match(rf"^model\.layers\.\d+\.{_block(family)}\.{family.disk_router}\.", name) is not None
 
 
 def renumbered(family: Family, name: str, new_id: int) -> str:
     """The name of one expert's tensor under another expert id."""
-    pattern = rf"(model\.layers\.\d+\.{re.escape(family.disk_block)}\.experts\.)\d+"
+    pattern = rf"(model\.layers\.\d+\.{_block(family)}\.experts\.)\d+"
     return re.sub(pattern, rf"\g<1>{new_id}", name, count=1)

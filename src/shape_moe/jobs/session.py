@@ -28,7 +28,6 @@ from shape_moe.errors import DataError, ShapeMoeError, UsageError, first_line
 from shape_moe.interrupts import DeferredInterrupt
 from shape_moe.made_with import versions
 from shape_moe.progress import Progress
-from shape_moe.pruning.canary import canary_tokens
 from shape_moe.traced_files import traced_files
 from shape_moe.tracing.trace import Trace, TraceInfo, load_trace, merge_traces
 from shape_moe.workspace import write_json
@@ -137,7 +136,14 @@ class ModelSession:
             model = open_snapshot(model)
         if isinstance(model, Snapshot):
             _ = model.moe_layers, unpacking(model)
-            return cls(model, None, tokenizer or load_tokenizer(model.path), options, progress, records)
+            return cls(
+                model,
+                None,
+                tokenizer or load_tokenizer(model.path, trust_remote_code=model.trust_remote_code),
+                options,
+                progress,
+                records,
+            )
         if tokenizer is None:
             raise UsageError("A live model needs its tokenizer: trace(model, data, tokenizer=...).")
         live_moe_config(model)
@@ -280,7 +286,6 @@ class ModelSession:
             dtype=dtype,
             source={**calibrator.source(), **self.source_notes},
             versions=versions("torch", "transformers", "tokenizers", "numpy"),
-            canary=canary_tokens([example.tokens for example in examples]),
             traced_files=self._files,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,14 @@ from shape_moe.json_file import read_json
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT_VERSION = 1
 SEQUENCES = 16
 SEQUENCE_LENGTH = 64
 TOP = 20
+_LEAST_TEXT = 8
+"""Tokens that every passage must give at least; a tokenizer that gives fewer does not know such text."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,31 @@ def load_canary(file: Path) -> Canary:
         raise CheckpointError(f"{file} is not a canary file.") from error
 
 
-def canary_tokens(examples: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The sequences to use: the beginnings of the first examples."""
-    return [list(tokens[:SEQUENCE_LENGTH]) for tokens in examples[:SEQUENCES]]
+def canary_texts() -> list[str]:
+    """The neutral passages that canaries begin with: prose, code, data, arithmetic, seven languages, dialogue."""
+    texts: list[str] = json.loads(files("shape_moe.pruning").joinpath("canary_texts.json").read_text(encoding="utf-8"))
+    return texts
+
+
+def canary_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
+    """The sequences to ask: neutral text that comes with this package, each continued by the model itself.
+
+    Nothing of the calibration set enters, because a canary travels with a published model. Without a tokenizer, token
+    ids are drawn from a fixed seed.
+
+    Args:
+        model: the original, which continues the text greedily.
+        tokenizer: its tokenizer, None where there is none.
+
+    Returns:
+        :data:`SEQUENCES` sequences of at most :data:`SEQUENCE_LENGTH` token ids.
+    """
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    texts = [list(tokenizer(text).input_ids) for text in canary_texts()] if tokenizer is not None else []
+    length = min((len(ids) for ids in texts), default=0)
+    if length < _LEAST_TEXT or max(max(ids) for ids in texts) >= vocabulary:
+        return random_tokens(vocabulary)
+    return _continued(model, [ids[: min(length, SEQUENCE_LENGTH // 2)] for ids in texts])
 
 
 def random_tokens(vocabulary: int) -> list[list[int]]:
@@ -74,6 +99,21 @@ def random_tokens(vocabulary: int) -> list[list[int]]:
     import numpy as np
 
     return np.random.default_rng(0).integers(0, vocabulary, size=(SEQUENCES, SEQUENCE_LENGTH)).tolist()  # type: ignore[no-any-return]
+
+
+def _continued(model: PreTrainedModel, rows: list[list[int]]) -> list[list[int]]:
+    """Rows of equal length, continued to :data:`SEQUENCE_LENGTH` tokens by the most likely next one."""
+    import torch
+
+    ids = torch.tensor(rows, device=input_device(model))
+    step, past = ids, None
+    with torch.no_grad():
+        while ids.shape[1] < SEQUENCE_LENGTH:
+            output = model(input_ids=step, past_key_values=past, use_cache=True)
+            step, past = output.logits[:, -1:].argmax(-1).to(ids.device), output.past_key_values
+            ids = torch.cat([ids, step], dim=1)
+    continued: list[list[int]] = ids.tolist()
+    return continued
 
 
 def record_canary(model: PreTrainedModel, tokens: list[list[int]]) -> Canary:

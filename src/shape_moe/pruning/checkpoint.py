@@ -15,7 +15,7 @@ from pathlib import Path
 
 from shape_moe.architectures.model_folder import INDEX_FILE, SINGLE_FILE
 from shape_moe.architectures.safetensors_file import TensorSlot, make_header, read_header
-from shape_moe.architectures.snapshot import Snapshot
+from shape_moe.architectures.weight_source import WeightSource
 from shape_moe.errors import CheckpointError, ShapeMoeError, UsageError
 from shape_moe.pruning.kept import Keeping
 from shape_moe.selection.selection import Selection, check_against_model
@@ -61,7 +61,7 @@ class ShardPlan:
         return sum(tensor.size for tensor in self.tensors)
 
 
-def check_fits(snapshot: Snapshot, selection: Selection) -> None:
+def check_fits(snapshot: WeightSource, selection: Selection) -> None:
     """Check that a selection describes this model's layers and experts.
 
     Raises:
@@ -73,7 +73,7 @@ def check_fits(snapshot: Snapshot, selection: Selection) -> None:
         raise UsageError(f"The selection does not name layer {min(missing)}, which is an MoE layer of the model.")
 
 
-def plan_checkpoint(snapshot: Snapshot, selection: Selection) -> list[ShardPlan]:
+def plan_checkpoint(snapshot: WeightSource, selection: Selection) -> list[ShardPlan]:
     """Lay the pruned checkpoint out: one file per shard of the original, without those that end up empty.
 
     Raises:

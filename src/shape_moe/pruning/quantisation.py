@@ -20,8 +20,6 @@ from shape_moe.architectures.families import Family
 from shape_moe.errors import UnsupportedModelError
 
 QUANTISATION_KEY = "quantization_config"
-QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-"""Files beside ``config.json`` that servers read quantisation settings from: modelopt, GPTQ, AWQ."""
 
 _PATTERN_KEYS = frozenset(
     {

@@ -29,6 +29,7 @@ class CardFacts:
         selection: what is kept.
         target: ``ragged`` or ``stock``.
         trace: the trace, where there was one.
+        left_out: what the original has and this checkpoint has not, beside experts; sentences.
         verdict: what pruning did to the model, line by line; empty where it was not judged.
     """
 
@@ -38,6 +39,7 @@ class CardFacts:
     selection: Selection
     target: str
     trace: Trace | None
+    left_out: tuple[str, ...] = ()
     verdict: tuple[str, ...] = ()
 
 
@@ -77,6 +79,7 @@ def render_card(facts: CardFacts) -> str:
         bytes_after=facts.bytes_after,
         trace=facts.trace.info if facts.trace else None,
         target=facts.target,
+        left_out=facts.left_out,
         verdict=[*facts.verdict[:1], *(Markup(line) for line in facts.verdict[1:])],  # noqa: S704  # in a code block
         stock_class=family.stock_class if family else "the original's class",
         version=version("shape-moe"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -182,6 +182,19 @@ def open_selection(given: str | PathLike[str] | Selection, snapshot: Snapshot, *
         name = "The selection" if isinstance(given, Selection) else f"The selection {given}"
         check_fingerprint(chosen.fingerprint, fingerprint(snapshot), name, force=force)
     return chosen
+
+
+def completed(selection: Selection, snapshot: Snapshot) -> Selection:
+    """A selection with what a table of values could not know about the model."""
+    if selection.fingerprint is not None:
+        return selection
+    return replace(
+        selection,
+        fingerprint=fingerprint(snapshot),
+        model=snapshot.name,
+        family=snapshot.moe.family.model_type,
+        top_k=snapshot.moe.top_k,
+    )
 
 
 def check_selection(selection: Selection) -> None:
