@@ -37,7 +37,7 @@ def token_batch() -> Batch:
     """Eight rows of random tokens, half prompt and half response."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, 1024, (8, TOKENS // 8), generator=generator).tolist()
-    return make_batch([Example(i, "", tuple(row), TOKENS // 16) for i, row in enumerate(rows)], range(8), 0)
+    return make_batch([Example.answered(i, "", tuple(row), TOKENS // 16) for i, row in enumerate(rows)], range(8), 0)
 
 
 def overhead(dtype: torch.dtype) -> dict[str, object]:

@@ -90,7 +90,7 @@ def measure(model: Any, machine: Machine, ids: torch.Tensor, new_tokens: int) ->
 
 def tracing_overhead(model: Any, machine: Machine, ids: torch.Tensor) -> dict[str, float]:
     """Seconds of a traced pass against a plain one, in turn."""
-    rows = [Example(i, "", tuple(row), len(row) // 2) for i, row in enumerate(ids.tolist())]
+    rows = [Example.answered(i, "", tuple(row), len(row) // 2) for i, row in enumerate(ids.tolist())]
     batch, tracer, ratios = make_batch(rows, range(len(rows)), 0), ModelTracer(model), []
     for repeat in range(REPEATS + 1):
         began = machine.now()

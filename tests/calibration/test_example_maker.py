@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 from shape_moe.calibration import example_maker
 from shape_moe.calibration.example_maker import ANSWERS_FILE, AnswerOptions, ExampleMaker
 from shape_moe.calibration.examples import Tokeniser, TokenOptions
-from shape_moe.calibration.records import DataOptions, Record, prompt_hash
+from shape_moe.calibration.records import DataOptions, Record
+from shape_moe.calibration.seen_prompts import salted_hash
 from shape_moe.errors import DataError
 from shape_moe.progress import SILENT
 
@@ -155,4 +156,5 @@ def test_the_source_names_the_prompts_that_were_used(calibrator, monkeypatch) ->
     chosen.run(NOBODY, None)
     source = chosen.source()
     assert source["records"] == [5, 7, 9]
-    assert source["prompts"] == [prompt_hash(Record(0, "elsewhere", prompt=text)) for text in ("de", "ijkl", "m")]
+    asked = [Record(0, "elsewhere", prompt=text) for text in ("de", "ijkl", "m")]
+    assert source["prompts"] == [salted_hash(record, source["salt"]) for record in asked]

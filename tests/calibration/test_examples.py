@@ -76,7 +76,8 @@ def test_special_tokens_are_added_once(tokenizer) -> None:
 
     class Spy:
         chat_template = CHATML
-        pad_token_id = 0
+        eos_token_id = 257
+        is_fast = False
 
         def apply_chat_template(self, *args, **kwargs):
             return tokenizer.apply_chat_template(*args, **kwargs)
@@ -85,15 +86,24 @@ def test_special_tokens_are_added_once(tokenizer) -> None:
             calls.append((text, add_special_tokens))
             return tokenizer(text, add_special_tokens=False)
 
-    Tokeniser(Spy(), None, TokenOptions()).example(Record(0, "r", prompt="hi", response="yo"))
+    example = Tokeniser(Spy(), None, TokenOptions()).example(Record(0, "r", prompt="hi", response="yo"))
+    assert example.spans == ((24, 27),)
+    assert calls == [("<|user|>hi;<|assistant|>", False), ("yo;", False)]
+    calls.clear()
     Tokeniser(Spy(), None, TokenOptions(template=False)).example(Record(0, "r", prompt="hi", response="yo"))
-    assert [special for _, special in calls] == [False, False, True, False]
+    assert calls == [("hi", True), ("yo", False)]
 
 
-def test_templates_that_hide_the_prompt_are_refused(tokenizer) -> None:
-    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(DataError, match="record 7: the chat template renders the prompt differently"):
-        Tokeniser(tokenizer, None, TokenOptions()).example(Record(0, "record 7", prompt="hi", response="yo"))
+def test_templates_that_write_the_prompt_differently_before_an_answer(tokenizer) -> None:
+    """The example is what the model would be asked, then the answer and its end."""
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }};{% endfor %}"
+    tokeniser = Tokeniser(tokenizer, None, TokenOptions())
+    assert decode(tokeniser, tokeniser.example(Record(0, "r", prompt="hi", response="yo"))) == ("1hi;", "yo;")
+    assert "writes an answer differently" in tokeniser.fresh_notes()[0]
+    assert tokeniser.fresh_notes() == []
+
+
+def test_conversations_that_the_template_refuses(tokenizer) -> None:
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(DataError, match="refuses this conversation: no system role"):
         Tokeniser(tokenizer, None, TokenOptions()).example(Record(0, "r", prompt="hi", response="yo"))
@@ -115,7 +125,7 @@ def test_records_without_tokens(tokenizer) -> None:
 
 
 def test_batches_are_right_padded_and_know_their_segments() -> None:
-    examples = [Example(0, "a", (5, 6, 7), 2), Example(1, "b", (8,), 1)]
+    examples = [Example.answered(0, "a", (5, 6, 7), 2), Example(1, "b", (8,))]
     batch = make_batch(examples, [0, 9], pad_id=0)
     assert batch.input_ids.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
@@ -143,4 +153,4 @@ def test_rows_of_a_batch() -> None:
 
 def test_batches_of_padding_only_are_refused() -> None:
     with pytest.raises(DataError, match="nothing but padding"):
-        make_batch([Example(0, "a", (), 0)], [0], 0)
+        make_batch([Example(0, "a", ())], [0], 0)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shape_moe.calibration.parts import FEWEST, MOST, MOST_GIVEN_UP, three_parts
-from shape_moe.calibration.records import DataOptions, Record, prompt_hash, sample_records
+from shape_moe.calibration.reading import sample_records
+from shape_moe.calibration.records import DataOptions, Record, prompt_hash
 from shape_moe.errors import DataError
 
 

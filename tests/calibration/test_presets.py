@@ -11,7 +11,8 @@ import pytest
 
 from shape_moe.calibration import presets as presets_module
 from shape_moe.calibration.presets import Preset, find_preset, presets, with_base
-from shape_moe.calibration.records import DataOptions, content_hash, load_records
+from shape_moe.calibration.reading import load_records
+from shape_moe.calibration.records import DataOptions, content_hash
 from shape_moe.cli.main import run
 from shape_moe.errors import DataError, UsageError
 from shape_moe.jobs.session import ExampleOptions

@@ -8,7 +8,8 @@ import datasets
 import polars as pl
 import pytest
 
-from shape_moe.calibration.records import DataOptions, Record, content_hash, load_records, prompt_hash
+from shape_moe.calibration.reading import load_records
+from shape_moe.calibration.records import DataOptions, Record, content_hash, prompt_hash
 from shape_moe.errors import DataError, UsageError
 from support.data import write_lines
 
@@ -81,8 +82,8 @@ def test_fields_can_have_other_names(tmp_path) -> None:
     [
         ("{", "not valid JSON"),
         ("[1]", "must be a JSON object"),
-        ('{"question": "q"}', "needs one of the fields text, prompt or messages, but has only question; --map"),
-        ('{"text": "a", "prompt": "b"}', "only one of text and prompt"),
+        ('{"question": "q"}', "needs one of the fields text, prompt, .*, but has only question; --map prompt=question"),
+        ('{"text": "a", "prompt": "b"}', "only one of prompt and text"),
         ('{"prompt": 3}', "'prompt' must be text"),
         ('{"prompt": "a", "response": ["b"]}', "'response' must be text"),
         ('{"text": ""}', "'text' is empty"),
@@ -100,9 +101,9 @@ def test_malformed_records_name_file_and_line(tmp_path, line, word) -> None:
 
 
 def test_malformed_files(tmp_path) -> None:
-    cases = {"a.json": ('{"text": "a"}', "list of records"), "b.json": ("[1]", "record 1"), "c.json": ("[", "line 1")}
+    cases = {"a.json": ('"text"', "list of records"), "b.json": ("[1]", "record 1"), "c.json": ("[", "line 1")}
     cases |= {"d.csv": ("prompt,response\na\n", "line 2.*number of columns"), "e.parquet": ("no", "readable Parquet")}
-    cases |= {"f.txt": ("a", "unknown file type"), "g.jsonl": ("\n", "holds no records")}
+    cases |= {"f.doc": ("a", "unknown file type"), "g.jsonl": ("\n", "holds no records")}
     for name, (text, word) in cases.items():
         (tmp_path / name).write_text(text)
         with pytest.raises(DataError, match=word):
@@ -154,7 +155,7 @@ def test_long_and_broken_csv(tmp_path) -> None:
 def test_ambiguous_records_and_unknown_names(tmp_path) -> None:
     file = tmp_path / "d.jsonl"
     file.write_text('{"text": "a", "prompt": "b"}')
-    with pytest.raises(DataError, match="only one of text and prompt; leave all but one out"):
+    with pytest.raises(DataError, match="only one of prompt and text; leave all but one out, or .*--format text"):
         load_records(DataOptions(str(file)))
     assert load_records(DataOptions(str(file), fields={"text": "none"}))[0].prompt == "b"
     with pytest.raises(UsageError, match="--map names 'promt'"):

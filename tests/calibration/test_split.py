@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shape_moe.calibration.records import Record, prompt_hash
-from shape_moe.calibration.split import split_records, without_prompts
+from shape_moe.calibration.split import split_records
 from shape_moe.errors import DataError
 
 
@@ -61,9 +61,3 @@ def test_few_examples_are_shared_out_alike() -> None:
 def test_too_few_are_refused() -> None:
     with pytest.raises(DataError, match="too few"):
         split_records(make(["a", "b", "c", "d", "e"]), 3, 2)
-
-
-def test_known_prompts_are_left_out_whatever_their_spacing() -> None:
-    records = make(["what  is\tit", "another"])
-    known = {prompt_hash(Record(9, "x", prompt="what is it", response="other"))}
-    assert without_prompts(records, known) == [records[1]]

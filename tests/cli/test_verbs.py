@@ -318,7 +318,7 @@ def test_malformed_data(call, embedded, tmp_path) -> None:
     file = tmp_path / "d.jsonl"
     job = ("trace", embedded, "--data", file, "-o", tmp_path / "t")
     file.write_text('{"text": "a"}\n{"question": "b"}\n')
-    refused(call(*job), 1, f"{file}, line 2", "needs one of the fields text, prompt or messages", "--map")
+    refused(call(*job), 1, f"{file}, line 2", "needs one of the fields text, prompt, messages", "--map prompt=question")
     file.write_text("")
     refused(call(*job), 1, "holds no records")
     refused(call("trace", embedded, "--data", tmp_path / "x.jsonl", "-o", tmp_path / "t"), 1, "There is no file")

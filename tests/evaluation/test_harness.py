@@ -77,7 +77,7 @@ def chosen_right(model, tokenizer) -> list[bool]:
         prompt = tuple(tokenizer(row["prompt"]).input_ids)
         for choice in row["choices"]:
             answer = tokenizer(choice, add_special_tokens=False).input_ids
-            examples.append(Example(len(examples), "", (*prompt, *answer), len(prompt)))
+            examples.append(Example.answered(len(examples), "", (*prompt, *answer), len(prompt)))
     batch = make_batch(examples, range(len(examples)), pad_id=0)
     with torch.no_grad():
         logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1].log_softmax(-1)

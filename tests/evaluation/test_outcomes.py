@@ -63,7 +63,7 @@ def test_examples_are_counted_by_class() -> None:
 
 
 def test_exact_match_by_answers_is_that_of_the_answers_alone() -> None:
-    rows = tuple(Example(i, str(i), (1, 2, 3), 1) for i in range(6))
+    rows = tuple(Example.answered(i, str(i), (1, 2, 3), 1) for i in range(6))
     held_out = HeldOutSet("set", rows, (None,) * 6, 2)
     dense, pruned = sums([0, 0, 0, 0, 0, 0]), sums([0, 0, 0, 0, 0, 0])
     answers = [written(((1,), (2,), (3,)), looped=[False] * 3) for _ in range(2)]

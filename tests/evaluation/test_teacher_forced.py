@@ -12,7 +12,7 @@ import torch
 from shape_moe.calibration.examples import Example
 from shape_moe.errors import DataError, ShapeMoeError
 from shape_moe.evaluation.dense_reference import DenseReference
-from shape_moe.evaluation.held_out_set import HeldOutSet
+from shape_moe.evaluation.held_out_set import HeldOutSet, scored_positions
 from shape_moe.evaluation.teacher_forced import compare_with_dense, record_dense
 from shape_moe.pruning.masks import masked
 from shape_moe.selection.selection import Selection
@@ -141,10 +141,30 @@ def test_exact_match_is_what_greedy_generation_gives(embedded_model) -> None:
     assert 0 < sum(right) < 30  # both outcomes were seen
 
 
+def test_every_turn_of_the_assistant_is_scored(embedded_model) -> None:
+    """Two spans: both are scored, what lies between and before is not, and the last is what the model is asked for."""
+    model, _ = embedded_model
+    tokens = tuple(range(40, 60))
+    example = Example(0, "talk", tokens, ((4, 7), (12, 17)))
+    held_out = HeldOutSet("talk", (example, Example.answered(1, "one", tokens[:9], 5)), (None, None), 2)
+    _, batch = next(held_out.batches())
+    scored = scored_positions(batch)
+    assert scored[0].nonzero().flatten().tolist() == [3, 4, 5, 11, 12, 13, 14, 15]
+    assert scored[1].nonzero().flatten().tolist() == [4, 5, 6, 7]
+    assert held_out.response(0) == list(tokens[12:17])
+    assert held_out.answered() == [0, 1]
+    with DenseReference() as reference:
+        found = record_dense(model, held_out, reference)
+    assert found.tokens.tolist() == [8, 4]
+
+
 def test_tokens_after_the_end_of_a_response_do_not_count_as_wrong(embedded_model) -> None:
     model, tokenizer = embedded_model
     held_out = task_set(tokenizer, "sorting", 6)
-    longer = tuple(dataclasses.replace(e, tokens=(*e.tokens, 7, 9)) for e in held_out.examples)
+    longer = tuple(
+        dataclasses.replace(e, tokens=(*e.tokens, 7, 9), spans=((e.prompt_length, len(e.tokens) + 2),))
+        for e in held_out.examples
+    )
     with DenseReference() as reference:
         whole = record_dense(model, held_out, reference)
     with DenseReference() as reference:
@@ -163,7 +183,7 @@ def test_logits_that_are_not_finite_are_refused() -> None:
 
 def test_a_set_without_a_scored_token_is_refused() -> None:
     with pytest.raises(DataError, match="no token that could be scored"):
-        HeldOutSet("nothing", (Example(0, "x", (5, 6, 7), 3), Example(1, "y", (5,), 1, plain=True)), (None, None), 4)
+        HeldOutSet("nothing", (Example(0, "x", (5, 6, 7)), Example(1, "y", (5,), plain=True)), (None, None), 4)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v2", "glm4_moe", "granitemoe"])

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 import shape_moe
-from shape_moe.calibration.records import DataOptions, load_records
+from shape_moe.calibration.reading import load_records
+from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import UsageError
 from shape_moe.evaluation import harness

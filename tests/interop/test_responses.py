@@ -87,7 +87,7 @@ def test_the_embedded_model_on_its_task(embedded, tmp_path) -> None:
     todo = []
     for i, record in enumerate(task_examples("sorting", 9, seed=4)):
         prompt, response = (tokenizer(record[key]).input_ids for key in ("prompt", "response"))
-        todo.append(Example(i, f"example {i}", (*prompt, *response), len(prompt)))
+        todo.append(Example.answered(i, f"example {i}", (*prompt, *response), len(prompt)))
     expected, found, *_ = check_against_tracer(model, todo, open_snapshot(embedded), ENCODINGS, tmp_path / "r.jsonl")
     for scorer in ("shape", "frequency"):
         np.testing.assert_array_equal(score_trace(found, scorer).values, score_trace(expected, scorer).values)

@@ -10,7 +10,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from shape_moe.calibration.records import DataOptions, load_records
+from shape_moe.calibration.reading import load_records
+from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.main import run
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import ServingError

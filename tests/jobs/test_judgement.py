@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from shape_moe.architectures.snapshot import open_snapshot
-from shape_moe.calibration.records import DataOptions, load_records, prompt_hash
+from shape_moe.calibration.reading import load_records
+from shape_moe.calibration.records import DataOptions, prompt_hash
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import UsageError
 from shape_moe.jobs.judgement import JudgementOptions, set_aside, unseen_parts

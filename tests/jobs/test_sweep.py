@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 
 from shape_moe.calibration.example_maker import SPLIT_KEY, AnswerOptions
-from shape_moe.calibration.records import DataOptions, Record, load_records, prompt_hash
+from shape_moe.calibration.reading import load_records
+from shape_moe.calibration.records import DataOptions, Record, prompt_hash
+from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import DataError, UsageError
 from shape_moe.evaluation import bench
@@ -16,7 +18,6 @@ from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.keep_rate import Limit
 from shape_moe.jobs import search, session
 from shape_moe.jobs import sweep as job
-from shape_moe.jobs.held_out import known_prompts
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.sweep import SweepOptions, sweep
 from shape_moe.jobs.trace import trace
@@ -96,9 +97,10 @@ def test_every_point_is_judged_and_the_result_is_written(swept) -> None:
 
 def test_calibration_and_held_out_examples_do_not_overlap(swept) -> None:
     result, _, records = swept
-    calibration, judged = set(result.document["calibration"]["prompts"]), set(map(prompt_hash, records))
-    assert (len(calibration), len(judged), result.document["held_out"]["examples"]) == (40, 60, 60)
-    assert not calibration & judged
+    calibration, judged = result.document["calibration"], set(map(prompt_hash, records))
+    assert (len(set(calibration["prompts"])), len(judged)) == (40, 60)
+    assert result.document["held_out"]["examples"] == 60
+    assert SeenPrompts.of_source(calibration).count(records) == 0
     assert "40 examples to calibrate with and 60 held out" in result.document["split"]
 
 
@@ -190,10 +192,11 @@ def test_a_trace_judges_by_what_it_has_not_seen(embedded, task_file, tmp_path, m
     options = SweepOptions(keep_rates=(0.8,), held_out=500, generation=GenerationOptions(examples=4))
     records = note_held_out(monkeypatch)
     result = sweep(embedded, options, trace=tmp_path / "trace")
-    seen, judged = set(traced.info.source["prompts"]), {prompt_hash(record) for record in records}
+    seen, judged = SeenPrompts.of_source(traced.info.source), {prompt_hash(record) for record in records}
     assert (len(judged), result.document["held_out"]["examples"]) == (90, 90)
-    assert not judged & seen
-    assert judged | seen == {prompt_hash(record) for record in load_records(DataOptions(str(task_file)))}
+    assert seen.count(records) == 0
+    everything = load_records(DataOptions(str(task_file)))
+    assert judged == {prompt_hash(record) for record in everything if record not in seen}
 
 
 def test_contamination_is_told_and_left_out(embedded, task_file, tmp_path) -> None:
@@ -229,7 +232,9 @@ def test_traces_that_do_not_name_their_prompts_need_other_examples(embedded, tas
     with pytest.raises(UsageError, match="--held-out"):
         sweep(embedded, trace=tmp_path / "old")
     both = merge_traces([traced, traced])
-    assert known_prompts(both) == frozenset(traced.info.source["prompts"])
+    seen = SeenPrompts.of_source(both.info.source)
+    assert seen.complete
+    assert seen.parts == 2 * SeenPrompts.of_source(traced.info.source).parts
 
 
 def test_a_limit_alone_is_bisected_and_memory_bounds_the_advice(embedded, task_file) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 from pathlib import Path
@@ -18,9 +19,10 @@ from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import CheckpointError, DataError, ShapeMoeError, UnsupportedModelError, UsageError
 from shape_moe.jobs import session as job
-from shape_moe.jobs.session import ExampleOptions
+from shape_moe.jobs.session import ExampleOptions, ModelSession
 from shape_moe.jobs.trace import merge, trace
-from shape_moe.tracing.trace import load_trace, merge_traces
+from shape_moe.progress import SILENT
+from shape_moe.tracing.trace import Trace, load_trace, merge_traces
 from shape_moe.tracing.transformers_model import ModelTracer
 from shape_moe.workspace import Workspace
 from support.data import write_lines
@@ -175,16 +177,68 @@ def test_interrupted_traces_go_on(embedded, data, tmp_path, monkeypatch) -> None
     with pytest.raises(KeyboardInterrupt):
         trace(embedded, chosen, tmp_path / "t")
     assert not (tmp_path / "t").exists()
-    assert json.loads((tmp_path / "t.partial" / "so-far.json").read_text()) == {"batches": 4}
+    assert json.loads((tmp_path / "t.partial" / "so-far.json").read_text()) == {
+        "batches": 4,
+        "traced": 4,
+        "skipped": {},
+    }
     passes = []
     monkeypatch.setattr(ModelTracer, "add", lambda self, batch, **more: passes.append(1) or real(self, batch, **more))
     monkeypatch.setattr(job, "generate_answers", lambda *_a, **_k: pytest.fail("answered again"))
     resumed = trace(embedded, chosen, tmp_path / "t")
-    assert len(passes) == 6
+    assert len(passes) == 12 - 4  # four folds of three examples and four of two make twelve batches
     assert_same(resumed, whole)
     assert resumed.info.tokens == whole.info.tokens
     assert not (tmp_path / "t.partial").exists()
     assert sorted(p.name for p in (tmp_path / "t").iterdir()) == ["coalitions", "statistics.safetensors", "trace.json"]
+
+
+@pytest.mark.parametrize("bad", [(), (1, 9)])
+def test_a_trace_interrupted_after_every_batch_is_the_undisturbed_one_byte_for_byte(
+    embedded, embedded_model, data, tmp_path, monkeypatch, bad
+) -> None:
+    forward, add = ModelTracer._forward, ModelTracer.add
+
+    def fail(self, batch, *arguments):
+        if any(example.index in bad for example in batch.examples):
+            raise RuntimeError("broken")
+        return forward(self, batch, *arguments)
+
+    monkeypatch.setattr(ModelTracer, "_forward", fail)
+    source = data([*examples("sorting", 8, seed=1), *examples("words", 6, seed=2)])
+
+    def traced(name: str) -> Trace:
+        session = ModelSession.open(embedded, options(source, batch_size=2, skip_bad=bool(bad)), None, SILENT)
+        session.use(embedded_model[0])
+        (tmp_path / name).mkdir(exist_ok=True)
+        found = session.trace(tmp_path / name)
+        found.save(tmp_path / name)
+        return found
+
+    whole, runs, broken = traced("whole"), 0, None
+    while broken is None:
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(ModelTracer, "add", _stopping(add))
+            broken = traced("broken")
+        runs += 1
+    # eight folds of one or two examples make eight batches, of which one holds nothing but the two bad ones
+    assert runs == (8 if bad else 9)
+    files = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*") if p.is_file())
+    assert len(files) == 6  # the document, the statistics, and four layers' coalitions
+    for file in files:
+        if file.name != "trace.json":  # salted anew
+            assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "broken" / file).read_bytes(), file
+    assert broken.info.tokens == whole.info.tokens
+    assert len(broken.info.source["skipped"]) == len(whole.info.source["skipped"]) == len(bad)
+
+
+def _stopping(add):
+    def stopping(self, batch, **more):
+        logits = add(self, batch, **more)
+        press_ctrl_c()
+        return logits
+
+    return stopping
 
 
 def test_another_job_does_not_take_over(embedded, data, tmp_path) -> None:
@@ -301,7 +355,7 @@ def test_nan_weights_name_the_layer(tmp_path, embedded, data) -> None:
 
 def test_engines_and_their_arguments(embedded, data) -> None:
     source = data([{"text": "abc"}])
-    with pytest.raises(UsageError, match="no engine 'sglang'; there are transformers and vllm"):
+    with pytest.raises(UsageError, match="no engine 'sglang'; there are transformers, vllm"):
         options(source, engine="sglang")
     with pytest.raises(UsageError, match="go with --engine vllm"):
         options(source, engine_args={"tensor_parallel_size": 2})

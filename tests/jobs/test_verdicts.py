@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
+from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.main import run
 from shape_moe.demo.tasks import examples
 from shape_moe.evaluation import questions, tool_check
 from shape_moe.evaluation.forgotten import general_records
 from shape_moe.evaluation.generation import GenerationOptions
-from shape_moe.evaluation.tool_check import calls_tools
 from shape_moe.evaluation.verdict import Verdict, Word
 from shape_moe.jobs.evaluate import EvaluateOptions, evaluate
 from shape_moe.jobs.prune import PruneOptions, prune
@@ -55,9 +55,9 @@ def broken(fine) -> Selection:
     return replace(fine, layers={layer: [0, 1, 2, 3] for layer in fine.layers})
 
 
-def judge(embedded, given, file, **options):
+def judge(embedded, given, file, tokens=None, **options):
     made = replace(QUICK, **options)
-    data = ExampleOptions(DataOptions(str(file)), device="cpu", dtype="float32")
+    data = ExampleOptions(DataOptions(str(file)), tokens or TokenOptions(), device="cpu", dtype="float32")
     return evaluate(embedded, [given], data=data, options=made)
 
 
@@ -188,6 +188,12 @@ def test_a_model_that_is_not_good_enough_is_rejected(embedded, tmp_path, few_pro
 
 
 TOOL = {"type": "function", "function": {"name": "sort", "parameters": {"type": "object", "required": ["digits"]}}}
+TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for turn in messages %}{{ turn.content or '' }}"
+    "{% for call in turn.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>\n{% endfor %}"
+    "{% endfor %}"
+)
+"""Writes conversations as the embedded model knows tasks, with tools and their calls beside them."""
 CALL = '<tool_call>{"name": "sort", "arguments": {"digits": "%s"}}</tool_call>'
 
 
@@ -198,11 +204,10 @@ def scripted_calls(monkeypatch):
     def answer(model, asked, room, **_):
         masked = any(module._forward_pre_hooks for module in model.modules())
         for key, prompt in asked.items():
-            digits = bytes(prompt).decode().partition("sort ")[2].rstrip("=")
+            digits = bytes(prompt).decode().rpartition("sort ")[2].rstrip("=")
             yield {key: list(b"I sort no more." if masked else (CALL % digits).encode())}
 
     monkeypatch.setattr(tool_check, "greedy_answers", answer)
-    monkeypatch.setattr(tool_check, "tools_of", lambda record: (TOOL,) if calls_tools(record) else ())
 
 
 def test_three_models_that_are_not_safe_get_three_verdicts(
@@ -213,7 +218,8 @@ def test_three_models_that_are_not_safe_get_three_verdicts(
     few = judge(embedded, fine, files["few"]).models[1].verdict
     rows = examples("sorting", 140, seed=1, held_out=True)
     talk = [conversation(row) for row in rows[:120]] + [conversation(row, calling=True) for row in rows[120:]]
-    silent = judge(embedded, fine, write_lines(tmp_path / "tools.jsonl", talk)).models[1].verdict
+    file = write_lines(tmp_path / "tools.jsonl", talk)
+    silent = judge(embedded, fine, file, tokens=TokenOptions(chat_template=TEMPLATE)).models[1].verdict
     assert [looping.word, silent.word, few.word] == [Word.DAMAGED, Word.LOSS, Word.NO_LOSS]
     assert silent.reason.startswith("It calls no tools any more. Right tool calls fall from 100 % to 0 %")
     assert silent.outcomes[0].exact.count == 120
@@ -227,4 +233,4 @@ def conversation(row, *, calling: bool = False):
         digits = row["prompt"].partition("sort ")[2].rstrip("=")
         call = {"type": "function", "function": {"name": "sort", "arguments": {"digits": digits}}}
         turns[1] |= {"content": "", "tool_calls": [call]}
-    return {"messages": turns}
+    return {"messages": turns, "tools": [TOOL]} if calling else {"messages": turns}

@@ -335,6 +335,17 @@ def test_commands_give_the_artifacts_again(tmp_path) -> None:
     merged = replace(trace.info, source={"merged": [{"weight": 1.0, **source}, {"weight": 2.0, **source}]})
     made = commands(Material("t", trace=replace(trace, info=merged)))
     assert made[-1] == "shape-moe merge trace-1 trace-2 --weight 1 --weight 2 -o trace"
+    several = {
+        "data": "a + b",
+        "sources": ["a", "b"],
+        "weights": [2.0, 1.0],
+        "turns": "last",
+        "content_hash": "sha256:1",
+    }
+    made = commands(Material("t", trace=replace(trace, info=replace(trace.info, source=several))))
+    assert made == ["shape-moe trace org/model --data a --data b --weight 2 --weight 1 --turns last -o trace"]
+    memory = replace(trace.info, source={**source, "in_memory": True})
+    assert commands(Material("t", trace=replace(trace, info=memory))) == []
     converted = replace(trace.info, source={"data": "responses.jsonl"})
     assert commands(Material("t", trace=replace(trace, info=converted))) == []
 

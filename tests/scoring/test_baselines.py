@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 
 from shape_moe.calibration.batches import batches
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.scoring import registry
-from shape_moe.scoring.registry import ScoreOptions, Scorer, get_scorer, register, scorers
+from shape_moe.scoring.registry import ScoreOptions, get_scorer, register, scorers
 from shape_moe.scoring.scores import read_scores, score_trace
 from shape_moe.tracing.trace import SegmentWeights
 from support.data import make_examples, synthetic_trace, trace_model
@@ -93,9 +95,16 @@ def test_documentation_says_what_is_computed() -> None:
         assert scorer.summary.endswith((".", "`."))
 
 
-def test_collisions_are_refused(monkeypatch) -> None:
-    monkeypatch.setattr(registry, "_SCORERS", dict(scorers()))
+@pytest.fixture
+def fresh_registry(monkeypatch):
+    """Scorers that a test registers are gone afterwards."""
+    scorers()
+    again = copy.deepcopy(registry._SCORERS)
+    monkeypatch.setattr(registry, "_SCORERS", again)
+    return again
 
+
+def test_collisions_are_refused(fresh_registry) -> None:
     def mine(trace, options):
         return trace.sums("tokens")
 
@@ -103,52 +112,23 @@ def test_collisions_are_refused(monkeypatch) -> None:
         register("shape", needs=())(mine)
     register("mine", needs=("tokens",))(mine)
     register("mine", needs=("tokens",))(mine)
-    assert score_trace(synthetic_trace(), "mine").values.shape == (3, 8)
+    trace = synthetic_trace()
+    assert np.array_equal(score_trace(trace, "mine").values, trace.sums("tokens"))
 
 
-def test_scorers_say_how_many_experts_per_token_they_need(monkeypatch) -> None:
-    monkeypatch.setattr(registry, "_SCORERS", dict(scorers()))
+def test_scorers_say_how_many_experts_per_token_they_need(fresh_registry) -> None:
     assert [name for name, scorer in scorers().items() if not scorer.can_value(1)] == ["shape"]
     assert get_scorer("shape").can_value(2)
     register("threes", needs=(), least_top_k=3)(lambda trace, options: np.zeros((3, 8)))
     assert [get_scorer("threes").can_value(top_k) for top_k in (1, 2, 3, 4)] == [False, False, True, True]
 
 
-def test_entry_points_add_scorers(monkeypatch) -> None:
-    class Point:
-        def load(self):
-            register("from-elsewhere", needs=())(lambda trace, options: np.zeros((3, 8)))
-
-    monkeypatch.setattr(registry, "_SCORERS", dict(scorers()))
-    monkeypatch.setattr(registry, "entry_points", lambda group: [Point()] if group == "shape_moe.scorers" else [])
-    registry._load_all.cache_clear()
-    assert "from-elsewhere" in scorers()
-    registry._load_all.cache_clear()
-
-
-def test_broken_plugins_do_not_take_the_others_down(monkeypatch, caplog) -> None:
-    class Broken:
-        name, value = "broken", "elsewhere:scorer"
-
-        def load(self):
-            raise ImportError("No module named 'missing'")
-
-    monkeypatch.setattr(registry, "entry_points", lambda group: [Broken()])
-    registry._load_all.cache_clear()
-    assert "shape" in scorers()
-    assert "Scorer broken of elsewhere:scorer cannot be loaded: No module named 'missing'" in caplog.text
-    registry._load_all.cache_clear()
-
-
-def test_unknown_scorers_and_wrong_results() -> None:
+def test_unknown_scorers_and_wrong_results(fresh_registry) -> None:
     with pytest.raises(UsageError, match="no scorer 'best'.*shape"):
         get_scorer("best")
-    registry._SCORERS["bad"] = Scorer("bad", (), lambda trace, options: np.full((3, 8), np.nan))
-    try:
-        with pytest.raises(ShapeMoeError, match="finite numbers"):
-            score_trace(synthetic_trace(), "bad")
-    finally:
-        del registry._SCORERS["bad"]
+    register("bad", needs=())(lambda trace, options: np.full((3, 8), np.nan))
+    with pytest.raises(ShapeMoeError, match="finite numbers"):
+        score_trace(synthetic_trace(), "bad")
 
 
 def test_tables_round_trip(tmp_path) -> None:

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from shape_moe.errors import UsageError
 from shape_moe.selection.method import ROUTINGS, TARGETS, Method, usual_routing
-from shape_moe.selection.rules import RULES
+from shape_moe.selection.rules import rules
 
 METHODS = st.builds(
     Method,
     st.sampled_from(["shape", "easy-ep", "their-own"]),
-    st.sampled_from(list(RULES)),
+    st.sampled_from(list(rules())),
     st.sampled_from(ROUTINGS),
     st.sampled_from(TARGETS),
 ).filter(lambda method: method.target == "ragged" or method.routing == "reroute")

@@ -14,7 +14,7 @@ from shape_moe.architectures.moe_config import RouterFacts
 from shape_moe.calibration.batches import batches
 from shape_moe.calibration.examples import Example
 from shape_moe.tracing.coalitions import CoalitionTable, tabulate
-from shape_moe.tracing.statistics import STATISTICS
+from shape_moe.tracing.statistics import statistics as all_statistics
 from shape_moe.tracing.trace import Trace, TraceInfo
 from shape_moe.tracing.transformers_model import ModelTracer
 
@@ -34,7 +34,7 @@ def make_examples(count: int, *, seed: int = 0, vocab: int = 128, longest: int =
     for i in range(count):
         length = int(rng.integers(3, longest + 1))
         tokens = tuple(int(t) for t in rng.integers(3, vocab, length))
-        examples.append(Example(i, f"example {i}", tokens, (length + 1) // 2))
+        examples.append(Example.answered(i, f"example {i}", tokens, (length + 1) // 2))
     return examples
 
 
@@ -90,7 +90,7 @@ def synthetic_trace(layers: int = 3, experts: int = 8, top_k: int = 2, tokens: i
     """A trace without a model: random routing and random statistics that are consistent with it."""
     rng = np.random.default_rng(seed)
     shapes = {"expert": (layers, 2, 8, experts), "layer": (layers, 2, 8), "pair": (layers, 2, 2, experts, experts)}
-    statistics = {name: rng.uniform(size=shapes[s.axes]) for name, s in STATISTICS.items()}
+    statistics = {name: rng.uniform(size=shapes[s.layout.axes]) for name, s in all_statistics().items()}
     counts = []
     for _ in range(layers):
         popularity = rng.dirichlet(np.ones(experts))

@@ -10,7 +10,7 @@ import torch
 
 from shape_moe.architectures.moe_config import read_moe_config
 from shape_moe.calibration.batches import batches
-from shape_moe.tracing.recorder import one_minus_cosine
+from shape_moe.tracing.observed import one_minus_cosine
 from shape_moe.tracing.transformers_model import ModelTracer
 from support.data import make_examples
 from support.naive_trace import naive_statistics

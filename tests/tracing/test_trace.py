@@ -14,7 +14,7 @@ import shape_moe
 from shape_moe.errors import CheckpointError, FingerprintError, UsageError
 from shape_moe.scoring.scores import score_trace
 from shape_moe.tracing.coalitions import tabulate
-from shape_moe.tracing.statistics import STATISTICS
+from shape_moe.tracing.statistics import statistics as all_statistics
 from shape_moe.tracing.trace import SegmentWeights, load_trace, merge_traces
 from support.data import make_examples, synthetic_trace, trace_model
 from support.tiny_models import make_model
@@ -112,7 +112,7 @@ def test_halves_add_up_to_the_whole() -> None:
     examples = make_examples(16, seed=2)
     trace = trace_model(model, examples)
     halves = [trace.half(0), trace.half(1)]
-    for name, spec in STATISTICS.items():
+    for name, spec in all_statistics().items():
         parts = [half.sums(name) for half in halves]
         whole = trace.sums(name)
         together = np.maximum(*parts) if spec.reduction == "max" else parts[0] + parts[1]

@@ -26,7 +26,8 @@ def make_pass(rng, lengths):
 
 def announced(input_ids, lengths, first_fold=0):
     starts = np.cumsum([0, *lengths])
-    return [(input_ids[a:b].tolist(), int(b - a) // 2, first_fold + i) for i, (a, b) in enumerate(pairwise(starts))]
+    pieces = [(input_ids[a:b].tolist(), int(b - a)) for a, b in pairwise(starts)]
+    return [(tokens, [[length // 2, length]], first_fold + i) for i, (tokens, length) in enumerate(pieces)]
 
 
 def test_counts_equal_those_of_one_table() -> None:
@@ -53,7 +54,7 @@ def test_counts_equal_those_of_one_table() -> None:
 def test_alike_sequences_are_told_apart_by_their_order() -> None:
     rng = np.random.default_rng(1)
     input_ids, positions, routed = make_pass(rng, [4])
-    counter = CoalitionCounter(LAYERS, EXPERTS, [(input_ids.tolist(), 1, 0), (input_ids.tolist(), 4, 1)])
+    counter = CoalitionCounter(LAYERS, EXPERTS, [(input_ids.tolist(), [[1, 4]], 0), (input_ids.tolist(), [], 1)])
     counter.add(input_ids, positions, routed)
     counter.add(input_ids, positions, routed)
     tokens = counter.tokens[1].sum(axis=-1) // TOP_K

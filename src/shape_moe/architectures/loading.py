@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +128,12 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
     if not any(True for pattern in _VOCABULARIES for _ in path.glob(pattern)):
         # Transformers would make an empty tokenizer of the model's family
         raise CheckpointError(f"{path} has no tokenizer: copy the original's tokenizer files there.")
+    others = [pattern for pattern in _VOCABULARIES if pattern != "tokenizer.model" and any(path.glob(pattern))]
+    if not others and find_spec("sentencepiece") is None:
+        raise CheckpointError(
+            f"{path} has its tokenizer as tokenizer.model alone, which takes two more packages to read: pip install "
+            "sentencepiece protobuf. Or copy the original's tokenizer.json there."
+        )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except _LOADING_ERRORS as error:

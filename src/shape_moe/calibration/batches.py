@@ -71,16 +71,24 @@ def make_batch(examples: Sequence[Example], positions: Sequence[int], pad_id: in
     for row, (example, position) in enumerate(zip(examples, positions, strict=True)):
         length = len(example.tokens)
         input_ids[row, :length] = torch.tensor(example.tokens)
-        segments[row, : example.prompt_length] = PROMPT
-        segments[row, example.prompt_length : length] = RESPONSE
+        segments[row, :length] = PROMPT
+        for begin, end in example.spans:
+            segments[row, begin:end] = RESPONSE
         folds[row] = position % FOLDS
     mask = (segments != PADDING).to(torch.int64)
     return Batch(input_ids, mask, segments.flatten(), folds.flatten(), tuple(examples))
 
 
 def batches(examples: Sequence[Example], batch_size: int, pad_id: int) -> Iterator[Batch]:
-    """Batch examples of like length together, longest first, so that memory runs out at once or never."""
-    order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].tokens), i))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    """Batch examples of one fold and of like length together.
+
+    What a batch holds depends on the examples and ``batch_size`` alone. The longest come first, so that memory runs
+    out at once or never.
+    """
+    groups = []
+    for fold in range(FOLDS):
+        members = range(fold, len(examples), FOLDS)
+        order = sorted(members, key=lambda i: (-len(examples[i].tokens), i))
+        groups += [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    for rows in sorted(groups, key=lambda rows: (-len(examples[rows[0]].tokens), rows[0])):
         yield make_batch([examples[i] for i in rows], rows, pad_id)

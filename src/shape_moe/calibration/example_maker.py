@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from shape_moe.calibration.conversations import read_messages
 from shape_moe.calibration.examples import Example, Tokeniser, TokenOptions
-from shape_moe.calibration.records import DataOptions, Record, content_hash, prompt_hash
-from shape_moe.calibration.responses import fetch_answers
+from shape_moe.calibration.records import DataOptions, Record, content_hash
+from shape_moe.calibration.responses import Reply, fetch_answers
+from shape_moe.calibration.seen_prompts import PROMPTS_KEY, SALT_KEY, new_salt, salted_hash
 from shape_moe.errors import DataError, UsageError
 from shape_moe.progress import Progress
 from shape_moe.workspace import write_json
@@ -69,13 +71,14 @@ class ExampleMaker:
         data: where the records come from, for the provenance.
         options: see :class:`AnswerOptions`.
         progress: where to show progress.
+        skipped: records that were left out while they were read.
 
     Attributes:
         skipped: why records were left out, by their place.
         examples: what :meth:`run` made.
 
     Raises:
-        DataError: for a record that cannot be used, unless such are skipped.
+        DataError: for a record that cannot be used, unless such are skipped, and when limits leave no response.
     """
 
     def __init__(
@@ -85,11 +88,13 @@ class ExampleMaker:
         data: DataOptions,
         options: AnswerOptions,
         progress: Progress,
+        skipped: Mapping[str, str] | None = None,
     ) -> None:
         self.tokeniser, self.data, self.options, self.progress = tokeniser, data, options, progress
-        self.skipped: dict[str, str] = {}
+        self.skipped: dict[str, str] = dict(skipped or {})
         self.examples: list[Example] = []
         self.content_hash = content_hash(records)
+        self._salt = new_salt()
         self._checked: dict[int, Example] = {}
         for record in records:
             example = self._attempt(record, [] if record.lacks_response else None)
@@ -97,6 +102,32 @@ class ExampleMaker:
                 self._checked[record.index] = example
         self.records = [record for record in records if record.index in self._checked]
         self.open = [record for record in self.records if record.lacks_response]
+        self._check_lengths()
+        for note in tokeniser.fresh_notes():
+            progress.note(note)
+
+    def _check_lengths(self) -> None:
+        """Say how many responses the limit of tokens cuts off.
+
+        Raises:
+            DataError: when none is left of any.
+        """
+        limit, wanted = self.tokeniser.limit, self.options.max_new_tokens
+        examples = [self._checked[record.index] for record in self.records]
+        asked = [self._checked[record.index] for record in self.open]
+        crowded = [e for e in asked if wanted and self.tokeniser.room(len(e.tokens), wanted) == 0]
+        gone = [e for e in examples if e.lost and not e.spans] + crowded
+        answered = [e for e in examples if e.spans or e.lost] + (asked if wanted else [])
+        cut = sum(example.truncated for example in examples)
+        if not cut and not crowded:
+            return
+        if answered and len(gone) == len(answered):
+            raise DataError(
+                f"{limit} tokens leave no response: each of the {len(gone)} prompts of {self.data.name} is that long "
+                "already; a larger --max-length keeps some."
+            )
+        note = f"{cut} of {len(examples)} examples are cut to {limit} tokens"
+        self.progress.note(f"{note}; {len(gone)} of them lose their whole response." if gone else f"{note}.")
 
     def run(self, answerer: Callable[[], Answerer], folder: Path | None) -> list[Example]:
         """Answer and tokenise.
@@ -122,12 +153,12 @@ class ExampleMaker:
                 self.examples.append(example)
                 tokens += len(example.tokens)
         if not self.examples:
-            raise DataError(f"No record of {self.data.source} could be used.")
+            raise DataError(f"No record of {self.data.name} could be used.")
         return self.examples
 
     def _answered(
         self, answerer: Callable[[], Answerer], folder: Path | None
-    ) -> tuple[list[Record], Mapping[int, list[int] | str]]:
+    ) -> tuple[list[Record], Mapping[int, list[int] | Reply]]:
         """The records that can go on, and answers by index: tokens from the model itself, texts from an endpoint."""
         if not self.open or not self.options.max_new_tokens:
             return self.records, {}
@@ -160,8 +191,8 @@ class ExampleMaker:
         return self.records, answers
 
     def _fetch(
-        self, known: dict[int, str], keep: Callable[[dict[int, Any]], None], advance: Callable[[int], None]
-    ) -> dict[int, str]:
+        self, known: dict[int, Reply], keep: Callable[[dict[int, Any]], None], advance: Callable[[int], None]
+    ) -> dict[int, Reply]:
         assert self.options.responses_from is not None
         return fetch_answers(
             self.options.responses_from,
@@ -174,7 +205,7 @@ class ExampleMaker:
             progress=advance,
         )
 
-    def _has_text(self, record: Record, texts: Mapping[int, str]) -> bool:
+    def _has_text(self, record: Record, texts: Mapping[int, Reply]) -> bool:
         if not record.lacks_response or texts[record.index]:
             return True
         message = f"{record.where}: the endpoint gave an empty answer."
@@ -183,11 +214,11 @@ class ExampleMaker:
         self.skipped[record.where] = message
         return False
 
-    def _example(self, record: Record, answer: list[int] | str | None) -> Example | None:
+    def _example(self, record: Record, answer: list[int] | Reply | None) -> Example | None:
         """The record's tokens: those of the check, unless an answer has come to them."""
         if answer is None:
             return self._checked[record.index]
-        if isinstance(answer, str):
+        if isinstance(answer, str | dict):
             return self._attempt(_with_response(record, answer), None)
         return self._attempt(record, answer)
 
@@ -219,7 +250,12 @@ class ExampleMaker:
             answered = options.responses_from or "the model"
         by_index = {record.index: record for record in self.records}
         return {
-            "data": data.source,
+            "data": data.name,
+            "sources": list(data.sources),
+            "in_memory": len(data.files) < len(data.sources),
+            "classes": list(data.classes) if data.also else None,
+            "weights": list(data.weights),
+            "format": data.format,
             "split": data.split,
             "subset": data.subset,
             "fields": dict(data.fields) if data.fields else None,
@@ -228,7 +264,8 @@ class ExampleMaker:
             "stratify": data.stratify,
             "content_hash": self.content_hash,
             "records": [example.index for example in self.examples],
-            "prompts": [prompt_hash(by_index[example.index]) for example in self.examples],
+            SALT_KEY: self._salt,
+            PROMPTS_KEY: [salted_hash(by_index[example.index], self._salt) for example in self.examples],
             "truncated": sum(example.truncated for example in self.examples),
             "skipped": dict(self.skipped),
             "answers_missing": len(self.open),
@@ -237,6 +274,8 @@ class ExampleMaker:
             "template": self.tokeniser.uses_template,
             "template_hash": self.tokeniser.template_hash,
             "template_args": dict(self.tokeniser.options.template_args),
+            "turns": self.tokeniser.options.turns,
+            "chat_template": self.tokeniser.options.chat_template,
             "max_length": self.tokeniser.options.max_length,
         }
 
@@ -245,19 +284,34 @@ def options_of(source: Mapping[str, Any]) -> tuple[DataOptions, TokenOptions, An
     """How to read more examples of a traced source: the options that :meth:`ExampleMaker.source` describes.
 
     The number of samples, the seed and what is stratified by are not among them.
+
+    Raises:
+        UsageError: for a source that was handed over by a Python program.
     """
+    if source.get("in_memory"):
+        raise UsageError("The trace was made from records in memory: give examples to judge by (--held-out).")
+    first, *also = source.get("sources") or [str(source["data"])]
     data = DataOptions(
-        str(source["data"]), split=source.get("split"), subset=source.get("subset"), fields=source.get("fields")
+        first,
+        split=source.get("split"),
+        subset=source.get("subset"),
+        fields=source.get("fields"),
+        also=tuple(also),
+        weights=tuple(source.get("weights") or ()),
+        format=source.get("format"),
     )
     tokens = TokenOptions(
         template=bool(source.get("template", True)),
         template_args=source.get("template_args") or {},
         max_length=source.get("max_length"),
+        turns=source.get("turns", "all"),
+        chat_template=source.get("chat_template"),
     )
     return data, tokens, AnswerOptions(int(source.get("max_new_tokens", AnswerOptions.max_new_tokens)))
 
 
-def _with_response(record: Record, text: str) -> Record:
+def _with_response(record: Record, answer: Reply) -> Record:
     if record.messages is not None:
-        return replace(record, messages=(*record.messages, {"role": "assistant", "content": text}))
-    return replace(record, response=text)
+        said = {"role": "assistant", **(answer if isinstance(answer, dict) else {"content": answer})}
+        return replace(record, messages=(*record.messages, *read_messages([said], record.where)))
+    return replace(record, response=str(answer.get("content", "") if isinstance(answer, dict) else answer))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -19,7 +19,8 @@ from typing import Any
 
 import jinja2
 
-from shape_moe.calibration.sources import FIELDS, FILE_TYPES, Row, Rows, read_rows
+from shape_moe.calibration.shapes import FIELDS
+from shape_moe.calibration.sources import FILE_TYPES, Row, Rows, read_rows
 from shape_moe.errors import DataError, UsageError
 
 PREFIX = "preset:"
@@ -134,7 +135,7 @@ def check_split(preset: Preset, split: str, subset: str | None) -> None:
         )
 
 
-def preset_rows(preset: Preset, local: str, split: str) -> Rows:
+class PresetTable:
     """The rows of a preset as records: fields ``prompt`` and ``response``, and the row's own fields beside them.
 
     Args:
@@ -143,10 +144,24 @@ def preset_rows(preset: Preset, local: str, split: str) -> Rows:
         split: the split, or :data:`CALIBRATION` or :data:`EVALUATION` of a set that is dealt out.
 
     Raises:
-        DataError: when the set cannot be read, or a row lacks a field that the preset needs.
+        DataError: when the set cannot be read, or a row lacks a field that the preset needs to deal rows out.
     """
-    for where, row in _raw_rows(preset, local, split):
-        yield where, compose(preset, row, where)
+
+    def __init__(self, preset: Preset, local: str, split: str) -> None:
+        self.name, self.said = f"{PREFIX}{preset.name}", preset.title
+        self._preset, self._rows = preset, list(_raw_rows(preset, local, split))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def rows(self, wanted: Collection[int] | None = None) -> Rows:
+        """The wanted rows (None for all) in order; a :class:`DataError` stands for one that is not of this preset."""
+        for index in range(len(self)) if wanted is None else sorted(wanted):
+            where, row = self._rows[index]
+            try:
+                yield index, where, compose(self._preset, row, where)
+            except DataError as error:
+                yield index, where, error
 
 
 def compose(preset: Preset, row: Row, where: str) -> dict[str, Any]:
@@ -168,7 +183,7 @@ def compose(preset: Preset, row: Row, where: str) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in FIELDS} | texts
 
 
-def _raw_rows(preset: Preset, local: str, split: str) -> Rows:
+def _raw_rows(preset: Preset, local: str, split: str) -> Iterator[tuple[str, Row]]:
     if preset.without is not None:
         return _left_over(preset, local, split)
     if preset.one_in is None:
@@ -181,7 +196,7 @@ def _raw_rows(preset: Preset, local: str, split: str) -> Rows:
     )
 
 
-def _left_over(preset: Preset, local: str, split: str) -> Rows:
+def _left_over(preset: Preset, local: str, split: str) -> Iterator[tuple[str, Row]]:
     """What a configuration holds beside the rows of another one; or that other one, for evaluation."""
     held_back = list(_rows_of(preset, local, preset.without, preset.split))
     if split == EVALUATION:
@@ -193,18 +208,25 @@ def _left_over(preset: Preset, local: str, split: str) -> Rows:
             yield where, row
 
 
-def _rows_of(preset: Preset, local: str, subset: str | None, split: str) -> Rows:
+def _rows_of(preset: Preset, local: str, subset: str | None, split: str) -> Iterator[tuple[str, Row]]:
     if local:
-        yield from read_rows(_file_of(preset, local, subset), None, split)
+        yield from _good(read_rows(_file_of(preset, local, subset), None, split))
         return
     try:
-        yield from read_rows(preset.dataset, subset, split, preset.revision)
+        yield from _good(read_rows(preset.dataset, subset, split, preset.revision))
     except DataError as error:
         terms = ". Its terms must be accepted on the hub first" if preset.gated else ""
         raise DataError(
             f"{str(error).rstrip('.')}{terms}. A local copy of {preset.dataset} is read with "
             f"--data {PREFIX}{preset.name}@PATH."
         ) from error
+
+
+def _good(rows: Iterable[tuple[str, Row | DataError]]) -> Iterator[tuple[str, Row]]:
+    for where, row in rows:
+        if isinstance(row, DataError):
+            raise row
+        yield where, row
 
 
 def _file_of(preset: Preset, local: str, subset: str | None) -> str:

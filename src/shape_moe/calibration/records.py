@@ -1,33 +1,33 @@
-"""Task examples as users keep them: JSONL, JSON, CSV, Parquet or a Hugging Face dataset."""
+"""Task examples as users keep them: read from any source, made one shape, and drawn."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import random
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from os import PathLike, fspath
+from pathlib import PurePath
+from typing import Any, cast
 
-from shape_moe.calibration.presets import check_split, find_preset, local_copy, preset_rows
-from shape_moe.calibration.sources import FIELDS, Rows, read_rows
-from shape_moe.errors import DataError, UsageError
-
-_ROLES = ("system", "developer", "user", "assistant", "tool")
-Message = dict[str, Any]
+from shape_moe.calibration.presets import PREFIX, check_split, find_preset
+from shape_moe.calibration.schema import Message
+from shape_moe.calibration.shapes import FIELDS, FORMATS
+from shape_moe.calibration.sources import IN_MEMORY, Data, InMemory
+from shape_moe.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Record:
     """One task example, checked but not yet tokenised.
 
-    Exactly one of ``text``, ``prompt`` and ``messages`` is set; ``response`` goes with ``prompt``.
+    Exactly one of ``text``, ``prompt`` and ``messages`` is set; ``response`` goes with ``prompt``, ``tools`` with
+    ``messages``. See :class:`shape_moe.calibration.schema.Content`.
 
     Attributes:
-        index: position in the source, from 0.
+        index: position in the source, from 0; in several sources one after the other.
         where: file and line (or row), for messages.
-        group: value of the field to stratify by.
+        group: class of the record: value of the field to stratify by, or its source where there are several.
     """
 
     index: int
@@ -37,6 +37,7 @@ class Record:
     response: str | None = None
     messages: tuple[Message, ...] | None = None
     group: str | None = None
+    tools: tuple[dict[str, Any], ...] | None = None
 
     @property
     def lacks_response(self) -> bool:
@@ -51,18 +52,25 @@ class DataOptions:
     """Where records come from and which of them are used.
 
     Attributes:
-        source: a file, a folder written by ``datasets.save_to_disk``, a dataset name on the hub, or a preset
-            (``preset:NAME``, ``preset:NAME@PATH``; see :mod:`shape_moe.calibration.presets`).
+        source: a file, a folder of data files, a dataset name on the hub (``NAME@REVISION`` for a revision), a preset
+            (``preset:NAME``, ``preset:NAME@PATH``; see :mod:`shape_moe.calibration.presets`), a list of dictionaries or
+            a ``datasets.Dataset``. Paths are literal.
         split: split of a dataset; None becomes ``train``, or what the preset says.
         subset: configuration of a hub dataset.
         fields: our field name to the source's field name, where they differ.
         samples: how many records to use, None for all.
         stratify: field whose values get equal numbers of samples.
         seed: draws the samples when the source has more.
+        also: further sources. Each of several sources is a class of its own, named after it, and gets as many samples
+            as the others.
+        weights: one number per source: how many examples each gives, relative to the others; empty for equal numbers
+            while they last.
+        format: the shape of the records (one of :data:`shape_moe.calibration.shapes.FORMATS`), None to recognise it.
+        skip_bad: leave rows that cannot be read out, and count them.
 
     Raises:
-        UsageError: for an unknown field name or preset, a split or subset that the preset does not have, and for fewer
-            than one sample.
+        UsageError: for an unknown field name, format or preset, a split or subset that the preset does not have,
+            weights that do not fit, and for fewer than one sample.
     """
 
     source: str
@@ -72,6 +80,10 @@ class DataOptions:
     samples: int | None = None
     stratify: str | None = None
     seed: int = 0
+    also: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    format: str | None = None
+    skip_bad: bool = False
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.fields or ()) - set(FIELDS))
@@ -79,31 +91,67 @@ class DataOptions:
             raise UsageError(f"--map names {unknown[0]!r}, which is not one of {', '.join(FIELDS)}.")
         if self.samples is not None and self.samples < 1:
             raise UsageError(f"samples must be at least 1, not {self.samples}.")
-        preset = find_preset(self.source)
+        if self.format is not None and self.format not in FORMATS:
+            raise UsageError(f"There is no format {self.format!r}; use {', '.join(FORMATS[:-1])} or {FORMATS[-1]}.")
+        self._name_sources()
+        if self.weights and (len(self.weights) != len(self.sources) or min(self.weights) <= 0):
+            raise UsageError(f"{len(self.sources)} sources need as many weights, each above 0.")
+        found = [find_preset(source) for source in self.sources]
         if self.split is None:
-            object.__setattr__(self, "split", preset.default_split if preset else "train")
-        if preset:
-            check_split(preset, str(self.split), self.subset)
+            object.__setattr__(self, "split", found[0].default_split if found[0] else "train")
+        for preset in found:
+            if preset:
+                check_split(preset, str(self.split), self.subset)
 
+    def _name_sources(self) -> None:
+        """Paths become text, and rows in memory get a name."""
+        given: tuple[Any, ...] = (self.source, *self.also)
+        names = []
+        for place, source in enumerate(given, start=1):
+            if isinstance(source, str | PathLike):
+                names.append(source if isinstance(source, str) else fspath(source))
+            else:
+                names.append(InMemory.of(source, f"{IN_MEMORY} {place}" if self.also else IN_MEMORY))
+        object.__setattr__(self, "source", names[0])
+        object.__setattr__(self, "also", tuple(names[1:]))
 
-def load_records(options: DataOptions) -> list[Record]:
-    """Read, check and sample the records of a source; the sample keeps the source's order.
+    @classmethod
+    def of(cls, data: Data, **options: Any) -> DataOptions:
+        """Options for one source of any kind; ``options`` are the attributes."""
+        return cls(cast("str", data), **options)
 
-    Raises:
-        DataError: for a missing or malformed source or record, or when no record is there.
-    """
-    rows = _rows(options)
-    records = [make_record(row, i, where, options) for i, (where, row) in enumerate(rows)]
-    if not records:
-        raise DataError(f"{options.source} holds no records: at least one task example is needed.")
-    return sample_records(records, options)
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All sources by name."""
+        return (self.source, *self.also)
+
+    @property
+    def files(self) -> list[str]:
+        """The sources that may be files or folders."""
+        return [source for source in self.sources if not isinstance(source, InMemory)]
+
+    @property
+    def name(self) -> str:
+        """The sources, for people."""
+        return " + ".join(self.sources)
+
+    @property
+    def classes(self) -> tuple[str | None, ...]:
+        """The class of each source's records: its short name where there are several sources, else None."""
+        if not self.also:
+            return (None,)
+        short = [_short(source) for source in self.sources]
+        return tuple(
+            name if short.count(name) == 1 else source for name, source in zip(short, self.sources, strict=True)
+        )
 
 
 def content_hash(records: Iterable[Record]) -> str:
     """sha256 over the content of records, independent of the file format that held them."""
     digest = hashlib.sha256()
     for record in records:
-        content = [record.text, record.prompt, record.response, record.messages]
+        content: list[Any] = [record.text, record.prompt, record.response, record.messages]
+        content += [record.tools] if record.tools else []
         digest.update(json.dumps(content, sort_keys=True).encode())
     return f"sha256:{digest.hexdigest()}"
 
@@ -116,81 +164,26 @@ def prompt_hash(record: Record) -> str:
     and a conversation of one user message are the same question when their words are.
 
     Args:
-        record: the record; of messages, a final one of the assistant is the response, and of each only role and
-            content are looked at.
+        record: the record; of messages, a final one of the assistant is the response, and of each only role, content
+            and tool calls are looked at.
     """
     if record.messages is not None:
         asked = record.messages if record.lacks_response else record.messages[:-1]
-        turns = [(str(message["role"]), str(message["content"])) for message in asked]
+        turns = [(str(message["role"]), _said(message)) for message in asked]
     else:
         turns = [("user", str(record.prompt if record.text is None else record.text))]
     content = json.dumps([(role, " ".join(text.split())) for role, text in turns])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def make_record(row: Mapping[str, Any], index: int, where: str, options: DataOptions) -> Record:
-    """Check one raw row and turn it into a record.
-
-    Raises:
-        DataError: naming ``where`` and what is wrong.
-    """
-    names = {name: (options.fields or {}).get(name, name) for name in FIELDS}
-    values = {name: row.get(source) for name, source in names.items()}
-    kinds = [name for name in ("text", "prompt", "messages") if values[name] is not None]
-    if len(kinds) != 1:
-        if kinds:
-            advice = f"leave all but one out, or hide one with --map {kinds[-1]}=NO_SUCH_FIELD"
-            raise DataError(f"{where}: a record must have only one of {' and '.join(kinds)}; {advice}.")
-        raise DataError(
-            f"{where}: a record needs one of the fields text, prompt or messages, but has only "
-            f"{', '.join(map(str, row)) or 'nothing'}; --map prompt=YOUR_FIELD names another field."
-        )
-    for name in ("text", "prompt", "response"):
-        if values[name] is not None and not isinstance(values[name], str):
-            raise DataError(f"{where}: field {names[name]!r} must be text, not {type(values[name]).__name__}.")
-    if kinds[0] in ("text", "prompt") and not values[kinds[0]]:
-        raise DataError(f"{where}: field {names[kinds[0]]!r} is empty.")
-    group = None
-    if options.stratify is not None:
-        if row.get(options.stratify) is None:
-            raise DataError(f"{where}: the record has no field {options.stratify!r} to stratify by.")
-        group = str(row[options.stratify])
-    messages = _check_messages(values["messages"], where)
-    return Record(index, where, values["text"], values["prompt"], values["response"] or None, messages, group)
+def _said(message: Message) -> str:
+    calls = message.get("tool_calls")
+    return str(message["content"] or "") + (json.dumps(calls, sort_keys=True) if calls else "")
 
 
-def _check_messages(messages: Any, where: str) -> tuple[Message, ...] | None:
-    if messages is None:
-        return None
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: messages must be a list of at least one message.")
-    for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in _ROLES:
-            raise DataError(f"{where}: every message needs a role, one of {', '.join(_ROLES)}.")
-        if not isinstance(message.get("content"), str):
-            raise DataError(f"{where}: every message needs a content that is text.")
-    return tuple(messages)
-
-
-def sample_records(records: list[Record], options: DataOptions) -> list[Record]:
-    """Draw as many records as the options ask for, in equal numbers per class where they stratify."""
-    if options.samples is None or options.samples >= len(records):
-        return records
-    rng = random.Random(options.seed)
-    groups: dict[str | None, list[Record]] = defaultdict(list)
-    for record in records:
-        groups[record.group].append(record)
-    decks = [rng.sample(groups[key], len(groups[key])) for key in sorted(groups, key=str)]
-    chosen: list[Record] = []
-    while len(chosen) < options.samples:
-        for deck in decks:
-            if deck and len(chosen) < options.samples:
-                chosen.append(deck.pop())
-    return sorted(chosen, key=lambda record: record.index)
-
-
-def _rows(options: DataOptions) -> Rows:
-    preset, split = find_preset(options.source), str(options.split)
-    if preset is not None:
-        return preset_rows(preset, local_copy(options.source), split)
-    return read_rows(options.source, options.subset, split)
+def _short(source: str) -> str:
+    """A source's name without folder, suffix and revision."""
+    name = PurePath(source.removeprefix(PREFIX)).name
+    return (
+        name.partition("@")[0] if source.startswith(PREFIX) or "." not in name else name.partition(".")[0]
+    ) or source

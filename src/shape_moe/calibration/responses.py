@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Progress = Callable[[int], None]
+Reply = str | dict[str, Any]
+"""An endpoint's answer: its text, or the message where that calls tools or thinks."""
 _REQUESTS_AT_A_TIME = 8
 
 
@@ -138,10 +141,10 @@ def fetch_answers(
     max_new_tokens: int,
     template: bool,
     template_args: dict[str, Any] | None = None,
-    known: Mapping[int, str] | None = None,
-    keep: Callable[[dict[int, str]], None] = lambda _: None,
+    known: Mapping[int, Reply] | None = None,
+    keep: Callable[[dict[int, Reply]], None] = lambda _: None,
     progress: Progress = lambda _: None,
-) -> dict[int, str]:
+) -> dict[int, Reply]:
     """Take the answers from an OpenAI-compatible server (``URL`` up to and including ``/v1``).
 
     Args:
@@ -155,7 +158,7 @@ def fetch_answers(
         progress: called with the number of answers that arrived.
 
     Returns:
-        Texts by record index; an empty one where the server gave none.
+        Texts by record index, messages where they call tools or think; an empty text where the server gave none.
 
     Raises:
         ShapeMoeError: when the server cannot be reached or does not answer as the protocol says.
@@ -188,14 +191,40 @@ class _Request:
     template: bool
     template_args: dict[str, Any]
 
-    def ask(self, record: Record) -> str:
+    def ask(self, record: Record) -> Reply:
         body: dict[str, Any] = {"model": self.model, "max_tokens": self.max_new_tokens, "temperature": 0}
         if not self.template:
             body["prompt"] = record.prompt
             return self.server.post("completions", body, lambda reply: str(reply["choices"][0]["text"] or ""))
-        body["messages"] = list(record.messages or [{"role": "user", "content": record.prompt}])
+        body["messages"] = _for_server(record)
+        if record.tools:
+            body["tools"] = list(record.tools)
         if self.template_args:
             body["chat_template_kwargs"] = self.template_args
-        return self.server.post(
-            "chat/completions", body, lambda reply: str(reply["choices"][0]["message"]["content"] or "")
-        )
+        return self.server.post("chat/completions", body, lambda reply: _reply(reply["choices"][0]["message"]))
+
+
+def _for_server(record: Record) -> list[dict[str, Any]]:
+    """The messages of a record as the protocol wants them: arguments of tool calls are text there."""
+    messages = []
+    asked: Sequence[dict[str, Any]] = record.messages or [{"role": "user", "content": record.prompt}]
+    for message in asked:
+        calls = message.get("tool_calls")
+        messages.append({**message, "tool_calls": [_call_as_text(call) for call in calls]} if calls else message)
+    return messages
+
+
+def _call_as_text(call: dict[str, Any]) -> dict[str, Any]:
+    arguments = call["function"]["arguments"]
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {"id": call["function"]["name"], **call, "function": {**call["function"], "arguments": text}}
+
+
+def _reply(message: Any) -> Reply:
+    found = {
+        name: message[name]
+        for name in ("tool_calls", "reasoning_content")
+        if isinstance(message, dict) and message.get(name)
+    }
+    text = str(message["content"] or "")
+    return {"content": text or None, **found} if found else text

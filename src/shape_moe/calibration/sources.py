@@ -1,150 +1,198 @@
-"""Rows as files and datasets hold them, before anything is known about their fields."""
+"""Tables of rows: files, folders, data sets of the hub, and Python lists, read row by row when a row is wanted."""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable, Iterator, Mapping
+import re
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol
 
 from shape_moe.architectures.snapshot import looks_like_path
+from shape_moe.calibration.files import FILE_TYPES, Row, Rows, Table, drop_holes, file_table, file_type
 from shape_moe.errors import DataError, first_line
 from shape_moe.literal_paths import plain_name
 
-FIELDS = ("text", "prompt", "response", "messages")
-"""Fields that a record is made of, where a row has them."""
-_LARGEST_FIELD = 2**31 - 1  # Python's own limit of 128 KiB is less than a long document
+__all__ = ["FILE_TYPES", "Row", "Rows", "Table"]
+_SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")
+_GLOB = re.compile(r"[*?\[\]]")
+IN_MEMORY = "records in memory"
+"""What stands for a source that has no name."""
 
-Row = Mapping[str, Any]
-Rows = Iterator[tuple[str, Row]]
+
+class Indexed(Protocol):
+    """What Python lists and data sets share."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
-def read_rows(source: str, subset: str | None, split: str, revision: str | None = None) -> Rows:
-    """Rows as a source holds them, each with the place that messages name.
+Data = str | PathLike[str] | Indexed
+"""Where records come from: a file, folder or name, a list of dictionaries, or a ``datasets.Dataset``."""
+
+
+class InMemory(str):
+    """The name that stands for rows which a Python program hands over; carries the rows."""
+
+    __slots__ = ("rows",)
+    rows: Indexed
+
+    @classmethod
+    def of(cls, rows: Indexed, name: str = IN_MEMORY) -> InMemory:
+        """Rows under a name."""
+        found = cls(name)
+        found.rows = rows
+        return found
+
+    def __deepcopy__(self, _memo: object) -> InMemory:
+        return self
+
+
+class ListTable:
+    """Rows that a Python program hands over.
 
     Args:
-        source: a file of one of the :data:`FILE_TYPES`, a folder written by ``datasets.save_to_disk``, or a dataset's
-            name on the hub.
-        subset: configuration of a dataset on the hub.
-        split: split of a dataset.
-        revision: of a dataset on the hub.
+        name: what to call them.
+        values: the rows; anything with a length and an index.
+        holes: whether None means that a field is not there, as in Arrow tables.
+    """
+
+    def __init__(self, name: str, values: Indexed, *, holes: bool = False) -> None:
+        self.name, self._values, self._holes = name, values, holes
+        self.said = ""
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def rows(self, wanted: Collection[int] | None = None) -> Rows:
+        """The wanted rows (None for all) in order; a :class:`DataError` stands for a bad one."""
+        for index in range(len(self)) if wanted is None else sorted(wanted):
+            where, row = f"{self.name}, row {index + 1}", self._values[index]
+            if not isinstance(row, Mapping):
+                yield index, where, DataError(f"{where}: a record must be a mapping, not {type(row).__name__}.")
+            else:
+                yield index, where, drop_holes(row) if self._holes else row
+
+
+def open_tables(source: str, subset: str | None, split: str, revision: str | None = None) -> list[Table]:
+    """The tables of a source.
+
+    Args:
+        source: a file, a folder (one of ``datasets.save_to_disk``, or one that holds data files, such as a cloned data
+            set), or a data set's name on the hub, where ``NAME@REVISION`` names a revision. Paths are literal.
+        subset: configuration of a data set.
+        split: split of a data set.
+        revision: of a data set on the hub.
 
     Raises:
-        DataError: when the source is missing, or a row cannot be read.
+        DataError: when the source is missing or cannot be opened.
     """
     path = Path(source)
     if path.is_file():
-        reader = _READERS.get(path.suffix.lower())
-        if reader is None:
-            raise DataError(f"{path}: unknown file type; use {', '.join(FILE_TYPES[:-1])} or {FILE_TYPES[-1]}.")
-        return reader(path)
-    return _dataset(source, subset, split, revision)
-
-
-@contextmanager
-def _text(path: Path) -> Iterator[TextIO]:
-    """Open a text file; a byte-order mark is skipped, another encoding is an error that says where it begins."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            yield stream
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}, line {_undecodable_line(path)}: not UTF-8 text; save the file as UTF-8.") from error
-
-
-def _undecodable_line(path: Path) -> int:
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                return number
-    return 1
-
-
-def _jsonl(path: Path) -> Rows:
-    with _text(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield f"{path}, line {number}", _as_object(line, f"{path}, line {number}")
-
-
-def _as_object(text: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON ({error.msg}).") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a record must be a JSON object, not {type(row).__name__}.")
-    return row
-
-
-def _json(path: Path) -> Rows:
-    try:
-        with _text(path) as stream:
-            rows = json.load(stream)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: a .json file must hold a list of records; one record per line goes into .jsonl.")
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, record {i + 1}: a record must be a JSON object, not {type(row).__name__}.")
-        yield f"{path}, record {i + 1}", row
-
-
-def _csv(path: Path) -> Rows:
-    before = csv.field_size_limit(_LARGEST_FIELD)
-    try:
-        with _text(path) as stream:
-            reader = csv.DictReader(stream, strict=True)
-            try:
-                for row in reader:
-                    where = f"{path}, line {reader.line_num}"
-                    if None in row or None in row.values():
-                        raise DataError(f"{where}: the row has another number of columns than the header.")
-                    yield where, {key: value for key, value in row.items() if value != ""}
-            except csv.Error as error:
-                raise DataError(f"{path}, line {reader.line_num + 1}: not valid CSV ({first_line(error)}).") from error
-    finally:
-        csv.field_size_limit(before)
-
-
-def _parquet(path: Path) -> Rows:
-    import polars as pl
-
-    try:
-        with path.open("rb") as stream:  # Polars reads patterns and ~ into the names of files
-            table = pl.read_parquet(stream)
-    except (pl.exceptions.ComputeError, OSError) as error:
-        raise DataError(f"{path} is not a readable Parquet file.") from error
-    for i, row in enumerate(table.iter_rows(named=True)):
-        yield f"{path}, row {i + 1}", row
-
-
-def _dataset(source: str, subset: str | None, split: str, revision: str | None) -> Rows:
-    if looks_like_path(source) and not Path(source).is_dir():
+        return [file_table(path)]
+    if path.is_dir():
+        if any((path / name).is_file() for name in _SAVED):
+            return [_saved(path, split)]
+        return _folder(path, subset, split)
+    if looks_like_path(source) or path.suffix.lower() in FILE_TYPES:
         raise DataError(f"There is no file {source}.")
+    name, _, named = source.partition("@")
+    return [_hub(name, subset, split, named or revision)]
+
+
+def memory_table(data: InMemory, split: str) -> Table:
+    """A table of rows that a Python program hands over.
+
+    Raises:
+        DataError: for what holds no rows, and for data sets without this split.
+    """
+    rows, kind = data.rows, type(data.rows)
+    if isinstance(rows, Mapping):  # a DatasetDict
+        if split not in rows:
+            raise DataError(f"The data set has no split {split!r}; it has {', '.join(map(str, rows)) or 'none'}.")
+        rows = rows[split]
+    if not hasattr(rows, "__len__"):
+        raise DataError(
+            "Records must have a number and an order; of a streamed data set take some first, as "
+            f"datasets.Dataset.from_list(list(data.take(1000))), not {kind.__name__}."
+        )
+    return ListTable(str(data), rows, holes=kind.__module__.partition(".")[0] == "datasets")
+
+
+def read_rows(
+    source: str, subset: str | None, split: str, revision: str | None = None
+) -> Iterator[tuple[str, Row | DataError]]:
+    """All rows of a source, each with the place that messages name."""
+    for table in open_tables(source, subset, split, revision):
+        for _, where, row in table.rows():
+            yield where, row
+
+
+def _saved(path: Path, split: str) -> Table:
     import datasets
 
     try:
-        if Path(source).is_dir():
-            with plain_name(Path(source)) as folder:
-                data = datasets.load_from_disk(folder)
-            data = data[split] if isinstance(data, datasets.DatasetDict) else data
-        else:
-            data = datasets.load_dataset(source, subset, split=split, revision=revision)
-    except KeyError as error:
-        raise DataError(f"{source} has no split {split!r}.") from error
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        with plain_name(path) as folder:
+            data = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not a data set that can be read: {first_line(error)}") from error
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise DataError(f"{path} has no split {split!r}; it has {', '.join(data)}.")
+        data = data[split]
+    return ListTable(f"{path} ({split})", data, holes=True)
+
+
+def _folder(path: Path, subset: str | None, split: str) -> list[Table]:
+    """The data files of a split in a folder, as ``datasets`` finds them by name and by the folder's README."""
+    import datasets
+
+    try:
+        with _plain_name(path) as plain:
+            files = datasets.load_dataset_builder(str(plain), subset).config.data_files or {}
+            found = {
+                str(name): [path / Path(file).relative_to(plain) for file in entries] for name, entries in files.items()
+            }
+    except (OSError, ValueError, TypeError, LookupError, datasets.exceptions.DatasetsError) as error:
+        types = ", ".join(FILE_TYPES)
         raise DataError(
-            f"There is no file {source}, and no dataset of that name could be loaded: {first_line(error)}"
+            f"{path} is a folder without data files that can be read ({types}, also with .gz or .zst): "
+            f"{first_line(error)}"
         ) from error
-    for i, row in enumerate(data):
-        yield f"{source} ({split}), row {i + 1}", row
+    if split not in found:
+        raise DataError(f"{path} has no split {split!r}; it has {', '.join(found)}.")
+    read = [file for file in found[split] if file_type(file) is not None]
+    if not read:
+        raise DataError(f"{path}: the split {split!r} holds no file of a type that is read ({', '.join(FILE_TYPES)}).")
+    return [file_table(file) for file in sorted(read)]
 
 
-_READERS: dict[str, Callable[[Path], Rows]] = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
-FILE_TYPES = tuple(_READERS)
-"""Suffixes of the files that are read."""
+@contextmanager
+def _plain_name(path: Path) -> Iterator[Path]:
+    """A folder whose name has none of the letters that ``datasets`` takes for patterns: it, or one of empty files."""
+    path = path.resolve()
+    if not _GLOB.search(str(path)):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(name).resolve()
+        for file in path.rglob("*"):
+            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
+                (copy / file.relative_to(path)).parent.mkdir(parents=True, exist_ok=True)
+                (copy / file.relative_to(path)).write_bytes(file.read_bytes() if file.name == "README.md" else b"")
+        yield copy
+
+
+def _hub(name: str, subset: str | None, split: str, revision: str | None) -> Table:
+    import datasets
+
+    try:
+        data = datasets.load_dataset(name, subset, split=split, revision=revision)
+    except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"There is no file {name}, and no dataset of that name could be loaded: {first_line(error)}"
+        ) from error
+    return ListTable(f"{name} ({split})", data, holes=True)

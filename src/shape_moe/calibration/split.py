@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shape_moe.calibration.records import Record, prompt_hash
@@ -58,8 +58,3 @@ def split_records(records: Sequence[Record], calibration: int, held_out: int, *,
     sentence = f"{first} examples to calibrate with and {second} held out, drawn with seed {seed}, no prompt in both"
     sentence += f" ({repeated} records repeat a prompt and were left out)" if repeated else ""
     return Split(chosen[0], chosen[1], sentence)
-
-
-def without_prompts(records: Sequence[Record], known: Collection[str]) -> list[Record]:
-    """The records whose prompt is not among ``known`` hashes (see :func:`prompt_hash`)."""
-    return [record for record in records if prompt_hash(record) not in known]

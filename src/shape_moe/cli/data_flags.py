@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from shape_moe.calibration.chat import read_chat_template
 from shape_moe.calibration.example_maker import AnswerOptions
 from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.records import DataOptions
+from shape_moe.calibration.shapes import FORMATS
 from shape_moe.cli.flag_groups import changed_flags
 from shape_moe.cli.flags import RUN_PANEL, DeviceFlags
 from shape_moe.cli.values import parse_pairs, parse_values
@@ -17,7 +20,7 @@ from shape_moe.errors import UsageError
 from shape_moe.jobs.session import ExampleOptions
 
 DATA_PANEL = "Task examples"
-_HELD_OUT_READING = ("--split", "--subset", "--map")
+_HELD_OUT_READING = ("--split", "--subset", "--map", "--format", "--skip-bad")
 """The data options that --held-out is read with."""
 
 
@@ -26,10 +29,28 @@ class DataFlags:
     """The calibration set, and how it becomes tokens."""
 
     data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Examples: a file (JSONL, JSON, CSV, Parquet, text; also .gz, .zst), a folder of such files, or a "
+            "data set's name (NAME@REVISION), with records of any common shape. A known benchmark is preset:NAME, or "
+            "preset:NAME@PATH from a local copy. Repeat it for several tasks.",
+            rich_help_panel=DATA_PANEL,
+        ),
+    ] = None
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="With several --data, one per source in the same order: how many examples each gives, relative to the "
+            "others. Default: equal numbers.",
+            rich_help_panel=DATA_PANEL,
+        ),
+    ] = None
+    data_format: Annotated[
         str | None,
         typer.Option(
-            help="JSONL, JSON, CSV or Parquet file, or a dataset's name: records with text, prompt (+ response) or "
-            "messages. A known benchmark is preset:NAME, or preset:NAME@PATH from a local copy.",
+            "--format",
+            metavar="SHAPE",
+            help=f"Read every record as this shape instead of recognising it: {', '.join(FORMATS)}.",
             rich_help_panel=DATA_PANEL,
         ),
     ] = None
@@ -64,6 +85,21 @@ class DataFlags:
     no_template: Annotated[
         bool, typer.Option("--no-template", help="Raw text, no chat template.", rich_help_panel=DATA_PANEL)
     ] = False
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Jinja file of a chat template, for tokenizers without one.",
+            rich_help_panel=DATA_PANEL,
+        ),
+    ] = None
+    turns: Annotated[
+        str,
+        typer.Option(
+            help="Which turns of the assistant count as response: all (reasoning and tool calls too) or the last.",
+            rich_help_panel=DATA_PANEL,
+        ),
+    ] = "all"
     template_arg: Annotated[
         list[str] | None,
         typer.Option(
@@ -89,7 +125,15 @@ class DataFlags:
     def held_out(self, source: str, seed: int) -> DataOptions:
         """Other examples, with fields named and split as these flags say."""
         fields = parse_pairs(self.field_map, "--map")
-        return DataOptions(source, split=self.split, subset=self.subset, fields=fields, seed=seed)
+        return DataOptions(
+            source,
+            split=self.split,
+            subset=self.subset,
+            fields=fields,
+            seed=seed,
+            format=self.data_format,
+            skip_bad=self.skip_bad,
+        )
 
     def refuse_unread(self, held_out: str | None) -> None:
         """Refuse options that would change nothing because a trace is there already.
@@ -100,7 +144,7 @@ class DataFlags:
         Raises:
             UsageError: naming the options that nobody reads.
         """
-        if self.data is not None:
+        if self.data:
             if self.samples is not None:
                 raise UsageError(
                     "The trace has been made: --held-out-samples says how many to judge by, not --samples."
@@ -112,10 +156,14 @@ class DataFlags:
 
     def options(self, device: DeviceFlags, seed: int, samples: int) -> ExampleOptions:
         """The trace options that these flags describe; ``samples`` is the verb's default."""
-        if self.data is None:
+        if not self.data:
             raise UsageError("Calibration data is missing: give --data FILE.")
         data = DataOptions(
-            source=self.data,
+            source=self.data[0],
+            also=tuple(self.data[1:]),
+            weights=tuple(self.weight or ()),
+            format=self.data_format,
+            skip_bad=self.skip_bad,
             split=self.split,
             subset=self.subset,
             fields=parse_pairs(self.field_map, "--map"),
@@ -127,6 +175,8 @@ class DataFlags:
             template=not self.no_template,
             template_args=parse_values(self.template_arg, "--template-arg"),
             max_length=self.max_length,
+            turns=self.turns,
+            chat_template=None if self.chat_template is None else read_chat_template(self.chat_template),
         )
         answers = AnswerOptions(
             max_new_tokens=self.max_new_tokens,

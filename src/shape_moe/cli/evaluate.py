@@ -82,7 +82,7 @@ def evaluate(
         general=not no_general,
         seed=seed.seed,
     )
-    given = data.options(run, seed.seed, HELD_OUT_SAMPLES) if data.data is not None else None
+    given = data.options(run, seed.seed, HELD_OUT_SAMPLES) if data.data else None
     if given is None and changed_flags(data):
         raise UsageError(f"{', '.join(changed_flags(data))} says how examples are read: give --data.")
     result = shape_moe.evaluate(

@@ -124,7 +124,7 @@ def prune(
     if selection is not None:
         _check_target(select.target, load_selection(selection))
     samples = PAPER_SAMPLES if choice is None else DEFAULT_SAMPLES
-    reads_data = (trace is None and selection is None) or (choice is not None and data.data is not None)
+    reads_data = (trace is None and selection is None) or (choice is not None and data.data)
     asked = 1.0 if limit is not None else keep
     options = PruneOptions(
         select=select.options(asked, score, seed.seed) if asked is not None else None,

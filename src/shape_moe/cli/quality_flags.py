@@ -126,9 +126,9 @@ class TaskFlags:
     fewshot: Annotated[
         int | None, typer.Option(help="Examples in the prompt. Default: the task's own.", rich_help_panel=TASK_PANEL)
     ] = None
-    chat_template: Annotated[
+    apply_chat_template: Annotated[
         bool,
-        typer.Option("--chat-template", help="Ask through the tokenizer's chat template.", rich_help_panel=TASK_PANEL),
+        typer.Option("--apply-chat-template", help="Ask through the chat template.", rich_help_panel=TASK_PANEL),
     ] = False
     unsafe_code: Annotated[
         bool,
@@ -152,7 +152,7 @@ class TaskFlags:
             names=tuple(name.strip() for name in self.tasks.split(",") if name.strip()),
             limit=self.limit,
             num_fewshot=self.fewshot,
-            chat_template=self.chat_template,
+            chat_template=self.apply_chat_template,
             unsafe_code=self.unsafe_code,
             engine=self.engine,
             engine_args=parse_values(self.engine_arg, "--engine-arg"),

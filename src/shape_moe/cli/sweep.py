@@ -110,11 +110,11 @@ def sweep(
         generation=generation.required(),
         most_keep=memory.most_keep(model),
     )
-    if trace is None and data.data is None:
+    if trace is None and not data.data:
         raise UsageError("Give examples (--data), a trace (--trace), or both.")
     if trace is not None:
         data.refuse_unread(judged_by.held_out)
-    given = data.options(run, seed.seed, DEFAULT_SAMPLES) if data.data is not None else None
+    given = data.options(run, seed.seed, DEFAULT_SAMPLES) if data.data else None
     result = shape_moe.sweep(
         model,
         options,

@@ -44,7 +44,7 @@ def exact_match(
         for i, record in enumerate(examples(task, count, seed=seed, held_out=True)):
             prompt = tokenizer(record["prompt"]).input_ids
             answer = tokenizer(record["response"], add_special_tokens=False).input_ids
-            rows.append(Example(i, task, (*prompt, *answer), len(prompt)))
+            rows.append(Example.answered(i, task, (*prompt, *answer), len(prompt)))
         batch = make_batch(rows, range(count), pad_id=0)
         device = input_device(model)
         with torch.no_grad():

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shape_moe.architectures.loading import input_device
-from shape_moe.engines import check_engine
 from shape_moe.errors import ShapeMoeError, UsageError, first_line
 from shape_moe.evaluation.task_definitions import check_exist, load_tasks
 from shape_moe.evaluation.task_results import TaskResult, task_results
@@ -38,6 +37,10 @@ _BOOTSTRAP = 1000
 """Resamples for the few metrics whose standard error has no formula; lm-eval's 100,000 take hours."""
 _DECIDED = ("model", "pretrained", "seed", "batch_size")
 """Arguments of an engine that a run decides itself."""
+
+
+_ENGINES = ("transformers", "vllm")
+"""What runs tasks: models that lm-evaluation-harness knows."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,15 @@ class TaskOptions:
             raise UsageError(f"limit must be at least 1, not {self.limit}.")
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise UsageError(f"num-fewshot must be at least 0, not {self.num_fewshot}.")
-        check_engine(self.engine, self.engine_args)
+        _check_engine(self.engine, self.engine_args)
         _refuse_decided(self.engine_args, _DECIDED)
+
+
+def _check_engine(engine: str, arguments: Mapping[str, Any]) -> None:
+    if engine not in _ENGINES:
+        raise UsageError(f"There is no engine {engine!r}; there are {' and '.join(_ENGINES)}.")
+    if engine != "vllm" and arguments:
+        raise UsageError("Engine arguments go with --engine vllm.")
 
 
 def check_tasks(names: Sequence[str], engine: str = "transformers") -> None:

@@ -63,17 +63,16 @@ class HeldOutSet:
 
     def answered(self) -> list[int]:
         """Positions of the examples that have a prompt and a whole response."""
-        return [i for i, e in enumerate(self.examples) if 0 < e.prompt_length < len(e.tokens) and not e.truncated]
+        return [i for i, e in enumerate(self.examples) if e.spans and e.prompt_length > 0 and not e.truncated]
 
     def response(self, position: int) -> list[int]:
-        """Tokens of an example's response up to and with the first one that ends it."""
-        example = self.examples[position]
-        return until_stop(example.tokens[example.prompt_length :], self.stops)
+        """Tokens of an example's last response up to and with the first one that ends it."""
+        return until_stop(self.examples[position].response, self.stops)
 
 
 def _scored_count(example: Example) -> int:
-    if example.prompt_length < len(example.tokens):
-        return len(example.tokens) - max(example.prompt_length, 1)
+    if example.spans:
+        return sum(end - max(begin, 1) for begin, end in example.spans)
     return len(example.tokens) - 1 if example.plain else 0
 
 

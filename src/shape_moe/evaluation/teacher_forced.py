@@ -102,9 +102,8 @@ def _run(
             reference.put(number, outputs)
         ends = np.array([len(row.tokens) for row in batch.examples])
         for row, position in enumerate(positions):
-            prompt = batch.examples[row].prompt_length
-            if prompt < ends[row]:
-                ends[row] = prompt + len(held_out.response(position))
+            if batch.examples[row].spans:
+                ends[row] = batch.examples[row].prompt_length + len(held_out.response(position))
         counts = column_of + 1 < ends[row_of]
         np.add.at(tokens, example, 1)
         np.add.at(nll, example, figures.nll)

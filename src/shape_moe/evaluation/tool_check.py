@@ -56,7 +56,7 @@ def calls_tools(record: Record) -> bool:
 
 def tools_of(record: Record) -> Tools:
     """The functions that a record offers."""
-    return getattr(record, "tools", None) or ()
+    return record.tools or ()
 
 
 def _prompt(position: int, record: Record) -> ToolPrompt:

@@ -10,7 +10,9 @@ from typing import Any
 
 from shape_moe.architectures.fingerprint import fingerprint
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
-from shape_moe.calibration.records import Record, content_hash, load_records, prompt_hash
+from shape_moe.calibration.reading import load_records
+from shape_moe.calibration.records import Record, content_hash
+from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.evaluation.harness import check_chat_template, check_tasks
 from shape_moe.experiments.config import ExamplesSpec, ExperimentConfig, ModelSpec, TaskSpec
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES, fresh_records
@@ -80,9 +82,9 @@ def make_plan(config: ExperimentConfig) -> Plan:
     left_out: dict[str, int] = {}
     for spec in config.evaluation:
         if isinstance(spec, ExamplesSpec):
-            known = {prompt_hash(record) for name in spec.calibration for record in calibration[name]}
+            seen = SeenPrompts.of_records([r for name in spec.calibration for r in calibration[name]])
             data = spec.tracing.data
-            held_out[spec.name], left_out[spec.name] = fresh_records(data, known, data.samples or HELD_OUT_SAMPLES)
+            held_out[spec.name], left_out[spec.name] = fresh_records(data, seen, data.samples or HELD_OUT_SAMPLES)
     snapshots = {spec.name: open_snapshot(spec.model) for spec in config.models}
     plan = Plan(config, snapshots, calibration, held_out, left_out)
     for model in config.models:

@@ -148,7 +148,8 @@ class _Reader:
 
     def _tracing(self, part: YamlSection, samples: int) -> ExampleOptions:
         data = part.take(DataOptions, {"source": "data", "fields": "map"}, seed=self.grid.seed)
-        data = replace(data, source=self._source(data.source, part), samples=data.samples or samples)
+        also = tuple(self._source(source, part) for source in data.also)
+        data = replace(data, source=self._source(data.source, part), also=also, samples=data.samples or samples)
         return ExampleOptions(data, part.take(TokenOptions), part.take(AnswerOptions))
 
     def _source(self, source: str, part: YamlSection) -> str:

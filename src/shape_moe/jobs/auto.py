@@ -23,7 +23,7 @@ from shape_moe.scoring.registry import get_scorer
 from shape_moe.selection.method import ROUTINGS, Method, Routing
 from shape_moe.selection.select import SelectOptions, TraceSelector
 from shape_moe.selection.selection import Selection
-from shape_moe.tracing.statistics import STATISTICS
+from shape_moe.tracing.engine import every_statistic
 from shape_moe.tracing.trace import Trace
 
 AUTO_METHODS = (
@@ -114,7 +114,7 @@ def auto_select(
 
 
 def methods_to_try(
-    asked: Method, options: ChoiceOptions, top_k: int, statistics: Collection[str] = STATISTICS.keys()
+    asked: Method, options: ChoiceOptions, top_k: int, statistics: Collection[str] | None = None
 ) -> list[Method]:
     """The methods that are tried, preferred ones first.
 
@@ -122,13 +122,13 @@ def methods_to_try(
         asked: what was asked for.
         options: what is left to choose.
         top_k: experts per token of the model.
-        statistics: what the trace holds beside coalitions.
+        statistics: what the trace holds beside coalitions, None for all that are installed.
     """
     automatic = asked.scorer == AUTO
     routings = options.routings or (ROUTINGS if automatic and not asked.equal_counts else (asked.routing,))
     pairs: Sequence[tuple[str, str]] = [(asked.scorer, asked.rule)]
     if automatic:
-        held = {"coalitions", *statistics}
+        held = {"coalitions", *(every_statistic() if statistics is None else statistics)}
         known = ((pair, get_scorer(pair[0])) for pair in AUTO_METHODS)
         pairs = [pair for pair, scorer in known if set(scorer.needs) <= held and scorer.can_value(top_k)]
         if options.rules is not None:

@@ -11,7 +11,10 @@ from shape_moe.architectures.fingerprint import fingerprint
 from shape_moe.architectures.loading import load_model, load_tokenizer, release_memory
 from shape_moe.architectures.sizes import measure
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
-from shape_moe.calibration.records import DataOptions, Record, load_records, prompt_hash
+from shape_moe.calibration.reading import load_records
+from shape_moe.calibration.records import DataOptions, Record
+from shape_moe.calibration.seen_prompts import SeenPrompts
+from shape_moe.calibration.sources import Data
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.evaluation.bench import Bench
 from shape_moe.evaluation.conclusion import conclude
@@ -25,7 +28,7 @@ from shape_moe.evaluation.subjects import Candidate, open_candidates, scores_of
 from shape_moe.evaluation.task_results import TaskResult, task_changes
 from shape_moe.evaluation.teacher_forced import TeacherForced
 from shape_moe.evaluation.verdict import MAX_DROP, Verdict, check_max_drop
-from shape_moe.jobs.held_out import HELD_OUT_SAMPLES, held_out_set, known_prompts, overlap
+from shape_moe.jobs.held_out import HELD_OUT_SAMPLES, held_out_set
 from shape_moe.jobs.session import ExampleOptions, ModelSession, as_example_options, load_original
 from shape_moe.jobs.trace import open_trace
 from shape_moe.made_with import MadeWith
@@ -76,7 +79,7 @@ def evaluate(
     model: str | PathLike[str],
     candidates: Sequence[str | PathLike[str] | Selection] = (),
     *,
-    data: ExampleOptions | DataOptions | str | PathLike[str] | None = None,
+    data: ExampleOptions | DataOptions | Data | None = None,
     options: EvaluateOptions | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -154,7 +157,7 @@ class _Run:
         if tracing is None:
             return
         self._check_faithfulness()
-        records = load_records(tracing.data)
+        records = load_records(tracing.data, progress)
         self._warn_of_overlap(records, tracing.data)
         self.session = ModelSession.open(snapshot, tracing, self.tokenizer, progress, records)
 
@@ -172,10 +175,10 @@ class _Run:
 
     def _warn_of_overlap(self, records: list[Any], data: DataOptions) -> None:
         for entry in self.candidates:
-            seen = overlap(records, known_prompts(entry.trace) or ()) if entry.trace else 0
+            seen = SeenPrompts.of_source(entry.trace.info.source).count(records) if entry.trace else 0
             if seen:
                 self.notes.append(
-                    f"{seen} of {len(records)} examples of {data.source} were used to calibrate {entry.name}: its "
+                    f"{seen} of {len(records)} examples of {data.name} were used to calibrate {entry.name}: its "
                     "figures look better than they are. Give examples that it has not seen."
                 )
 
@@ -202,7 +205,7 @@ class _Run:
         return Evaluation(
             model=self.snapshot.name,
             fingerprint=fingerprint(self.snapshot),
-            data=asked.data.source if asked else None,
+            data=asked.data.name if asked else None,
             also=also.source if also else None,
             examples=len(self.benches[TASK].held_out.examples) if self.benches else 0,
             by=self.options.by,
@@ -248,12 +251,12 @@ class _Run:
     def _open_benches(self, session: ModelSession) -> dict[str, Bench]:
         sources = {TASK: session.calibrator}
         if self.options.also is not None:
-            sources[ALSO] = session.calibrator_of(load_records(self.options.also), self.options.also)
+            sources[ALSO] = session.calibrator_of(load_records(self.options.also, self.progress), self.options.also)
         return {
             name: Bench(
                 session.model,
                 session.tokenizer,
-                held_out_set(session, maker, maker.data.source),
+                held_out_set(session, maker, maker.data.name),
                 generation=self.options.generation,
                 seed=self.options.seed,
                 progress=self.progress,
@@ -318,8 +321,8 @@ class _Run:
         """The verdict over the examples that the model was not made from."""
         bench, generation = self.benches[TASK], self.options.generation
         trace = next(entry.trace for entry in self.candidates if entry.name == found.name)
-        known = (known_prompts(trace) if trace is not None else None) or frozenset()
-        left_out = {i for i, record in enumerate(self.asked) if prompt_hash(record) in known}
+        seen = SeenPrompts.of_source(trace.info.source) if trace is not None else SeenPrompts()
+        left_out = {i for i, record in enumerate(self.asked) if record in seen}
         theirs = bench.dense_answers
         return conclude(
             bench.held_out,

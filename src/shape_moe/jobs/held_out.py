@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 from shape_moe.calibration.example_maker import ExampleMaker
-from shape_moe.calibration.records import DataOptions, Record, load_records, prompt_hash, sample_records
+from shape_moe.calibration.reading import load_records, sample_records
+from shape_moe.calibration.records import DataOptions, Record
 from shape_moe.calibration.responses import pad_token_id, stop_ids
-from shape_moe.calibration.split import without_prompts
+from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.errors import DataError
 from shape_moe.evaluation.held_out_set import HeldOutSet
 from shape_moe.jobs.session import ModelSession
-from shape_moe.tracing.trace import Trace
 from shape_moe.units import counted
 
 HELD_OUT_SAMPLES = 400
@@ -49,21 +48,12 @@ def held_out_set(session: ModelSession, calibrator: ExampleMaker, name: str, fol
     )
 
 
-def known_prompts(trace: Trace) -> frozenset[str] | None:
-    """Hashes of the prompts that a trace, merged or not, was made from; None where it does not name all of them."""
-    source = trace.info.source
-    parts = source.get("merged", [source])
-    if not all("prompts" in part for part in parts):
-        return None
-    return frozenset(prompt for part in parts for prompt in part["prompts"])
-
-
-def fresh_records(data: DataOptions, known: Collection[str], samples: int) -> tuple[list[Record], int]:
+def fresh_records(data: DataOptions, seen: SeenPrompts, samples: int) -> tuple[list[Record], int]:
     """Records of a source that were not used for calibration, at most ``samples`` of them.
 
     Args:
         data: the source; its own number of samples is not looked at.
-        known: hashes of calibration prompts.
+        seen: prompts that calibration has seen.
         samples: how many to use.
 
     Returns:
@@ -73,12 +63,7 @@ def fresh_records(data: DataOptions, known: Collection[str], samples: int) -> tu
         DataError: when none is left.
     """
     records = load_records(replace(data, samples=None))
-    fresh = without_prompts(records, known)
+    fresh = [record for record in records if record not in seen]
     if not fresh:
-        raise DataError(f"Calibration has seen every example of {data.source}: give other held-out examples.")
+        raise DataError(f"Calibration has seen every example of {data.name}: give other held-out examples.")
     return sample_records(fresh, replace(data, samples=samples)), len(records) - len(fresh)
-
-
-def overlap(records: Collection[Record], known: Collection[str]) -> int:
-    """How many records ask what a calibration set has asked."""
-    return sum(prompt_hash(record) in known for record in records)

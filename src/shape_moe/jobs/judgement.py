@@ -9,7 +9,9 @@ from typing import Any
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.example_maker import options_of
 from shape_moe.calibration.parts import FEWEST, MOST, Parts, three_parts
-from shape_moe.calibration.records import DataOptions, Record, load_records, prompt_hash
+from shape_moe.calibration.reading import load_records
+from shape_moe.calibration.records import DataOptions, Record
+from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.errors import DataError, UsageError
 from shape_moe.evaluation.bench import Bench
 from shape_moe.evaluation.conclusion import conclude
@@ -18,7 +20,7 @@ from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.outcomes import FREE_ANSWERS
 from shape_moe.evaluation.questions import Questions
 from shape_moe.evaluation.verdict import MAX_DROP, REQUIREMENTS, Verdict, check_max_drop, not_measured
-from shape_moe.jobs.held_out import fresh_records, held_out_set, known_prompts
+from shape_moe.jobs.held_out import fresh_records, held_out_set
 from shape_moe.jobs.session import ExampleOptions, ModelSession
 from shape_moe.progress import Progress
 from shape_moe.pruning.masks import masked
@@ -120,11 +122,12 @@ def unseen_parts(
         chosen_by: records that something was chosen by.
         options: how many to report by.
     """
-    known = known_prompts(trace) if trace is not None else None
-    if known is None:
+    seen = SeenPrompts.of_source(trace.info.source) if trace is not None else SeenPrompts(complete=False)
+    if not seen.complete:
         return Parts([], [], [], {"": "the trace does not name its prompts"}, "")
+    both = SeenPrompts((*seen.parts, *SeenPrompts.of_records(chosen_by).parts))
     try:
-        records, _ = fresh_records(data, {*known, *map(prompt_hash, chosen_by)}, options.examples)
+        records, _ = fresh_records(data, both, options.examples)
     except DataError as error:
         return Parts([], [], [], {"": str(error).rstrip(".")}, "")
     return three_parts([], records, calibration=0, most=options.examples, give_up=False, seed=data.seed)

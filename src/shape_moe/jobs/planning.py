@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from os import PathLike
 from typing import Any
 
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.example_maker import SPLIT_KEY, ExampleMaker, options_of
 from shape_moe.calibration.parts import Parts
-from shape_moe.calibration.records import DataOptions, load_records, prompt_hash
+from shape_moe.calibration.reading import load_records
+from shape_moe.calibration.records import DataOptions
+from shape_moe.calibration.seen_prompts import SeenPrompts
+from shape_moe.calibration.sources import Data
 from shape_moe.calibration.split import split_records
 from shape_moe.errors import UsageError
-from shape_moe.jobs.held_out import fresh_records, known_prompts
+from shape_moe.jobs.held_out import fresh_records
 from shape_moe.jobs.judgement import JudgementOptions, set_aside
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options
 from shape_moe.progress import Progress
@@ -48,7 +50,7 @@ class SearchPlan:
 
 
 def held_out_tracing(
-    data: ExampleOptions | DataOptions | str | PathLike[str] | None,
+    data: ExampleOptions | DataOptions | Data | None,
     trace: Trace | None,
     held_out: DataOptions | None,
     seed: int = 0,
@@ -115,30 +117,30 @@ def plan_search(
         session = ModelSession.open(snapshot, replace(tracing, data=source), None, progress, records)
         judged = session.calibrator
     else:
-        calibration = load_records(tracing.data)
-        records, seen = fresh_records(source, {prompt_hash(record) for record in calibration}, samples)
+        calibration = load_records(tracing.data, progress)
+        records, seen = fresh_records(source, SeenPrompts.of_records(calibration), samples)
         session = ModelSession.open(snapshot, tracing, None, progress, calibration)
         judged = session.calibrator_of(records, source)
-    sentence = f"{len(records)} held-out examples of {source.source}"
+    sentence = f"{len(records)} held-out examples of {source.name}"
     if seen:
         sentence += f"; {seen} more were left out, because calibration has seen their prompts"
         if held_out is not None:
-            progress.note(f"{seen} examples of {source.source} are in the calibration set as well and were left out.")
+            progress.note(f"{seen} examples of {source.name} are in the calibration set as well and were left out.")
     return SearchPlan(session, trace, judged, sentence)
 
 
-def _prompts_of(trace: Trace, progress: Progress, *, others: bool) -> frozenset[str]:
+def _prompts_of(trace: Trace, progress: Progress, *, others: bool) -> SeenPrompts:
     """The prompts that a trace has seen; where it does not name them, ``others`` have to be given to judge by."""
-    known = known_prompts(trace)
-    if known is not None:
-        return known
+    seen = SeenPrompts.of_source(trace.info.source)
+    if seen.complete:
+        return seen
     if not others:
         raise UsageError(
             "The trace does not name its prompts, so held-out examples cannot be told from them: give others with "
             "--held-out."
         )
     progress.note("The trace does not name its prompts: make sure that calibration has not seen these examples.")
-    return frozenset()
+    return seen
 
 
 def _split_plan(
@@ -146,7 +148,7 @@ def _split_plan(
 ) -> SearchPlan:
     """Split one source into calibration and held-out examples."""
     wanted = tracing.data.samples or DEFAULT_SAMPLES
-    pool = load_records(replace(tracing.data, samples=wanted + held_out))
+    pool = load_records(replace(tracing.data, samples=wanted + held_out), progress)
     split = split_records(pool, wanted, held_out, seed=seed)
     session = ModelSession.open(snapshot, tracing, None, progress, split.calibration)
     session.source_notes[SPLIT_KEY] = split.sentence

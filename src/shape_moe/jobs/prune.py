@@ -14,6 +14,7 @@ from shape_moe.architectures.loading import free_memory, release_memory
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.parts import Parts
 from shape_moe.calibration.records import DataOptions
+from shape_moe.calibration.sources import Data
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.jobs.auto import ChoiceOptions, auto_select, methods_to_try
 from shape_moe.jobs.judgement import (
@@ -39,7 +40,6 @@ from shape_moe.selection.rules import budget_for
 from shape_moe.selection.select import SelectOptions, select_from_trace
 from shape_moe.selection.selection import Selection, completed, load_selection, open_selection
 from shape_moe.serving.manifest import write_manifest
-from shape_moe.tracing.statistics import STATISTICS
 from shape_moe.tracing.trace import Trace
 from shape_moe.units import capitalised, readable_size
 from shape_moe.workspace import Workspace, check_output, write_json
@@ -150,7 +150,7 @@ def prune(
     out: str | PathLike[str],
     options: PruneOptions | None = None,
     *,
-    data: ExampleOptions | DataOptions | str | PathLike[str] | None = None,
+    data: ExampleOptions | DataOptions | Data | None = None,
     keep: float | None = None,
     trace: str | PathLike[str] | None = None,
     selection: str | PathLike[str] | Selection | None = None,
@@ -169,7 +169,8 @@ def prune(
         model: a folder or hub id.
         out: folder of the pruned checkpoint.
         options: see :class:`PruneOptions`.
-        data: calibration set: a file (of which at most 25 records are used), or options that say more.
+        data: calibration set: a file, folder or data set, a list of dictionaries or a ``datasets.Dataset`` (of which at
+            most 25 records are used), or options that say more.
         keep: keep rate.
         trace: a trace folder; skips tracing.
         selection: a selection; skips tracing and selecting.
@@ -183,7 +184,7 @@ def prune(
     options = _complete_options(options or PruneOptions(), data, keep)
     _check_request(options, trace, selection)
     inputs: list[str | PathLike[str]] = [p for p in (model, trace, selection) if isinstance(p, str | PathLike)]
-    inputs += [options.trace.data.source] if options.trace else []
+    inputs += options.trace.data.files if options.trace else []
     check_output(Path(out).absolute(), force=options.force, inputs=inputs)
     if options.judgement is not None and options.judgement.require is not None:
         place = Path(out).absolute()
@@ -191,7 +192,7 @@ def prune(
     free_memory(options.device)
     run = _Run(open_snapshot(model, revision, trust_remote_code=trust_remote_code), options, progress)
     _open_inputs(run, trace, selection)
-    inputs += [run.snapshot.path, *([run.plan.data.source] if run.plan else [])]
+    inputs += [run.snapshot.path, *(run.plan.data.files if run.plan else [])]
     with Workspace(out, _job(run, trace), force=options.force, inputs=inputs) as work:
         _check_disk(run, work.path)
         return _carry_out(run, work)
@@ -271,7 +272,7 @@ def _check_request(
 
 
 def _complete_options(
-    options: PruneOptions, data: ExampleOptions | DataOptions | str | PathLike[str] | None, keep: float | None
+    options: PruneOptions, data: ExampleOptions | DataOptions | Data | None, keep: float | None
 ) -> PruneOptions:
     if data is not None:
         samples = DEFAULT_SAMPLES if options.choice else PAPER_SAMPLES
@@ -307,7 +308,7 @@ def _plan_choice(
         give_up=choice.limit is None,
     )
     if choice.limit is not None:
-        held = trace.statistics if trace is not None else STATISTICS
+        held = trace.statistics if trace is not None else plan.session.engine.statistics()
         methods = methods_to_try(select.method, choice, snapshot.moe.top_k, held)
         choice.limit.check_examples(len(plan.held_out.records), len(methods))
     return plan

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -18,28 +15,24 @@ from shape_moe.architectures.loading import free_memory, load_model, load_tokeni
 from shape_moe.architectures.moe_config import MoeConfig
 from shape_moe.architectures.sites import live_moe_config
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
-from shape_moe.calibration.batches import Batch, batches
 from shape_moe.calibration.example_maker import Answerer, AnswerOptions, ExampleMaker
-from shape_moe.calibration.examples import Tokeniser, TokenOptions
-from shape_moe.calibration.records import DataOptions, Record, load_records
-from shape_moe.calibration.responses import generate_answers, pad_token_id
-from shape_moe.engines import check_engine
-from shape_moe.errors import DataError, ShapeMoeError, UsageError, first_line
-from shape_moe.interrupts import DeferredInterrupt
+from shape_moe.calibration.examples import TokenOptions, tokeniser_of
+from shape_moe.calibration.reading import load
+from shape_moe.calibration.records import DataOptions, Record
+from shape_moe.calibration.responses import generate_answers
+from shape_moe.calibration.sources import Data
+from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.made_with import versions
 from shape_moe.progress import Progress
 from shape_moe.traced_files import traced_files
-from shape_moe.tracing.trace import Trace, TraceInfo, load_trace, merge_traces
-from shape_moe.workspace import write_json
+from shape_moe.tracing.engine import Engine, Work, check_engine, get_engine
+from shape_moe.tracing.trace import Trace, TraceInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from shape_moe.tracing.transformers_model import ModelTracer
-
 DEFAULT_SAMPLES = 128
 """Records that are used when nothing else is said."""
-_SAVE_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -52,8 +45,9 @@ class ExampleOptions:
         answers: what happens to prompts without a response; batch size and limits.
         device: where to run.
         dtype: in which dtype, ``auto`` for the checkpoint's.
-        engine: ``transformers`` (every statistic) or ``vllm`` (coalitions and counts; for models of several GPUs).
-        engine_args: further arguments of ``vllm.LLM``, such as ``tensor_parallel_size``.
+        engine: what fills a trace: ``transformers`` (every statistic), ``vllm`` (coalitions and counts; for models of
+            several GPUs), or one that another package registers.
+        engine_args: further arguments of the engine, for vLLM those of ``vllm.LLM`` such as ``tensor_parallel_size``.
 
     Raises:
         UsageError: for an unknown engine, and for arguments of one that takes none.
@@ -69,19 +63,21 @@ class ExampleOptions:
 
     def __post_init__(self) -> None:
         check_engine(self.engine, self.engine_args)
+        if self.answers.skip_bad and not self.data.skip_bad:
+            object.__setattr__(self, "data", replace(self.data, skip_bad=True))
 
     def job(self) -> dict[str, Any]:
         """What decides the trace, for the job file."""
         return asdict(self)
 
 
-def as_example_options(data: ExampleOptions | DataOptions | str | PathLike[str], samples: int) -> ExampleOptions:
-    """Example options from a file name or data options alone; ``samples`` is for the former."""
+def as_example_options(data: ExampleOptions | DataOptions | Data, samples: int) -> ExampleOptions:
+    """Example options from data or data options alone; ``samples`` is for the former."""
     if isinstance(data, ExampleOptions):
         return data
     if isinstance(data, DataOptions):
         return ExampleOptions(data)
-    return ExampleOptions(DataOptions(str(data), samples=samples))
+    return ExampleOptions(DataOptions.of(data, samples=samples))
 
 
 class ModelSession:
@@ -110,12 +106,14 @@ class ModelSession:
     ) -> None:
         self.snapshot, self._model, self.options, self.progress = snapshot, model, options, progress
         config = snapshot.config if snapshot else model.config.to_dict()  # type: ignore[union-attr]  # one is there
-        tokeniser = Tokeniser(tokenizer, config.get("max_position_embeddings"), options.tokens)
+        tokeniser = tokeniser_of(tokenizer, config, options.tokens)
         self.tokenizer = tokenizer
         self.source_notes: dict[str, str] = {}
-        records = load_records(options.data) if records is None else records
+        loaded = load(options.data, progress) if records is None else None
         self._files = traced_files(snapshot.path) if snapshot else None
-        self.calibrator = ExampleMaker(records, tokeniser, options.data, options.answers, progress)
+        skipped = loaded.skipped if loaded else {}
+        found = loaded.records if loaded else records or []
+        self.calibrator = ExampleMaker(found, tokeniser, options.data, options.answers, progress, skipped)
 
     @classmethod
     def open(
@@ -161,7 +159,9 @@ class ModelSession:
         """What decides the trace: the model and the records by their content, and the options."""
         model = fingerprint(self.snapshot) if self.snapshot else f"live {uuid4()}"  # a live model never resumes
         layout = layout_fingerprint(self.snapshot) if self.snapshot else UNVERIFIED
-        return {"model": model, "layout": layout, "records": self.calibrator.content_hash, **self.options.job()}
+        statistics = sorted(self.engine.statistics())
+        records = self.calibrator.content_hash
+        return {"model": model, "layout": layout, "records": records, "statistics": statistics, **self.options.job()}
 
     @property
     def model(self) -> PreTrainedModel:
@@ -179,88 +179,48 @@ class ModelSession:
         """Let go of the model."""
         self._model = None
 
+    @property
+    def engine(self) -> Engine:
+        """What fills the trace."""
+        return get_engine(self.options.engine)
+
     def run(self, folder: Path | None) -> Trace:
+        """Answer, tokenise and trace, as part of a larger job; see :meth:`trace`.
+
+        Raises:
+            UsageError: for an engine that leaves no model in this process for the rest of the job.
+        """
+        if not self.engine.shares_model:
+            raise UsageError(
+                f"Only a trace by itself is made with {self.engine.name}: make it with `shape-moe trace --engine "
+                f"{self.engine.name}`, and start from it (--trace)."
+            )
+        return self.trace(folder)
+
+    def trace(self, folder: Path | None) -> Trace:
         """Answer, tokenise and trace; intermediate results go to ``folder`` and are found there again.
 
         Raises:
-            UsageError: when another engine was asked for: only ``shape-moe trace`` hands over to one.
             ShapeMoeError: when a batch cannot be traced; the message names the record.
             DataError: when no record could be traced.
         """
-        if self.options.engine != "transformers":
-            raise UsageError(
-                f"Only a trace by itself is made with {self.options.engine}: make it with `shape-moe trace --engine "
-                f"{self.options.engine}`, and start from it (--trace)."
-            )
-        from shape_moe.tracing.transformers_model import ModelTracer
-
-        examples = self.calibrator.run(self.answerer, folder)
-        tracer = ModelTracer(self.model)
-        earlier, done = self._load_so_far(folder)
-        pad_id = pad_token_id(self.model, self.calibrator.tokeniser)
-        todo = list(batches(examples, self.options.answers.batch_size, pad_id))[done:]
-        tokens = sum(len(example.tokens) for batch in todo for example in batch.examples)
-        saved = time.monotonic()
-        with self.progress.phase("Tracing", tokens, "token") as advance, tracer.attached(), self._stop() as stop:
-            for number, batch in enumerate(todo, start=done + 1):
-                self._trace_batch(tracer, batch)
-                advance(sum(len(example.tokens) for example in batch.examples))
-                due = stop.noted or time.monotonic() - saved > _SAVE_SECONDS
-                if folder is not None and due and (tracer.batches or earlier):
-                    _save_so_far(folder, self._result(tracer, earlier), number)
-                    saved = time.monotonic()
-                stop.check()
-        return self._result(tracer, earlier)
+        work = Work(
+            snapshot=self.snapshot,
+            model=lambda: self.model,
+            answerer=self.answerer,
+            examples=self.calibrator,
+            describe=self.info,
+            dtype=self.options.dtype,
+            arguments=self.options.engine_args,
+            progress=self.progress,
+        )
+        return self.engine.open(work).fill(folder)
 
     def answerer(self) -> Answerer:
         """What lets the model answer prompts."""
         return partial(generate_answers, self.model, batch_size=self.options.answers.batch_size)
 
-    def _stop(self) -> DeferredInterrupt:
-        return DeferredInterrupt(
-            lambda: self.progress.note("Stopping after this batch; press Ctrl-C again to stop at once.")
-        )
-
-    def _trace_batch(self, tracer: ModelTracer, batch: Batch) -> None:
-        import torch
-
-        healthy = self._without_bad(tracer, batch) if self.options.answers.skip_bad else batch
-        if healthy is None:
-            return
-        try:
-            tracer.add(healthy, logits_to_keep=1)
-        except torch.OutOfMemoryError:
-            raise
-        except (ShapeMoeError, RuntimeError) as error:
-            bad = [row for row in range(len(healthy.examples)) if tracer.failure(healthy.rows([row])) is not None]
-            names = [healthy.examples[row].where for row in bad] or [example.where for example in healthy.examples]
-            raise ShapeMoeError(f"Tracing failed at {', '.join(names)}: {first_line(error)}") from error
-
-    def _without_bad(self, tracer: ModelTracer, batch: Batch) -> Batch | None:
-        """The batch without the examples whose forward pass fails, found by running them unrecorded first."""
-        if tracer.failure(batch) is None:
-            return batch
-        good = []
-        for row, example in enumerate(batch.examples):
-            reason = tracer.failure(batch.rows([row]))
-            if reason is None:
-                good.append(row)
-            else:
-                self.calibrator.skipped[example.where] = reason
-        return batch.rows(good) if good else None
-
-    def _result(self, tracer: ModelTracer, earlier: Trace | None) -> Trace:
-        traced = [earlier] if earlier is not None else []
-        info = self.info(tracer.moe, tracer.layers, tracer.implementation, tracer.dtype)
-        if tracer.batches:
-            traced.append(Trace(info, tracer.statistics(), tracer.coalitions()))
-        if not traced:
-            raise DataError(f"No record of {self.options.data.source} could be traced.")
-        return replace(merge_traces(traced) if len(traced) > 1 else traced[0], info=info)
-
-    def info(
-        self, moe: MoeConfig, layers: tuple[int, ...], implementation: str, dtype: str, engine: str = "transformers"
-    ) -> TraceInfo:
+    def info(self, moe: MoeConfig, layers: tuple[int, ...], implementation: str, dtype: str, engine: str) -> TraceInfo:
         """Where the trace comes from, once the calibration set is known.
 
         Raises:
@@ -271,7 +231,7 @@ class ModelSession:
             raise ShapeMoeError(f"{changed} while the model was traced; run the command again.")
         calibrator = self.calibrator
         examples = [example for example in calibrator.examples if example.where not in calibrator.skipped]
-        prompt = sum(example.prompt_length for example in examples)
+        response = sum(example.response_tokens for example in examples)
         total = sum(len(example.tokens) for example in examples)
         return TraceInfo(
             **self._origin(),
@@ -279,7 +239,7 @@ class ModelSession:
             num_experts=moe.num_experts,
             routing=moe.routing,
             layers=layers,
-            tokens={"prompt": prompt, "response": total - prompt},
+            tokens={"prompt": total - response, "response": response},
             examples=len(examples),
             engine=engine,
             implementation=implementation,
@@ -295,14 +255,6 @@ class ModelSession:
         name = str(self.model.name_or_path or type(self.model).__name__)
         return Origin(model=name, revision=None, fingerprint=UNVERIFIED, layout_fingerprint=UNVERIFIED)
 
-    def _load_so_far(self, folder: Path | None) -> tuple[Trace | None, int]:
-        if folder is None or not (folder / "so-far.json").is_file():
-            return None, 0
-        done = int(json.loads((folder / "so-far.json").read_text(encoding="utf-8"))["batches"])
-        kept = load_trace(folder / f"so-far-{done}")
-        self.calibrator.skipped |= kept.info.source["skipped"]
-        return kept, done
-
 
 def load_original(snapshot: Snapshot, device: str, dtype: str, progress: Progress) -> PreTrainedModel:
     """Load the full model as a phase of its own; see :func:`shape_moe.architectures.loading.load_model`."""
@@ -310,12 +262,3 @@ def load_original(snapshot: Snapshot, device: str, dtype: str, progress: Progres
         model = load_model(snapshot, device=device, dtype=dtype, note=progress.note)
         advance(1)
     return model
-
-
-def _save_so_far(folder: Path, kept: Trace, done: int) -> None:
-    """Save an unfinished trace; ``so-far.json`` names the folder that is complete."""
-    kept.save(folder / f"so-far-{done}")
-    write_json(folder / "so-far.json", {"batches": done})
-    for old in folder.glob("so-far-*"):
-        if old.name != f"so-far-{done}":
-            shutil.rmtree(old)

@@ -12,6 +12,7 @@ from shape_moe.architectures.sizes import measure
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.example_maker import ANSWERS_FILE
 from shape_moe.calibration.records import DataOptions
+from shape_moe.calibration.sources import Data
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.bench import POINTS_FILE
 from shape_moe.evaluation.generation import GenerationOptions
@@ -96,9 +97,9 @@ def sweep(
     options: SweepOptions | None = None,
     out: str | PathLike[str] | None = None,
     *,
-    data: ExampleOptions | DataOptions | str | PathLike[str] | None = None,
+    data: ExampleOptions | DataOptions | Data | None = None,
     trace: str | PathLike[str] | None = None,
-    held_out: DataOptions | str | PathLike[str] | None = None,
+    held_out: DataOptions | Data | None = None,
     device: str = "auto",
     dtype: str = "auto",
     force: bool = False,
@@ -126,7 +127,7 @@ def sweep(
     options = options or SweepOptions()
     snapshot, seed = open_snapshot(model), options.scoring.seed
     traced = open_trace(trace, snapshot, progress, force=force) if trace is not None else None
-    judged_by = held_out if isinstance(held_out, DataOptions | None) else DataOptions(str(held_out), seed=seed)
+    judged_by = held_out if isinstance(held_out, DataOptions | None) else DataOptions.of(held_out, seed=seed)
     tracing = held_out_tracing(data, traced, judged_by, seed)
     if not isinstance(data, ExampleOptions):
         tracing = replace(tracing, device=device, dtype=dtype)
@@ -135,7 +136,7 @@ def sweep(
         options.limit.check_examples(len(plan.held_out.records), len(options.methods))
     if out is None:
         return _swept(snapshot, options, plan, progress, None)
-    read = (model, snapshot.path, trace, tracing.data.source, plan.data.source)
+    read = (model, snapshot.path, trace, *tracing.data.files, *plan.data.files)
     inputs = [path for path in read if path is not None]
     job = {
         "verb": "sweep",
@@ -170,7 +171,7 @@ def _swept(
             split=plan.sentence,
             comparisons=count,
             calibration=trace.info.source,
-            held_out={"data": plan.data.source, "examples": len(bench.held_out.examples)},
+            held_out={"data": plan.data.name, "examples": len(bench.held_out.examples)},
             limit=limit,
             dense=bench.dense(),
             dense_size=size.total - size.dropped,

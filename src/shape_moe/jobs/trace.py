@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,11 +12,12 @@ from shape_moe.architectures.fingerprint import UNVERIFIED, check_fingerprint, f
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.example_maker import ANSWERS_FILE
 from shape_moe.calibration.records import DataOptions
+from shape_moe.calibration.sources import Data
 from shape_moe.errors import FingerprintError
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options
-from shape_moe.jobs.vllm_session import trace_with_vllm
 from shape_moe.progress import SILENT, Progress
 from shape_moe.tracing.trace import Trace, load_trace, merge_traces
+from shape_moe.tracing.whole_model import remove_unfinished
 from shape_moe.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def trace(
     model: str | PathLike[str] | PreTrainedModel,
-    data: ExampleOptions | DataOptions | str | PathLike[str],
+    data: ExampleOptions | DataOptions | Data,
     out: str | PathLike[str] | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -37,7 +37,8 @@ def trace(
 
     Args:
         model: a folder, a hub id, or a live model (then ``tokenizer`` is needed, and the trace is unverified).
-        data: the calibration set: a file (of which at most 128 records are used), or options that say more.
+        data: the calibration set: a file, folder or data set, a list of dictionaries or a ``datasets.Dataset`` (of
+            which at most 128 records are used), or options that say more.
         out: folder for the trace; None keeps it in memory.
         tokenizer: the tokenizer of a live model.
         force: replace an existing trace at ``out``.
@@ -48,14 +49,14 @@ def trace(
     """
     options = as_example_options(data, DEFAULT_SAMPLES)
     session = ModelSession.open(model, options, tokenizer, progress)
-    run = partial(trace_with_vllm, session) if options.engine == "vllm" else session.run
     if out is None:
-        return run(None)
-    inputs: list[str | PathLike[str]] = [options.data.source, *([session.snapshot.path] if session.snapshot else [])]
+        return session.trace(None)
+    inputs: list[str | PathLike[str]] = [*options.data.files, *([session.snapshot.path] if session.snapshot else [])]
     with Workspace(out, {"verb": "trace", **session.job()}, force=force, inputs=inputs) as work:
         if not (work.path / "trace.json").is_file():  # it is written last
-            run(work.path).save(work.path)
+            session.trace(work.path).save(work.path)
         remove_unfinished(work.path)
+        (work.path / ANSWERS_FILE).unlink(missing_ok=True)
         return load_trace(work.complete())
 
 
@@ -133,12 +134,3 @@ def kept_trace(session: Callable[[], ModelSession], folder: Path) -> Trace:
         complete.rename(folder)
     shutil.rmtree(unfinished, ignore_errors=True)
     return load_trace(folder)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Delete what an unfinished run keeps beside its result."""
-    for leftover in [*folder.glob("so-far*"), folder / ANSWERS_FILE]:
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink(missing_ok=True)

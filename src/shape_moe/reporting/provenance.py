@@ -130,9 +130,11 @@ def commands(material: Material) -> list[str]:
 
 
 def _trace_commands(info: TraceInfo, model: str) -> list[str]:
-    """Empty when the verb trace did not make it, or drew its examples together with held-out ones."""
+    """Empty when the verb trace did not make it of files, or drew its examples together with held-out ones."""
     sources = _sources(info)
     if not all("content_hash" in source and not source.get(SPLIT_KEY) for source in sources):
+        return []
+    if any(source.get("in_memory") for source in sources):
         return []
     names = ["trace"] if len(sources) == 1 else [f"trace-{place}" for place in range(1, len(sources) + 1)]
     made = [
@@ -150,10 +152,14 @@ def _engine(info: TraceInfo) -> str:
 
 
 def _data_options(source: Mapping[str, Any]) -> str:
-    options: list[tuple[str, Any]] = [("--data", source["data"])]
+    sources = source.get("sources") or [source["data"]]
+    options: list[tuple[str, Any]] = [("--data", name) for name in sources]
+    options += [("--weight", f"{weight:g}") for weight in source.get("weights") or ()]
+    options += [("--format", source.get("format")), ("--turns", _unless(source.get("turns"), "all"))]
+    options += [("--chat-template", "chat-template.jinja" if source.get("chat_template") else None)]
     options += [(f"--{name}", source.get(name)) for name in ("split", "subset", "samples", "stratify")]
     options += [("--seed", source.get("seed") or None), ("--max-length", source.get("max_length"))]
-    if source.get("split") == "train" and not source["data"].startswith(PREFIX):
+    if source.get("split") == "train" and not sources[0].startswith(PREFIX):
         options.remove(("--split", "train"))  # elsewhere the default
     options += [("--map", f"{ours}={theirs}") for ours, theirs in (source.get("fields") or {}).items()]
     if source.get("max_new_tokens", AnswerOptions.max_new_tokens) != AnswerOptions.max_new_tokens:

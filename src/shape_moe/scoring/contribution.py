@@ -49,16 +49,3 @@ def contribution_raw(trace: Trace, options: ScoreOptions) -> NDArray[np.float64]
         UsageError: when the trace holds no Gram matrices.
     """
     return np.asarray(trace.sums("gram", options.weights).sum(axis=2))
-
-
-def output_change(gram: NDArray[np.float64], dropped: NDArray[np.integer]) -> float:
-    """Squared change of a layer's output when a set of experts is dropped, its inputs unchanged.
-
-    Args:
-        gram: the layer's Gram matrix [E, E].
-        dropped: expert ids [R].
-
-    Returns:
-        ``sum_{i,j in R} G[i,j] = sum_t |sum_{i in R} a[t,i]|^2``.
-    """
-    return float(gram[np.ix_(dropped, dropped)].sum())

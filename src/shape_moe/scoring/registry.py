@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
-from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shape_moe.errors import UsageError, first_line
+from shape_moe.registry import Registry
 from shape_moe.tracing.trace import SegmentWeights, Trace
 
-_LOG = logging.getLogger(__name__)
-ENTRY_POINT_GROUP = "shape_moe.scorers"
 _BUILT_IN = ("shape", "contribution", "frequency", "gating", "reap", "ean", "easy_ep", "random")
 
 
@@ -62,7 +56,9 @@ class Scorer:
         return (self.function.__doc__ or "").strip().split("\n")[0].replace("``", "")
 
 
-_SCORERS: dict[str, Scorer] = {}
+_SCORERS: Registry[Scorer] = Registry(
+    "scorer", "shape_moe.scorers", tuple(f"shape_moe.scoring.{module}" for module in _BUILT_IN)
+)
 
 
 def register(name: str, *, needs: tuple[str, ...], least_top_k: int = 1) -> Callable[[ScoreFunction], ScoreFunction]:
@@ -78,39 +74,15 @@ def register(name: str, *, needs: tuple[str, ...], least_top_k: int = 1) -> Call
     """
 
     def add(function: ScoreFunction) -> ScoreFunction:
-        known = _SCORERS.get(name)
-        if known is not None and _origin(known.function) != _origin(function):
-            raise UsageError(
-                f"Two scorers are called {name!r}: {_origin(known.function)} and {_origin(function)}; "
-                "uninstall or rename one of them."
-            )
-        _SCORERS[name] = Scorer(name, needs, function, least_top_k)
+        _SCORERS.add(name, Scorer(name, needs, function, least_top_k), function)
         return function
 
     return add
 
 
-def _origin(function: ScoreFunction) -> str:
-    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', '?')}"
-
-
-@cache
-def _load_all() -> None:
-    for module in _BUILT_IN:
-        import_module(f"shape_moe.scoring.{module}")
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        try:
-            point.load()
-        except UsageError:
-            raise
-        except Exception as error:  # noqa: BLE001 -- other packages' code, which must not break the scorers that work
-            _LOG.warning("Scorer %s of %s cannot be loaded: %s", point.name, point.value, first_line(error))
-
-
 def scorers() -> dict[str, Scorer]:
     """All scorers by name."""
-    _load_all()
-    return dict(sorted(_SCORERS.items()))
+    return dict(sorted(_SCORERS.all().items()))
 
 
 def get_scorer(name: str) -> Scorer:
@@ -119,7 +91,4 @@ def get_scorer(name: str) -> Scorer:
     Raises:
         UsageError: for an unknown name.
     """
-    known = scorers()
-    if name not in known:
-        raise UsageError(f"There is no scorer {name!r}; there are {', '.join(known)}.")
-    return known[name]
+    return _SCORERS.get(name)

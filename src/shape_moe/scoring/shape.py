@@ -6,19 +6,15 @@ Source: arXiv 2606.09886, "Coalition-Aware Expert Pruning for Sparse Mixture-of-
 from __future__ import annotations
 
 import math
-from functools import cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.errors import UsageError
+from shape_moe.scoring.coalition_keys import Counts, add_equal, containing_rest
 from shape_moe.scoring.registry import ScoreOptions, register
 from shape_moe.tracing.trace import Trace
 
-Counts = NDArray[Any]
-"""int64 or float64: sums of whole numbers stay whole."""
-_INT64_MAX = 2**63 - 1
 _LARGEST_UNIT = 1000
 """Weighted counts are computed in whole units of a token divided by something up to this, where they are such."""
 _ROUNDING = 1e-12
@@ -48,17 +44,19 @@ def shape_values(coalitions: NDArray[np.integer], counts: Counts, num_experts: i
     Raises:
         UsageError: for ``k = 1``, where every value would be 0, and for malformed tables.
     """
-    members, totals, unit = _checked(coalitions, counts, num_experts)
-    columns = np.ascontiguousarray(members.T)
-    top_k, width = columns.shape
-    if width == 0:
+    sets, v, unit = _checked(coalitions, counts, num_experts)
+    if len(sets) == 0:
         return np.zeros(num_experts)
-    flat, worth = columns.ravel(), np.tile(totals, top_k)
-    rest = _containing(columns, worth, num_experts)
-    alpha_at = _first_minimum(flat, worth / rest, num_experts)
-    sums = _sum_by(flat, worth, num_experts), _sum_by(flat, rest, num_experts)
-    factor = 1.0 / (unit * top_k * math.comb(num_experts, top_k))
-    return np.asarray(factor * _remainder(sums, worth, rest, alpha_at))
+    k = sets.shape[1]
+    columns = np.ascontiguousarray(sets.T)
+    i = columns.ravel()  # every pair of a coalition A and a member i: [k * C], as v(A) and N(A \ {i}) below
+    N = containing_rest(columns, v, num_experts)  # noqa: N806  # the formula's name
+    v = np.tile(v, k)
+    alpha_at = _smallest(i, v / N, num_experts)
+    sums = _sum_by(i, v, num_experts), _sum_by(i, N, num_experts)
+    difference = _difference(*sums, _at(alpha_at, v), _at(alpha_at, N))
+    factor = 1.0 / (unit * k * math.comb(num_experts, k))  # (k-1)! (E-k)! / E! is 1 / (k C(E, k))
+    return np.asarray(factor * difference)
 
 
 def _checked(
@@ -85,11 +83,7 @@ def _checked(
     if len(members) == 0:
         return members, totals, 1
     totals, unit = _in_whole_units(totals)
-    keys = _keys(np.ascontiguousarray(members.T), num_experts)
-    order, starts = _runs(keys, _key_limit(num_experts, members.shape[1]))
-    if len(starts) == len(members):
-        return members, totals, unit
-    return members[order[starts]], _sum_runs(totals[order], starts), unit
+    return *add_equal(members, totals, num_experts), unit
 
 
 def _in_whole_units(totals: Counts) -> tuple[Counts, int]:
@@ -104,93 +98,6 @@ def _in_whole_units(totals: Counts) -> tuple[Counts, int]:
     return totals, 1
 
 
-def _containing(columns: NDArray[np.int64], worth: Counts, num_experts: int) -> Counts:
-    r"""``N(A \ {i})`` for every (member, coalition), flat in the order of ``columns`` [k, C]."""
-    order, starts = _runs(_keys_without_one(columns, num_experts), _key_limit(num_experts, len(columns) - 1))
-    sums = _sum_runs(worth[order], starts)
-    rest = np.empty_like(worth)
-    rest[order] = np.repeat(sums, np.diff(starts, append=len(order)))
-    return rest
-
-
-def _key_limit(num_experts: int, size: int) -> int | None:
-    """How many keys there can be, None where they are compared as bytes."""
-    limit = math.comb(num_experts, size)
-    return limit if limit <= _INT64_MAX else None
-
-
-@cache
-def _rank_table(num_experts: int, size: int) -> NDArray[np.int64]:
-    """``C(n, j)`` [size + 1, E] for ``j <= size`` and ``n < E``: terms of the combinatorial number system."""
-    table = np.array([[min(math.comb(n, j), _INT64_MAX) for n in range(num_experts)] for j in range(size + 1)])
-    table.flags.writeable = False
-    return table
-
-
-def _keys(columns: NDArray[np.int64], num_experts: int) -> NDArray[Any]:
-    """A key of every set ``c_0 < c_1 < ...`` [size, C], free of collisions.
-
-    It is the set's rank ``sum_j C(c_j, j + 1)`` among all sets of that size, or its bytes where ranks exceed 64 bits.
-    """
-    size = len(columns)
-    if _key_limit(num_experts, size) is None:
-        packed = np.ascontiguousarray(columns.T.astype(np.uint16))
-        return packed.view(np.dtype((np.void, 2 * size))).ravel()
-    table = _rank_table(num_experts, size)
-    return np.asarray(sum(table[j + 1][column] for j, column in enumerate(columns)))
-
-
-def _keys_without_one(columns: NDArray[np.int64], num_experts: int) -> NDArray[Any]:
-    r"""A key of ``A \ {i}`` for every member, flat in the order of ``columns`` [k, C].
-
-    Leaving member ``p`` out keeps the rank's terms before it and moves those behind it down by one place, so all k keys
-    come from two running sums.
-    """
-    top_k = len(columns)
-    if _key_limit(num_experts, top_k - 1) is None:
-        return np.concatenate([_keys(np.delete(columns, p, axis=0), num_experts) for p in range(top_k)])
-    table = _rank_table(num_experts, top_k)
-    keys = np.empty(columns.shape, dtype=np.int64)
-    before = np.zeros(columns.shape[1], dtype=np.int64)
-    for place in range(top_k):
-        keys[place] = before
-        if place < top_k - 1:
-            before += table[place + 1][columns[place]]
-    behind = np.zeros_like(before)
-    for place in range(top_k - 1, 0, -1):
-        behind += table[place][columns[place]]
-        keys[place - 1] += behind
-    return keys.ravel()
-
-
-def _runs(keys: NDArray[Any], limit: int | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """An order that brings equal keys together, and where in it each run of equal keys begins.
-
-    Where key and position fit into 64 bits, they are sorted as one number, which is faster than sorting positions.
-    """
-    place_bits = len(keys).bit_length()
-    if limit is not None and limit.bit_length() + place_bits <= 63:
-        ordered = np.sort(keys << place_bits | np.arange(len(keys)))
-        order = ordered & ((1 << place_bits) - 1)
-        ordered >>= place_bits
-    elif limit is not None:
-        order = np.argsort(keys)
-        ordered = keys[order]
-    else:
-        _, first, group = np.unique(keys, return_index=True, return_inverse=True)
-        order = np.argsort(group, kind="stable")
-        return order, np.searchsorted(group[order], np.arange(len(first)))
-    return order, np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-
-
-def _sum_runs(ordered: Counts, starts: NDArray[np.int64]) -> Counts:
-    """Sum every run; exact for whole numbers, in ascending order for others."""
-    if ordered.dtype != np.int64:
-        run = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(ordered)))
-        ordered = ordered[np.lexsort((ordered, run))]
-    return np.add.reduceat(ordered, starts)
-
-
 def _sum_by(index: NDArray[np.int64], values: Counts, size: int) -> Counts:
     """Sum by index; exact for whole numbers (whose float64 sums stay below 2^53), in ascending order for others."""
     if values.dtype == np.int64:
@@ -199,7 +106,7 @@ def _sum_by(index: NDArray[np.int64], values: Counts, size: int) -> Counts:
     return np.bincount(index[order], weights=values[order], minlength=size)
 
 
-def _first_minimum(index: NDArray[np.int64], values: NDArray[np.float64], size: int) -> NDArray[np.int64]:
+def _smallest(index: NDArray[np.int64], values: NDArray[np.float64], size: int) -> NDArray[np.int64]:
     """Position of each index's smallest value, -1 where an index does not occur."""
     smallest = np.full(size, np.inf)
     np.minimum.at(smallest, index, values)
@@ -209,24 +116,21 @@ def _first_minimum(index: NDArray[np.int64], values: NDArray[np.float64], size: 
     return where
 
 
-def _remainder(
-    sums: tuple[Counts, Counts],
-    worth: Counts,
-    rest: Counts,
-    alpha_at: NDArray[np.int64],
-) -> NDArray[np.float64]:
-    r"""``sum v(A) - alpha_i sum N(A\i)`` per expert, with ``alpha_i = worth / rest`` at ``alpha_at``."""
-    result = np.zeros(len(alpha_at))
-    whole = worth.dtype == np.int64
-    for expert in np.flatnonzero(alpha_at >= 0):
-        total, contained = sums[0][expert].item(), sums[1][expert].item()
-        top, bottom = worth[alpha_at[expert]].item(), rest[alpha_at[expert]].item()
-        if whole:
-            result[expert] = (total * bottom - top * contained) / bottom
-        else:
-            value = total - top / bottom * contained
-            result[expert] = value if value > _ROUNDING * total else 0.0
-    return result
+def _at(position: NDArray[np.int64], values: Counts) -> Counts:
+    """Values at positions; 1 where a position is -1."""
+    return np.where(position >= 0, values[position], 1)
+
+
+def _difference(v_sum: Counts, N_sum: Counts, v_least: Counts, N_least: Counts) -> NDArray[np.float64]:  # noqa: N803
+    r"""``sum v(A) - alpha_i sum N(A \ {i})`` per expert, with ``alpha_i = v_least / N_least``.
+
+    Whole numbers are subtracted exactly, as Python's integers; what is rounding among others counts as zero.
+    """
+    if v_sum.dtype == np.int64:
+        rows = zip(v_sum.tolist(), N_sum.tolist(), v_least.tolist(), N_least.tolist(), strict=True)
+        return np.array([(v * below - above * n) / below for v, n, above, below in rows])
+    value = v_sum - v_least / N_least * N_sum
+    return np.where(value > _ROUNDING * v_sum, value, 0.0)
 
 
 @register("shape", needs=("coalitions",), least_top_k=2)

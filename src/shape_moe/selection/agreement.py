@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from shape_moe.architectures.moe_config import RouterFacts
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.scoring.scores import Scores
-from shape_moe.selection.rules import RULES
+from shape_moe.selection.rules import rules as known_rules
 from shape_moe.selection.select import SelectOptions, select_from_scores
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import SegmentWeights
@@ -30,7 +30,7 @@ def options_of(selection: Selection) -> SelectOptions | None:
     scorer, and scorers are compared at one size.
     """
     rules = selection.constraints
-    if selection.rule not in RULES:
+    if selection.rule not in known_rules():
         return None
     return SelectOptions(
         keep=selection.keep,

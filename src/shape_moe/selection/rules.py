@@ -4,16 +4,65 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shape_moe.errors import UsageError
+from shape_moe.errors import ShapeMoeError, UsageError
+from shape_moe.registry import Registry
 
 Values = NDArray[np.floating]
 Priority = NDArray[np.float64]
+RuleFunction = Callable[[Values, Values | None], Priority]
 _MAX_BISECTIONS = 200
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A named rule; calling it gives the priority.
+
+    Attributes:
+        name: what users type.
+        function: from values [L, E] and a tiebreak [L, E] (usually tokens routed to the expert; None for none) to a
+            priority [L, E], smaller is kept first.
+        by_rank: whether the priority depends on ranks within layers alone.
+    """
+
+    name: str
+    function: RuleFunction
+    by_rank: bool = False
+
+    def __call__(self, values: Values, tiebreak: Values | None = None) -> Priority:
+        """The priority, float64 [L, E].
+
+        Raises:
+            ShapeMoeError: when the function gives something else than finite numbers [L, E].
+        """
+        priority = np.asarray(self.function(values, tiebreak), dtype=np.float64)
+        if priority.shape != np.shape(values) or not np.isfinite(priority).all():
+            raise ShapeMoeError(
+                f"Rule {self.name!r} must return finite numbers of shape {np.shape(values)}, not {priority.shape}."
+            )
+        return priority
+
+
+_RULES: Registry[Rule] = Registry("rule", "shape_moe.rules", ())
+
+
+def register(name: str, *, by_rank: bool = False) -> Callable[[RuleFunction], RuleFunction]:
+    """Register a function as a rule; see :class:`Rule` for the arguments.
+
+    Raises:
+        UsageError: when another function has that name already.
+    """
+
+    def add(function: RuleFunction) -> RuleFunction:
+        _RULES.add(name, Rule(name, function, by_rank), function)
+        return function
+
+    return add
 
 
 def layer_ranks(values: Values, tiebreak: Values | None = None) -> NDArray[np.int64]:
@@ -35,6 +84,7 @@ def layer_ranks(values: Values, tiebreak: Values | None = None) -> NDArray[np.in
     return ranks
 
 
+@register("coverage")
 def coverage_priority(values: Values, tiebreak: Values | None = None) -> Priority:
     r"""Priority of SHAPE's quality-coverage selection (arXiv 2606.09886).
 
@@ -70,20 +120,18 @@ def coverage_priority(values: Values, tiebreak: Values | None = None) -> Priorit
     return np.where(values > 0, by_expert, last)
 
 
+@register("uniform", by_rank=True)
 def uniform_priority(values: Values, tiebreak: Values | None = None) -> Priority:
     """Priority that keeps the same number of experts in every layer (to within one): ``rank / E``."""
     ranks = layer_ranks(values, tiebreak)
     return np.asarray(ranks / values.shape[1])
 
 
+@register("global")
 def global_priority(values: Values, tiebreak: Values | None = None) -> Priority:
     """Priority that compares values across layers as they are: the larger value first."""
     del tiebreak  # ties are broken by rank, wherever a budget is spent
     return -_checked(values)
-
-
-Rule = Callable[[Values, Values | None], Priority]
-RULES: dict[str, Rule] = {"coverage": coverage_priority, "uniform": uniform_priority, "global": global_priority}
 
 
 def get_rule(name: str) -> Rule:
@@ -92,9 +140,12 @@ def get_rule(name: str) -> Rule:
     Raises:
         UsageError: for an unknown name.
     """
-    if name not in RULES:
-        raise UsageError(f"There is no rule {name!r}; there are {', '.join(RULES)}.")
-    return RULES[name]
+    return _RULES.get(name)
+
+
+def rules() -> dict[str, Rule]:
+    """All rules by name, installed packages' included."""
+    return _RULES.all()
 
 
 def budget_for(keep: float, total: int) -> int:

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
 from shape_moe.calibration.batches import FOLDS, PADDING, SEGMENTS
-from shape_moe.errors import ShapeMoeError
+from shape_moe.errors import ShapeMoeError, first_line
 from shape_moe.tracing.coalitions import CoalitionTable, merge_tables, tabulate
-from shape_moe.tracing.statistics import HALVES, SUMMED_PER_SLOT, SUMMED_PER_TOKEN
+from shape_moe.tracing.observed import Observed
+from shape_moe.tracing.statistics import HALVES, Per, Reduction, Statistic, statistics
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from shape_moe.calibration.batches import Batch
     from shape_moe.tracing.trace import Array
 
 _CELLS = len(SEGMENTS) * FOLDS
 _HALF_CELLS = len(SEGMENTS) * HALVES
-_CHUNK_BYTES = 8 * 2**20
-"""Expert outputs are looked at in float32 chunks of about this size: they stay in cache, and memory stays flat."""
 _COMPACT_ROWS = 200_000
 _NOT_FINITE = (
     "Layer {layer}: the experts' {what} are not finite; the checkpoint has NaN or infinite weights, "
@@ -40,21 +37,31 @@ class BatchContext:
 
     segments: torch.Tensor
     folds: torch.Tensor
-    _on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _on_device: dict[torch.device, _Places] = field(default_factory=dict)
 
     @classmethod
     def of(cls, batch: Batch) -> BatchContext:
         """The context of a batch."""
         return cls(batch.segments.to(torch.int64), batch.folds.to(torch.int64))
 
-    def cells(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cell of every token in (segment, fold) and in (segment, half), int64 [T] each, on ``device``."""
+    def on(self, device: torch.device) -> _Places:
+        """Where every token of the batch is counted, on ``device``."""
         if device not in self._on_device:
             real = self.segments != PADDING
-            cell = torch.where(real, self.segments * FOLDS + self.folds, _CELLS)
-            half = torch.where(real, self.segments * HALVES + self.folds % HALVES, _HALF_CELLS)
-            self._on_device[device] = (cell.to(device), half.to(device))
+            cells = torch.where(real, self.segments * FOLDS + self.folds, _CELLS)
+            half_cells = torch.where(real, self.segments * HALVES + self.folds % HALVES, _HALF_CELLS)
+            self._on_device[device] = _Places(*(t.to(device) for t in (self.segments, self.folds, cells, half_cells)))
         return self._on_device[device]
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Int64 [T] each: segment, fold, cell in (segment, fold), and cell in (segment, half)."""
+
+    segments: torch.Tensor
+    folds: torch.Tensor
+    cells: torch.Tensor
+    half_cells: torch.Tensor
 
 
 class LayerRecorder:
@@ -65,19 +72,28 @@ class LayerRecorder:
         num_experts: routed experts.
         residual_scale: the family's factor on the block's output.
         router_scores: how router logits become probabilities.
+        recorded: the statistics to record, None for all that are installed.
     """
 
     def __init__(
-        self, layer: int, num_experts: int, residual_scale: float, router_scores: Literal["softmax", "sigmoid"]
+        self,
+        layer: int,
+        num_experts: int,
+        residual_scale: float,
+        router_scores: Literal["softmax", "sigmoid"],
+        recorded: Sequence[Statistic] | None = None,
     ) -> None:
         self.layer, self.num_experts = layer, num_experts
         self.scale, self.router_scores = residual_scale, router_scores
+        self.recorded = tuple(statistics().values() if recorded is None else recorded)
         self.context: BatchContext | None = None
         self.residual: torch.Tensor | None = None
         self.normed: torch.Tensor | None = None
+        self.router_logits: torch.Tensor | None = None
         self.calls = 0
         self._checked = False
         self._sums: dict[str, torch.Tensor] = {}
+        self._kept: Mapping[str, Array] = {}
         self._finite: torch.Tensor | None = None
         self._ids: list[torch.Tensor] = []
         self._cells: list[torch.Tensor] = []
@@ -92,33 +108,27 @@ class LayerRecorder:
         """Begin a batch."""
         self.context, self.calls = context, 0
 
+    def _of(self, per: Per, reduction: Reduction = "sum") -> tuple[Statistic, ...]:
+        """The recorded statistics of one kind, in the order of their columns."""
+        return tuple(s for s in self.recorded if s.per == per and s.reduction == reduction)
+
     def _accumulators(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The running sums, padding's cell last, on the device that runs the layer (or where it can have float64)."""
         if not self._sums:
             home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
             cells, experts = _CELLS + 1, self.num_experts
             shapes = {
-                "slots": (cells * experts, len(SUMMED_PER_SLOT)),
-                "tokens": (cells, len(SUMMED_PER_TOKEN)),
-                "largest": (cells * experts,),
-                "probability": (cells, experts),
-                "gram": ((_HALF_CELLS + 1) * experts * experts,),
-                "gram_relative": ((_HALF_CELLS + 1) * experts * experts,),
+                "slot": (cells * experts, len(self._of("slot"))),
+                "largest": (len(self._of("slot", "max")), cells * experts),
+                "expert": (len(self._of("expert")), cells, experts),
+                "token": (cells, len(self._of("token"))),
+                "pair": (len(self._of("pair")), (_HALF_CELLS + 1) * experts * experts),
             }
             self._sums = {k: torch.zeros(s, dtype=torch.float64, device=home) for k, s in shapes.items()}
+            for name, array in self._kept.items():
+                self._sums[name].copy_(torch.from_numpy(array))
+            self._kept = {}
         return self._sums
-
-    @torch.no_grad()
-    def add_router(self, logits: torch.Tensor) -> None:
-        """Add the router's probabilities of all experts; logits are [T, E]."""
-        if self.context is None:
-            return
-        logits = logits.reshape(-1, self.num_experts).float()
-        self._check_length(self.context, len(logits))
-        sums = self._accumulators(logits.device)["probability"]
-        probabilities = logits.sigmoid() if self.router_scores == "sigmoid" else logits.softmax(-1)
-        cell, _ = self.context.cells(sums.device)
-        one_hot = torch.nn.functional.one_hot(cell, _CELLS + 1).T.to(torch.float64)
-        sums += one_hot @ probabilities.to(sums)
 
     @torch.no_grad()
     def add(self, hidden: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, outputs: torch.Tensor) -> None:
@@ -131,65 +141,90 @@ class LayerRecorder:
             outputs: expert outputs before weighting [T, k, H].
 
         Raises:
-            ShapeMoeError: when the batch's segments do not fit, or the residual stream is not the one that feeds
-                this block.
+            ShapeMoeError: when the batch's segments do not fit, when the residual stream is not the one that feeds
+                this block, or when a statistic fails.
         """
-        context, residual = self._check_call(hidden)
+        context, residual, logits = self._check_call(hidden)
         sums = self._accumulators(outputs.device)
-        home = sums["slots"].device
-        found = _inner_products(outputs, residual)
-        products, with_residual, residual_square = (t.to(home).double() for t in found)
-        ids, gates = ids.to(home), gates.to(home, torch.float64)
-        cell, half_cell = context.cells(home)
-
-        pairs = products * (gates.unsqueeze(2) * gates.unsqueeze(1)) * self.scale**2
-        along_output = pairs.sum(2)
-        output_square = along_output.sum(1).clamp_min(0)
-        along_residual = self.scale * (gates * with_residual).sum(1)
-        turned = one_minus_cosine(residual_square, output_square, along_residual)
-
-        norms = products.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
-        gated = gates * norms
-        total = gates.sum(1, keepdim=True)
-        renormalised = torch.where(total != 0, gates / total, 0)
-        slots = [
-            torch.ones_like(gates),
-            gates,
-            renormalised,
-            norms,
-            gated,
-            renormalised * norms,
-            gated * turned[:, None],
-        ]
-        slot_index = (cell.unsqueeze(1) * self.num_experts + ids).flatten()
-        sums["slots"].index_add_(0, slot_index, torch.stack(slots, dim=-1).flatten(0, 1))
-        sums["largest"].scatter_reduce_(0, slot_index, norms.flatten(), "amax")
-        tokens = torch.stack([torch.ones_like(output_square), output_square, residual_square], dim=-1)
-        sums["tokens"].index_add_(0, cell, tokens)
-
-        square = self.num_experts**2
-        pair_index = ids.unsqueeze(2) * self.num_experts + ids.unsqueeze(1) + half_cell[:, None, None] * square
-        sums["gram"].index_add_(0, pair_index.flatten(), pairs.flatten())
-        relative = torch.where(residual_square > 0, 1 / residual_square, 0)
-        sums["gram_relative"].index_add_(0, pair_index.flatten(), (pairs * relative[:, None, None]).flatten())
-
-        finite = torch.isfinite(output_square).all()
+        places = context.on(sums["slot"].device)
+        seen = Observed(
+            h=residual,
+            ids=ids.to(places.cells.device, torch.int64),
+            g=gates.to(places.cells.device, torch.float64),
+            outputs=outputs,
+            router_logits=logits,
+            segments=places.segments,
+            folds=places.folds,
+            residual_scale=self.scale,
+            router_scores=self.router_scores,
+        )
+        self._add_slots(seen, places, sums)
+        self._add_tokens(seen, places, sums)
+        self._add_pairs(seen, places, sums)
+        finite = torch.isfinite(seen.output_square).all()
         self._finite = finite if self._finite is None else self._finite & finite
-        self._ids.append(ids.to(torch.int16))
+        self._ids.append(seen.ids.to(torch.int16))
 
-    def _check_call(self, hidden: torch.Tensor) -> tuple[BatchContext, torch.Tensor]:
-        context, residual, normed = self.context, self.residual, self.normed
+    def _add_slots(self, seen: Observed, places: _Places, sums: dict[str, torch.Tensor]) -> None:
+        index = (places.cells.unsqueeze(1) * self.num_experts + seen.ids).flatten()
+        columns = [self._terms(s, seen, seen.ids.shape) for s in self._of("slot")]
+        if columns:
+            _add_at(sums["slot"], index, torch.stack(columns, dim=-1).flatten(0, 1))
+        for row, statistic in enumerate(self._of("slot", "max")):
+            terms = self._terms(statistic, seen, seen.ids.shape)
+            sums["largest"][row].scatter_reduce_(0, index, terms.flatten(), "amax")
+
+    def _add_tokens(self, seen: Observed, places: _Places, sums: dict[str, torch.Tensor]) -> None:
+        tokens = len(seen.ids)
+        columns = [self._terms(s, seen, (tokens,)) for s in self._of("token")]
+        if columns:
+            _add_at(sums["token"], places.cells, torch.stack(columns, dim=-1))
+        one_hot = torch.nn.functional.one_hot(places.cells, _CELLS + 1).T.to(torch.float64)
+        for row, statistic in enumerate(self._of("expert")):
+            sums["expert"][row] += one_hot @ self._terms(statistic, seen, (tokens, self.num_experts))
+
+    def _add_pairs(self, seen: Observed, places: _Places, sums: dict[str, torch.Tensor]) -> None:
+        pair = seen.ids.unsqueeze(2) * self.num_experts + seen.ids.unsqueeze(1)
+        index = (pair + places.half_cells[:, None, None] * self.num_experts**2).flatten()
+        for row, statistic in enumerate(self._of("pair")):
+            _add_at(sums["pair"][row], index, self._terms(statistic, seen, pair.shape).flatten())
+
+    def _terms(self, statistic: Statistic, seen: Observed, shape: tuple[int, ...]) -> torch.Tensor:
+        """What a statistic gives for these tokens, float64 where the sums are."""
+        try:
+            terms = statistic.function(seen)
+            found = tuple(terms.shape)
+            terms = terms.to(seen.g)
+        except (ShapeMoeError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # other packages' code: named, and never a traceback
+            raise ShapeMoeError(f"Statistic {statistic.name!r} failed: {first_line(error)}") from error
+        if found != tuple(shape):
+            raise ShapeMoeError(
+                f"Statistic {statistic.name!r} must give one term per {statistic.per}, {tuple(shape)}, not {found}."
+            )
+        return terms
+
+    def _check_call(self, hidden: torch.Tensor) -> tuple[BatchContext, torch.Tensor, torch.Tensor]:
+        """The running batch, its residual stream [T, H] and its router logits [T, E]."""
+        context, residual, normed, logits = self.context, self.residual, self.normed, self.router_logits
         if context is None or residual is None or normed is None:
             raise ShapeMoeError(
                 f"Layer {self.layer}: the experts ran before the norm of their residual stream; "
                 "the family's facts do not fit this model."
             )
-        self._check_length(context, len(hidden))
+        if logits is None:
+            raise ShapeMoeError(
+                f"Layer {self.layer}: the experts ran before their router; the family's facts do not fit this model."
+            )
+        logits = logits.reshape(-1, self.num_experts).float()
+        for found in (hidden, logits):
+            self._check_length(context, len(found))
         if not self._checked:
             self._check_residual(normed, hidden)
         self.calls += 1
-        self.residual = self.normed = None
-        return context, residual.reshape(hidden.shape)
+        self.residual = self.normed = self.router_logits = None
+        return context, residual.reshape(hidden.shape), logits
 
     def _check_residual(self, normed: torch.Tensor, hidden: torch.Tensor) -> None:
         """Once per layer: the experts' input must be the norm of the residual stream that was recorded."""
@@ -206,7 +241,7 @@ class LayerRecorder:
         if tokens != len(context.segments):
             raise ShapeMoeError(
                 f"Layer {self.layer}: the experts received {tokens} tokens where the batch has "
-                f"{len(context.segments)}: the model drops or repeats tokens, and segments cannot be told."
+                f"{len(context.segments)}: the model drops or repeats tokens, so nobody knows which are prompt."
             )
 
     def finish(self) -> None:
@@ -243,65 +278,54 @@ class LayerRecorder:
         assert self._table is not None
         return self._table
 
-    def statistics(self) -> dict[str, Array]:
-        """Every statistic of this layer over all batches so far, without the layer axis."""
-        experts, segments = self.num_experts, len(SEGMENTS)
+    def state(self) -> dict[str, Array]:
+        """The running sums as they are, and the coalition table: what :meth:`restore` goes on from, bit for bit."""
+        table = self.coalitions()
         sums = {name: tensor.cpu().numpy() for name, tensor in self._sums.items()}
-        slots = sums["slots"][: _CELLS * experts].reshape(segments, FOLDS, experts, -1)
-        tokens = sums["tokens"][:_CELLS].reshape(segments, FOLDS, -1)
-        result: dict[str, Array] = {name: slots[..., i] for i, name in enumerate(SUMMED_PER_SLOT)}
-        result |= {name: tokens[..., i] for i, name in enumerate(SUMMED_PER_TOKEN)}
-        result["largest_norm"] = sums["largest"][: _CELLS * experts].reshape(segments, FOLDS, experts)
-        result["router_probability"] = sums["probability"][:_CELLS].reshape(segments, FOLDS, experts)
-        for name in ("gram", "gram_relative"):
-            square = experts * experts
-            result[name] = sums[name][: _HALF_CELLS * square].reshape(segments, HALVES, experts, experts)
-        for name in ("tokens", "layer_tokens"):
-            result[name] = np.rint(result[name]).astype(np.int64)
+        counted = {"members": np.ascontiguousarray(table.members), "counts": np.ascontiguousarray(table.counts)}
+        return {**(sums or self._kept), **counted}
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Go on from the state of a recorder of the same layer and statistics."""
+        self._table = CoalitionTable(np.asarray(state["members"]), np.asarray(state["counts"]))
+        self._kept = {name: np.asarray(a) for name, a in state.items() if name not in ("members", "counts")}
+
+    def statistics(self) -> dict[str, Array]:
+        """Every recorded statistic of this layer over all batches so far, without the layer axis.
+
+        Raises:
+            ShapeMoeError: when a statistic is not finite.
+        """
+        state = self.state()
+        cells = (len(SEGMENTS), FOLDS)
+        result: dict[str, Array] = {}
+        for column, statistic in enumerate(self._of("slot")):
+            result[statistic.name] = state["slot"][: _CELLS * self.num_experts, column].reshape(*cells, -1)
+        for row, statistic in enumerate(self._of("slot", "max")):
+            result[statistic.name] = state["largest"][row, : _CELLS * self.num_experts].reshape(*cells, -1)
+        for row, statistic in enumerate(self._of("expert")):
+            result[statistic.name] = state["expert"][row, :_CELLS].reshape(*cells, -1)
+        for column, statistic in enumerate(self._of("token")):
+            result[statistic.name] = state["token"][:_CELLS, column].reshape(cells)
+        square = (self.num_experts, self.num_experts)
+        for row, statistic in enumerate(self._of("pair")):
+            values = state["pair"][row, : _HALF_CELLS * self.num_experts**2]
+            result[statistic.name] = values.reshape(len(SEGMENTS), HALVES, *square)
+        for statistic in self.recorded:
+            if not np.isfinite(result[statistic.name]).all():
+                raise ShapeMoeError(f"Layer {self.layer}: statistic {statistic.name!r} is not finite.")
+            if statistic.whole:
+                result[statistic.name] = np.rint(result[statistic.name]).astype(np.int64)
         return result
 
 
-def one_minus_cosine(residual_square: torch.Tensor, output_square: torch.Tensor, along: torch.Tensor) -> torch.Tensor:
-    """``1 - cos(h, h + y)`` from ``|h|^2``, ``|y|^2`` and ``<h, y>``, stable for small ``y``.
+def _add_at(sums: torch.Tensor, index: torch.Tensor, terms: torch.Tensor) -> None:
+    """Add terms to rows of sums, in the same order every time.
 
-    ``sin^2 = (|h|^2 |y|^2 - <h,y>^2) / (|h|^2 |h+y|^2)`` and ``1 - cos = sin^2 / (1 + cos)``; the plain difference
-    loses all digits when ``y`` is small against ``h``. Zero where either vector is zero.
+    ``index_add_`` is faster on CPUs; elsewhere its atomic additions come in any order, and the last bits with them,
+    while an accumulating ``index_put_`` sorts first.
     """
-    sum_square = residual_square + 2 * along + output_square
-    scale = residual_square * sum_square
-    defined = scale > 0
-    safe = torch.where(defined, scale, 1)
-    sine_square = ((residual_square * output_square - along**2) / safe).clamp(0, 1)
-    cosine = ((residual_square + along) / safe.sqrt()).clamp(-1, 1)
-    result = torch.where(cosine > 0, sine_square / (1 + cosine.clamp_min(0)), 1 - cosine)
-    return torch.where(defined, result, 0)
-
-
-def _inner_products(outputs: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``<E_i, E_j>`` [T, k, k], ``<E_i, h>`` [T, k] and ``|h|^2`` [T] in full float32."""
-    tokens, top_k, hidden = outputs.shape
-    step = max(1, _CHUNK_BYTES // (4 * top_k * hidden))
-    pairs, with_residual, squares = [], [], []
-    with _full_float32_products(outputs.device):
-        for start in range(0, tokens, step):
-            chunk = outputs[start : start + step].float()
-            stream = residual[start : start + step].float()
-            pairs.append(torch.bmm(chunk, chunk.transpose(1, 2)))
-            with_residual.append(torch.bmm(chunk, stream.unsqueeze(2)).squeeze(2))
-            squares.append((stream * stream).sum(1))
-    return torch.cat(pairs), torch.cat(with_residual), torch.cat(squares)
-
-
-@contextmanager
-def _full_float32_products(device: torch.device) -> Iterator[None]:
-    """Keep matrix products out of TF32 and bfloat16, whatever the user allows elsewhere."""
-    backend: Any = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device.type)
-    if backend is None:
-        yield
-        return
-    before = backend.matmul.fp32_precision
-    backend.matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        backend.matmul.fp32_precision = before
+    if sums.device.type == "cpu":
+        sums.index_add_(0, index, terms)
+    else:
+        sums.index_put_((index,), terms, accumulate=True)

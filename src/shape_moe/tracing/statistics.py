@@ -1,69 +1,113 @@
-"""The statistics that a trace may hold: names, axes, reductions and meanings.
+"""Statistics: what a trace may hold, in a registry with entry points.
 
-``g`` is the gate weight that the experts module received, ``E_i`` the output of expert ``i`` before weighting,
-``a_i = g_i E_i`` (times the family's residual scale) its contribution, ``y`` the sum of contributions, ``h`` the
-residual stream before the norm that feeds the block. Every statistic is kept per segment, for tokens that are
-prompt and tokens that are response.
+A statistic is a function of what one call of a layer's experts module shows (:class:`Observed`): the residual stream
+``h``, the expert ids, the gate weights ``g`` as received, the experts' outputs ``E_i`` before weighting, and the routed
+output ``y``. It gives one term for every token, for every (token, slot) or for every pair of slots; the recorder adds
+terms up (or takes their maximum), by segment and by fold or half of the examples, without the function's help. Other
+packages add statistics through the entry-point group ``shape_moe.statistics``; see docs/add-a-scorer.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from shape_moe.errors import CheckpointError, UsageError
+from shape_moe.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+
+    from shape_moe.tracing.observed import Observed
 
 Axes = Literal["expert", "layer", "pair"]
+Reduction = Literal["sum", "max"]
+Per = Literal["slot", "expert", "token", "pair"]
 HALVES = 2
 """The Gram matrices are kept for this many halves of the examples: even and odd folds."""
+_AXES: dict[Per, Axes] = {"slot": "expert", "expert": "expert", "token": "layer", "pair": "pair"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a statistic lies in a trace, whoever knows its formula.
+
+    Attributes:
+        axes: ``expert`` is [layer, segment, fold, expert]; ``layer`` is [layer, segment, fold]; ``pair`` is
+            [layer, segment, half, expert, expert].
+        reduction: how tokens, and later traces, are put together.
+    """
+
+    axes: Axes
+    reduction: Reduction
+
+    def __post_init__(self) -> None:
+        if self.axes not in ("expert", "layer", "pair") or self.reduction not in ("sum", "max"):
+            raise CheckpointError(f"No statistic has axes {self.axes!r} and reduction {self.reduction!r}.")
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """One entry of a trace.
+    """A named statistic.
 
     Attributes:
         name: key in the file.
-        axes: ``expert`` is [layer, segment, fold, expert]; ``layer`` is [layer, segment, fold]; ``pair`` is
-            [layer, segment, half, expert, expert].
-        reduction: how tokens, and later traces, are put together.
-        meaning: what is summed (or maximised) over tokens.
+        per: what one term belongs to: ``slot`` is [T, k], an expert that served the token; ``expert`` is [T, E], every
+            expert of the layer; ``token`` is [T]; ``pair`` is [T, k, k], two experts that served the token.
+        reduction: how terms, and later traces, are put together.
+        meaning: what is summed (or maximised) over tokens, in the words of docs/method.md.
+        function: the terms of the tokens that one call shows, of the shape that ``per`` says.
+        whole: whether it counts, and is kept as whole numbers.
     """
 
     name: str
-    axes: Axes
-    reduction: Literal["sum", "max"]
+    per: Per
+    reduction: Reduction
     meaning: str
+    function: Callable[[Observed], torch.Tensor]
+    whole: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        """How it lies in a trace."""
+        return Layout(_AXES[self.per], self.reduction)
 
 
-STATISTICS: dict[str, Statistic] = {
-    statistic.name: statistic
-    for statistic in (
-        Statistic("tokens", "expert", "sum", "tokens routed to the expert"),
-        Statistic("gate", "expert", "sum", "g"),
-        Statistic("gate_renormalised", "expert", "sum", "g / sum of g over the top-k"),
-        Statistic("norm", "expert", "sum", "|E_i|"),
-        Statistic("gated_norm", "expert", "sum", "g |E_i|"),
-        Statistic("gated_norm_renormalised", "expert", "sum", "g |E_i| / sum of g over the top-k"),
-        Statistic("gated_norm_turned", "expert", "sum", "g |E_i| (1 - cos(h, h + y))"),
-        Statistic("largest_norm", "expert", "max", "|E_i|"),
-        Statistic("router_probability", "expert", "sum", "the router's probability of the expert, routed to or not"),
-        Statistic("layer_tokens", "layer", "sum", "1"),
-        Statistic("output_square", "layer", "sum", "|y|^2"),
-        Statistic("residual_square", "layer", "sum", "|h|^2"),
-        Statistic("gram", "pair", "sum", "<a_i, a_j>"),
-        Statistic("gram_relative", "pair", "sum", "<a_i, a_j> / |h|^2"),
-    )
-}
-
-SUMMED_PER_SLOT = (
-    "tokens",
-    "gate",
-    "gate_renormalised",
-    "norm",
-    "gated_norm",
-    "gated_norm_renormalised",
-    "gated_norm_turned",
+_STATISTICS: Registry[Statistic] = Registry(
+    "statistic", "shape_moe.statistics", ("shape_moe.tracing.built_in_statistics",)
 )
-"""Per-expert sums with one term for every (token, expert) that was routed, in the recorder's column order."""
 
-SUMMED_PER_TOKEN = ("layer_tokens", "output_square", "residual_square")
-"""Per-layer sums with one term per token, in the recorder's column order."""
+
+def statistic(
+    name: str, *, per: Per, meaning: str, reduction: Reduction = "sum", whole: bool = False
+) -> Callable[[Callable[[Observed], torch.Tensor]], Callable[[Observed], torch.Tensor]]:
+    """Register a function as a statistic; see :class:`Statistic` for the arguments.
+
+    Raises:
+        UsageError: when another function has that name already, or a statistic is declared that cannot be recorded.
+    """
+    if per not in _AXES or reduction not in ("sum", "max"):
+        raise UsageError(f"Statistic {name!r}: a term is per {', '.join(_AXES)}, and its reduction is sum or max.")
+    if reduction == "max" and per != "slot":
+        raise UsageError(f"Statistic {name!r}: a maximum is taken per slot.")
+
+    def add(function: Callable[[Observed], torch.Tensor]) -> Callable[[Observed], torch.Tensor]:
+        _STATISTICS.add(name, Statistic(name, per, reduction, meaning, function, whole), function)
+        return function
+
+    return add
+
+
+def statistics() -> dict[str, Statistic]:
+    """All statistics by name: those that a Transformers trace holds, installed packages' included."""
+    return _STATISTICS.all()
+
+
+def get_statistic(name: str) -> Statistic:
+    """Look a statistic up.
+
+    Raises:
+        UsageError: for an unknown name.
+    """
+    return _STATISTICS.get(name)

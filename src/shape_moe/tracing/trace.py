@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.architectures.moe_config import RouterFacts
+from shape_moe.calibration.batches import FOLDS, SEGMENTS
 from shape_moe.documents import MOST_EXPERTS, as_shape
 from shape_moe.errors import CheckpointError, FingerprintError, UsageError
 from shape_moe.json_file import read_json
 from shape_moe.source_files import changed_file
 from shape_moe.traced_files import TracedFiles
 from shape_moe.tracing.coalitions import CoalitionTable, merge_tables, read_table, write_table
-from shape_moe.tracing.statistics import STATISTICS
+from shape_moe.tracing.statistics import HALVES, Layout, get_statistic
 from shape_moe.workspace import write_text
 
 FORMAT_VERSION = 1
@@ -93,13 +94,19 @@ class Trace:
 
     Attributes:
         info: origin and shape.
-        statistics: arrays by name, see :data:`shape_moe.tracing.statistics.STATISTICS`.
+        statistics: arrays by name, see :mod:`shape_moe.tracing.statistics`.
         coalitions: the coalition table of every layer.
+        layouts: axes and reduction of statistics by name, for those of packages that may not be installed here.
     """
 
     info: TraceInfo
     statistics: Mapping[str, Array]
     coalitions: Mapping[int, CoalitionTable]
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+
+    def layout(self, name: str) -> Layout:
+        """Axes and reduction of a statistic that the trace holds."""
+        return self.layouts[name] if name in self.layouts else get_statistic(name).layout
 
     def sums(self, name: str, weights: SegmentWeights | None = None) -> NDArray[np.float64]:
         """A statistic over the whole trace: folds and weighted segments added (or maximised).
@@ -118,7 +125,7 @@ class Trace:
         weights = weights or SegmentWeights()
         values = np.asarray(self.statistics[name], dtype=np.float64)
         factors = (weights.prompt, weights.response)
-        if STATISTICS[name].reduction == "max":
+        if self.layout(name).reduction == "max":
             used = [i for i, factor in enumerate(factors) if factor > 0]
             return np.asarray(values[:, used].max(axis=(1, 2)))
         by_segment = values.sum(axis=2)
@@ -145,9 +152,7 @@ class Trace:
         for layer, table in self.coalitions.items():
             write_table(table, _coalition_file(folder, layer))
         save_file({name: np.ascontiguousarray(a) for name, a in self.statistics.items()}, _statistics_file(folder))
-        spec = {
-            name: {"axes": STATISTICS[name].axes, "reduction": STATISTICS[name].reduction} for name in self.statistics
-        }
+        spec = {name: asdict(self.layout(name)) for name in self.statistics}
         document = {"format_version": FORMAT_VERSION, **asdict(self.info), "statistics": spec}
         write_text(folder / "trace.json", json.dumps(document, indent=1) + "\n")
 
@@ -164,14 +169,12 @@ def load_trace(path: str | PathLike[str]) -> Trace:
     document = read_json(folder / "trace.json")
     if document.pop("format_version", None) != FORMAT_VERSION:
         raise CheckpointError(f"{folder} was written in another format version; trace the model anew.")
-    statistics = document.pop("statistics", {})
-    if not isinstance(statistics, dict):
-        raise CheckpointError(f"{folder / 'trace.json'} is not a trace: its statistics are no object.")
-    names = list(statistics)
+    layouts = as_shape(document.pop("statistics", {}), dict[str, Layout], folder / "trace.json", "a trace")
     info = as_shape(document, TraceInfo, folder / "trace.json", "a trace")
     _check_shape(info, folder)
     coalitions = {layer: _read_coalitions(_coalition_file(folder, layer), info) for layer in info.layers}
-    return Trace(info, _LazyStatistics(_statistics_file(folder), names), coalitions)
+    held = _LazyStatistics(_statistics_file(folder), info, layouts)
+    return Trace(info, held, coalitions, layouts)
 
 
 def _check_shape(info: TraceInfo, folder: Path) -> None:
@@ -197,6 +200,9 @@ def _read_coalitions(file: Path, info: TraceInfo) -> CoalitionTable:
 def merge_traces(traces: Sequence[Trace], weights: Sequence[float] | None = None) -> Trace:
     """Put traces of the same model together: sums are added (times a weight each), maxima are kept.
 
+    Coalitions and counts are exact in any order (with weights that are no whole numbers: to within rounding). Other
+    sums are added in the order in which the traces are given; another order may change their last bits.
+
     Raises:
         FingerprintError: when the traces are of different models.
         UsageError: for no traces, or weights that do not fit them.
@@ -215,10 +221,14 @@ def merge_traces(traces: Sequence[Trace], weights: Sequence[float] | None = None
             raise FingerprintError("The traces are of different models: their fingerprints or layers differ.")
         if trace.info.traced_files is not None and (changed := _changed_between(first, trace.info)) is not None:
             raise FingerprintError(f"{changed} between the traces, so they are of different models.")
-    names = [name for name in STATISTICS if all(name in trace.statistics for trace in traces)]
-    statistics = {name: _merge_statistic(name, [t.statistics[name] for t in traces], weights) for name in names}
+    names = [name for name in traces[0].statistics if all(name in trace.statistics for trace in traces)]
+    layouts = {name: traces[0].layout(name) for name in names}
+    merged = {
+        name: _merge_statistic(layout, [t.statistics[name] for t in traces], weights)
+        for name, layout in layouts.items()
+    }
     coalitions = {layer: merge_tables([t.coalitions[layer] for t in traces], weights) for layer in first.layers}
-    return Trace(_merge_infos([t.info for t in traces], weights), statistics, coalitions)
+    return Trace(_merge_infos([t.info for t in traces], weights), merged, coalitions, layouts)
 
 
 def _changed_between(first: TraceInfo, second: TraceInfo) -> str | None:
@@ -229,8 +239,8 @@ def _changed_between(first: TraceInfo, second: TraceInfo) -> str | None:
     return changed_file(before.files, after.files)
 
 
-def _merge_statistic(name: str, arrays: list[Array], weights: list[float]) -> Array:
-    if STATISTICS[name].reduction == "max":
+def _merge_statistic(layout: Layout, arrays: list[Array], weights: list[float]) -> Array:
+    if layout.reduction == "max":
         return np.asarray(np.maximum.reduce([a for a, w in zip(arrays, weights, strict=True) if w > 0]))
     if all(w == 1 for w in weights):
         return np.asarray(sum(arrays[1:], start=arrays[0]))
@@ -258,30 +268,41 @@ def _statistics_file(folder: Path) -> Path:
     return folder / "statistics.safetensors"
 
 
+def _shape(info: TraceInfo, layout: Layout) -> tuple[int, ...]:
+    cells = (len(info.layers), len(SEGMENTS), HALVES if layout.axes == "pair" else FOLDS)
+    return cells + (info.num_experts,) * {"layer": 0, "expert": 1, "pair": 2}[layout.axes]
+
+
 class _LazyStatistics(Mapping[str, Array]):
     """Arrays of a statistics file, read on first use (Gram matrices of large models take hundreds of MB)."""
 
-    def __init__(self, file: Path, names: list[str]) -> None:
-        self._file, self._names, self._read = file, names, dict[str, Array]()
+    def __init__(self, file: Path, info: TraceInfo, layouts: Mapping[str, Layout]) -> None:
+        self._file, self._info, self._layouts, self._read = file, info, layouts, dict[str, Array]()
 
     def __getitem__(self, name: str) -> Array:
-        if name not in self._names:
+        if name not in self._layouts:
             raise KeyError(name)
         if name not in self._read:
             from safetensors import SafetensorError, safe_open
 
             try:
                 with safe_open(self._file, framework="numpy") as tensors:
-                    self._read[name] = tensors.get_tensor(name)
+                    found = tensors.get_tensor(name)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{self._file} is missing or damaged.") from error
+            wanted = _shape(self._info, self._layouts[name])
+            if found.shape != wanted or not np.isfinite(found).all():
+                raise CheckpointError(
+                    f"{self._file} is damaged: {name} must be finite numbers of shape {wanted}, not {found.shape}."
+                )
+            self._read[name] = found
         return self._read[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._layouts)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._layouts)
 
 
 class _HalfView(Mapping[str, Array]):

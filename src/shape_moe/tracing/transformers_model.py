@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from shape_moe.tracing.experts import (
     register_traced_experts,
 )
 from shape_moe.tracing.recorder import BatchContext, LayerRecorder
-from shape_moe.tracing.statistics import STATISTICS
+from shape_moe.tracing.statistics import Statistic, statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,20 +35,28 @@ class ModelTracer:
 
     Args:
         model: a Transformers causal language model with MoE layers.
+        recorded: the statistics to record, None for all that are installed.
 
     Attributes:
         implementation: the experts implementation whose logits a traced forward reproduces bit for bit.
         batches: number of batches traced.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, recorded: Sequence[Statistic] | None = None) -> None:
         self.model = model
+        self.recorded = tuple(statistics().values() if recorded is None else recorded)
         self.moe = live_moe_config(model)
         self.sites = find_sites(model)
         self.implementation = "grouped_mm" if _can_choose_experts(model) else "eager"
         self.recorders = [
-            LayerRecorder(s.layer, self.moe.num_experts, self.moe.residual_scale, self.moe.family.router_scores)
-            for s in self.sites
+            LayerRecorder(
+                site.layer,
+                self.moe.num_experts,
+                self.moe.residual_scale,
+                self.moe.family.router_scores,
+                self.recorded,
+            )
+            for site in self.sites
         ]
         self.batches = 0
         self._failed = False
@@ -144,15 +152,31 @@ class ModelTracer:
                 self.add(batch)
 
     def statistics(self) -> dict[str, Array]:
-        """Every statistic with its layer axis first, over all batches so far."""
-        if self._failed:
-            raise ShapeMoeError("A batch failed half-way, so the sums of this trace are not usable.")
+        """Every recorded statistic with its layer axis first, over all batches so far."""
+        self._check_whole()
         layers = [recorder.statistics() for recorder in self.recorders]
-        return {name: np.stack([layer[name] for layer in layers]) for name in STATISTICS if name in layers[0]}
+        return {s.name: np.stack([layer[s.name] for layer in layers]) for s in self.recorded}
 
     def coalitions(self) -> dict[int, CoalitionTable]:
         """The coalition table of every layer, over all batches so far."""
         return {recorder.layer: recorder.coalitions() for recorder in self.recorders}
+
+    def state(self) -> dict[str, Array]:
+        """Sums and coalition tables of every layer as they are after the batches so far."""
+        self._check_whole()
+        return {f"{r.layer}.{name}": array for r in self.recorders for name, array in r.state().items()}
+
+    def restore(self, state: Mapping[str, Array], batches: int) -> None:
+        """Go on from a state after so many batches: what follows is added as if there had been no break."""
+        self.batches = batches
+        for recorder in self.recorders:
+            prefix = f"{recorder.layer}."
+            own = {name.removeprefix(prefix): a for name, a in state.items() if name.startswith(prefix)}
+            recorder.restore(own)
+
+    def _check_whole(self) -> None:
+        if self._failed:
+            raise ShapeMoeError("A batch failed half-way, so the sums of this trace are not usable.")
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -177,7 +201,8 @@ def _hook(site: MoeSite, recorder: LayerRecorder) -> list[Any]:
                 f"Layer {recorder.layer}: the router does not return (logits, weights, ids); "
                 "this version of Transformers is not supported."
             )
-        recorder.add_router(output[0])
+        if recorder.recording:
+            recorder.router_logits = output[0]
 
     return [
         site.residual_norm.register_forward_hook(keep_residual),

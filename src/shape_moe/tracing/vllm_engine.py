@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from shape_moe.calibration.records import Record
 from shape_moe.errors import ShapeMoeError, UnsupportedModelError, UsageError, first_line
 from shape_moe.literal_paths import plain_model
 from shape_moe.tracing.coalitions import CoalitionTable
+from shape_moe.tracing.engine import Work, register
+from shape_moe.tracing.trace import Trace
 from shape_moe.tracing.vllm_worker import from_bytes
 
 Progress = Callable[[int], None]
@@ -120,7 +123,9 @@ class VllmTracer:
         from vllm import SamplingParams
 
         moe, layers = self.snapshot.moe, list(self.snapshot.moe_layers)
-        sequences = [(list(e.tokens), e.prompt_length, position % FOLDS) for position, e in enumerate(examples)]
+        sequences = [
+            (list(e.tokens), [list(span) for span in e.spans], position % FOLDS) for position, e in enumerate(examples)
+        ]
         refusals = self.engine.collective_rpc("shape_moe_begin", args=(layers, moe.num_experts, sequences))
         for refusal in refusals:
             if refusal is not None:
@@ -143,3 +148,50 @@ class VllmTracer:
         # every routed token fills k slots, so the tokens of a layer follow from those of its experts
         layer_tokens = tokens.sum(axis=-1) // self.snapshot.moe.top_k
         self.statistics = {"tokens": tokens, "layer_tokens": layer_tokens}
+
+
+def _counts() -> tuple[str, ...]:
+    return ("tokens", "layer_tokens")
+
+
+@register("vllm", gives=_counts, takes_arguments=True)
+class VllmEngine:
+    """Answers prompts and traces with vLLM: the same calibration set, the same artifact, coalitions and counts alone.
+
+    The engine is started when it is first needed: for answers, or once all examples are there. Only answers are kept
+    for a run that goes on; counting begins anew.
+
+    Args:
+        work: the model on disk and the examples.
+
+    Raises:
+        UsageError: for a live model.
+    """
+
+    def __init__(self, work: Work) -> None:
+        if work.snapshot is None:
+            raise UsageError("--engine vllm loads a model from disk; give its folder or name.")
+        self.work, self.snapshot = work, work.snapshot
+        self._tracer: VllmTracer | None = None
+
+    def fill(self, folder: Path | None) -> Trace:
+        """Answer, tokenise and trace; see :class:`shape_moe.tracing.engine.Filler`.
+
+        Raises:
+            ShapeMoeError: when vLLM is missing, cannot load the model, or its routing cannot be observed.
+        """
+        work, snapshot = self.work, self.snapshot
+        examples = work.examples.run(lambda: self._started().answer, folder)
+        tracer = self._started()
+        with work.progress.phase("Tracing", sum(len(example.tokens) for example in examples), "token") as advance:
+            tracer.trace(examples, advance)
+        info = work.describe(snapshot.moe, tuple(snapshot.moe_layers), tracer.implementation, work.dtype, "vllm")
+        return Trace(info, tracer.statistics, tracer.coalitions)
+
+    def _started(self) -> VllmTracer:
+        if self._tracer is None:
+            with self.work.progress.phase("Starting vLLM", 1, "engine") as advance:
+                longest = self.work.examples.longest()
+                self._tracer = VllmTracer(self.snapshot, longest, self.work.dtype, self.work.arguments)
+                advance(1)
+        return self._tracer

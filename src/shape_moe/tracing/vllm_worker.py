@@ -19,8 +19,8 @@ from shape_moe.calibration.batches import FOLDS, PROMPT, RESPONSE
 from shape_moe.errors import UnsupportedModelError
 from shape_moe.tracing.coalitions import CoalitionTable, merge_tables, tabulate
 
-Sequence = tuple[list[int], int, int]
-"""Tokens, how many of them are prompt, and the fold of the example."""
+Sequence = tuple[list[int], list[list[int]], int]
+"""Tokens, half-open ranges of them that are response, and the fold of the example."""
 _TABLES_AT_MOST = 64
 
 
@@ -35,9 +35,9 @@ class CoalitionCounter:
 
     def __init__(self, layers: Iterable[int], num_experts: int, sequences: Iterable[Sequence]) -> None:
         self.num_experts = num_experts
-        self._waiting: dict[tuple[int, ...], deque[tuple[int, int]]] = defaultdict(deque)
-        for tokens, prompt_length, fold in sequences:
-            self._waiting[tuple(tokens)].append((prompt_length, fold))
+        self._waiting: dict[tuple[int, ...], deque[tuple[list[list[int]], int]]] = defaultdict(deque)
+        for tokens, spans, fold in sequences:
+            self._waiting[tuple(tokens)].append((spans, fold))
         self._tables: dict[int, list[CoalitionTable]] = {layer: [] for layer in layers}
         self.tokens = {layer: np.zeros((2, FOLDS, num_experts), dtype=np.int64) for layer in self._tables}
 
@@ -82,8 +82,10 @@ class CoalitionCounter:
             known = self._waiting.get(tuple(input_ids[begin:end].tolist()))
             if not known:
                 raise UnsupportedModelError("vLLM ran a sequence that was not sent, or one of them twice.")
-            prompt_length, folds[begin:end] = known.popleft()
-            segments[begin : begin + prompt_length] = PROMPT
+            responses, folds[begin:end] = known.popleft()
+            segments[begin:end] = PROMPT
+            for first, after in responses:
+                segments[begin + first : begin + after] = RESPONSE
         return segments, folds
 
     def result(self) -> dict[str, dict[str, bytes]]:

@@ -1,0 +1,1 @@
+"""An example: a statistic, a scorer and a rule for shape-moe."""
