@@ -14,7 +14,7 @@ from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.shapes import FORMATS
 from shape_moe.cli.flag_groups import changed_flags
-from shape_moe.cli.flags import RUN_PANEL, DeviceFlags
+from shape_moe.cli.flags import RUN_PANEL, LoadFlags
 from shape_moe.cli.values import parse_pairs, parse_values
 from shape_moe.errors import UsageError
 from shape_moe.jobs.session import ExampleOptions
@@ -154,7 +154,7 @@ class DataFlags:
         if unread := [name for name in changed_flags(self) if name not in read]:
             raise UsageError(f"The trace decides how examples are read: leave {', '.join(unread)} out, or give --data.")
 
-    def options(self, device: DeviceFlags, seed: int, samples: int) -> ExampleOptions:
+    def options(self, device: LoadFlags, seed: int, samples: int) -> ExampleOptions:
         """The trace options that these flags describe; ``samples`` is the verb's default."""
         if not self.data:
             raise UsageError("Calibration data is missing: give --data FILE.")
@@ -185,4 +185,4 @@ class DataFlags:
             max_tokens=self.max_tokens,
             skip_bad=self.skip_bad,
         )
-        return ExampleOptions(data=data, tokens=tokens, answers=answers, device=device.device, dtype=device.dtype)
+        return ExampleOptions(data, tokens, answers, device.device, device.dtype, device.trust_remote_code)

@@ -14,7 +14,7 @@ from shape_moe.cli.console import plain_table
 from shape_moe.cli.data_flags import DataFlags
 from shape_moe.cli.estimates import number, share, signed
 from shape_moe.cli.flag_groups import changed_flags
-from shape_moe.cli.flags import DeviceFlags, ForceFlag, ModelArgument, OutputFlags, SeedFlag
+from shape_moe.cli.flags import ForceFlag, LoadFlags, ModelArgument, OutputFlags, SeedFlag
 from shape_moe.cli.quality_flags import GenerationFlags, TaskFlags
 from shape_moe.cli.values import parse_share
 from shape_moe.errors import UsageError
@@ -36,7 +36,7 @@ def evaluate(
     data: DataFlags,
     generation: GenerationFlags,
     tasks: TaskFlags,
-    run: DeviceFlags,
+    run: LoadFlags,
     seed: SeedFlag,
     force: ForceFlag,
     output: OutputFlags,
@@ -86,7 +86,14 @@ def evaluate(
     if given is None and changed_flags(data):
         raise UsageError(f"{', '.join(changed_flags(data))} says how examples are read: give --data.")
     result = shape_moe.evaluate(
-        model, candidates or [], data=given, options=options, device=run.device, dtype=run.dtype, progress=talk
+        model,
+        candidates or [],
+        data=given,
+        options=options,
+        device=run.device,
+        dtype=run.dtype,
+        trust_remote_code=run.trust_remote_code,
+        progress=talk,
     )
     for note in result.notes:
         talk.warn(note)

@@ -66,6 +66,20 @@ class DeviceFlags:
 
 
 @dataclass
+class LoadFlags(DeviceFlags):
+    """How a model is loaded, and where it runs."""
+
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Run the code that comes with the model instead of Transformers' own class.",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = False
+
+
+@dataclass
 class MemoryFlags:
     """The memory that a model has to fit."""
 

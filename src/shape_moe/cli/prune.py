@@ -17,7 +17,7 @@ from shape_moe.cli.console import plain_table
 from shape_moe.cli.data_flags import DataFlags
 from shape_moe.cli.estimates import number, signed
 from shape_moe.cli.flag_groups import changed_flags
-from shape_moe.cli.flags import DeviceFlags, ForceFlag, MemoryFlags, ModelArgument, OutputFlags, SeedFlag
+from shape_moe.cli.flags import ForceFlag, LoadFlags, MemoryFlags, ModelArgument, OutputFlags, SeedFlag
 from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags
 from shape_moe.cli.select import summary
 from shape_moe.cli.values import parse_routing
@@ -67,7 +67,7 @@ def prune(
     judged_by: HeldOutFlags,
     generation: GenerationFlags,
     memory: MemoryFlags,
-    run: DeviceFlags,
+    run: LoadFlags,
     seed: SeedFlag,
     force: ForceFlag,
     output: OutputFlags,
@@ -131,6 +131,7 @@ def prune(
         trace=data.options(run, seed.seed, samples) if reads_data else None,
         device=run.device,
         dtype=run.dtype,
+        trust_remote_code=run.trust_remote_code,
         choice=choice,
         judgement=_judgement(limit, require, judge=not no_judge),
         check_logits=not no_logits,

@@ -14,7 +14,7 @@ from shape_moe.cli.choice_flags import CHOICE_PANEL, WeightFlags
 from shape_moe.cli.console import plain_table
 from shape_moe.cli.data_flags import DataFlags
 from shape_moe.cli.estimates import number, share, signed
-from shape_moe.cli.flags import DeviceFlags, ForceFlag, MemoryFlags, ModelArgument, OutputFlags, SeedFlag
+from shape_moe.cli.flags import ForceFlag, LoadFlags, MemoryFlags, ModelArgument, OutputFlags, SeedFlag
 from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.keep_rate import Point
@@ -44,7 +44,7 @@ def sweep(
     judged_by: HeldOutFlags,
     generation: GenerationFlags,
     memory: MemoryFlags,
-    run: DeviceFlags,
+    run: LoadFlags,
     seed: SeedFlag,
     force: ForceFlag,
     output: OutputFlags,
@@ -124,6 +124,7 @@ def sweep(
         held_out=judged_by.data(data, seed.seed),
         device=run.device,
         dtype=run.dtype,
+        trust_remote_code=run.trust_remote_code,
         force=force.force,
         progress=talk,
     )

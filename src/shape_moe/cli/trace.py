@@ -12,7 +12,7 @@ from rich.markup import escape
 
 import shape_moe
 from shape_moe.cli.data_flags import DataFlags
-from shape_moe.cli.flags import RUN_PANEL, DeviceFlags, ForceFlag, ModelArgument, OutputFlags, SeedFlag
+from shape_moe.cli.flags import RUN_PANEL, ForceFlag, LoadFlags, ModelArgument, OutputFlags, SeedFlag
 from shape_moe.cli.values import parse_values
 from shape_moe.jobs.session import DEFAULT_SAMPLES
 from shape_moe.tracing.trace import Trace
@@ -24,7 +24,7 @@ def trace(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--output", "-o", metavar="TRACE", help="Folder for the trace.")],
     data: DataFlags,
-    run: DeviceFlags,
+    run: LoadFlags,
     seed: SeedFlag,
     force: ForceFlag,
     output: OutputFlags,

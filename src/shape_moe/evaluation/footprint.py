@@ -89,7 +89,12 @@ class Footprint:
 
 
 def measure_footprint(
-    path: Path, *, device: str = "auto", dtype: str = "auto", workload: Workload | None = None
+    path: Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    workload: Workload | None = None,
+    trust_remote_code: bool = False,
 ) -> Footprint:
     """Load a checkpoint in a new process and time a fixed workload there.
 
@@ -98,6 +103,7 @@ def measure_footprint(
         device: where to run.
         dtype: in which dtype.
         workload: what to time.
+        trust_remote_code: run the code that comes with the model, where there is some.
 
     Raises:
         ShapeMoeError: when the process fails; the message carries its last line.
@@ -106,6 +112,7 @@ def measure_footprint(
         "path": str(path),
         "device": device,
         "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
         "workload": asdict(workload or Workload()),
     }
     done = subprocess.run(
@@ -128,7 +135,10 @@ def _measure(job: dict[str, Any]) -> Footprint:
     from shape_moe.architectures.loading import input_device, load_model
     from shape_moe.architectures.snapshot import open_snapshot
 
-    snapshot, workload = open_snapshot(job["path"]), Workload(**job["workload"])
+    snapshot, workload = (
+        open_snapshot(job["path"], trust_remote_code=job["trust_remote_code"]),
+        Workload(**job["workload"]),
+    )
     began = time.perf_counter()
     with _PeakMemory() as memory:
         model = load_model(snapshot, device=job["device"], dtype=job["dtype"])

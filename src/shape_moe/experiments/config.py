@@ -25,6 +25,7 @@ class ModelSpec:
     model: str
     device: str = "auto"
     dtype: str = "auto"
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)

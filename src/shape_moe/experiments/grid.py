@@ -129,7 +129,7 @@ class _ModelRun:
         self.known, self.clock, self.folder = grid.known, grid.clock, grid.folder
         self.config: ExperimentConfig = grid.plan.config
         self.snapshot = grid.plan.snapshots[spec.name]
-        self.tokenizer = load_tokenizer(self.snapshot.path)
+        self.tokenizer = load_tokenizer(self.snapshot.path, trust_remote_code=self.snapshot.trust_remote_code)
         self.size = measure(self.snapshot)
         self.dense: dict[str, Document] = {}
 

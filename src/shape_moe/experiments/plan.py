@@ -85,7 +85,9 @@ def make_plan(config: ExperimentConfig) -> Plan:
             seen = SeenPrompts.of_records([r for name in spec.calibration for r in calibration[name]])
             data = spec.tracing.data
             held_out[spec.name], left_out[spec.name] = fresh_records(data, seen, data.samples or HELD_OUT_SAMPLES)
-    snapshots = {spec.name: open_snapshot(spec.model) for spec in config.models}
+    snapshots = {
+        spec.name: open_snapshot(spec.model, trust_remote_code=spec.trust_remote_code) for spec in config.models
+    }
     plan = Plan(config, snapshots, calibration, held_out, left_out)
     for model in config.models:
         _check_methods(plan, model)

@@ -83,6 +83,7 @@ def evaluate(
     options: EvaluateOptions | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    trust_remote_code: bool = False,
     progress: Progress = SILENT,
 ) -> Evaluation:
     """Judge the dense model, and pruned ones beside it.
@@ -96,6 +97,7 @@ def evaluate(
         options: see :class:`EvaluateOptions`.
         device: where to run; what ``data`` says of it counts where it is :class:`ExampleOptions`.
         dtype: in which dtype; likewise.
+        trust_remote_code: run the code that comes with the model instead of Transformers' own, where there is some.
         progress: where to show progress.
 
     Raises:
@@ -116,7 +118,7 @@ def evaluate(
                 raise UsageError("--by and --stratify name different fields; leave one of them out.")
             tracing = replace(tracing, data=replace(tracing.data, stratify=options.by))
         device, dtype = tracing.device, tracing.dtype
-    snapshot = open_snapshot(model)
+    snapshot = open_snapshot(model, trust_remote_code=trust_remote_code)
     trace = open_trace(options.trace, snapshot, progress, force=True) if options.trace is not None else None
     known = open_candidates(candidates, snapshot, trace)
     if options.tasks is not None:
@@ -151,7 +153,7 @@ class _Run:
         self.questions: Questions | None = None
         self.scores: dict[str, Scores] = {}
         self.session: ModelSession | None = None
-        self.tokenizer = load_tokenizer(snapshot.path)
+        self.tokenizer = load_tokenizer(snapshot.path, trust_remote_code=snapshot.trust_remote_code)
         if options.tasks is not None and options.tasks.engine != "vllm":
             check_chat_template(options.tasks, self.tokenizer)
         if tracing is None:
@@ -408,7 +410,11 @@ class _Run:
                     path = paths[found.name]
                     try:
                         found.footprint = measure_footprint(
-                            path, device=self.device, dtype=self.dtype, workload=workload
+                            path,
+                            device=self.device,
+                            dtype=self.dtype,
+                            workload=workload,
+                            trust_remote_code=self.snapshot.trust_remote_code,
                         )
                     except ShapeMoeError as error:  # what was judged before is worth keeping
                         self.notes.append(str(error))

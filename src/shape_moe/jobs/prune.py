@@ -60,6 +60,7 @@ class PruneOptions:
             are overruled by those below.
         device: where to trace and to compare logits.
         dtype: in which dtype.
+        trust_remote_code: run the code that comes with the original instead of Transformers' own, where there is some.
         choice: how candidates are judged where scorer or keep rate are left to the tool, None where they are not.
         judgement: how the pruned model is judged, None for not at all.
         check_logits: compare the pruned model's logits with the masked original's, where both fit in memory.
@@ -70,6 +71,7 @@ class PruneOptions:
     trace: ExampleOptions | None = None
     device: str = "auto"
     dtype: str = "auto"
+    trust_remote_code: bool = False
     choice: ChoiceOptions | None = None
     judgement: JudgementOptions | None = field(default_factory=JudgementOptions)
     check_logits: bool = True
@@ -155,7 +157,6 @@ def prune(
     trace: str | PathLike[str] | None = None,
     selection: str | PathLike[str] | Selection | None = None,
     revision: str | None = None,
-    trust_remote_code: bool = False,
     progress: Progress = SILENT,
 ) -> PruneResult:
     """Write a pruned checkpoint.
@@ -175,7 +176,6 @@ def prune(
         trace: a trace folder; skips tracing.
         selection: a selection; skips tracing and selecting.
         revision: of a hub model.
-        trust_remote_code: run the code that comes with the original instead of Transformers' own, where there is some.
         progress: where to show progress.
 
     Raises:
@@ -190,7 +190,7 @@ def prune(
         place = Path(out).absolute()
         check_output(place.with_name(place.name + _REJECTED), force=options.force)
     free_memory(options.device)
-    run = _Run(open_snapshot(model, revision, trust_remote_code=trust_remote_code), options, progress)
+    run = _Run(open_snapshot(model, revision, trust_remote_code=options.trust_remote_code), options, progress)
     _open_inputs(run, trace, selection)
     inputs += [run.snapshot.path, *(run.plan.data.files if run.plan else [])]
     with Workspace(out, _job(run, trace), force=options.force, inputs=inputs) as work:

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from shape_moe.architectures.fingerprint import UNVERIFIED, Origin, fingerprint, layout_fingerprint, origin
 from shape_moe.architectures.loading import free_memory, load_model, load_tokenizer, unpacking
-from shape_moe.architectures.moe_config import MoeConfig
+from shape_moe.architectures.moe_config import MoeConfig, foreign_code
 from shape_moe.architectures.sites import live_moe_config
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.example_maker import Answerer, AnswerOptions, ExampleMaker
@@ -25,6 +25,7 @@ from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.made_with import versions
 from shape_moe.progress import Progress
 from shape_moe.traced_files import traced_files
+from shape_moe.tracing.custom_code import check_traceable
 from shape_moe.tracing.engine import Engine, Work, check_engine, get_engine
 from shape_moe.tracing.trace import Trace, TraceInfo
 
@@ -45,6 +46,7 @@ class ExampleOptions:
         answers: what happens to prompts without a response; batch size and limits.
         device: where to run.
         dtype: in which dtype, ``auto`` for the checkpoint's.
+        trust_remote_code: run the code that comes with the model instead of Transformers' own, where there is some.
         engine: what fills a trace: ``transformers`` (every statistic), ``vllm`` (coalitions and counts; for models of
             several GPUs), or one that another package registers.
         engine_args: further arguments of the engine, for vLLM those of ``vllm.LLM`` such as ``tensor_parallel_size``.
@@ -58,6 +60,7 @@ class ExampleOptions:
     answers: AnswerOptions = field(default_factory=AnswerOptions)
     device: str = "auto"
     dtype: str = "auto"
+    trust_remote_code: bool = False
     engine: str = "transformers"
     engine_args: Mapping[str, Any] = field(default_factory=dict)
 
@@ -131,7 +134,7 @@ class ModelSession:
         """
         free_memory(options.device)
         if isinstance(model, str | PathLike):
-            model = open_snapshot(model)
+            model = open_snapshot(model, trust_remote_code=options.trust_remote_code)
         if isinstance(model, Snapshot):
             _ = model.moe_layers, unpacking(model)
             return cls(
@@ -260,5 +263,7 @@ def load_original(snapshot: Snapshot, device: str, dtype: str, progress: Progres
     """Load the full model as a phase of its own; see :func:`shape_moe.architectures.loading.load_model`."""
     with progress.phase("Loading the model", 1, "model") as advance:
         model = load_model(snapshot, device=device, dtype=dtype, note=progress.note)
+        if snapshot.trust_remote_code and foreign_code(snapshot.config) is not None:
+            check_traceable(model)
         advance(1)
     return model

@@ -102,6 +102,7 @@ def sweep(
     held_out: DataOptions | Data | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    trust_remote_code: bool = False,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> SweepResult:
@@ -118,6 +119,7 @@ def sweep(
         held_out: examples to judge by; those whose prompts calibration has seen are left out.
         device: where to run; what ``data`` says of it counts where it is :class:`ExampleOptions`.
         dtype: in which dtype; likewise.
+        trust_remote_code: run the code that comes with the model instead of Transformers' own, where there is some.
         force: replace an earlier result.
         progress: where to show progress.
 
@@ -125,7 +127,7 @@ def sweep(
         ShapeMoeError: when something is wrong; the message says what to do.
     """
     options = options or SweepOptions()
-    snapshot, seed = open_snapshot(model), options.scoring.seed
+    snapshot, seed = open_snapshot(model, trust_remote_code=trust_remote_code), options.scoring.seed
     traced = open_trace(trace, snapshot, progress, force=force) if trace is not None else None
     judged_by = held_out if isinstance(held_out, DataOptions | None) else DataOptions.of(held_out, seed=seed)
     tracing = held_out_tracing(data, traced, judged_by, seed)
