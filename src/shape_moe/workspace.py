@@ -119,6 +119,11 @@ class Workspace:
             raise
         return self
 
+    @property
+    def digest(self) -> str:
+        """sha256 of the job's description, package versions included."""
+        return self._record.digest
+
     def _check_output(self) -> None:
         try:
             check_output(self.out, force=self._force, inputs=self._inputs)

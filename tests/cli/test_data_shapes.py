@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 from transformers import AutoTokenizer
 
+from shape_moe.calibration.example_maker import ExampleMaker
 from shape_moe.tracing.trace import load_trace
 from support.cli import refused
 
@@ -102,10 +103,12 @@ SHAPES = {
 
 
 @pytest.fixture
-def traced(call, embedded, tmp_path):
+def traced(call, embedded, tmp_path, monkeypatch):
     """Trace a source with the template above: text and responses of the first example, and what was said."""
     template = tmp_path / "chat.jinja"
     template.write_text(TEMPLATE)
+    made, run = [], ExampleMaker.run
+    monkeypatch.setattr(ExampleMaker, "run", lambda *given: made.append(run(*given)) or made[-1])
 
     def trace(*arguments) -> tuple[str, int, str]:
         out = tmp_path / "trace"
@@ -114,7 +117,7 @@ def traced(call, embedded, tmp_path):
         assert code == 0, said
         info = load_trace(out).info
         assert json.loads(stdout)["examples"] == info.examples
-        text = AutoTokenizer.from_pretrained(embedded).decode(list(info.canary[0]))
+        text = AutoTokenizer.from_pretrained(embedded).decode(made[-1][0].tokens)
         return text, int(info.tokens["response"]), " ".join(said.split())
 
     return trace

@@ -16,13 +16,13 @@ from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import FingerprintError, ShapeMoeError, UsageError
-from shape_moe.jobs import prune as prune_job
 from shape_moe.jobs.prune import PruneOptions, prune
 from shape_moe.jobs.select import select
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.sweep import sweep
 from shape_moe.jobs.trace import open_trace, trace
 from shape_moe.progress import SILENT
+from shape_moe.pruning import writers
 from shape_moe.selection.select import SelectOptions
 from shape_moe.tracing.trace import load_trace, merge_traces
 from support.data import write_lines
@@ -168,7 +168,7 @@ def test_a_model_that_changes_while_it_is_traced(model, data, tmp_path, monkeypa
 
 
 def test_a_shard_that_is_replaced_before_it_is_written(model, data, tmp_path, monkeypatch) -> None:
-    write = prune_job.write_index
+    write = writers.write_index
 
     def changed(*args):
         other = shutil.copyfile(model / "model.safetensors", model / "other")
@@ -177,7 +177,7 @@ def test_a_shard_that_is_replaced_before_it_is_written(model, data, tmp_path, mo
         return write(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prune_job, "write_index", changed)
+        patch.setattr(writers, "write_index", changed)
         with pytest.raises(ShapeMoeError, match=r"model\.safetensors has changed while it was read"):
             prune(model, tmp_path / "out", OPTIONS, data=traced_by(data))
     assert not (tmp_path / "out").exists()
@@ -197,9 +197,9 @@ def test_an_interrupted_job_does_not_go_on_with_other_weights(model, data, tmp_p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prune_job, "write_compared", stop)
+        patch.setattr(writers, "write_compared", stop)
         patch.setattr("shape_moe.jobs.sweep._write", stop)
-        patch.setattr("shape_moe.jobs.search.Search.run", stop)
+        patch.setattr("shape_moe.jobs.search.Search.recommend", stop)
         run()
     change_expert(model)
     with pytest.raises(UsageError, match=r"a run whose input .*model\.safetensors has changed .* since.*--force"):

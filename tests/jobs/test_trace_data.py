@@ -61,7 +61,7 @@ def test_holes_of_arrow_are_no_fields(embedded) -> None:
     data = (DataOptions.of(rows), DataOptions.of(datasets.Dataset.from_list(rows)))
     first, second = (trace(embedded, ExampleOptions(options, tokens)) for options in data)
     assert first.info.source["content_hash"] == second.info.source["content_hash"]
-    assert first.info.canary == second.info.canary
+    assert first.info.tokens == second.info.tokens
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -35,7 +35,6 @@ from shape_moe.progress import Progress
 from shape_moe.selection.select import SelectOptions, TraceSelector
 from shape_moe.selection.selection import Selection
 from shape_moe.units import readable_duration
-from shape_moe.workspace import job_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,13 +65,13 @@ class Grid:
 
     Args:
         plan: the grid and what it reads.
-        job: what decides the results, as the folder's own description says it.
+        digest: of what decides the results, as the folder's own description says it.
         folder: where traces, selections and finished cells are kept.
         progress: where to show progress.
     """
 
-    def __init__(self, plan: Plan, job: Mapping[str, Any], folder: Path, progress: Progress) -> None:
-        self.plan, self.job, self.folder, self.progress = plan, job, folder, progress
+    def __init__(self, plan: Plan, digest: str, folder: Path, progress: Progress) -> None:
+        self.plan, self.digest, self.folder, self.progress = plan, digest, folder, progress
         self.known: Journal[Document] = Journal(folder / CELLS_FILE, "cell", "figures")
         self.clock = _Clock(plan.config.cells, progress)
 
@@ -87,7 +86,7 @@ class Grid:
             "format_version": FORMAT_VERSION,
             "verb": "experiment",
             "config": config.echo(),
-            "config_hash": job_digest(self.job),
+            "config_hash": self.digest,
             "models": [part["model"] for part in parts],
             "calibration": [
                 {

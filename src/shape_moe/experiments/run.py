@@ -63,9 +63,8 @@ def experiment(
     inputs += [spec.tracing.data.source for spec in config.evaluation if isinstance(spec, ExamplesSpec)]
     plan = make_plan(config)
     inputs += [snapshot.path for snapshot in plan.snapshots.values()]
-    job = plan.job()
-    with Workspace(folder, job, force=force, inputs=inputs) as work:
-        document = Grid(plan, job, work.path, progress).run()
+    with Workspace(folder, plan.job(), force=force, inputs=inputs) as work:
+        document = Grid(plan, work.digest, work.path, progress).run()
         markdown = experiment_markdown(document)
         write_json(work.path / "experiment.json", document)
         write_text(work.path / "experiment.md", markdown)

@@ -98,7 +98,7 @@ class YamlSection:
         keys = {entry.name: (names or {}).get(entry.name, entry.name) for entry in fields(kind)}  # type: ignore[arg-type]
         values = {name: self.content[key] for name, key in keys.items() if name not in given and key in self.content}
         for name, entries in values.items():
-            if isinstance(entries, list):
+            if isinstance(entries, list) and name != "weights":  # of which several may be equal
                 self._check_list(keys[name], entries)
         self._known |= {key for name, key in keys.items() if name not in given}
         try:
