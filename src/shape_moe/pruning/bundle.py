@@ -11,7 +11,6 @@ from typing import Any
 from shape_moe.architectures.model_folder import QUANTISATION_FILES
 from shape_moe.architectures.snapshot import ROOT_FILES, Snapshot
 from shape_moe.json_file import read_json
-from shape_moe.pruning import modeling_shape_moe
 from shape_moe.pruning.model_config import CODE_MODULE
 from shape_moe.pruning.quantisation import (
     QUANTISATION_KEY,
@@ -31,8 +30,8 @@ def copy_root_files(source: Path, folder: Path) -> list[str]:
 
 def copy_code(folder: Path) -> None:
     """Put the Python file into the checkpoint that ``trust_remote_code=True`` loads."""
-    assert modeling_shape_moe.__file__ is not None
-    shutil.copyfile(modeling_shape_moe.__file__, folder / f"{CODE_MODULE}.py")
+    code = f"{CODE_MODULE}.py"  # found beside this file: importing it would load torch
+    shutil.copyfile(Path(__file__).with_name(code), folder / code)
 
 
 def write_quantisation_files(source: Path, folder: Path, numbering: Numbering) -> list[str]:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from shape_moe.architectures.loading import input_device
 from shape_moe.calibration.batches import make_batch
 from shape_moe.calibration.examples import Example
 from shape_moe.errors import ShapeMoeError, UnsupportedModelError, first_line
-from shape_moe.tracing.transformers_model import ModelTracer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,6 +21,10 @@ def check_traceable(model: PreTrainedModel) -> None:
     Raises:
         UnsupportedModelError: when they differ, or the tokens cannot be traced.
     """
+    import torch
+
+    from shape_moe.tracing.transformers_model import ModelTracer
+
     kind = type(model).__name__
     tracer = ModelTracer(model)
     tokens = tuple(number % model.config.get_text_config().vocab_size for number in range(3, 3 + 7 * _TOKENS, 7))
