@@ -25,6 +25,7 @@ from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.made_with import versions
 from shape_moe.progress import Progress
 from shape_moe.traced_files import traced_files
+from shape_moe.tracing.custom_code import check_traceable
 from shape_moe.tracing.engine import Engine, Work, check_engine, get_engine
 from shape_moe.tracing.trace import Trace, TraceInfo
 
@@ -263,8 +264,6 @@ def load_original(snapshot: Snapshot, device: str, dtype: str, progress: Progres
     with progress.phase("Loading the model", 1, "model") as advance:
         model = load_model(snapshot, device=device, dtype=dtype, note=progress.note)
         if snapshot.trust_remote_code and foreign_code(snapshot.config) is not None:
-            from shape_moe.tracing.custom_code import check_traceable
-
             check_traceable(model)
         advance(1)
     return model
