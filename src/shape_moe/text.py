@@ -38,3 +38,8 @@ def in_code(text: object) -> str:
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     pad = " " if line[:1] == "`" or line[-1:] == "`" else ""
     return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def one_line(text: str) -> str:
+    """Foreign text on one line, control characters spelled out."""
+    return printable(text).replace("\n", " ").replace("\t", " ")

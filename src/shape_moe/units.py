@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 
 def readable_size(size: float) -> str:
     """Bytes in the largest binary unit that keeps the number above one."""
@@ -22,9 +24,39 @@ def counted(count: float, noun: str) -> str:
     return f"{count:,.0f} {noun}{'' if count == 1 else 's'}"
 
 
+def capitalised(text: str) -> str:
+    """The text with a capital letter at its beginning."""
+    return text[:1].upper() + text[1:]
+
+
 def readable_duration(seconds: float) -> str:
     """A time in seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def readable_share(share: float) -> str:
+    """A share in percent, with the digits that mean something: never more than a tenth, and no minus before a zero."""
+    percent = abs(share) * 100
+    sign = "-" if share < 0 else ""
+    if percent == 0:
+        return "0 %"
+    if percent < 0.1:
+        return "> -0.1 %" if sign else "< 0.1 %"
+    if 99.9 < percent < 100:
+        return "< -99.9 %" if sign else "> 99.9 %"
+    shown = f"{percent:.1f}" if percent < 9.95 or 99 < percent < 100 else f"{percent:.0f}"
+    return f"{sign}{shown.removesuffix('.0')} %"
+
+
+def share_at_most(share: float) -> str:
+    """A bound in percent, rounded up to what :func:`readable_share` shows, so that it still holds."""
+    step = 0.001 if share < 0.1 else 0.01
+    return readable_share(min(1.0, ceil(share / step - 1e-9) * step))
+
+
+def readable_kl(nats: float) -> str:
+    """A divergence in nats to two digits; below a thousandth only that."""
+    return "< 0.001" if nats < 0.001 else f"{nats:.2g}" if nats < 10 else f"{nats:.0f}"

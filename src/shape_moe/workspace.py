@@ -219,8 +219,11 @@ class Workspace:
                 f"--force, which discards {self.path}."
             )
 
-    def complete(self) -> Path:
+    def complete(self, suffix: str = "") -> Path:
         """Give the folder its final name, and delete the result that it replaces.
+
+        Args:
+            suffix: stands behind the name that was asked for, where the result is not what was asked for.
 
         ``job.json`` goes last: as long as it is there, the next run knows what was under way (:meth:`_recover`).
 
@@ -229,6 +232,8 @@ class Workspace:
             UsageError: when something else has got the name meanwhile.
         """
         self.check_inputs()
+        if suffix:
+            self.out, self._place = (path.with_name(path.name + suffix) for path in (self.out, self._place))
         check_output(self.out, force=self._force)
         old = self._place.is_dir() and not _is_empty(self._place)
         if not (old and self._exchange()):

@@ -42,7 +42,18 @@ def test_from_a_sweep_to_an_evaluated_checkpoint(call, embedded, task_file, tmp_
     figures = tmp_path / "figures.json"
     code, out, err = call(
         *("evaluate", embedded, pruned, swept / "recommended.json", "--data", task_file, "--samples", 20, *QUICK),
-        *("--no-footprint", "--by", "task", "--faithfulness", 3, "--trace", swept / "trace", "-o", figures),
+        *(
+            "--no-footprint",
+            "--no-general",
+            "--by",
+            "task",
+            "--faithfulness",
+            3,
+            "--trace",
+            swept / "trace",
+            "-o",
+            figures,
+        ),
     )
     assert code == 0, err
     for words in ("figures with 95 % intervals", "worst class is 'sorting'", "Faithfulness of pruned", "random 3"):
@@ -71,7 +82,7 @@ def test_prune_finds_its_own_way(call, embedded, task_file, tmp_path) -> None:
     assert code == 0, err
     assert "Judged by 30 held-out examples" in out
     assert "Chosen:" in out
-    limited = ("prune", embedded, "--data", task_file, "--max-kl", 0.1, "-o", tmp_path / "limited")
+    limited = ("prune", embedded, "--data", task_file, "--max-kl", 0.1, "--no-judge", "-o", tmp_path / "limited")
     code, out, err = call(*limited, *few, "--json")
     assert code == 0, err
     document = json.loads(out)

@@ -153,7 +153,7 @@ def _check_against_evaluate(document, folder, tmp_path, embedded):
         embedded,
         [folder / cell["selection"]],
         data=ExampleOptions(DataOptions(file, seed=2), device="cpu", dtype="float32"),
-        options=EvaluateOptions(generation=GenerationOptions(2, 6), footprint=None, seed=2),
+        options=EvaluateOptions(generation=GenerationOptions(2, 6), footprint=None, general=False, seed=2),
     )
     for ours, theirs in zip([document["dense"][0], cell], again.document["models"], strict=True):
         for part in ("quality", "change", "generation"):

@@ -30,7 +30,7 @@ from support.data import write_lines
 from support.harness_tasks import write_tasks
 from support.interruptions import stopped_after
 
-QUICK = EvaluateOptions(generation=GenerationOptions(examples=10), footprint=None)
+QUICK = EvaluateOptions(generation=GenerationOptions(examples=10), footprint=None, general=False)
 
 
 def write(file, tasks: dict[str, int], *, seed: int, held_out: bool = False):
@@ -67,6 +67,7 @@ def evaluated(embedded, files, pruned):
         generation=GenerationOptions(examples=10),
         footprint=None,
         faithfulness=3,
+        general=False,
     )
     selection = pruned / "shape" / "selection.json"
     return evaluate(

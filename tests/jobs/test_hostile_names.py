@@ -169,6 +169,6 @@ def test_from_a_trace_to_a_report(embedded, tmp_path, monkeypatch, capsys, name,
     call("report", f"{name}-t", "-o", f"{name}.html", "-q")
     assert Path(f"{name}.html").stat().st_size > 10_000
     figures = ("evaluate", model.name, f"{name}.s.json", "--data", f"{decoy}.jsonl", "-o", f"{name}.e.json")
-    assert name in call(*figures, "--no-footprint", "--generate", 0, *here)
+    assert name in call(*figures, "--no-footprint", "--no-general", "--generate", 0, *here)
     assert list(home.parent.iterdir()) == [home]
     assert not [path for path in home.iterdir() if not path.name.startswith((name, decoy, f"model{name}"))]

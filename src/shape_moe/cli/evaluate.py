@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 import shape_moe
 from shape_moe.calibration.records import DataOptions
@@ -17,6 +16,7 @@ from shape_moe.cli.estimates import number, share, signed
 from shape_moe.cli.flag_groups import changed_flags
 from shape_moe.cli.flags import ForceFlag, LoadFlags, ModelArgument, OutputFlags, SeedFlag
 from shape_moe.cli.quality_flags import GenerationFlags, TaskFlags
+from shape_moe.cli.values import parse_share
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.evaluated import TASK, Evaluated, Evaluation
 from shape_moe.evaluation.faithfulness import Faithfulness
@@ -51,6 +51,12 @@ def evaluate(
     faithfulness: Annotated[
         int, typer.Option(metavar="N", help="Compare each selection with its inversion and N random ones (3 or more).")
     ] = 0,
+    max_drop: Annotated[
+        str, typer.Option(metavar="SHARE", help="The fall of right answers that the verdict 'safe' allows.")
+    ] = "2%",
+    no_general: Annotated[
+        bool, typer.Option("--no-general", help="Leave general prompts out: what was forgotten off the task.")
+    ] = False,
     trace: Annotated[Path | None, typer.Option(help="The trace that selections were made from.")] = None,
     no_footprint: Annotated[bool, typer.Option("--no-footprint", help="Leave memory and speed out.")] = False,
     out: Annotated[
@@ -72,6 +78,8 @@ def evaluate(
         footprint=None if no_footprint else Workload(),
         faithfulness=faithfulness,
         trace=str(trace) if trace else None,
+        max_drop=parse_share(max_drop, "--max-drop"),
+        general=not no_general,
         seed=seed.seed,
     )
     given = data.options(run, seed.seed, HELD_OUT_SAMPLES) if data.data else None
@@ -97,6 +105,14 @@ def evaluate(
 
 
 def _show(console: Console, result: Evaluation, *, by_pattern: bool) -> None:
+    for found in result.models:
+        if found.verdict is not None:
+            sizes = [readable_size(model.size) for model in (found, result.models[0]) if model.size is not None]
+            console.print(f"{found.name}: {' instead of '.join(sizes)}", markup=False)
+            lines = [*found.verdict.lines(), *(found.forgotten.lines() if found.forgotten else ())]
+            for line in lines:
+                console.print(f"  {line}", markup=False, soft_wrap=True)
+            console.print()
     for name in result.models[0].sets:
         _show_set(console, result, name, by_pattern=by_pattern)
     if result.models[0].tasks:
@@ -135,10 +151,6 @@ def _show_set(console: Console, result: Evaluation, name: str, *, by_pattern: bo
             f"{health['no_end_rate'].value:.1%}" if health else "",
         )
     console.print(table)
-    for found in result.models:
-        health_of = found.sets[name].health
-        for complaint in health_of.complaints if health_of else ():
-            console.print(f"[yellow]{escape(found.name)}: {escape(complaint)}[/yellow]")
 
 
 def _show_tasks(console: Console, result: Evaluation) -> None:

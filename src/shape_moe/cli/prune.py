@@ -24,8 +24,10 @@ from shape_moe.cli.values import parse_routing
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.intervals import Estimate
 from shape_moe.evaluation.keep_rate import Limit
+from shape_moe.evaluation.verdict import MAX_DROP
 from shape_moe.jobs.auto import AUTO_HELD_OUT, ChoiceOptions
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
+from shape_moe.jobs.judgement import JudgementOptions
 from shape_moe.jobs.prune import PAPER_SAMPLES, PruneOptions
 from shape_moe.jobs.select import AUTO
 from shape_moe.jobs.session import DEFAULT_SAMPLES
@@ -34,6 +36,9 @@ from shape_moe.units import readable_size
 
 if TYPE_CHECKING:
     from shape_moe.jobs.prune import PruneResult
+
+REJECTED = 3
+"""Exit code where the model is not as good as it was required to be."""
 
 
 HELPS = {
@@ -78,6 +83,14 @@ def prune(
         str,
         typer.Option(help="Where defaults are from: paper is shape, coverage, drop, ragged, 25 samples."),
     ] = "paper",
+    no_judge: Annotated[bool, typer.Option("--no-judge", help="Do not judge the pruned model at the end.")] = False,
+    require: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VERDICT",
+            help="safe or no-loss: end with code 3 and leave the model in DIR.rejected if it is judged worse.",
+        ),
+    ] = None,
     no_logits: Annotated[
         bool, typer.Option("--no-logits", help="Compare tensors only, not logits; writes no canary.")
     ] = False,
@@ -120,6 +133,7 @@ def prune(
         dtype=run.dtype,
         trust_remote_code=run.trust_remote_code,
         choice=choice,
+        judgement=_judgement(limit, require, judge=not no_judge),
         check_logits=not no_logits,
         force=force.force,
     )
@@ -127,6 +141,19 @@ def prune(
     for note in result.notes:
         talk.warn(note)
     talk.result(_document(result), lambda console: _show(console, result))
+    if result.rejected:
+        talk.warn(f"The model is not what --require {require} asks for; it stands in {result.path}.")
+        raise typer.Exit(REJECTED)
+
+
+def _judgement(limit: Limit | None, require: str | None, *, judge: bool) -> JudgementOptions | None:
+    """How the pruned model is judged."""
+    if not judge:
+        if require is not None:
+            raise UsageError("--require needs the judgement: leave --no-judge out.")
+        return None
+    drop = limit.value if limit is not None and limit.kind == "max_drop" else MAX_DROP
+    return JudgementOptions(max_drop=drop, require=require)
 
 
 def _choice(
@@ -213,6 +240,8 @@ def _document(result: PruneResult) -> dict[str, Any]:
         "logits_skipped": result.logits_skipped,
         "target": result.target,
         "choice": result.selection.choice,
+        "judgement": result.judgement.to_document() if result.judgement else None,
+        "rejected": result.rejected,
         "warnings": list(result.notes),
     }
 
@@ -236,6 +265,8 @@ def _show(console: Console, result: PruneResult) -> None:
     console.print(f"[bold]{escape(str(result.path))}[/bold]  {sizes}")
     if result.selection.choice is not None:
         _show_choice(console, result.selection.choice)
+    for line in result.judgement.lines() if result.judgement else ():
+        console.print(line, markup=False, soft_wrap=True)
     console.print("Every tensor equals its slice of the original.")
     if result.logits is not None:
         console.print(

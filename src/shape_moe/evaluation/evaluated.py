@@ -9,9 +9,11 @@ from typing import Any
 
 from shape_moe.evaluation.faithfulness import Faithfulness
 from shape_moe.evaluation.footprint import Footprint
+from shape_moe.evaluation.forgotten import Forgotten
 from shape_moe.evaluation.measures import Figures, Groups, Measured, document, figures_of, worst_group
 from shape_moe.evaluation.result_file import header, read_result
 from shape_moe.evaluation.task_results import TaskResult
+from shape_moe.evaluation.verdict import Verdict
 from shape_moe.made_with import MadeWith
 from shape_moe.selection.selection import Selection
 
@@ -44,6 +46,8 @@ class Evaluated:
         tasks: results of lm-evaluation-harness by task.
         task_changes: paired differences to the dense model by task and metric, None for the dense model itself.
         footprint: memory and speed, None where they were not measured (a mask has the dense model's).
+        verdict: what pruning did to the model, over the task's examples; None for the dense model itself.
+        forgotten: what became of general prompts, None where they were not asked.
     """
 
     name: str
@@ -55,6 +59,8 @@ class Evaluated:
     tasks: dict[str, TaskResult] = field(default_factory=dict)
     task_changes: dict[str, Figures] | None = None
     footprint: Footprint | None = None
+    verdict: Verdict | None = None
+    forgotten: Forgotten | None = None
 
     def to_document(self, by: str | None) -> dict[str, Any]:
         """For JSON; ``by`` is the field whose values are the classes."""
@@ -73,12 +79,15 @@ class Evaluated:
             "task_items": {name: result.items for name, result in self.tasks.items()},
             "task_changes": None if changes is None else {name: document(found) for name, found in changes.items()},
             "footprint": self.footprint.to_document() if self.footprint else None,
+            **({"verdict": self.verdict.to_document()} if self.verdict else {}),
+            **({"forgotten": self.forgotten.to_document()} if self.forgotten else {}),
         }
 
     @classmethod
     def from_document(cls, found: Mapping[str, Any]) -> Evaluated:
         """What :meth:`to_document` described, but for the scores of single items and the experts themselves."""
         chosen, size, footprint = found.get("selection"), found.get("bytes"), found.get("footprint")
+        verdict, forgotten = found.get("verdict"), found.get("forgotten")
         classes, items, changes = (
             found.get("classes") or {"by": {}},
             found.get("task_items") or {},
@@ -99,6 +108,8 @@ class Evaluated:
                 for task, metrics in (found.get("tasks") or {}).items()
             },
             task_changes=None if changes is None else {str(task): figures_of(entry) for task, entry in changes.items()},
+            verdict=Verdict.from_document(verdict) if verdict else None,
+            forgotten=Forgotten.from_document(forgotten) if forgotten else None,
             footprint=Footprint.from_document(footprint) if footprint else None,
         )
 

@@ -56,7 +56,7 @@ class Bootstrap:
     def __init__(self, examples: int, seed: int = 0, comparisons: int = 1) -> None:
         self.examples, self.seed, self.comparisons = examples, seed, comparisons
         self._tail = _TAIL / comparisons
-        self._z = _quantile(comparisons)
+        self._z = quantile(comparisons)
         rng = np.random.default_rng(seed)
         self.weights = rng.multinomial(examples, np.full(examples, 1 / examples), size=RESAMPLES).astype(np.float64)
 
@@ -82,10 +82,8 @@ class Bootstrap:
         the wider one of the bootstrap's and Wilson's.
         """
         found = np.asarray(hits, dtype=np.float64)
-        estimate, count = self.ratio(found, np.ones(found.shape)), found.size
-        centre = (found.sum() + self._z**2 / 2) / (count + self._z**2)
-        half = self._z / (count + self._z**2) * sqrt(found.sum() * (count - found.sum()) / count + self._z**2 / 4)
-        return _wider(estimate, centre - half, centre + half)
+        estimate = self.ratio(found, np.ones(found.shape))
+        return _wider(estimate, *wilson_interval(float(found.mean()), found.size, self._z))
 
     def share_difference(self, hits: ArrayLike, baseline: ArrayLike) -> Estimate:
         """Difference of two shares over the same examples.
@@ -99,15 +97,27 @@ class Bootstrap:
         return _wider(estimate, *score_interval(gained, lost, ours.size, self._z))
 
 
+def quantile(comparisons: int = 1) -> float:
+    """How many standard deviations a 95 % interval reaches to hold for so many comparisons together."""
+    return NormalDist().inv_cdf(1 - _TAIL / comparisons)
+
+
+def wilson_interval(share: float, count: float, z: float) -> tuple[float, float]:
+    """Wilson's interval of a share that was seen in ``count`` draws."""
+    centre = (share * count + z**2 / 2) / (count + z**2)
+    half = z / (count + z**2) * sqrt(share * (1 - share) * count + z**2 / 4)
+    return centre - half, centre + half
+
+
 def least_fall(examples: int, comparisons: int = 1) -> float:
     """The upper end of a fall's interval where two models agree on all of so many examples: ``z^2 / (n + z^2)``."""
-    z = _quantile(comparisons)
+    z = quantile(comparisons)
     return z**2 / (examples + z**2)
 
 
 def examples_for(fall: float, comparisons: int = 1) -> int:
     """How many examples :func:`least_fall` needs to be at most ``fall``."""
-    return ceil(_quantile(comparisons) ** 2 * (1 - fall) / fall)
+    return ceil(quantile(comparisons) ** 2 * (1 - fall) / fall)
 
 
 def score_interval(gained: int, lost: int, count: int, z: float) -> tuple[float, float]:
@@ -138,11 +148,6 @@ def score_interval(gained: int, lost: int, count: int, z: float) -> tuple[float,
 
     middle = (gained - lost) / count
     return _root(statistic, z, -1.0, middle), _root(statistic, -z, middle, 1.0)
-
-
-def _quantile(comparisons: int) -> float:
-    """How many standard deviations an interval reaches to hold for so many candidates together."""
-    return NormalDist().inv_cdf(1 - _TAIL / comparisons)
 
 
 def _root(falling: Callable[[float], float], level: float, low: float, high: float) -> float:

@@ -12,18 +12,22 @@ from shape_moe.architectures.loading import load_model, load_tokenizer, release_
 from shape_moe.architectures.sizes import measure
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.reading import load_records
-from shape_moe.calibration.records import DataOptions
+from shape_moe.calibration.records import DataOptions, Record
 from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.calibration.sources import Data
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.evaluation.bench import Bench
+from shape_moe.evaluation.conclusion import conclude
 from shape_moe.evaluation.evaluated import ALSO, TASK, Evaluated, Evaluation
 from shape_moe.evaluation.faithfulness import FEWEST_RANDOM, Faithfulness, faithfulness
 from shape_moe.evaluation.footprint import Workload, measure_footprint
-from shape_moe.evaluation.generation import GenerationOptions
+from shape_moe.evaluation.generation import Generated, GenerationOptions
 from shape_moe.evaluation.harness import TaskOptions, check_chat_template, check_tasks, run_tasks, run_tasks_with_vllm
+from shape_moe.evaluation.questions import Questions, Replies
 from shape_moe.evaluation.subjects import Candidate, open_candidates, scores_of
 from shape_moe.evaluation.task_results import TaskResult, task_changes
+from shape_moe.evaluation.teacher_forced import TeacherForced
+from shape_moe.evaluation.verdict import MAX_DROP, Verdict, check_max_drop
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES, held_out_set
 from shape_moe.jobs.session import ExampleOptions, ModelSession, as_example_options, load_original
 from shape_moe.jobs.trace import open_trace
@@ -49,6 +53,8 @@ class EvaluateOptions:
         footprint: what to time, None to leave memory and speed out.
         faithfulness: how many random selections every selection is compared with, 0 for none.
         trace: trace of selections given as files, and of checkpoints that hold none; faithfulness needs one.
+        max_drop: the fall, as a share, that the verdict *safe* allows.
+        general: ask general prompts of many kinds as well: what was forgotten off the task.
         seed: draws samples, resamples and random selections.
     """
 
@@ -59,9 +65,12 @@ class EvaluateOptions:
     footprint: Workload | None = field(default_factory=Workload)
     faithfulness: int = 0
     trace: str | None = None
+    max_drop: float = MAX_DROP
+    general: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_max_drop(self.max_drop)
         if self.faithfulness and self.faithfulness < FEWEST_RANDOM:
             raise UsageError(f"Faithfulness needs at least {FEWEST_RANDOM} random selections, not {self.faithfulness}.")
 
@@ -117,6 +126,11 @@ def evaluate(
     return _Run(snapshot, known, tracing, options, (device, dtype), progress).carry_out()
 
 
+def _complaints(found: Evaluated, name: str) -> tuple[str, ...]:
+    health = found.sets[name].health
+    return health.complaints if health is not None else ()
+
+
 class _Run:
     """One evaluation on its way: the dense model first, masks on it, then every checkpoint by itself."""
 
@@ -135,6 +149,8 @@ class _Run:
         self.notes: list[str] = []
         self.size = measure(snapshot)
         self.benches: dict[str, Bench] = {}
+        self.asked: list[Record] = []
+        self.questions: Questions | None = None
         self.scores: dict[str, Scores] = {}
         self.session: ModelSession | None = None
         self.tokenizer = load_tokenizer(snapshot.path, trust_remote_code=snapshot.trust_remote_code)
@@ -180,6 +196,8 @@ class _Run:
         release_memory()
         for bench in self.benches.values():
             bench.close()
+        if self.questions is not None:
+            self.questions.close()
         order = {name: i for i, name in enumerate([self.snapshot.name, *(entry.name for entry in self.candidates)])}
         models.sort(key=lambda found: order[found.name])
         self._run_vllm_tasks(models)
@@ -214,6 +232,7 @@ class _Run:
         if self.session is not None:
             model = self.session.model
             self.benches = self._open_benches(self.session)
+            self._ask_dense(self.session)
         else:
             model = load_original(self.snapshot, self.device, self.dtype, self.progress)
         dense = Evaluated(self.snapshot.name, "dense", None, self.snapshot.total_bytes)
@@ -247,13 +266,28 @@ class _Run:
             for name, maker in sources.items()
         }
 
+    def _ask_dense(self, session: ModelSession) -> None:
+        """Let the dense model answer what a bench does not ask."""
+        by_index = {record.index: record for record in session.calibrator.records}
+        self.asked = [by_index[example.index] for example in self.benches[TASK].held_out.examples]
+        if self.candidates:
+            self.questions = Questions(
+                session.model,
+                session.calibrator.tokeniser,
+                self.asked,
+                general=self.options.general,
+                batch_size=session.options.answers.batch_size,
+                progress=self.progress,
+            )
+
     def _masked(self, entry: Candidate, model: PreTrainedModel) -> Evaluated:
         assert entry.selection is not None
         size = round(self.size.at_keep(entry.selection.kept))
         found = Evaluated(entry.name, "mask", entry.selection, size)
-        self._judge(found, entry.selection)
         with masked(model, entry.selection):
+            replies = self._ask(found, model)
             found.tasks = self._tasks(model)
+        self._judge(found, entry.selection, replies)
         return found
 
     def _checkpoint(self, entry: Candidate, snapshot: Snapshot) -> Evaluated:
@@ -262,21 +296,47 @@ class _Run:
             model = load_model(snapshot, device=self.device, dtype=self.dtype, note=self.progress.note)
             advance(1)
         found = Evaluated(entry.name, "checkpoint", entry.selection, snapshot.total_bytes)
-        self._judge(found, model)
+        self._judge(found, model, self._ask(found, model))
         found.tasks = self._tasks(model)
         return found
 
-    def _judge(self, found: Evaluated, subject: Selection | PreTrainedModel) -> None:
-        """Figures over the held-out examples, where there are such."""
+    def _ask(self, found: Evaluated, model: PreTrainedModel) -> Replies:
+        return self.questions.ask(model, found.name) if self.questions is not None else Replies()
+
+    def _judge(self, found: Evaluated, subject: Selection | PreTrainedModel, replies: Replies) -> None:
+        """Figures and verdict over the held-out examples, where there are such."""
         if not self.benches:
             return
+        found.forgotten = replies.forgotten
         total = sum(len(bench.held_out.examples) for bench in self.benches.values())
         with self.progress.phase(f"Judging {found.name}", total, "example") as advance:
             for name, bench in self.benches.items():
-                sums = bench.sums(subject, advance)
-                found.sets[name] = bench.measured(sums, bench.answers(subject))
+                sums, made = bench.sums(subject, advance), bench.answers(subject)
+                found.sets[name] = bench.measured(sums, made)
+                self.notes += [f"{found.name}, {bench.held_out.name}: {text}." for text in _complaints(found, name)]
+                if name == TASK:
+                    found.verdict = self._verdict(found, sums, made, replies)
                 if name == TASK and self.options.by is not None:
                     found.classes = bench.by_group(sums)
+
+    def _verdict(self, found: Evaluated, sums: TeacherForced, made: Generated | None, replies: Replies) -> Verdict:
+        """The verdict over the examples that the model was not made from."""
+        bench, generation = self.benches[TASK], self.options.generation
+        trace = next(entry.trace for entry in self.candidates if entry.name == found.name)
+        seen = SeenPrompts.of_source(trace.info.source) if trace is not None else SeenPrompts()
+        left_out = {i for i, record in enumerate(self.asked) if record in seen}
+        theirs = bench.dense_answers
+        return conclude(
+            bench.held_out,
+            bench.dense_sums,
+            sums,
+            (theirs, made) if theirs is not None and made is not None else None,
+            by_answers=generation is not None and generation.answer_pattern is not None,
+            calls=replies.calls,
+            calling=self.questions.calling if self.questions is not None else (),
+            left_out=left_out,
+            max_drop=self.options.max_drop,
+        )
 
     def _tasks(self, model: PreTrainedModel) -> dict[str, TaskResult]:
         """Results of the tasks on a live model; those that vLLM runs come later, when nothing else is loaded."""

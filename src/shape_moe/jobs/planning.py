@@ -7,6 +7,7 @@ from typing import Any
 
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.example_maker import SPLIT_KEY, ExampleMaker, options_of
+from shape_moe.calibration.parts import Parts
 from shape_moe.calibration.reading import load_records
 from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.seen_prompts import SeenPrompts
@@ -14,6 +15,7 @@ from shape_moe.calibration.sources import Data
 from shape_moe.calibration.split import split_records
 from shape_moe.errors import UsageError
 from shape_moe.jobs.held_out import fresh_records
+from shape_moe.jobs.judgement import JudgementOptions, set_aside
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options
 from shape_moe.progress import Progress
 from shape_moe.tracing.trace import Trace
@@ -28,12 +30,14 @@ class SearchPlan:
         trace: the finished trace, None where it is still to be made.
         held_out: the held-out records.
         sentence: how calibration and held-out examples were told apart.
+        parts: those records and others to report by, where the source was told apart for that as well.
     """
 
     session: ModelSession
     trace: Trace | None
     held_out: ExampleMaker
     sentence: str
+    parts: Parts | None = None
 
     @property
     def data(self) -> DataOptions:
@@ -82,6 +86,9 @@ def plan_search(
     samples: int,
     seed: int,
     progress: Progress,
+    judgement: JudgementOptions | None = None,
+    *,
+    give_up: bool = True,
 ) -> SearchPlan:
     """Decide which examples calibrate and which judge.
 
@@ -93,11 +100,15 @@ def plan_search(
         samples: how many to judge by.
         seed: draws the sides of a split.
         progress: where to show notes.
+        judgement: how the model that comes of the search is judged, None where none does.
+        give_up: whether calibration and choice may give up records for that, where there are no others.
 
     Raises:
         ShapeMoeError: when the model, the trace or the examples cannot be used.
     """
     if trace is None and held_out is None:
+        if judgement is not None:
+            return _three_part_plan(snapshot, tracing, samples, judgement, progress, give_up=give_up, seed=seed)
         return _split_plan(snapshot, tracing, samples, seed, progress)
     source = held_out or tracing.data
     if trace is not None:
@@ -142,3 +153,21 @@ def _split_plan(
     session = ModelSession.open(snapshot, tracing, None, progress, split.calibration)
     session.source_notes[SPLIT_KEY] = split.sentence
     return SearchPlan(session, None, session.calibrator_of(split.held_out, tracing.data), split.sentence)
+
+
+def _three_part_plan(
+    snapshot: Snapshot,
+    tracing: ExampleOptions,
+    choice: int,
+    judgement: JudgementOptions,
+    progress: Progress,
+    *,
+    give_up: bool,
+    seed: int,
+) -> SearchPlan:
+    """Split one source into examples to calibrate, to choose and to report by."""
+    data = replace(tracing.data, samples=tracing.data.samples or DEFAULT_SAMPLES)
+    parts = set_aside(data, judgement, choice=choice, give_up=give_up, seed=seed)
+    session = ModelSession.open(snapshot, tracing, None, progress, parts.calibration)
+    session.source_notes[SPLIT_KEY] = parts.sentence
+    return SearchPlan(session, None, session.calibrator_of(parts.choice, tracing.data), parts.sentence, parts)

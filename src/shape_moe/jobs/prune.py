@@ -12,10 +12,20 @@ from typing import Any
 from shape_moe.architectures.fingerprint import fingerprint, layout_fingerprint
 from shape_moe.architectures.loading import free_memory, release_memory
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
+from shape_moe.calibration.parts import Parts
 from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.sources import Data
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.jobs.auto import ChoiceOptions, auto_select, methods_to_try
+from shape_moe.jobs.judgement import (
+    Judgement,
+    JudgementOptions,
+    judge_selection,
+    no_judgement,
+    session_of_trace,
+    set_aside,
+    unseen_parts,
+)
 from shape_moe.jobs.planning import SearchPlan, held_out_tracing, plan_search
 from shape_moe.jobs.select import as_select_options, check_options
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options, load_original
@@ -31,12 +41,13 @@ from shape_moe.selection.select import SelectOptions, select_from_trace
 from shape_moe.selection.selection import Selection, completed, load_selection, open_selection
 from shape_moe.serving.manifest import write_manifest
 from shape_moe.tracing.trace import Trace
-from shape_moe.units import readable_size
-from shape_moe.workspace import Workspace, check_output
+from shape_moe.units import capitalised, readable_size
+from shape_moe.workspace import Workspace, check_output, write_json
 
 PAPER_SAMPLES = 25
 """Calibration examples of the published experiments."""
 _DISK_MARGIN = 64 * 2**20
+_REJECTED = ".rejected"
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,7 @@ class PruneOptions:
         dtype: in which dtype.
         trust_remote_code: run the code that comes with the original instead of Transformers' own, where there is some.
         choice: how candidates are judged where scorer or keep rate are left to the tool, None where they are not.
+        judgement: how the pruned model is judged, None for not at all.
         check_logits: compare the pruned model's logits with the masked original's, where both fit in memory.
         force: replace an existing result, accept artifacts of unknown origin.
     """
@@ -61,6 +73,7 @@ class PruneOptions:
     dtype: str = "auto"
     trust_remote_code: bool = False
     choice: ChoiceOptions | None = None
+    judgement: JudgementOptions | None = field(default_factory=JudgementOptions)
     check_logits: bool = True
     force: bool = False
 
@@ -78,6 +91,8 @@ class PruneResult:
         logits: comparison of logits, None where it was not made.
         logits_skipped: why it was not made.
         notes: what the user should know.
+        judgement: what pruning did to the model, None where it was not judged.
+        rejected: whether the model is not as good as it was required to be, and stands in ``DIR.rejected``.
     """
 
     path: Path
@@ -88,6 +103,8 @@ class PruneResult:
     logits: CanaryResult | None
     logits_skipped: str | None
     notes: tuple[str, ...] = ()
+    judgement: Judgement | None = None
+    rejected: bool = False
 
 
 @dataclass
@@ -101,6 +118,7 @@ class _Run:
         chosen: a finished selection, where that is given.
         trace: a finished trace, where that is given; later the one that was made.
         plan: which examples calibrate and which judge candidates, where those are to be judged.
+        parts: the examples told apart, where nothing is chosen by some of them.
         session: what traces the calibration set, where that is given.
         notes: what the user should know.
     """
@@ -111,6 +129,7 @@ class _Run:
     chosen: Selection | None = None
     trace: Trace | None = None
     plan: SearchPlan | None = None
+    parts: Parts | None = None
     session: ModelSession | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -167,6 +186,9 @@ def prune(
     inputs: list[str | PathLike[str]] = [p for p in (model, trace, selection) if isinstance(p, str | PathLike)]
     inputs += options.trace.data.files if options.trace else []
     check_output(Path(out).absolute(), force=options.force, inputs=inputs)
+    if options.judgement is not None and options.judgement.require is not None:
+        place = Path(out).absolute()
+        check_output(place.with_name(place.name + _REJECTED), force=options.force)
     free_memory(options.device)
     run = _Run(open_snapshot(model, revision, trust_remote_code=options.trust_remote_code), options, progress)
     _open_inputs(run, trace, selection)
@@ -193,7 +215,11 @@ def _open_inputs(
     if run.plan is not None:
         run.session = run.plan.session
     elif options.trace is not None:
-        run.session = ModelSession.open(snapshot, options.trace, None, run.progress)
+        records = None
+        if options.judgement is not None:
+            run.parts = set_aside(options.trace.data, options.judgement, give_up=False)
+            records = run.parts.calibration
+        run.session = ModelSession.open(snapshot, options.trace, None, run.progress, records)
 
 
 def _carry_out(run: _Run, work: Workspace) -> PruneResult:
@@ -205,6 +231,7 @@ def _carry_out(run: _Run, work: Workspace) -> PruneResult:
     left_out = what_is_left_out(run.snapshot)
     selection.save(artifacts / "selection.json")
     run.notes += [*selection.warnings, *left_out]
+    judgement = _judged(run, selection) if run.options.judgement is not None else None
     canary, logits_skipped = _canary(run, selection)
     written = run.writer.write(run.snapshot, selection, work.path, run.progress)
     logits = None
@@ -212,11 +239,17 @@ def _carry_out(run: _Run, work: Workspace) -> PruneResult:
         canary.save(artifacts / "canary.json")
         logits = check_logits(canary, work.path, run.options.device, run.options.dtype, run.progress)
     before, after = run.snapshot.total_bytes, written.size
-    facts = CardFacts(run.snapshot.name, before, after, selection, run.target, run.trace, left_out)
+    said = tuple(judgement.lines()) if judgement is not None else ()
+    facts = CardFacts(run.snapshot.name, before, after, selection, run.target, run.trace, left_out, said)
     write_card(work.path, facts)
+    if judgement is not None:
+        write_json(artifacts / "judgement.json", judgement.to_document())
     write_manifest(work.path, run.snapshot, run.target, written.hashes, canary_missing=logits_skipped)
-    path = work.complete()
-    return PruneResult(path, selection, run.target, before, after, logits, logits_skipped, tuple(run.notes))
+    required = run.options.judgement.require if run.options.judgement is not None else None
+    rejected = required is not None and judgement is not None and not judgement.verdict.satisfies(required)
+    path = work.complete(suffix=_REJECTED if rejected else "")
+    notes = tuple(run.notes)
+    return PruneResult(path, selection, run.target, before, after, logits, logits_skipped, notes, judgement, rejected)
 
 
 def _check_request(
@@ -263,7 +296,17 @@ def _plan_choice(
     seed = select.scoring.seed
     tracing = held_out_tracing(options.trace, trace, choice.held_out, seed)
     tracing = replace(tracing, device=options.device, dtype=options.dtype)
-    plan = plan_search(snapshot, tracing, trace, choice.held_out, choice.samples, seed, progress)
+    plan = plan_search(
+        snapshot,
+        tracing,
+        trace,
+        choice.held_out,
+        choice.samples,
+        seed,
+        progress,
+        options.judgement,
+        give_up=choice.limit is None,
+    )
     if choice.limit is not None:
         held = trace.statistics if trace is not None else plan.session.engine.statistics()
         methods = methods_to_try(select.method, choice, snapshot.moe.top_k, held)
@@ -332,6 +375,25 @@ def _selected(run: _Run, work: Path) -> Selection:
         run.progress.note(f"Chosen: {chosen.choice['reason'] if chosen.choice else ''}")
         return chosen
     return select_from_trace(run.trace, run.options.select)
+
+
+def _judged(run: _Run, selection: Selection) -> Judgement:
+    """What pruning did to the model, while the full model is (or can be) loaded."""
+    options, device, dtype = run.options.judgement, run.options.device, run.options.dtype
+    assert options is not None
+    if run.session is None:
+        reason = why_no_logits(run.snapshot, device, dtype)
+        if reason:
+            return no_judgement(f"{capitalised(reason)}.", options)
+        run.session = session_of_trace(run.snapshot, run.trace, device, dtype, run.progress) if run.trace else None
+    if run.session is None:
+        return no_judgement("There are no examples that the model was not made from.", options)
+    parts, data, chosen_by = run.parts, run.session.options.data, []
+    if run.plan is not None:
+        parts, data, chosen_by = run.plan.parts, run.plan.data, run.plan.held_out.records
+    if parts is None:
+        parts = unseen_parts(data, run.trace, chosen_by, options)
+    return judge_selection(run.session, parts, data, selection, options)
 
 
 def _canary(run: _Run, selection: Selection) -> tuple[Canary | None, str | None]:

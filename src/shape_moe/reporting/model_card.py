@@ -30,6 +30,7 @@ class CardFacts:
         target: ``ragged`` or ``stock``.
         trace: the trace, where there was one.
         left_out: what the original has and this checkpoint has not, beside experts; sentences.
+        verdict: what pruning did to the model, line by line; empty where it was not judged.
     """
 
     model: str
@@ -39,6 +40,7 @@ class CardFacts:
     target: str
     trace: Trace | None
     left_out: tuple[str, ...] = ()
+    verdict: tuple[str, ...] = ()
 
 
 def write_card(folder: Path, facts: CardFacts) -> None:
@@ -63,7 +65,9 @@ def render_card(facts: CardFacts) -> str:
     slots = (
         "the same; a pruned expert's slot adds nothing" if selection.routing == "drop" else "the same, among kept ones"
     )
-    return environment.get_template("model_card.md.jinja").render(
+    return environment.get_template(
+        "model_card.md.jinja"
+    ).render(
         title=f"{_name(facts.model)}, pruned to {selection.keep:.0%} of its experts",
         model=facts.model if is_hub_id else _name(facts.model),
         base_model=Markup(facts.model) if is_hub_id else None,  # noqa: S704  # letters, digits, dashes, dots
@@ -76,6 +80,7 @@ def render_card(facts: CardFacts) -> str:
         trace=facts.trace.info if facts.trace else None,
         target=facts.target,
         left_out=facts.left_out,
+        verdict=[*facts.verdict[:1], *(Markup(line) for line in facts.verdict[1:])],  # noqa: S704  # in a code block
         stock_class=family.stock_class if family else "the original's class",
         version=version("shape-moe"),
         size=readable_size,

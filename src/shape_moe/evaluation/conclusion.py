@@ -1,0 +1,74 @@
+"""The verdict over a set of examples, from what was measured on each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from shape_moe.evaluation.generation import Generated
+from shape_moe.evaluation.held_out_set import HeldOutSet
+from shape_moe.evaluation.outcomes import outcomes
+from shape_moe.evaluation.teacher_forced import TeacherForced
+from shape_moe.evaluation.tool_calls import ToolExample
+from shape_moe.evaluation.verdict import MAX_DROP, Verdict, decide, not_measured
+from shape_moe.units import counted
+
+
+def conclude(
+    held_out: HeldOutSet,
+    dense: TeacherForced,
+    pruned: TeacherForced,
+    answers: tuple[Generated, Generated] | None,
+    *,
+    by_answers: bool = False,
+    calls: Mapping[int, ToolExample] | None = None,
+    calling: Collection[int] = (),
+    left_out: Collection[int] = (),
+    max_drop: float = MAX_DROP,
+    notes: Sequence[str] = (),
+) -> Verdict:
+    """The verdict on a model.
+
+    Args:
+        held_out: the examples.
+        dense: the dense model's sums by example.
+        pruned: the model's.
+        answers: free answers, the dense model's first; None where none were made.
+        by_answers: take exact match from free answers: where only a part of an answer must be right, it has to be
+            written.
+        calls: what both models did with examples that offer tools, by position.
+        calling: examples whose answer calls a tool.
+        left_out: examples that do not count, because calibration has seen them or something was chosen by them.
+        max_drop: the fall, as a share, that *safe* allows.
+        notes: what else a reader should know.
+    """
+    count = len(held_out.examples)
+    if left_out and len(set(left_out)) == count:
+        reason = f"The model was made from all of the {counted(count, 'example')}."
+        return not_measured(reason, "Judge by examples that it has not seen.", max_drop=max_drop)
+    answered: Collection[int] = held_out.answered()
+    if by_answers and answers is not None:
+        dense, pruned = (_by_answers(sums, made) for sums, made in zip((dense, pruned), answers, strict=True))
+        answered = answers[0].positions
+    measured = outcomes(
+        held_out.groups,
+        dense,
+        pruned,
+        answered=answered,
+        answers=answers,
+        calls=calls,
+        calling=calling,
+        left_out=left_out,
+    )
+    seen = len(set(left_out))
+    said = [f"{seen} of {count} examples do not count, because calibration has seen them."] if seen else []
+    return decide(measured, max_drop=max_drop, notes=[*said, *notes])
+
+
+def _by_answers(sums: TeacherForced, made: Generated) -> TeacherForced:
+    """Sums whose exact match is that of free answers."""
+    exact = np.zeros(len(sums.exact), dtype=bool)
+    exact[list(made.positions)] = made.exact
+    return replace(sums, exact=exact)

@@ -1,0 +1,89 @@
+"""What models are asked beside the examples: turns at which tools are offered, and general prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shape_moe.calibration.records import Record
+from shape_moe.evaluation.forgotten import Forgotten, GeneralCheck, general_records
+from shape_moe.evaluation.outcomes import FREE_ANSWERS
+from shape_moe.evaluation.tool_calls import ToolExample
+from shape_moe.evaluation.tool_check import ToolCheck, calls_tools, tool_prompts
+from shape_moe.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from shape_moe.calibration.examples import Tokeniser
+
+
+@dataclass(frozen=True)
+class Replies:
+    """What a model made of the questions, beside the dense one.
+
+    Attributes:
+        calls: what both models do where tools are offered, by the example's position; None where none are.
+        forgotten: what became of general prompts, None where they were not asked.
+    """
+
+    calls: dict[int, ToolExample] | None = None
+    forgotten: Forgotten | None = None
+
+
+class Questions:
+    """The questions, answered by the dense model at once.
+
+    Args:
+        model: the dense model.
+        tokeniser: turns records into prompts.
+        records: the record of each example of the set that is judged by.
+        general: ask general prompts as well.
+        most: ask at most so many examples that offer tools.
+        batch_size: prompts per batch.
+        progress: where to show progress.
+
+    Attributes:
+        calling: positions of the examples whose answer calls a tool.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokeniser: Tokeniser,
+        records: Sequence[Record],
+        *,
+        general: bool = True,
+        most: int = FREE_ANSWERS,
+        batch_size: int = 8,
+        progress: Progress = SILENT,
+    ) -> None:
+        self.calling = frozenset(i for i, record in enumerate(records) if calls_tools(record))
+        self.progress = progress
+        self._tools: ToolCheck | None = None
+        self._general: GeneralCheck | None = None
+        prompts = tool_prompts(records, most)
+        if prompts:
+            with progress.phase("Dense model where tools are offered", len(prompts), "prompt") as advance:
+                self._tools = ToolCheck(model, tokeniser, prompts, batch_size=batch_size, advance=advance)
+        if general:
+            asked = general_records()
+            with progress.phase("Dense model on general prompts", len(asked), "prompt") as advance:
+                self._general = GeneralCheck(model, tokeniser, batch_size=batch_size, records=asked, advance=advance)
+
+    def close(self) -> None:
+        """Let go of what the dense model said."""
+        if self._general is not None:
+            self._general.close()
+
+    def ask(self, model: PreTrainedModel, name: str) -> Replies:
+        """Ask another model, masked or loaded from a checkpoint, that is called ``name``."""
+        calls = forgotten = None
+        if self._tools is not None:
+            with self.progress.phase(f"Tools offered to {name}", len(self._tools.prompts), "prompt") as advance:
+                calls = self._tools.compare(model, advance)
+        if self._general is not None:
+            with self.progress.phase(f"General prompts to {name}", len(self._general.records), "prompt") as advance:
+                forgotten = self._general.compare(model, advance)
+        return Replies(calls, forgotten)
