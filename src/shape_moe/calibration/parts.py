@@ -118,7 +118,8 @@ def _too_few(prompts: int, *, others: int, give_up: bool) -> str:
             f"{counted(prompts, 'different prompt')} are too few to calibrate with some and report by others: "
             f"{FEWEST * SHARE_GIVEN_UP} are needed"
         )
-    return f"the calibration sample is kept whole, and the data holds only {counted(others, 'other prompt')}"
+    left = f"only {counted(others, 'other prompt')}" if others else "no other prompts"
+    return f"the calibration sample is kept whole, and the data holds {left}"
 
 
 def _sentence(report: list[Record], given_up: int) -> str:

@@ -73,4 +73,13 @@ def summary(selection: Selection) -> str:
             f"Two halves of the data agree on {selection.stability['agreement']:.1%} of the kept experts; "
             f"{selection.stability['undecided']:,.0f} places are undecided"
         )
+    if selection.near_ties:
+        lines.append(f"Near-ties, which rounding on another machine could decide otherwise: {_places(selection)}")
     return "\n".join(lines)
+
+
+def _places(selection: Selection, most: int = 5) -> str:
+    """The first near-ties, and how many more there are."""
+    every = [f"layer {layer} expert {expert}" for layer, ids in (selection.near_ties or {}).items() for expert in ids]
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return f"{', '.join(every[:most])}{more}"

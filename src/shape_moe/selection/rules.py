@@ -77,10 +77,9 @@ def layer_ranks(values: Values, tiebreak: Values | None = None) -> NDArray[np.in
     """
     values = _checked(values)
     tiebreak = np.zeros_like(values) if tiebreak is None else np.asarray(tiebreak, dtype=np.float64)
+    ids = np.broadcast_to(np.arange(values.shape[1]), values.shape)
     ranks = np.empty(values.shape, dtype=np.int64)
-    ids = np.arange(values.shape[1])
-    for row, order in enumerate(np.lexsort((ids, -tiebreak[row], -values[row])) for row in range(len(values))):
-        ranks[row, order] = ids
+    np.put_along_axis(ranks, np.lexsort((ids, -tiebreak, -values)), ids, axis=1)
     return ranks
 
 

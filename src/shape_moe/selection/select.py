@@ -15,6 +15,7 @@ from shape_moe.scoring.scores import Scores, score_trace
 from shape_moe.selection import guards
 from shape_moe.selection.budget import Constraints, Room, choose
 from shape_moe.selection.method import Method
+from shape_moe.selection.near_ties import near_ties, priority_bounds, rounding_of
 from shape_moe.selection.rules import Priority, bisection_budget, budget_for, get_rule, layer_ranks
 from shape_moe.selection.selection import Selection, check_selection, layers_from_mask
 from shape_moe.selection.stability import stability
@@ -125,6 +126,7 @@ class TraceSelector:
         halves = [trace.half(half) for half in (0, 1)]
         self._halves = halves if all(half.sums("tokens", weights).any(axis=1).all() for half in halves) else []
         self._scores: dict[str, tuple[Scores, list[Scores]]] = {}
+        self._bounds: dict[tuple[str, str], tuple[Priority, Priority]] = {}
 
     def _scored(self, scorer: str) -> tuple[Scores, list[Scores]]:
         if scorer not in self._scores:
@@ -132,6 +134,14 @@ class TraceSelector:
             halves = self._halves if get_scorer(scorer).needs else []
             self._scores[scorer] = whole, [score_trace(half, scorer, self.scoring) for half in halves]
         return self._scores[scorer]
+
+    def _near_ties(self, picker: _Picker, scores: Scores, mask: NDArray[np.bool_]) -> dict[int, list[int]]:
+        key = (scores.scorer, picker.rule.name)
+        if key not in self._bounds:
+            rounding = rounding_of(self.trace.info.dtype) if get_scorer(scores.scorer).needs else 0.0
+            self._bounds[key] = priority_bounds(picker.rule, scores, rounding)
+        tied = near_ties(picker.rule, scores, mask, picker.constraints, self._bounds[key])
+        return {layer: ids for layer, ids in layers_from_mask(scores.layers, tied).items() if ids}
 
     def select(self, options: SelectOptions) -> Selection:
         """Select experts.
@@ -160,6 +170,7 @@ class TraceSelector:
             model=info.model,
             family=info.family,
             stability=agreement,
+            near_ties=self._near_ties(picker, scores, mask),
             options={"prompt": weights.prompt, "response": weights.response, "seed": self.scoring.seed},
             warnings=tuple(warnings),
         )

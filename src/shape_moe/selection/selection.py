@@ -45,6 +45,8 @@ class Selection:
         constraints: what else was asked for.
         mass_kept: share of each layer's non-negative score mass that is kept, None for a layer without mass.
         stability: agreement of the two halves of the data, see :mod:`shape_moe.selection.stability`.
+        near_ties: experts by layer, kept or not, that rounding alone could exchange; see
+            :mod:`shape_moe.selection.near_ties`. None where nobody looked (a file of an older version).
         options: segment weights and seed used for scoring.
         warnings: what a user should know before pruning.
         choice: what was tried before this was chosen, where scorer or keep rate were left to the tool.
@@ -64,6 +66,7 @@ class Selection:
     constraints: dict[str, Any] = field(default_factory=dict)
     mass_kept: dict[int, float | None] = field(default_factory=dict)
     stability: dict[str, float] | None = None
+    near_ties: dict[int, list[int]] | None = None
     options: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     choice: dict[str, Any] | None = None
@@ -116,6 +119,8 @@ class Selection:
         """The JSON document."""
         document = asdict(self)
         document["layers"] = {str(layer): ids for layer, ids in self.layers.items()}
+        if self.near_ties is not None:
+            document["near_ties"] = {str(layer): ids for layer, ids in self.near_ties.items()}
         document["mass_kept"] = {str(layer): share for layer, share in self.mass_kept.items()}
         return {"format_version": FORMAT_VERSION, "keep_met": self.keep, **document}
 

@@ -71,7 +71,7 @@ class TraceInfo:
     num_experts: int
     routing: RouterFacts
     layers: tuple[int, ...]
-    tokens: dict[str, float]
+    tokens: dict[str, int | float]
     examples: int
     revision: str | None = None
     engine: str = "transformers"
