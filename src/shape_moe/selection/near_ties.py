@@ -17,7 +17,7 @@ from shape_moe.selection.rules import Priority, Rule, layer_ranks
 
 ROUNDING = {"float32": 2e-5, "float64": 2e-5}
 """How far rounding moves a value, as a share of itself. Measured in float32: at most 7e-6 for ``contribution``, whose
-terms have both signs, and 7e-7 for the others (embedded model; 1 and 2 threads, batch sizes 1, 3, 8; docs/method.md)."""
+terms have both signs, and 7e-7 for the others (embedded model; 1 and 2 threads, batches of 1, 3, 8; docs/method.md)."""
 HALF_PRECISION = 1e-4
 """The same for a model that was traced in bfloat16 or float16, where a device's own order of sums shows sooner. A CPU
 gives all batch sizes the same bits; other devices were not measured."""
