@@ -62,7 +62,7 @@ def test_hostile_documents(tmp_path, name, read, content) -> None:
         ({"layers": []}, "different and ascending"),
         ({"layers": [-1, 0, 1]}, "different and ascending"),
         ({"layers": [0.5]}, "Expected int, got float"),
-        ({"tokens": {"prompt": "many"}}, "Expected float, got str"),
+        ({"tokens": {"prompt": "many"}}, r"Expected int \| float, got str"),
         ({"examples": 1.5}, "Expected int, got float"),
         ({"statistics": [1]}, "Expected object, got array"),
         ({"statistics": {"gate": {"axes": "row", "reduction": "sum"}}}, "Invalid enum value .row."),
