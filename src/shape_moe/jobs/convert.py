@@ -9,9 +9,9 @@ from typing import Literal
 from shape_moe.architectures.fingerprint import fingerprint
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.errors import UsageError
-from shape_moe.interop.coalition_counts import coalitions_text, read_coalitions
+from shape_moe.interop.coalition_counts import coalitions_text
+from shape_moe.interop.fillers import FILLERS
 from shape_moe.interop.kinds import KINDS, Kind, kind_of
-from shape_moe.interop.responses import read_responses
 from shape_moe.interop.selected_experts import read_selected, selected_text
 from shape_moe.progress import SILENT, Progress
 from shape_moe.selection.selection import Selection, load_selection
@@ -55,7 +55,7 @@ def convert(
     path, target = Path(source), Path(out)
     found = _kind(path, kind)
     _check_request(path, found, model, to, skip_bad=skip_bad)
-    if found in ("responses", "coalitions"):
+    if found in FILLERS:
         check_output(target, force=force, inputs=[path, *([model] if model else [])])
     else:
         _check_file(target, path, force=force)
@@ -67,10 +67,7 @@ def convert(
     if found in ("selection", "selected"):
         return _convert_selection(found, path, target, snapshot)
     assert snapshot is not None
-    if found == "responses":
-        trace = read_responses(path, snapshot, skip_bad=skip_bad, progress=progress)
-    else:
-        trace = read_coalitions(path, snapshot)
+    trace = FILLERS[found](path, snapshot, skip_bad, progress).fill(None)
     return _save(trace, target, path, snapshot, force=force)
 
 
@@ -93,7 +90,7 @@ def _check_request(
         raise UsageError(f"--to must be shape-moe or reference, not {to!r}.")
     if to not in (None, wanted):
         raise UsageError(f"{source} ({kind}) is in that format already; it converts with --to {wanted}.")
-    if kind in ("responses", "coalitions") and model is None:
+    if kind in FILLERS and model is None:
         raise UsageError(f"{source} ({kind}) does not say which model it is about: name it with --model.")
     if kind in _OURS and model is not None:
         raise UsageError(f"{source} ({kind}) says which model it is about: leave --model out.")
