@@ -18,6 +18,7 @@ from mutation.operators import Mutant
 
 _LEFT_OUT = ("tests/engines",)
 """They need a vLLM; ``make test`` skips them too."""
+_FIRST_SECONDS = 60.0
 _MOST_FAILING = 5
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -160,7 +161,7 @@ class Room:
         project: the checkout; it is only read.
         folder: for the copy and everything the runs write.
         cover: of this tree.
-        quick: run the tests that cover a mutant only, not the rest of the suite.
+        quick: run the quickest tests that cover a mutant only, not the rest of the suite.
     """
 
     def __init__(self, project: Path, folder: Path, cover: Cover, *, quick: bool = False) -> None:
@@ -194,17 +195,27 @@ class Room:
             self.cover.failing.append(outcome.by)
 
     def _tried(self, mutant: Mutant) -> Outcome:
-        covering = self.cover.of(mutant)
+        first_ones = self._quickest(self.cover.of(mutant))
         file = self.tree / mutant.file
         file.write_text(mutant.after)
         try:
-            first = self._run(only=covering, new_under=tests_of(mutant.file))
+            first = self._run(only=first_ones, new_under=tests_of(mutant.file))
             if first.caught or self._quick:
                 return first
-            rest = self._run(without=covering)  # new ones once more
+            rest = self._run(without=first_ones)  # new ones once more
             return Outcome(rest.caught, rest.by, first.seconds + rest.seconds)
         finally:
             file.write_text(mutant.before)
+
+    def _quickest(self, covering: Sequence[str]) -> list[str]:
+        """The quickest of the covering tests, for about a minute; the others come with the rest of the suite."""
+        spent, chosen = 0.0, []
+        for test in covering:
+            spent += self.cover.seconds.get(test, 1.0)
+            if chosen and spent > _FIRST_SECONDS:
+                break
+            chosen.append(test)
+        return chosen
 
     def _trusts(self, test: str) -> bool:
         if test not in self._trusted and self._run(only=[test]).caught:
@@ -229,7 +240,7 @@ class Room:
             "arguments": [*_arguments(), "-x", f"--basetemp={self.folder / 'temporary'}", *files],
             "environment": {"MUTANTS_PLAN": str(self.folder / "plan.json")},
             "log": str(log),
-            "limit": 120 + 6 * expected,
+            "limit": 120 + 3 * expected,
         }
         assert self._server.stdin is not None
         self._server.stdin.write(json.dumps(request) + "\n")
