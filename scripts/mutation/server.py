@@ -1,9 +1,9 @@
 """Runs pytest many times in one tree: libraries are imported once, every run is a fork.
 
 Started as ``python -m mutation.server MODULES.json`` with the tree as working folder. A line of stdin is one run:
-``{"arguments": [...], "environment": {...}, "log": FILE, "limit": SECONDS}``, where the limit is one of processor time, so that a busy machine stops no run (ten times
-as long by the clock, for what waits forever). The answer is a line with ``code``, pytest's exit code or null for a run
-that was stopped, and ``seconds``.
+``{"arguments": [...], "environment": {...}, "log": FILE, "limit": SECONDS}``, where the limit is one of processor time,
+so that a busy machine stops no run (ten times as long by the clock, for what waits forever). The answer is a line with
+``code``, pytest's exit code or null for a run that was stopped, and ``seconds``.
 """
 
 from __future__ import annotations
