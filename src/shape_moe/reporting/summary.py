@@ -265,7 +265,8 @@ def _loops(name: str, forgotten: Forgotten | None) -> list[str]:
     if more <= HEALTH_LIMIT * asked:
         return []
     return [
-        f"{name}, off the task: of {asked} answers to general prompts, {more} more than the dense model's end in a loop."
+        f"{name}, off the task: of {asked} answers to general prompts, {more} more end in a loop than with the dense "
+        "model."
     ]
 
 

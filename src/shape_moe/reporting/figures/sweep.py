@@ -38,8 +38,8 @@ def sweep_figure(sweep: Sweep, selection: Selection | None) -> Figure:
         states=tuple(_state(metric, sweep, groups, chosen) for metric in metrics),
         legend=_legend(methods, axis, chosen, given=selection is not None),
         lines=(
-            "Numbers on the points are the share of experts kept; bars are 95 % intervals. A hollow point is beyond the "
-            "limit, gives answers that loop or do not end, or does not fit the memory.",
+            "Numbers on the points are the share of experts kept; bars are 95 % intervals. A hollow point is beyond "
+            "the limit, gives answers that loop or do not end, or does not fit the memory.",
         ),
         table=_table(sweep, metrics),
     )
