@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from math import ceil
 
 
@@ -49,6 +50,12 @@ def readable_share(share: float) -> str:
         return "< -99.9 %" if sign else "> 99.9 %"
     shown = f"{percent:.1f}" if percent < 9.95 or 99 < percent < 100 else f"{percent:.0f}"
     return f"{sign}{shown.removesuffix('.0')} %"
+
+
+def readable_points(difference: float) -> str:
+    """A difference of shares in percentage points with its sign, to the digits of :func:`readable_share`."""
+    shown = readable_share(difference).removesuffix(" %")
+    return re.sub(r"(?=\d)", "+", shown, count=1) if difference > 0 else shown
 
 
 def share_at_most(share: float) -> str:

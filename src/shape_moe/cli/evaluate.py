@@ -12,7 +12,7 @@ import shape_moe
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.console import plain_table
 from shape_moe.cli.data_flags import DataFlags
-from shape_moe.cli.estimates import number, share, signed
+from shape_moe.cli.estimates import kl, number, points, share
 from shape_moe.cli.flag_groups import changed_flags
 from shape_moe.cli.flags import ForceFlag, LoadFlags, ModelArgument, OutputFlags, SeedFlag
 from shape_moe.cli.quality_flags import GenerationFlags, TaskFlags
@@ -111,7 +111,7 @@ def _show(console: Console, result: Evaluation, *, by_pattern: bool) -> None:
             console.print(f"{found.name}: {' instead of '.join(sizes)}", markup=False)
             lines = [*found.verdict.lines(), *(found.forgotten.lines() if found.forgotten else ())]
             for line in lines:
-                console.print(f"  {line}", markup=False, soft_wrap=True)
+                console.print(Padding(Text(line), (0, 0, 0, 2)))
             console.print()
     for name in result.models[0].sets:
         _show_set(console, result, name, by_pattern=by_pattern)
@@ -122,7 +122,7 @@ def _show(console: Console, result: Evaluation, *, by_pattern: bool) -> None:
         if (worst := worst_group(found.classes)) is not None:
             name, figure = worst
             lost = found.classes[name]["change"][figure]
-            change = f"{figure.replace('_', ' ')} {signed(lost) if figure == 'exact_match' else number(lost, 4)}"
+            change = f"{figure.replace('_', ' ')} {points(lost) if figure == 'exact_match' else number(lost, 4)}"
             console.print(f"{found.name}: worst class is {name!r} ({change})", markup=False)
     for check in result.faithfulness:
         _show_faithfulness(console, check)
@@ -198,7 +198,7 @@ def _show_faithfulness(console: Console, check: Faithfulness) -> None:
     rows = [("the selection", check.kept), ("its inversion", check.inverted)]
     rows += [(f"random {i + 1}", verdict) for i, verdict in enumerate(check.random)]
     for name, verdict in rows:
-        table.add_row(name, number(verdict.quality["kl"], 4), number(verdict.quality["nll"], 4))
+        table.add_row(name, kl(verdict.quality["kl"]), number(verdict.quality["nll"], 4))
     console.print(table)
     console.print(
         "Better than every random selection, and those better than the inversion: the values mean something."

@@ -15,6 +15,8 @@ from shape_moe.reporting.demo_rows import demo_best, demo_model, demo_short
 from shape_moe.reporting.experiment_tables import experiment_bests, experiment_sizes
 from shape_moe.reporting.figures.figure import NONE, sentence
 from shape_moe.reporting.material import Material, Sizes
+from shape_moe.reporting.opening import next_commands, smaller
+from shape_moe.reporting.provenance import calibration_options
 from shape_moe.selection.selection import Selection
 from shape_moe.units import capitalised, counted, readable_kl, readable_share, readable_size, share_at_most
 
@@ -148,9 +150,7 @@ def shrunk(sizes: Sizes) -> str:
 def _smaller(sizes: Sizes | None, keep: float | None) -> tuple[str, str]:
     """How much smaller in a few words, and both sizes."""
     if sizes is not None and sizes.before > 0:
-        saved = 1 - sizes.after / sizes.before
-        word = f"{readable_share(saved)} smaller" if saved > 0 else "Not smaller"
-        return word, shrunk(sizes)
+        return smaller(int(sizes.before), int(sizes.after)), shrunk(sizes)
     if keep is not None:
         return f"{readable_share(1 - keep)} of the experts removed", ""
     return "Size not known", ""
@@ -159,12 +159,11 @@ def _smaller(sizes: Sizes | None, keep: float | None) -> tuple[str, str]:
 def _of_selection(material: Material, own: Evaluated | None) -> Story:
     selection = material.selection
     verdict = material.verdict or (own.verdict if own is not None else None)
-    smaller, sizes = _smaller(material.sizes, selection.keep if selection is not None else None)
-    experts = _experts(selection) if selection is not None else ""
-    detail = "; ".join(part for part in (sizes, experts) if part)
+    word, _ = _smaller(material.sizes, selection.keep if selection is not None else None)
+    detail = material.opening.size if material.opening is not None else ""
     name = material.model_name
     if verdict is not None:
-        return _judged(name, smaller, detail, verdict, _commands(material, verdict))
+        return _judged(name, word, detail, verdict, _commands(material, verdict))
     measured = own.sets.get(TASK) if own is not None else None
     point = material.sweep.point_of(selection) if material.sweep is not None else None
     if measured is None and point is not None:
@@ -177,12 +176,7 @@ def _of_selection(material: Material, own: Evaluated | None) -> Story:
     else:
         reason = "Nothing here says what pruning did to the model."
     costs = _costs_of(measured)
-    return _unjudged(name, smaller, detail, costs, reason, _commands(material, None))
-
-
-def _experts(selection: Selection) -> str:
-    each = f"{len(selection.layers)} layers of {selection.num_experts}"
-    return f"{selection.kept:,} of {selection.total:,} experts kept ({each})"
+    return _unjudged(name, word, detail, costs, reason, _commands(material, None))
 
 
 def _of_sweep(material: Material) -> Story:
@@ -300,12 +294,12 @@ def _costs_of(measured: Measured | None) -> tuple[tuple[str, ...], ...]:
 
 
 def _commands(material: Material, verdict: Verdict | None) -> tuple[str, ...]:
-    """What would make the verdict better known."""
-    if verdict is not None and verdict.word in {Word.SAFE, Word.DAMAGED, Word.LOSS}:
-        return ()
-    if material.checkpoint:
-        pruned = shlex.quote(material.source)
-        return (f"shape-moe evaluate {material.model_word} {pruned} --data HELD_OUT.jsonl -o evaluation.json",)
+    """What would make the model, or what is known of it, better."""
+    selection, model = material.selection, material.model or "MODEL"
+    data = calibration_options(material.trace.info) if material.trace is not None else None
+    if selection is not None and (material.checkpoint or verdict is not None):
+        pruned = material.source if material.checkpoint else "SMALLER"
+        return tuple(next_commands(model, pruned, verdict, selection=selection, data=data))
     file = _path(material.source, "recommended.json") if material.sweep is not None else "SELECTION.json"
     if material.source.endswith(".json") and material.sweep is None:
         file = shlex.quote(material.source)
