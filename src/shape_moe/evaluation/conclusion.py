@@ -44,16 +44,57 @@ def conclude(
         max_drop: the fall, as a share, that *safe* allows.
         notes: what else a reader should know.
     """
-    count = len(held_out.examples)
-    if left_out and len(set(left_out)) == count:
-        reason = f"The model was made from all of the {counted(count, 'example')}."
-        return not_measured(reason, "Judge by examples that it has not seen.", max_drop=max_drop)
     answered: Collection[int] = held_out.answered()
     if by_answers and answers is not None:
         dense, pruned = (_by_answers(sums, made) for sums, made in zip((dense, pruned), answers, strict=True))
         answered = answers[0].positions
-    measured = outcomes(
+    return conclude_over(
         held_out.groups,
+        dense,
+        pruned,
+        answers,
+        answered=answered,
+        calls=calls,
+        calling=calling,
+        left_out=left_out,
+        max_drop=max_drop,
+        notes=notes,
+    )
+
+
+def conclude_over(
+    groups: Sequence[str | None],
+    dense: TeacherForced,
+    pruned: TeacherForced,
+    answers: tuple[Generated, Generated] | None,
+    *,
+    answered: Collection[int],
+    calls: Mapping[int, ToolExample] | None = None,
+    calling: Collection[int] = (),
+    left_out: Collection[int] = (),
+    max_drop: float = MAX_DROP,
+    notes: Sequence[str] = (),
+) -> Verdict:
+    """As :func:`conclude`, of examples by their classes.
+
+    Args:
+        groups: the class of each example, None where it has none.
+        dense: the dense model's sums by example.
+        pruned: the model's.
+        answers: free answers, the dense model's first; None where none were made.
+        answered: the examples that have an answer to match.
+        calls: see :func:`conclude`, as for all that follow.
+        calling: likewise.
+        left_out: likewise.
+        max_drop: likewise.
+        notes: likewise.
+    """
+    count = len(groups)
+    if left_out and len(set(left_out)) == count:
+        reason = f"The model was made from all of the {counted(count, 'example')}."
+        return not_measured(reason, "Judge by examples that it has not seen.", max_drop=max_drop)
+    measured = outcomes(
+        groups,
         dense,
         pruned,
         answered=answered,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from math import sqrt
 from statistics import median
@@ -181,7 +181,7 @@ class FreeAnswers:
         return float(median(self.divergences)) if self.divergences else None
 
 
-def first_divergence(one: Sequence[int], other: Sequence[int]) -> int:
+def first_divergence(one: Sequence[Hashable], other: Sequence[Hashable]) -> int:
     """How many tokens two answers share before they part."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
