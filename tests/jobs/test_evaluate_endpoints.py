@@ -85,8 +85,8 @@ def test_kl_is_a_lower_bound_and_exact_where_every_token_is_named(
     total = steps = agreed = 0
     for record in records:
         tokens = list(tokenizer(record["prompt"], add_special_tokens=False).input_ids)
-        dense, theirs, _ = greedy_steps(model, tokens, ROOM, tokenizer.eos_token_id)
-        pruned, ours, _ = greedy_steps(pruned_model, tokens, ROOM, tokenizer.eos_token_id)
+        dense, theirs, _ = greedy_steps(model, tokens, ROOM)
+        pruned, ours, _ = greedy_steps(pruned_model, tokens, ROOM)
         for place, (p, q) in enumerate(zip(theirs, ours, strict=False)):
             steps += 1
             agreed += int(p.argmax() == q.argmax())

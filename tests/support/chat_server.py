@@ -12,18 +12,19 @@ from typing import Any
 import torch
 
 
-def greedy_steps(model, tokens: list[int], most: int, stop: int) -> tuple[list[int], list[torch.Tensor], bool]:
-    """The greedy answer without the token that ends it, the log-probabilities at every step, and whether it ended."""
+def greedy_steps(model, tokens: list[int], most: int) -> tuple[list[int], list[torch.Tensor], int | None]:
+    """The greedy answer without the token that ends it, the log-probabilities at every step, and that token."""
+    stops = model.generation_config.eos_token_id
     made, steps = [], []
     with torch.no_grad():
         while len(made) < most:
             logprobs = model(input_ids=torch.tensor([tokens + made])).logits[0, -1].float().log_softmax(-1)
             steps.append(logprobs)
             token = int(logprobs.argmax())
-            if token == stop:
-                return made, steps, True
+            if token in stops:
+                return made, steps, token
             made.append(token)
-    return made, steps, False
+    return made, steps, None
 
 
 class ChatModel:
@@ -45,13 +46,13 @@ class ChatModel:
         else:
             text = body["prompt"]
         tokens = list(self.tokenizer(text, add_special_tokens=not chat).input_ids)
-        made, steps, ended = greedy_steps(self.model, tokens, body["max_tokens"], self.tokenizer.eos_token_id)
-        shown = [*made, self.tokenizer.eos_token_id] if ended and self.names_end else made
+        made, steps, ended = greedy_steps(self.model, tokens, body["max_tokens"])
+        shown = [*made, ended] if ended is not None and self.names_end else made
         said = self.tokenizer.decode(made)
         top = body["top_logprobs"] if chat else body["logprobs"]
         named = [self._named(step, top) for step in steps[: len(shown)]]
         names = [self.tokenizer.decode([token]) for token in shown]
-        choice: dict[str, Any] = {"index": 0, "finish_reason": "stop" if ended else "length"}
+        choice: dict[str, Any] = {"index": 0, "finish_reason": "length" if ended is None else "stop"}
         if chat:
             content = [
                 {"token": name, "logprob": 0.0, "top_logprobs": [{"token": t, "logprob": v} for t, v in entries]}
