@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.evaluation.evaluated import Evaluation
-from shape_moe.evaluation.falls import Pairs
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.served_answers import ServedModel
 from shape_moe.jobs.evaluate import EvaluateOptions, evaluate
@@ -21,6 +20,7 @@ from shape_moe.jobs.trace import trace
 from shape_moe.openai_server import OpenAIServer
 from shape_moe.pruning.masks import masked
 from shape_moe.selection.select import SelectOptions, select_from_trace
+from shape_moe.units import kl_at_least
 from support.chat_server import ChatModel, greedy_steps, serving
 from support.data import write_lines
 
@@ -82,19 +82,19 @@ def test_kl_is_a_lower_bound_and_exact_where_every_token_is_named(
 ) -> None:
     model, tokenizer = embedded_model
     records = [json.loads(line) for line in data.read_text().splitlines()]
-    total = steps = agreed = 0
+    total = steps = agreed = hidden = 0
     for record in records:
         tokens = list(tokenizer(record["prompt"], add_special_tokens=False).input_ids)
-        dense, theirs, _ = greedy_steps(model, tokens, ROOM)
+        _, theirs, _ = greedy_steps(model, tokens, ROOM)
         pruned, ours, _ = greedy_steps(pruned_model, tokens, ROOM)
         for place, (p, q) in enumerate(zip(theirs, ours, strict=False)):
             steps += 1
             agreed += int(p.argmax() == q.argmax())
             if place < len(pruned):  # this server does not name what ends an answer
                 total += float((p.double().exp() * (p.double() - q.double())).sum())
+                hidden += 1 - float(p.double().exp().topk(min(top, len(p))).values.sum())
             if int(p.argmax()) != int(q.argmax()):
                 break
-        assert dense is not None
     served = evaluate_endpoints(both[0], data, EndpointOptions(general=False, max_new_tokens=ROOM, top_logprobs=top))
     (outcome,) = served.models[1].verdict.outcomes
     assert outcome.agreement.share == pytest.approx(1 - agreed / steps)
@@ -107,8 +107,15 @@ def test_kl_is_a_lower_bound_and_exact_where_every_token_is_named(
     measured = sum(answer.kl for answer in found)
     assert measured <= total * (1 + 1e-4)
     assert (measured == pytest.approx(total, rel=1e-3)) is (top == 258)
-    note = next(line for line in served.models[1].verdict.lines() if line.startswith("KL is over"))
-    assert f"the {top} most likely tokens" in note
+    tokens = sum(answer.measured for answer in found)
+    assert outcome.kl == pytest.approx(measured / tokens)
+    assert outcome.kl_is_bound
+    lines = served.models[1].verdict.lines()
+    note = next(line for line in lines if line.startswith("KL is a lower bound"))
+    assert f"the {top} most likely tokens of both models" in note
+    assert f"at {tokens} tokens" in note
+    assert sum(answer.unnamed for answer in found) == pytest.approx(hidden, rel=1e-3, abs=1e-4)
+    assert any(f"KL {kl_at_least(outcome.kl)}" in line for line in lines)
 
 
 def test_general_prompts_are_asked_too(both, data, monkeypatch) -> None:
@@ -136,57 +143,6 @@ def test_an_interrupted_run_goes_on(both, data, tmp_path) -> None:
     assert again.models[1].verdict == whole.models[1].verdict
     evaluate_endpoints(endpoints, data, EndpointOptions(general=False, max_new_tokens=ROOM - 1), journal=journal)
     assert len(sides["pruned"].asked) == 5 + 12  # other questions are other work
-
-
-def replies_of(answers: dict[str, dict]):
-    """A server that answers by the last message's text."""
-
-    def reply(path, body):
-        message = answers[body["messages"][-1]["content"]]
-        said = message.get("content") or ""
-        steps = [{"token": t, "logprob": 0.0, "top_logprobs": [{"token": t, "logprob": -0.1}]} for t in said.split()]
-        reason = "tool_calls" if message.get("tool_calls") else message.pop("ends", "stop")
-        logprobs = {"content": steps} if steps else None
-        return 200, {"choices": [{"message": message, "logprobs": logprobs, "finish_reason": reason}]}
-
-    return reply
-
-
-def test_tool_calls_loops_and_missing_ends_are_seen(tmp_path) -> None:
-    tools = [
-        {
-            "type": "function",
-            "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {}}}},
-        }
-    ]
-
-    def call(city: str) -> dict:
-        made = {"type": "function", "id": "1", "function": {"name": "weather", "arguments": json.dumps({"city": city})}}
-        return {"role": "assistant", "content": None, "tool_calls": [made]}
-
-    cities = ["Rome", "Oslo", "Bern", "Kiel", "Lyon"]
-    rows = [{"messages": [{"role": "user", "content": c}, call(c)], "tools": tools, "kind": "tools"} for c in cities]
-    plain = {f"question {i}": f"answer {i}" for i in range(8)}
-    rows += [
-        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}], "kind": "plain"}
-        for q, a in plain.items()
-    ]
-    file = write_lines(tmp_path / "mixed.jsonl", rows)
-    dense = {**{c: call(c) for c in cities}, **{q: {"content": a} for q, a in plain.items()}}
-    pruned = {c: {"content": f"I like {c}"} for c in cities}
-    pruned |= {q: {"content": "so " * 24, "ends": "length"} for q in plain}
-    with serving(replies_of(dense)) as one, serving(replies_of(pruned)) as other:
-        result = evaluate_endpoints({"a": one, "b": other}, file, EndpointOptions(by="kind", general=False))
-    found = outcomes_of(result)
-    assert found["tools"].calls["made"] == Pairs(5, 5, 5, 0)
-    assert found["tools"].exact is None
-    assert found["plain"].exact == Pairs(8, 8, 8, 0)
-    assert found["plain"].answers.loops == (0, 8)
-    assert found["plain"].answers.no_ends == (0, 8)
-    verdict = result.models[1].verdict
-    assert str(verdict.word) == "damaged"
-    assert "plain" in verdict.headline
-    assert result.model == "a"
 
 
 def test_what_cannot_be_judged_is_said_in_one_sentence(both, data, embedded_model) -> None:

@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
@@ -33,7 +33,6 @@ class ChatModel:
     def __init__(self, model, tokenizer, *, names_end: bool = True, **changes: Any) -> None:
         self.model, self.tokenizer, self.names_end, self.changes = model, tokenizer, names_end, changes
         self.asked: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
 
     def reply(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """Status and document."""
@@ -72,26 +71,32 @@ class ChatModel:
 
 
 @contextmanager
-def serving(reply: Callable[[str, dict[str, Any]], tuple[int, dict[str, Any]]], name: str = "m") -> Iterator[str]:
-    """Serve on 127.0.0.1; gives the base address."""
+def serving(
+    reply: Callable[[str, dict[str, Any]], tuple[int, dict[str, Any] | str]], name: str = "m", key: str | None = None
+) -> Iterator[str]:
+    """Serve on 127.0.0.1, to those who have the key; gives the base address."""
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *args: Any) -> None:
             pass
 
-        def send(self, status: int, document: dict[str, Any]) -> None:
+        def send(self, status: int, document: dict[str, Any] | str) -> None:
+            given = self.headers["Authorization"]
+            if key is not None and given != f"Bearer {key}":
+                status, document = 401, {"error": f"no access for {given}"}
             self.send_response(status)
             self.end_headers()
-            self.wfile.write(json.dumps(document).encode())
+            self.wfile.write((document if isinstance(document, str) else json.dumps(document)).encode())
 
         def do_GET(self) -> None:
-            self.send(200, {"data": [{"id": name}]})
+            self.send(200, {"data": [{"id": name}]}) if self.path == "/v1/models" else self.send(404, "no such page")
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             self.send(*reply(self.path, body))
 
-    server = HTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *_: None  # clients that gave up
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/v1"

@@ -12,6 +12,7 @@ from shape_moe.cli.flag_groups import changed_flags
 from shape_moe.cli.values import parse_pairs
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.served_answers import TOP_LOGPROBS
+from shape_moe.openai_server import TIMEOUT_SECONDS
 
 ENDPOINT_PANEL = "Models that are served"
 _SERVERS_DECIDE = ("--max-length", "--max-tokens", "--chat-template", "--turns", "--max-new-tokens", "--responses-from")
@@ -42,9 +43,17 @@ class EndpointFlags:
     top_logprobs: Annotated[
         int,
         typer.Option(
-            metavar="N", help="How many likely tokens servers name at each step.", rich_help_panel=ENDPOINT_PANEL
+            metavar="N",
+            help="How many likely tokens servers name at each step; 0 compares words, without KL.",
+            rich_help_panel=ENDPOINT_PANEL,
         ),
     ] = TOP_LOGPROBS
+    timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS", help="Give a server up that takes longer to answer.", rich_help_panel=ENDPOINT_PANEL
+        ),
+    ] = TIMEOUT_SECONDS
 
     def addresses(self) -> dict[str, str]:
         """Base addresses by name.

@@ -15,7 +15,7 @@ from shape_moe.cli.data_flags import DataFlags
 from shape_moe.cli.endpoint_flags import EndpointFlags
 from shape_moe.cli.estimates import number, share, signed
 from shape_moe.cli.flag_groups import changed_flags
-from shape_moe.cli.flags import ForceFlag, LoadFlags, OutputFlags, SeedFlag
+from shape_moe.cli.flags import REJECTED, ForceFlag, LoadFlags, OutputFlags, SeedFlag
 from shape_moe.cli.quality_flags import GenerationFlags, TaskFlags
 from shape_moe.cli.values import parse_share
 from shape_moe.errors import UsageError
@@ -23,6 +23,7 @@ from shape_moe.evaluation.evaluated import TASK, Evaluated, Evaluation
 from shape_moe.evaluation.faithfulness import Faithfulness
 from shape_moe.evaluation.footprint import Workload
 from shape_moe.evaluation.measures import worst_group
+from shape_moe.evaluation.verdict import check_requirement
 from shape_moe.jobs.evaluate import EvaluateOptions
 from shape_moe.jobs.evaluate_endpoints import EndpointOptions
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
@@ -60,6 +61,10 @@ def evaluate(
     max_drop: Annotated[
         str, typer.Option(metavar="SHARE", help="The fall of right answers that the verdict 'safe' allows.")
     ] = "2%",
+    require: Annotated[
+        str | None,
+        typer.Option(metavar="VERDICT", help="safe or no-loss: end with code 3 where a pruned model is judged worse."),
+    ] = None,
     no_general: Annotated[
         bool, typer.Option("--no-general", help="Leave general prompts out: what was forgotten off the task.")
     ] = False,
@@ -77,6 +82,10 @@ def evaluate(
     if out is not None:
         check_output_file(out, force=force.force)
     drop = parse_share(max_drop, "--max-drop")
+    if require is not None:
+        check_requirement(require)
+        if not served.endpoint and not (candidates and data.data):
+            raise UsageError("--require needs pruned models and examples to judge them by (--data).")
     if changed_flags(served):
         named = {"MODEL": model, "PRUNED": candidates, "--also": also, "--faithfulness": faithfulness}
         unused = [name for name, value in named.items() if value] + changed_flags(tasks) + changed_flags(run)
@@ -90,10 +99,12 @@ def evaluate(
             general=not no_general,
             trace=str(trace) if trace else None,
             top_logprobs=served.top_logprobs,
+            timeout=served.timeout,
             at_a_time=data.batch_size,
             seed=seed.seed,
         )
-        _evaluate_served(served.addresses(), data.options(run, seed.seed, HELD_OUT_SAMPLES), asked, out, talk)
+        result = _evaluate_served(served.addresses(), data.options(run, seed.seed, HELD_OUT_SAMPLES), asked, out, talk)
+        _check_required(talk, result, require)
         return
     if model is None:
         raise UsageError(
@@ -125,17 +136,29 @@ def evaluate(
         progress=talk,
     )
     _tell(talk, result, out, by_pattern=generation.answer_pattern is not None)
+    _check_required(talk, result, require)
 
 
 def _evaluate_served(
     endpoints: dict[str, str], data: ExampleOptions, options: EndpointOptions, out: Path | None, talk: Output
-) -> None:
+) -> Evaluation:
     """Judge what servers answer; answers stand beside the result's file until that is written."""
     journal = out.with_name(f"{out.name}.answers.jsonl") if out is not None else None
     result = shape_moe.evaluate_endpoints(endpoints, data, options, journal=journal, progress=talk)
     _tell(talk, result, out, by_pattern=False)
     if journal is not None:
         journal.unlink(missing_ok=True)
+    return result
+
+
+def _check_required(talk: Output, result: Evaluation, require: str | None) -> None:
+    """End with code 3 where a model is not as good as it was required to be."""
+    if require is None:
+        return
+    worse = [found.name for found in result.models if found.verdict and not found.verdict.satisfies(require)]
+    if worse:
+        talk.warn(f"Not what --require {require} asks for: {', '.join(worse)}.")
+        raise typer.Exit(REJECTED)
 
 
 def _tell(talk: Output, result: Evaluation, out: Path | None, *, by_pattern: bool) -> None:

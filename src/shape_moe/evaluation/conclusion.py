@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shape_moe.evaluation.generation import Generated
 from shape_moe.evaluation.held_out_set import HeldOutSet
@@ -74,6 +75,7 @@ def conclude_over(
     left_out: Collection[int] = (),
     max_drop: float = MAX_DROP,
     notes: Sequence[str] = (),
+    measured: NDArray[np.int64] | None = None,
 ) -> Verdict:
     """As :func:`conclude`, of examples by their classes.
 
@@ -88,12 +90,13 @@ def conclude_over(
         left_out: likewise.
         max_drop: likewise.
         notes: likewise.
+        measured: see :func:`shape_moe.evaluation.outcomes.outcomes`.
     """
     count = len(groups)
     if left_out and len(set(left_out)) == count:
         reason = f"The model was made from all of the {counted(count, 'example')}."
         return not_measured(reason, "Judge by examples that it has not seen.", max_drop=max_drop)
-    measured = outcomes(
+    found = outcomes(
         groups,
         dense,
         pruned,
@@ -102,10 +105,11 @@ def conclude_over(
         calls=calls,
         calling=calling,
         left_out=left_out,
+        measured=measured,
     )
     seen = len(set(left_out))
     said = [f"{seen} of {count} examples do not count, because calibration has seen them."] if seen else []
-    return decide(measured, max_drop=max_drop, notes=[*said, *notes])
+    return decide(found, max_drop=max_drop, notes=[*said, *notes])
 
 
 def _by_answers(sums: TeacherForced, made: Generated) -> TeacherForced:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import exp, isfinite, log
@@ -52,7 +53,7 @@ class ServedModel:
     Attributes:
         server: the server.
         model: its name there.
-        top_logprobs: how many tokens are to be named at each step.
+        top_logprobs: how many tokens are to be named at each step; with 0 answers are taken word by word.
         chat: ask the chat endpoint, which applies the chat template; otherwise plain completions of raw prompts.
         template_args: handed to the server's chat template.
     """
@@ -64,8 +65,8 @@ class ServedModel:
     template_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.top_logprobs < 1:
-            raise UsageError(f"--top-logprobs must be at least 1, not {self.top_logprobs}.")
+        if self.top_logprobs < 0:
+            raise UsageError(f"--top-logprobs must be at least 0, not {self.top_logprobs}.")
 
     def ask(self, record: Record, max_tokens: int) -> ServedAnswer:
         """Let the model answer.
@@ -80,9 +81,11 @@ class ServedModel:
         body: dict[str, Any] = {"model": self.model, "max_tokens": max_tokens, "temperature": 0}
         try:
             if not self.chat:
-                body |= {"prompt": record.prompt, "logprobs": self.top_logprobs}
+                body |= {"prompt": record.prompt}
+                body |= {"logprobs": self.top_logprobs} if self.top_logprobs else {}
                 return self.server.post("completions", body, self._completion)
-            body |= {"messages": messages_for_server(record), "logprobs": True, "top_logprobs": self.top_logprobs}
+            body["messages"] = messages_for_server(record)
+            body |= {"logprobs": True, "top_logprobs": self.top_logprobs} if self.top_logprobs else {}
             if record.tools:
                 body["tools"] = list(record.tools)
             if self.template_args:
@@ -90,7 +93,9 @@ class ServedModel:
             return self.server.post("chat/completions", body, lambda reply: self._chat_answer(reply, record))
         except ShapeMoeError as error:
             if "refused" in str(error) and "logprobs" in str(error):
-                raise ShapeMoeError(f"{error} --top-logprobs N asks for fewer than {self.top_logprobs}.") from error
+                raise ShapeMoeError(
+                    f"{error} (--top-logprobs N asks for fewer than {self.top_logprobs}, 0 for none.)"
+                ) from error
             raise
 
     def _chat_answer(self, reply: Any, record: Record) -> ServedAnswer:
@@ -99,9 +104,9 @@ class ServedModel:
         text = str(message.get("content") or "")
         made = message.get("tool_calls") or message.get("function_call")
         calls = calls_of_message(message) if made else parse_calls(text, record.tools or ())
-        if not steps and (made or not text):  # some servers name no tokens of a call
-            words = (text + (json.dumps(made, sort_keys=True) if made else "")).split(" ")
-            return _answer(text, calls, [word for word in words if word], [], choice["finish_reason"])
+        if not self.top_logprobs or (not steps and (made or not text)):  # some servers name no tokens of a call
+            words = text + ("\n" + json.dumps(_named_calls(calls), sort_keys=True) if made else "")
+            return _answer(text, calls, _words(words), [], choice["finish_reason"])
         tokens = [_key(step) for step in steps]
         named = [_merged((_key(entry), entry["logprob"]) for entry in step.get("top_logprobs") or ()) for step in steps]
         return self._checked(_answer(text, calls, tokens, named, choice["finish_reason"]))
@@ -109,6 +114,8 @@ class ServedModel:
     def _completion(self, reply: Any) -> ServedAnswer:
         choice = reply["choices"][0]
         text, steps = str(choice["text"] or ""), choice.get("logprobs") or {}
+        if not self.top_logprobs:
+            return _answer(text, parse_calls(text), _words(text), [], choice["finish_reason"])
         named = [_merged((found or {}).items()) for found in steps.get("top_logprobs") or ()]
         answer = _answer(text, parse_calls(text), list(steps.get("tokens") or ()), named, choice["finish_reason"])
         return answer if not text else self._checked(answer)
@@ -116,8 +123,8 @@ class ServedModel:
     def _checked(self, answer: ServedAnswer) -> ServedAnswer:
         if not answer.named or not all(answer.named):
             raise ShapeMoeError(
-                f"The endpoint {self.server.base} gives no log-probabilities of the most likely tokens (logprobs, "
-                "top_logprobs), which a comparison needs: use a server that does, or start this one so that it does."
+                f"The endpoint {self.server.base} gives no log-probabilities (logprobs, top_logprobs): start it so "
+                "that it does, or compare answers word by word and without KL (--top-logprobs 0)."
             )
         return answer
 
@@ -127,6 +134,16 @@ def _answer(text: str, calls: Calls, tokens: list[str], named: list[Named], reas
     if ended and len(tokens) > 1 and "".join(tokens) != text == "".join(tokens[:-1]):
         tokens = tokens[:-1]  # the server names the token that ended the answer
     return ServedAnswer(text, calls, (*tokens, *([END] if ended else ())), tuple(named), ended)
+
+
+def _words(text: str) -> list[str]:
+    """Words with the space before them, as stand-ins for tokens."""
+    return re.findall(r"\s*\S+|\s+$", text)
+
+
+def _named_calls(calls: Calls) -> list[Any]:
+    """Calls without what servers make up, such as ids."""
+    return [[call.name, call.problem or dict(call.arguments or {})] for call in calls]
 
 
 def _key(step: Mapping[str, Any]) -> str:

@@ -6,9 +6,11 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import floor
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shape_moe.calibration.records import Record
 from shape_moe.evaluation.falls import first_divergence
@@ -17,6 +19,7 @@ from shape_moe.evaluation.generation import Generated, answer_proper, ends_in_lo
 from shape_moe.evaluation.served_answers import ServedAnswer, ServedModel, partial_kl
 from shape_moe.evaluation.teacher_forced import TeacherForced
 from shape_moe.evaluation.tool_call_formats import Calls, ToolCall, calls_of_message
+from shape_moe.units import readable_share
 
 _SPARE = 1.25
 _LOOP_TOKENS = 16
@@ -136,7 +139,7 @@ def answer_room(asked: Sequence[Asked]) -> int:
 
 def right_answers(
     asked: Sequence[Asked], answers: Sequence[Compared], dense: Sequence[Compared], pattern: str | None
-) -> np.ndarray[Any, np.dtype[np.bool_]]:
+) -> NDArray[np.bool_]:
     """Which answers are the data's, or the dense model's where the data has none; bool [examples]."""
     found = []
     for one, ours, theirs in zip(asked, answers, dense, strict=True):
@@ -151,14 +154,18 @@ def sums_of(
 ) -> TeacherForced:
     """What was compared, as sums by example.
 
-    Steps at which a server named nothing count with the example's mean divergence; likelihoods of the data's answers
-    are not known (``nll`` is 0).
+    KL divergences are lower bounds, over :func:`measured_tokens`; likelihoods of the data's answers are not known
+    (``nll`` is 0).
     """
     steps = np.array([answer.steps for answer in answers], dtype=np.int64)
-    measured = np.array([answer.measured for answer in answers], dtype=np.float64)
-    kl = np.array([answer.kl for answer in answers]) * steps / np.maximum(measured, 1)
+    kl = np.array([answer.kl for answer in answers], dtype=np.float64)
     agreed = np.array([answer.agreed for answer in answers], dtype=np.int64)
     return TeacherForced(steps, np.zeros(len(steps)), kl, agreed, right_answers(asked, answers, dense, pattern))
+
+
+def measured_tokens(answers: Sequence[Compared]) -> NDArray[np.int64]:
+    """Tokens of each answer at which both servers named likely ones."""
+    return np.array([answer.measured for answer in answers], dtype=np.int64)
 
 
 def free_answers(answers: Sequence[Compared], exact: Any, limit: int, ids: dict[str, int]) -> Generated:
@@ -184,18 +191,20 @@ def what_was_forgotten(records: Sequence[Record], dense: Sequence[Compared], pru
         for record, theirs, ours in zip(records, dense, pruned, strict=True)
     ]
     groups = [record.group or "" for record in records]
-    return by_group(groups, shown, sums.kl, sums.tokens, (sides[0].looped, sides[1].looped))
+    looped = sides[0].looped, sides[1].looped
+    return by_group(groups, shown, sums.kl, measured_tokens(pruned), looped, kl_is_bound=True)
 
 
 def truncation(answers: Sequence[Compared], top: int) -> str:
     """How much of a KL divergence the most likely tokens show, in one sentence."""
     measured = sum(answer.measured for answer in answers)
     if not measured:
-        return "The servers named no tokens, so that KL was not measured."
-    share = sum(answer.unnamed for answer in answers) / measured
+        return "KL was not measured, because no likely tokens were named; answers were compared word by word."
+    seen = 1 - sum(answer.unnamed for answer in answers) / measured
     return (
-        f"KL is over the {top} most likely tokens, all others taken as one, up to where the answers part: the true "
-        f"figure is no smaller. The dense model gives {share:.2%} of its probability to tokens beyond those."
+        f"KL is a lower bound, from the {top} most likely tokens of both models, all others taken as one, at "
+        f"{measured:,} tokens up to where the answers part; the dense model's named tokens hold "
+        f"{readable_share(floor(seen * 1000) / 1000)} of its probability."
     )
 
 

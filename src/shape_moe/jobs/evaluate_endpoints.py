@@ -25,6 +25,7 @@ from shape_moe.evaluation.served_comparison import (
     answer_room,
     ask_all,
     free_answers,
+    measured_tokens,
     question_key,
     sums_of,
     truncation,
@@ -36,7 +37,7 @@ from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.jobs.session import ExampleOptions, as_example_options
 from shape_moe.journal import Journal
 from shape_moe.made_with import MadeWith
-from shape_moe.openai_server import OpenAIServer
+from shape_moe.openai_server import TIMEOUT_SECONDS, OpenAIServer
 from shape_moe.progress import SILENT, Progress
 from shape_moe.tracing.trace import load_trace
 from shape_moe.units import counted
@@ -58,7 +59,8 @@ class EndpointOptions:
         max_drop: the fall, as a share, that the verdict *safe* allows.
         general: ask general prompts as well.
         trace: the trace that the pruned models were made from: what it has seen does not count.
-        top_logprobs: how many tokens a server names at each step.
+        top_logprobs: how many tokens a server names at each step; with 0 answers are compared word by word, without KL.
+        timeout: seconds after which an answer is no longer waited for.
         at_a_time: how many questions are open at once.
         seed: draws the samples.
     """
@@ -71,15 +73,18 @@ class EndpointOptions:
     general: bool = True
     trace: str | None = None
     top_logprobs: int = TOP_LOGPROBS
+    timeout: float = TIMEOUT_SECONDS
     at_a_time: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_max_drop(self.max_drop)
         GenerationOptions(max_new_tokens=self.max_new_tokens, answer_pattern=self.answer_pattern)
-        for name, value in (("--top-logprobs", self.top_logprobs), ("at_a_time", self.at_a_time)):
-            if value < 1:
-                raise UsageError(f"{name} must be at least 1, not {value}.")
+        for name, value, least in (("--top-logprobs", self.top_logprobs, 0), ("at_a_time", self.at_a_time, 1)):
+            if value < least:
+                raise UsageError(f"{name} must be at least {least}, not {value}.")
+        if not self.timeout > 0:
+            raise UsageError(f"--timeout must be above 0 seconds, not {self.timeout:g}.")
 
 
 def evaluate_endpoints(
@@ -118,7 +123,7 @@ def evaluate_endpoints(
         reading = replace(reading, data=replace(reading.data, stratify=options.by))
     seen = SeenPrompts.of_source(load_trace(options.trace).info.source) if options.trace is not None else None
     with ExitStack() as stack:
-        servers = {name: stack.enter_context(OpenAIServer(endpoints[name])) for name in names}
+        servers = {name: stack.enter_context(OpenAIServer(endpoints[name], options.timeout)) for name in names}
         models = [_served(name, server, reading, options) for name, server in servers.items()]
         _refuse_one_model_twice(names, models)
         records = load_records(reading.data, progress)
@@ -141,8 +146,7 @@ def _in_order(endpoints: Mapping[str, str], options: EndpointOptions) -> list[st
 
 def _served(name: str, server: OpenAIServer, reading: ExampleOptions, options: EndpointOptions) -> ServedModel:
     """The model of an endpoint; asking for its name shows whether the server is there."""
-    known = server.model()
-    model = options.models.get(name) or options.models.get("") or known
+    model = server.model(options.models.get(name) or options.models.get(""))
     tokens = reading.tokens
     return ServedModel(server, model, options.top_logprobs, tokens.template, tokens.template_args)
 
@@ -245,6 +249,7 @@ class _Run:
             left_out=left_out,
             max_drop=self.options.max_drop,
             notes=notes,
+            measured=measured_tokens(pruned),
         )
 
     def _ask(self, what: str, records: Sequence[Record], room: int) -> list[list[Compared]]:
