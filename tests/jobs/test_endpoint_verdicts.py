@@ -108,6 +108,9 @@ def test_the_command_says_its_verdict_and_ends_by_it(data, tmp_path, capsys) -> 
         ]
         assert not out.with_name("figures.json.answers.jsonl").exists()
         assert read_evaluation(out).models[1].verdict.lines()[0] == lines[1].strip()
+        assert run(["report", str(out), "-o", str(tmp_path / "report.html")]) == 0
+        assert "a loss of up to 28 % is not excluded" in (tmp_path / "report.html").read_text(encoding="utf-8")
+        capsys.readouterr()
         assert run(["report", "--help"]) == 0
         capsys.readouterr()
         assert run(command(one, same, data, "--no-general", "--require", "safe", "--json")) == 3

@@ -163,7 +163,7 @@ def _check_required(talk: Output, result: Evaluation, require: str | None) -> No
 
 def _tell(talk: Output, result: Evaluation, out: Path | None, *, by_pattern: bool) -> None:
     """Write the result into its file, and say it."""
-    for note in result.notes:
+    for note in result.warnings:
         talk.warn(note)
     if out is not None:
         write_json(out, result.to_document())
