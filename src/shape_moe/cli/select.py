@@ -16,6 +16,7 @@ from shape_moe.cli.flags import ForceFlag, OutputFlags, SeedFlag
 from shape_moe.errors import UsageError
 from shape_moe.jobs import select as job
 from shape_moe.selection.selection import Selection
+from shape_moe.units import readable_share
 from shape_moe.workspace import check_output_file
 
 

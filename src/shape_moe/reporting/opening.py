@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from shape_moe.architectures.snapshot import looks_like_path
+from shape_moe.evaluation.evaluated import Evaluated
 from shape_moe.evaluation.verdict import Verdict, Word
 from shape_moe.selection.method import PUBLISHED, PUBLISHED_SAMPLES, Method
 from shape_moe.selection.selection import Selection
@@ -81,6 +82,23 @@ def size_line(name: str, selection: Selection | None, sizes: tuple[int, int] | N
     if selection is not None:
         parts.append(f"{selection.kept:,} of {selection.total:,} experts kept")
     return f"{what}: {'; '.join(parts)}." if parts else f"{what}."
+
+
+def evaluated_line(model: Evaluated, dense: int | None) -> str:
+    """How much smaller a model is that was judged, and how it was made.
+
+    Args:
+        model: the model.
+        dense: bytes of the dense model's weights, None where they are not known.
+    """
+    parts, chosen = [], model.selection
+    if dense and model.size is not None:
+        word = smaller(dense, model.size)
+        parts.append(f"{word[0].lower()}{word[1:]}, from {readable_size(dense)} to {readable_size(model.size)}")
+    if chosen is not None:
+        how = f"{chosen.scorer}/{chosen.rule}, {chosen.routing}"
+        parts.append(f"{readable_share(chosen.keep)} of the experts kept by {how}")
+    return f"{model.name}: {'; '.join(parts)}." if parts else f"{model.name}."
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from shape_moe.evaluation.evaluated import TASK, Evaluated, Evaluation
 from shape_moe.evaluation.falls import Fall
 from shape_moe.evaluation.measures import Measured
 from shape_moe.evaluation.verdict import Verdict, Word, describe_answers, describe_calls
-from shape_moe.reporting.demo_rows import demo_best, demo_model, demo_short
+from shape_moe.reporting.demo_rows import demo_best, demo_command, demo_headings, demo_model, demo_short
 from shape_moe.reporting.experiment_tables import experiment_bests, experiment_sizes
-from shape_moe.reporting.figures.figure import NONE, sentence
+from shape_moe.reporting.figures.figure import sentence
 from shape_moe.reporting.material import Material, Sizes
-from shape_moe.reporting.opening import next_commands, smaller
+from shape_moe.reporting.opening import evaluated_line, next_commands, smaller
 from shape_moe.reporting.provenance import calibration_options
 from shape_moe.selection.selection import Selection
-from shape_moe.units import capitalised, counted, readable_kl, readable_share, readable_size, share_at_most
+from shape_moe.units import NONE, capitalised, counted, readable_kl, readable_share, readable_size, share_at_most
 
 COST_HEADINGS = ("", "Dense", "Pruned", "Lost", "At most", "KL to dense", "Examples")
 """Of the table of what pruning cost; the first column names the class and the figure."""
@@ -87,13 +87,12 @@ def _of_demo(document: Mapping[str, Any]) -> Story:
     best = demo_best(document)
     smaller = f"{readable_share(best.saved)} smaller" if best is not None else "No method keeps the task"
     detail = f"{demo_model(document)}; {best.sizes}" if best is not None else demo_model(document)
-    task = str(document["task"])
     word = Word.NOT_MEASURED
     return Story(
         "The embedded model",
         smaller,
         detail,
-        ("Method", "Kept", "Weights", task, "Other tasks"),
+        demo_headings(document),
         tuple(demo_short(document)),
         "",
         str(word),
@@ -101,7 +100,7 @@ def _of_demo(document: Mapping[str, Any]) -> Story:
         "A demonstration: the best of many methods on a few prompts looks a little better than it is.",
         (),
         "Do it with your own model and examples; the command ends with a verdict.",
-        ("shape-moe prune MODEL --data TASK.jsonl --keep 80% --scorer auto -o SMALLER",),
+        (demo_command(document),),
     )
 
 
@@ -209,19 +208,15 @@ def _path(source: str, name: str) -> str:
 
 def _of_model(material: Material, evaluation: Evaluation, model: Evaluated, dense: int | None) -> Story:
     sizes = Sizes(dense, model.size, "") if dense and model.size else None
-    keep = model.selection.keep if model.selection is not None else None
-    smaller, detail = _smaller(sizes, keep)
-    if keep is not None:
-        how = model.selection
-        by = f" by {how.scorer}/{how.rule}, {how.routing}" if how is not None else ""
-        detail = "; ".join(part for part in (detail, f"{readable_share(keep)} of the experts kept{by}") if part)
+    word, _ = _smaller(sizes, model.selection.keep if model.selection is not None else None)
+    detail = evaluated_line(model, dense)
     if model.verdict is not None:
-        return _judged(model.name, smaller, detail, model.verdict, ())
+        return _judged(model.name, word, detail, model.verdict, ())
     reason = "The evaluation holds no verdict on this model."
     if evaluation.data is None:
         reason = "Benchmark tasks alone give no verdict."
     again = f"shape-moe evaluate {material.model_word} {shlex.quote(model.name)} --data HELD_OUT.jsonl"
-    return _unjudged(model.name, smaller, detail, _costs_of(model.sets.get(TASK)), reason, (again,))
+    return _unjudged(model.name, word, detail, _costs_of(model.sets.get(TASK)), reason, (again,))
 
 
 def _judged(name: str, smaller: str, detail: str, verdict: Verdict, commands: tuple[str, ...]) -> Story:
