@@ -135,6 +135,11 @@ class WholeModel:
                 shutil.rmtree(old)
 
 
+def is_unfinished(folder: Path | None) -> bool:
+    """Whether a trace of a whole model was interrupted."""
+    return folder is not None and (folder / f"{UNFINISHED}.json").is_file()
+
+
 def remove_unfinished(folder: Path) -> None:
     """Delete what an unfinished trace keeps in its folder."""
     for leftover in list(folder.iterdir()):
