@@ -18,7 +18,7 @@ from support.cli import refused
 from support.data import write_lines
 
 VERBS = ("inspect", "trace", "convert", "merge", "score", "select", "sweep", "prune", "serve", "verify", "evaluate")
-VERBS += ("experiment", "report", "demo")
+VERBS += ("presets", "experiment", "report", "demo")
 
 
 @pytest.fixture(scope="module")
