@@ -54,7 +54,7 @@ def readable_share(share: float) -> str:
 
 def share_from(text: str) -> float | None:
     """The share that a text names, ``60%`` or ``0.6``; None where it names none."""
-    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(%?)\s*", text)
+    match = re.fullmatch(r"\s*(-?\d+\.?\d*|\.\d+)\s*(%?)\s*", text)
     return None if match is None else float(match[1]) / (100 if match[2] else 1)
 
 

@@ -31,7 +31,7 @@ NAME = "somebody/some-model"
         ("0.1%", 0.001),
         ("100%", 1.0),
         ("sixty", None),
-        ("-1%", None),
+        ("-1%", -0.01),
         ("1e-2", None),
         ("60%%", None),
         ("", None),
