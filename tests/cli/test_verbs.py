@@ -117,7 +117,7 @@ def test_report(call, embedded, traced, tmp_path) -> None:
     refused(call(*base), 2, "exists", "--force")
     code, out, err = call(*base, "--force")
     assert code == 0
-    assert "MiB: values, layers" in out
+    assert "MiB: layers, values" in out
     assert "Writing the report" in err
     refused(call("report", tmp_path / "nothing", "-o", tmp_path / "x.html"), 2, "There is no folder or file")
     refused(call("report", traced, "--sweep", tmp_path, "-o", tmp_path / "x.html"), 1, "sweep.json is missing")
