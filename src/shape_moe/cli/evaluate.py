@@ -43,7 +43,7 @@ FIRST = {
     "generate": "Let models answer N examples freely.",
     "max_drop": "The fall that 'safe' allows. Default: 2%.",
     "tasks": "Benchmarks of lm-evaluation-harness.",
-    "endpoint": "Judge servers instead: dense=URL, twice.",
+    "endpoint": "Judge servers: dense=URL, then others.",
     "require": "safe or no-loss: exit code 3 if worse.",
     "device": "auto, cpu, cuda or cuda:N.",
     "revision": "Branch, tag or commit of a hub model.",
