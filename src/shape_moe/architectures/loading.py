@@ -8,11 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-<<<<<<< HEAD
-from shape_moe.architectures.host_memory import host_memory
-=======
 from shape_moe.architectures.gguf_model import GgufModel
->>>>>>> next
+from shape_moe.architectures.host_memory import host_memory
 from shape_moe.architectures.loaded import check_loaded
 from shape_moe.architectures.moe_config import foreign_code
 from shape_moe.architectures.safetensors_file import DTYPE_BITS
