@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from shape_moe.architectures.gguf_model import GgufModel
 from shape_moe.architectures.layer_reader import WeightReader
 from shape_moe.architectures.loaded import check_loaded, kind_left_aside
 from shape_moe.architectures.loading import DTYPES, LOADING_ERRORS, computing_device, quietly
@@ -244,6 +245,8 @@ def why_not_layered(snapshot: Snapshot) -> str | None:
     """Why a model cannot be read layer by layer, None when it can."""
     if foreign_code(snapshot.config) is not None and snapshot.trust_remote_code:
         return "it runs code of its own, whose way of loading is not known"
+    if isinstance(snapshot, GgufModel):
+        return "it is a GGUF file; use the model folder that it was made from"
     if "dequantised" not in snapshot.forms:
         return "the values of its quantised weights are not known; use the unquantised model"
     return None
