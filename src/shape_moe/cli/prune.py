@@ -80,9 +80,12 @@ def prune(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     preset: Annotated[
-        str,
-        typer.Option(help="Where defaults are from: paper is shape, coverage, drop, ragged, 25 samples."),
-    ] = "paper",
+        str | None,
+        typer.Option(
+            help="paper: the published method (shape, coverage, drop, ragged, 25 samples; classes of a mixed data set "
+            "are added up)."
+        ),
+    ] = None,
     no_judge: Annotated[bool, typer.Option("--no-judge", help="Do not judge the pruned model at the end.")] = False,
     require: Annotated[
         str | None,
@@ -100,7 +103,7 @@ def prune(
     Example: shape-moe prune ./Qwen3-30B-A3B --data gsm8k-train.jsonl --keep 0.6 -o ./Qwen3-gsm8k-0.6
     """
     talk = output.output()
-    if preset != "paper":
+    if preset not in (None, "paper"):
         raise UsageError(f"There is no preset {preset!r}; there is paper.")
     limit = limits.limit()
     _check_rate_options(keep, memory.fit, selection, limit)
@@ -113,6 +116,8 @@ def prune(
             f"{named} has no effect without --scorer auto, --max-kl or --max-drop: only these judge candidates."
         )
     _refuse_ignored(data, select, score, judged_by, trace, selection, chooses=choice is not None)
+    if preset == "paper":
+        score = replace(score, pool_classes=True)
     most = memory.most_keep(model, revision)
     if most is not None:
         talk.note(

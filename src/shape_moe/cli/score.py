@@ -56,6 +56,11 @@ def score(
         "values": scores.values.tolist(),
         "activations": scores.activations.tolist(),
     }
+    if scores.joined:
+        talk.note(
+            "Values are shares of their layer: the largest that an expert has in any class. --pool-classes adds the "
+            "classes up; rule global compares shares of the whole model, which select takes from the trace itself."
+        )
     talk.result(document, lambda console: _show(console, scores, top))
 
 

@@ -68,6 +68,9 @@ def summary(selection: Selection) -> str:
     if selection.alpha is not None:  # above 1 it says no more than this
         alpha = f", alpha {selection.alpha:.6f}" if selection.alpha <= 1 else ", every expert of value among them"
     lines = [f"Keeps {selection.kept:,} of {selection.total:,} experts ({rate}) by {selection.method}{alpha}"]
+    if selection.classes:
+        how = "added up" if selection.pooled else "each kept for its own sake (the largest share in any class counts)"
+        lines.append(f"{len(selection.classes)} classes, {how}: {', '.join(selection.classes)}")
     if selection.stability is not None:
         lines.append(
             f"Two halves of the data agree on {selection.stability['agreement']:.1%} of the kept experts; "

@@ -75,8 +75,9 @@ def _selection(selection: Selection) -> Facts:
     rules = {
         name.replace("_", " "): value
         for name, value in selection.constraints.items()
-        if value not in (None, [], {}, "", 1) and name != "budget_asked"
+        if value not in (None, [], {}, "", 1) and name not in ("budget_asked", "classes")
     }
+    names = ", ".join(name or "(no class)" for name in selection.classes)
     return [
         ("Scorer", selection.scorer),
         ("Rule", selection.rule),
@@ -84,6 +85,7 @@ def _selection(selection: Selection) -> Facts:
         ("Keep rate", f"{percent(selection.keep, 2)} ({selection.keep_asked:g} asked)"),
         ("Alpha", f"{selection.alpha:.6f}" if selection.alpha is not None and selection.alpha <= 1 else ""),
         ("Constraints", ", ".join(f"{name} {_short(value)}" for name, value in rules.items())),
+        ("Classes", f"{names}; {'added up' if selection.pooled else 'joined by their maximum'}" if names else ""),
         ("Weights and seed", ", ".join(f"{name} {value:g}" for name, value in selection.options.items())),
     ]
 
