@@ -87,7 +87,10 @@ def _next_is_response(batch: Batch, token: int) -> bool:
 
 @torch.no_grad()
 def naive_statistics(model, batches: list[Batch], num_experts: int, sigmoid: bool):
-    """Every statistic by layer, as nested sums, and the coalitions."""
+    """Every statistic by layer, as nested sums, and the coalitions.
+
+    ``NAME_size`` says how large the terms of a statistic are, whose signs differ: rounding is relative to that.
+    """
     totals: dict[int, dict[str, np.ndarray]] = {}
     coalitions: dict[int, Counter] = {}
     for batch in batches:
@@ -112,6 +115,8 @@ def naive_statistics(model, batches: list[Batch], num_experts: int, sigmoid: boo
                         "gated_norm_turned",
                         "contribution",
                         "contribution_relative",
+                        "contribution_size",
+                        "contribution_relative_size",
                         "largest_norm",
                         "router_probability",
                     ),
@@ -144,9 +149,11 @@ def naive_statistics(model, batches: list[Batch], num_experts: int, sigmoid: boo
                     norm, weight = float(outputs[slot].norm()), float(g[slot])
                     share = weight / float(g.sum())
                     where = (cell, fold, i)
-                    along = float(a[slot] @ y)
+                    along, size = float(a[slot] @ y), float(a[slot].norm() * y.norm())
                     sums["contribution"][where] += along
                     sums["contribution_relative"][where] += along / float(h @ h)
+                    sums["contribution_size"][where] += size
+                    sums["contribution_relative_size"][where] += size / float(h @ h)
                     sums["tokens"][where] += 1
                     sums["gate"][where] += weight
                     sums["gate_renormalised"][where] += share

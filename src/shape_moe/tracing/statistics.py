@@ -32,6 +32,17 @@ MOST_CLASSES = 64
 """So many classes of examples can be kept apart in one trace."""
 MOST_PAIR_BYTES = 2**30
 """A statistic of pairs that would take more memory than this, over all layers and classes, is left out of a trace."""
+AXES: dict[Axes, tuple[str, ...]] = {
+    "layer": ("layer", "class", "cell", "fold"),
+    "expert": ("layer", "class", "cell", "fold", "expert"),
+    "pair": ("layer", "class", "cell", "half", "expert", "expert"),
+}
+"""The axes of every statistic of a trace, by what one of its numbers is about: this is where they are named.
+
+A *class* is a group of examples that must not be paid for with another. A *cell* is one of
+:data:`shape_moe.calibration.batches.CELLS`: the segment of a token, and whether the *next* token is response. Examples
+are dealt into *folds* by their position; the even and the odd ones are the two *halves*.
+"""
 _AXES: dict[Per, Axes] = {"slot": "expert", "expert": "expert", "token": "layer", "pair": "pair"}
 
 
@@ -40,8 +51,7 @@ class Layout:
     """How a statistic lies in a trace, whoever knows its formula.
 
     Attributes:
-        axes: ``expert`` is [layer, class, cell, fold, expert]; ``layer`` is [layer, class, cell, fold]; ``pair`` is
-            [layer, class, cell, half, expert, expert]. Cells are those of :data:`shape_moe.calibration.batches.CELLS`.
+        axes: a key of :data:`AXES`.
         reduction: how tokens, and later traces, are put together.
     """
 
@@ -49,13 +59,13 @@ class Layout:
     reduction: Reduction
 
     def __post_init__(self) -> None:
-        if self.axes not in ("expert", "layer", "pair") or self.reduction not in ("sum", "max"):
+        if self.axes not in AXES or self.reduction not in ("sum", "max"):
             raise CheckpointError(f"No statistic has axes {self.axes!r} and reduction {self.reduction!r}.")
 
     def shape(self, layers: int, classes: int, experts: int) -> tuple[int, ...]:
         """Shape of the array of a trace with so many layers, classes and experts per layer."""
-        cells = (layers, classes, len(CELLS), HALVES if self.axes == "pair" else FOLDS)
-        return cells + (experts,) * {"layer": 0, "expert": 1, "pair": 2}[self.axes]
+        lengths = {"layer": layers, "class": classes, "cell": len(CELLS), "fold": FOLDS, "half": HALVES}
+        return tuple(experts if axis == "expert" else lengths[axis] for axis in AXES[self.axes])
 
     def too_large(self, layers: int, classes: int, experts: int) -> str | None:
         """Why a statistic of this layout is left out of such a trace; None where it is not."""

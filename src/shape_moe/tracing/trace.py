@@ -21,7 +21,7 @@ from shape_moe.source_files import changed_file
 from shape_moe.traced_files import TracedFiles
 from shape_moe.tracing.classes import NO_CLASS, check_classes, class_names, in_classes
 from shape_moe.tracing.coalitions import CoalitionTable, merge_tables, read_table, write_table
-from shape_moe.tracing.statistics import MOST_CLASSES, Layout, get_statistic
+from shape_moe.tracing.statistics import AXES, MOST_CLASSES, Layout, get_statistic
 from shape_moe.tracing.stored_statistics import Array, PartOf, StoredStatistics
 from shape_moe.tracing.trace_format_1 import FormatOneStatistics, todays_layouts
 from shape_moe.workspace import write_text
@@ -217,7 +217,8 @@ class Trace:
             write_table(table, _coalition_file(folder, layer))
         save_file({name: np.ascontiguousarray(a) for name, a in self.statistics.items()}, _statistics_file(folder))
         spec = {name: asdict(self.layout(name)) for name in self.statistics}
-        document = {"format_version": FORMAT_VERSION, **asdict(self.info), "statistics": spec}
+        axes = {name: list(names) for name, names in AXES.items()}
+        document = {"format_version": FORMAT_VERSION, **asdict(self.info), "axes": axes, "statistics": spec}
         write_text(folder / "trace.json", json.dumps(document, indent=1) + "\n")
 
 
@@ -234,6 +235,7 @@ def load_trace(path: str | PathLike[str]) -> Trace:
     version = document.pop("format_version", None)
     if version not in (1, FORMAT_VERSION):
         raise CheckpointError(f"{folder} was written in another format version; trace the model anew.")
+    document.pop("axes", None)  # for other readers: the format's version says as much
     layouts = as_shape(document.pop("statistics", {}), dict[str, Layout], folder / "trace.json", "a trace")
     info = as_shape(document, TraceInfo, folder / "trace.json", "a trace")
     info = replace(info, cells=2) if version == 1 else info
