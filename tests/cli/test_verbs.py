@@ -198,6 +198,21 @@ def test_options_reach_the_selection(call, traced) -> None:
     assert sum(len(ids) for ids in found["layers"].values()) == 64
 
 
+def test_a_method_is_typed_as_results_spell_it(call, embedded, traced, tmp_path) -> None:
+    select = ("select", traced, "--keep", "0.5", "--json")
+    spelled = as_json(call(*select, "--method", "reap/uniform, reroute, stock"))
+    words = ("--scorer", "reap", "--rule", "uniform", "--routing", "reroute", "--target", "stock")
+    assert spelled == as_json(call(*select, *words))
+    method = ("--method", "reap/uniform")
+    refused(call(*select, *method, "--rule", "global"), 2, "--method says that already: leave --rule out")
+    refused(call(*select, "--method", "reap/"), 2, "'reap/' is not a method")
+    sweep = ("sweep", embedded, "--trace", traced, *method)
+    refused(call(*sweep, "--scorer", "shape"), 2, "--method says that already: leave --scorer out")
+    call("select", traced, "--keep", "0.6", "-o", tmp_path / "s.json", "-q")
+    prune = ("prune", embedded, "-o", tmp_path / "out", "--selection", tmp_path / "s.json")
+    refused(call(*prune, *method), 2, "leave --method out")
+
+
 def test_scorers_are_listed(call) -> None:
     code, out, _ = call("score", "--list")
     assert code == 0

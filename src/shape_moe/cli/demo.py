@@ -42,8 +42,6 @@ def demo(
         talk.note(f"{TASKS[task].description}: {CALIBRATION_EXAMPLES} examples")
     rates = tuple(keep or KEEP_RATES)
     found = run_demo(task, rule=rule, keep_rates=rates, seed=seed.seed, folder=out, force=force.force, progress=talk)
-    if out is not None and found.report is None:
-        talk.note("pip install 'shape-moe[report]' adds a report to look at.")
     document = {
         "task": task,
         "rule": rule,

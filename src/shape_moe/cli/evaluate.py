@@ -95,7 +95,7 @@ def evaluate(
         trust_remote_code=run.trust_remote_code,
         progress=talk,
     )
-    for note in result.notes:
+    for note in result.warnings:
         talk.warn(note)
     if out is not None:
         write_json(out, result.to_document())

@@ -105,6 +105,8 @@ def prune(
     talk = output.output()
     if preset not in (None, "paper"):
         raise UsageError(f"There is no preset {preset!r}; there is paper.")
+    typed = (select, score)
+    select, score = select.spelled_out(score)
     limit = limits.limit()
     _check_rate_options(keep, memory.fit, selection, limit)
     choice = None
@@ -115,7 +117,7 @@ def prune(
         raise UsageError(
             f"{named} has no effect without --scorer auto, --max-kl or --max-drop: only these judge candidates."
         )
-    _refuse_ignored(data, select, score, judged_by, trace, selection, chooses=choice is not None)
+    _refuse_ignored(data, *typed, judged_by, trace, selection, chooses=choice is not None)
     if preset == "paper":
         score = replace(score, pool_classes=True)
     most = memory.most_keep(model, revision)

@@ -39,10 +39,12 @@ def select(
     talk = output.output()
     if out is not None:
         check_output_file(out, force=force.force)
-    if job.is_table(source) and changed_flags(score):
-        raise UsageError(f"{source} holds values already: leave {', '.join(changed_flags(score))} out.")
+    scoring = changed_flags(score) + (["--method"] if flags.method else [])
+    if job.is_table(source) and scoring:
+        raise UsageError(f"{source} holds values already: leave {', '.join(scoring)} out.")
+    flags, score = flags.spelled_out(score)
     routing = RouterFacts(top_k, top_k) if top_k else None
-    selection = job.select(source, flags.options(keep, score, seed.seed), routing=routing)
+    selection = job.select(job.opened(source, talk), flags.options(keep, score, seed.seed), routing=routing)
     for warning in selection.warnings:
         talk.warn(warning)
     if out is not None:

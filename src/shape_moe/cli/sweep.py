@@ -61,6 +61,15 @@ def sweep(
             help="A keep rate to judge; can be repeated. Default: bisection to a given limit, else 0.9 to 0.25."
         ),
     ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SCORER/RULE, ROUTING",
+            help="Scorer, rule, routing and target in one, as results spell it: 'reap/uniform, reroute'; can be "
+            "repeated.",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = None,
     scorer: Annotated[
         list[str] | None,
         typer.Option(
@@ -84,12 +93,12 @@ def sweep(
         ),
     ] = None,
     target: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="ragged (counts differ per layer) or stock (equal counts: loads anywhere).",
+            help="ragged (counts differ per layer; the default) or stock (equal counts: loads anywhere).",
             rich_help_panel=CHOICE_PANEL,
         ),
-    ] = "ragged",
+    ] = None,
 ) -> None:
     """Find out which keep rate is safe: quality over keep rates from one trace and one loaded model.
 
@@ -99,12 +108,7 @@ def sweep(
     options = shape_moe.SweepOptions(
         keep_rates=tuple(keep) if keep else None,
         limit=limits.limit(),
-        methods=tuple(
-            Method(valued, shared, check_routing(routed), target)
-            for valued in _scorers(scorer)
-            for shared in rule or ["coverage"]
-            for routed in routing or [usual_routing(target)]
-        ),
+        methods=_methods(method, scorer, rule, routing, target),
         scoring=weights.options(seed.seed),
         held_out=HELD_OUT_SAMPLES if judged_by.held_out_samples is None else judged_by.held_out_samples,
         generation=generation.required(),
@@ -129,6 +133,29 @@ def sweep(
         progress=talk,
     )
     talk.result(result.document, lambda console: _show(console, result, model, out))
+
+
+def _methods(
+    spelled: list[str] | None,
+    scorers: list[str] | None,
+    rules: list[str] | None,
+    routings: list[str] | None,
+    target: str | None,
+) -> tuple[Method, ...]:
+    """The methods that are spelled out, or every combination of the words that are given."""
+    if spelled:
+        words = {"--scorer": scorers, "--rule": rules, "--routing": routings, "--target": target}
+        twice = [option for option, given in words.items() if given]
+        if twice:
+            raise UsageError(f"--method says that already: leave {', '.join(twice)} out.")
+        return tuple(dict.fromkeys(Method.parse(text) for text in spelled))
+    made_for = target or "ragged"
+    return tuple(
+        Method(valued, shared, check_routing(routed), made_for)
+        for valued in _scorers(scorers)
+        for shared in rules or ["coverage"]
+        for routed in routings or [usual_routing(made_for)]
+    )
 
 
 def _scorers(named: list[str] | None) -> tuple[str, ...]:

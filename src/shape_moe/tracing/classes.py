@@ -46,11 +46,13 @@ def check_classes(names: Collection[str]) -> None:
         )
 
 
-def class_names(infos: Sequence[TraceInfo]) -> list[tuple[str, ...]]:
+def class_names(infos: Sequence[TraceInfo], *, pool: bool = False) -> list[tuple[str, ...]]:
     """What the classes of several traces are called once they are put together.
 
-    A trace without classes is the class of its data, where the others are of other data.
+    A trace without classes is the class of its data, where the others are of other data; with ``pool`` it has none.
     """
+    if pool:
+        return [info.classes for info in infos]
     bare = [_data_name(info.source) if info.classes == (NO_CLASS,) else None for info in infos]
     if len(set(bare)) == 1 and bare[0] is not None:
         return [info.classes for info in infos]

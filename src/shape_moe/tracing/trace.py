@@ -24,6 +24,7 @@ from shape_moe.tracing.coalitions import CoalitionTable, merge_tables, read_tabl
 from shape_moe.tracing.statistics import AXES, MOST_CLASSES, Layout, get_statistic
 from shape_moe.tracing.stored_statistics import Array, PartOf, StoredStatistics
 from shape_moe.tracing.trace_format_1 import FormatOneStatistics, todays_layouts
+from shape_moe.units import capitalised
 from shape_moe.workspace import write_text
 
 FORMAT_VERSION = 2
@@ -154,6 +155,13 @@ class Trace:
             return None
         return "the trace does not tell which tokens predict a response (it has an older format, or was converted)"
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What who uses the trace should know of it, in sentences."""
+        found = [f"{capitalised(self.lacks)}."] if self.lacks else []
+        found += [f"The trace is made without {name}: {reason}." for name, reason in self.info.left_out.items()]
+        return tuple(found)
+
     def sums(self, name: str, weights: TokenWeights | None = None) -> NDArray[np.float64]:
         """A statistic over the whole trace: classes, folds and weighted cells added (or maximised).
 
@@ -204,9 +212,9 @@ class Trace:
         )
 
     @staticmethod
-    def merge(traces: Sequence[Trace], weights: Sequence[float] | None = None) -> Trace:
+    def merge(traces: Sequence[Trace], weights: Sequence[float] | None = None, *, pool: bool = False) -> Trace:
         """Put traces of one model together, see :func:`merge_traces`."""
-        return merge_traces(traces, weights)
+        return merge_traces(traces, weights, pool=pool)
 
     def save(self, folder: Path) -> None:
         """Write the trace into an existing or new folder."""
@@ -275,14 +283,15 @@ def _read_coalitions(file: Path, info: TraceInfo, version: int) -> CoalitionTabl
     return table
 
 
-def merge_traces(traces: Sequence[Trace], weights: Sequence[float] | None = None) -> Trace:
+def merge_traces(traces: Sequence[Trace], weights: Sequence[float] | None = None, *, pool: bool = False) -> Trace:
     """Put traces of the same model together: sums are added (times a weight each), maxima are kept.
 
     Coalitions and counts are exact in any order (with weights that are no whole numbers: to within rounding). Other
     sums are added in the order in which the traces are given; another order may change their last bits.
 
     Classes of one name become one. A trace without classes is, beside others, the class of its data: traces of one
-    data set (parts of the work) are pooled, and those of several data sets kept apart.
+    data set (parts of the work) are pooled, and those of several data sets kept apart, unless ``pool`` says that they
+    are parts of one.
 
     Raises:
         FingerprintError: when the traces are of different models.
@@ -302,7 +311,7 @@ def merge_traces(traces: Sequence[Trace], weights: Sequence[float] | None = None
             raise FingerprintError("The traces are of different models: their fingerprints or layers differ.")
         if trace.info.traced_files is not None and (changed := _changed_between(first, trace.info)) is not None:
             raise FingerprintError(f"{changed} between the traces, so they are of different models.")
-    named = class_names([trace.info for trace in traces])
+    named = class_names([trace.info for trace in traces], pool=pool)
     classes = tuple(sorted({name for names in named for name in names}))
     check_classes(classes)
     traces = [in_classes(trace, names, classes) for trace, names in zip(traces, named, strict=True)]
