@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, floor, log10
 
 
 def readable_size(size: float) -> str:
@@ -60,3 +60,11 @@ def share_at_most(share: float) -> str:
 def readable_kl(nats: float) -> str:
     """A divergence in nats to two digits; below a thousandth only that."""
     return "< 0.001" if nats < 0.001 else f"{nats:.2g}" if nats < 10 else f"{nats:.0f}"
+
+
+def kl_at_least(nats: float) -> str:
+    """A divergence in nats of which only a lower bound is known, rounded down so that it still holds."""
+    if nats < 0.001:
+        return "at least 0"
+    step = 10.0 ** (floor(log10(nats)) - 1)
+    return f"at least {floor(nats / step * (1 + 1e-12)) * step:.2g}"

@@ -14,6 +14,8 @@ from shape_moe.cli.values import parse_count, parse_size
 from shape_moe.errors import UsageError
 from shape_moe.jobs.inspect import keep_that_fits
 
+REJECTED = 3
+"""Exit code where a model is not as good as it was required to be."""
 RUN_PANEL = "Running"
 MEMORY_PANEL = "What must fit"
 

@@ -17,7 +17,7 @@ from shape_moe.cli.console import plain_table
 from shape_moe.cli.data_flags import DataFlags
 from shape_moe.cli.estimates import number, signed
 from shape_moe.cli.flag_groups import changed_flags
-from shape_moe.cli.flags import ForceFlag, LoadFlags, MemoryFlags, ModelArgument, OutputFlags, SeedFlag
+from shape_moe.cli.flags import REJECTED, ForceFlag, LoadFlags, MemoryFlags, ModelArgument, OutputFlags, SeedFlag
 from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags
 from shape_moe.cli.select import summary
 from shape_moe.cli.values import parse_routing
@@ -36,10 +36,6 @@ from shape_moe.units import readable_size
 
 if TYPE_CHECKING:
     from shape_moe.jobs.prune import PruneResult
-
-REJECTED = 3
-"""Exit code where the model is not as good as it was required to be."""
-
 
 HELPS = {
     "samples": f"Calibrate with at most this many records. Default: {PAPER_SAMPLES}, or "
