@@ -63,7 +63,8 @@ def select(
         raise UsageError(f"{source} holds values already: leave {', '.join(scoring)} out.")
     flags, score = flags.spelled_out(score)
     routing = RouterFacts(top_k, top_k) if top_k else None
-    selection = job.select(job.opened(source, talk), flags.options(keep, score, seed.seed), routing=routing)
+    options = flags.options(keep, score, seed.seed)
+    selection = job.select(job.opened(source, talk), options, routing=routing)
     for warning in selection.warnings:
         talk.warn(warning)
     if out is not None:
