@@ -17,7 +17,7 @@ from shape_moe.interrupts import DeferredInterrupt
 from shape_moe.tracing.engine import Work, register
 from shape_moe.tracing.hidden_states import HiddenStates
 from shape_moe.tracing.trace import Trace
-from shape_moe.tracing.whole_model import UNFINISHED
+from shape_moe.tracing.whole_model import UNFINISHED, trace_of, tracer_for
 from shape_moe.units import readable_size
 from shape_moe.workspace import write_json
 
@@ -59,14 +59,12 @@ class LayerByLayer:
             ShapeMoeError: when a batch cannot be traced; the message names its records.
             DataError: when no record can be used.
         """
-        from shape_moe.tracing.transformers_model import ModelTracer
-
         work = self.work
         assert work.snapshot is not None, "a live model is in memory already"
         examples = work.examples.run(work.answerer, folder)
         work.release()
         model = LayeredModel(work.snapshot, device=work.device, dtype=work.dtype, note=work.progress.note)
-        tracer = ModelTracer(model.model)
+        tracer = tracer_for(work, model.model, examples)
         pad_id = pad_token_id(tracer.model, work.examples.tokeniser)
         todo = list(batches(examples, work.examples.options.batch_size, pad_id))
         with ExitStack() as stack:
@@ -76,8 +74,7 @@ class LayerByLayer:
         work.progress.note(
             f"{readable_size(model.bytes_read)} of weights were read, each byte once for all calibration examples."
         )
-        info = work.describe(tracer.moe, tracer.layers, tracer.implementation, tracer.dtype, "transformers")
-        return Trace(info, tracer.statistics(), tracer.coalitions())
+        return trace_of(work, tracer)
 
 
 def _temporary() -> tempfile.TemporaryDirectory[str]:
