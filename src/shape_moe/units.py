@@ -61,6 +61,12 @@ def readable_points(difference: float) -> str:
     return re.sub(r"(?=\d)", "+", shown, count=1) if difference > 0 else shown
 
 
+def share_from(text: str) -> float | None:
+    """The share that a text names, ``60%`` or ``0.6``; None where it names none."""
+    match = re.fullmatch(r"\s*(-?\d+\.?\d*|\.\d+)\s*(%?)\s*", text)
+    return None if match is None else float(match[1]) / (100 if match[2] else 1)
+
+
 def share_at_most(share: float) -> str:
     """A bound in percent, rounded up to what :func:`readable_share` shows, so that it still holds."""
     step = 0.001 if share < 0.1 else 0.01

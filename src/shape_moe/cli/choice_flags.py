@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from shape_moe.cli.flag_groups import changed_flags
-from shape_moe.cli.values import parse_layers, parse_protect, parse_routing
+from shape_moe.cli.values import parse_layers, parse_protect, parse_routing, share_option
 from shape_moe.errors import UsageError
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.method import Method
@@ -28,10 +28,19 @@ class WeightFlags:
     response_weight: Annotated[
         float, typer.Option(help="How much a response token counts.", rich_help_panel=CHOICE_PANEL)
     ] = 1.0
+    pool_classes: Annotated[
+        bool,
+        typer.Option(
+            "--pool-classes",
+            help="Add the classes of a mixed data set up, as published, instead of keeping each class's best experts.",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = False
 
     def options(self, seed: int) -> ScoreOptions:
         """The scoring options that these flags describe."""
-        return ScoreOptions(SegmentWeights(self.prompt_weight, self.response_weight), seed)
+        weights = SegmentWeights(self.prompt_weight, self.response_weight)
+        return ScoreOptions(weights, seed, pool_classes=self.pool_classes)
 
 
 @dataclass
@@ -81,8 +90,11 @@ class SelectFlags:
     ] = None
     tolerance: Annotated[
         float | None,
-        typer.Option(
-            help="Reproduce the paper's bisection, which stops this close to --keep.", rich_help_panel=CHOICE_PANEL
+        share_option(
+            "--tolerance",
+            "1%",
+            help="Reproduce the paper's bisection, which stops this close to --keep, such as 1% or 0.01.",
+            rich_help_panel=CHOICE_PANEL,
         ),
     ] = None
     skip_layers: Annotated[

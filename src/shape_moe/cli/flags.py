@@ -23,6 +23,15 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model fol
 
 
 @dataclass
+class RevisionFlag:
+    """The version of a model on the hub."""
+
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a model on the hub. Default: its newest version.")
+    ] = None
+
+
+@dataclass
 class OutputFlags:
     """How a verb talks."""
 
@@ -49,6 +58,21 @@ class SeedFlag:
     """The seed."""
 
     seed: Annotated[int, typer.Option(help="Draws samples, and the values of scorer random.")] = 0
+
+
+@dataclass
+class StreamFlag:
+    """How a model that is traced lies in memory."""
+
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Trace layer by layer, for models larger than memory, or with the whole model in memory. Default: "
+            "whole where it fits.",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = None
 
 
 @dataclass

@@ -13,16 +13,35 @@ from shape_moe.cli.choice_flags import ScoreFlags, SelectFlags
 from shape_moe.cli.console import plain_table
 from shape_moe.cli.flag_groups import changed_flags
 from shape_moe.cli.flags import ForceFlag, OutputFlags, SeedFlag
+from shape_moe.cli.values import share_option
 from shape_moe.errors import UsageError
 from shape_moe.jobs import select as job
 from shape_moe.selection.selection import Selection
 from shape_moe.units import readable_share
 from shape_moe.workspace import check_output_file
 
+FIRST = {
+    "keep": "Share of the experts to keep: 60% or 0.6.",
+    "out": "",
+    "scorer": "How experts are valued (score --list).",
+    "rule": "coverage, uniform or global.",
+    "target": "ragged: best; stock: loads in any tool.",
+    "routing": "drop or reroute.",
+    "skip_layers": "Layers that keep every expert: 0,1,47.",
+    "protect": "Experts to keep, as LAYER:EXPERT,EXPERT.",
+    "force": "Replace an earlier result.",
+    "as_json": "Print one JSON object on stdout.",
+    "quiet": "No progress and no notes.",
+}
+"""What --help shows, shortly; --help-all shows the rest."""
+
 
 def select(
     source: Annotated[str, typer.Argument(metavar="TRACE", help="A trace, or a table of values (VALUES.csv).")],
-    keep: Annotated[float, typer.Option(help="Share of the routed experts to keep, over all layers.")],
+    keep: Annotated[
+        float,
+        share_option("--keep", "60%", help="Share of the routed experts to keep, over all layers, such as 60% or 0.6."),
+    ],
     flags: SelectFlags,
     score: ScoreFlags,
     seed: SeedFlag,
@@ -45,7 +64,8 @@ def select(
         raise UsageError(f"{source} holds values already: leave {', '.join(scoring)} out.")
     flags, score = flags.spelled_out(score)
     routing = RouterFacts(top_k, top_k) if top_k else None
-    selection = job.select(source, flags.options(keep, score, seed.seed), routing=routing)
+    options = flags.options(keep, score, seed.seed)
+    selection = job.select(job.opened(source, talk), options, routing=routing)
     for warning in selection.warnings:
         talk.warn(warning)
     if out is not None:
@@ -77,6 +97,9 @@ def summary(selection: Selection) -> str:
 def notes_on(selection: Selection) -> list[str]:
     """How sure a selection is."""
     lines = []
+    if selection.classes:
+        how = "added up" if selection.pooled else "each kept for its own sake (the largest share in any class counts)"
+        lines.append(f"{len(selection.classes)} classes, {how}: {', '.join(selection.classes)}")
     if selection.stability is not None:
         lines.append(
             f"Two halves of the data agree on {readable_share(selection.stability['agreement'])} of the kept experts; "

@@ -37,6 +37,7 @@ from shape_moe.selection.method import Method, check_routing
 from shape_moe.selection.rules import get_rule
 from shape_moe.selection.select import SelectOptions
 from shape_moe.tracing.trace import SegmentWeights
+from shape_moe.units import share_from
 
 _RANDOM = "random"
 
@@ -65,6 +66,7 @@ class _Grid:
     seed: int = 0
     prompt_weight: float = 1.0
     response_weight: float = 1.0
+    pool_classes: bool = False
     output: str | None = None
 
 
@@ -79,11 +81,19 @@ class _Judged:
     answer_pattern: str | None = None
 
 
+def _rate(given: Any) -> Any:
+    """A keep rate written as a percentage as its number; whatever else it is, as it is."""
+    share = share_from(given) if isinstance(given, str) else None
+    return given if share is None else share
+
+
 class _Reader:
     """Turns the file's sections into specs."""
 
     def __init__(self, top: YamlSection, base: Path) -> None:
         self.top, self.base = top, base
+        if isinstance(rates := top.content.get("keep"), list):
+            top.content["keep"] = [_rate(rate) for rate in rates]
         self.grid = top.take(_Grid)
 
     def config(self) -> ExperimentConfig:
@@ -115,6 +125,7 @@ class _Reader:
             evaluation=evaluation,
             seed=grid.seed,
             weights=weights,
+            pool_classes=grid.pool_classes,
             output=None if grid.output is None else str(self.base / grid.output),
         )
 

@@ -30,6 +30,7 @@ def trace(
     out: str | PathLike[str] | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    revision: str | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Trace:
@@ -41,6 +42,7 @@ def trace(
             which at most 128 records are used), or options that say more.
         out: folder for the trace; None keeps it in memory.
         tokenizer: the tokenizer of a live model.
+        revision: branch, tag or commit of a hub model.
         force: replace an existing trace at ``out``.
         progress: where to show progress.
 
@@ -48,7 +50,7 @@ def trace(
         ShapeMoeError: when something is wrong with the model, the data or the options; the message says what to do.
     """
     options = as_example_options(data, DEFAULT_SAMPLES)
-    session = ModelSession.open(model, options, tokenizer, progress)
+    session = ModelSession.open(model, options, tokenizer, progress, revision=revision)
     if out is None:
         return session.trace(None)
     inputs: list[str | PathLike[str]] = [*options.data.files, *([session.snapshot.path] if session.snapshot else [])]
@@ -65,16 +67,24 @@ def merge(
     out: str | PathLike[str],
     *,
     weights: Sequence[float] | None = None,
+    pool: bool = False,
     force: bool = False,
 ) -> Trace:
     """Put traces of one model together and write the result.
+
+    Args:
+        traces: their folders.
+        out: folder of the result.
+        weights: one for each, all 1 when left out.
+        pool: they are parts of one data set; else each data set becomes a class of its own.
+        force: replace an existing result.
 
     Raises:
         FingerprintError: when they are of different models.
         UsageError: when weights do not fit, or the output exists.
     """
-    merged = merge_traces([load_trace(path) for path in traces], weights)
-    job = {"verb": "merge", "traces": [str(path) for path in traces], "weights": list(weights or [])}
+    merged = merge_traces([load_trace(path) for path in traces], weights, pool=pool)
+    job = {"verb": "merge", "traces": [str(path) for path in traces], "weights": list(weights or []), "pool": pool}
     with Workspace(out, job, force=force, inputs=traces) as work:
         merged.save(work.path)
         return load_trace(work.complete())
@@ -98,6 +108,8 @@ def open_trace(given: str | PathLike[str], snapshot: Snapshot, progress: Progres
     if found.info.layout_fingerprint not in (UNVERIFIED, layout_fingerprint(snapshot)):
         progress.note("The trace was made from another copy of this model (other names, dtypes or shapes of tensors).")
     _check_weights(found, f"The trace {given}", snapshot, progress, force=force)
+    for remark in found.remarks:
+        progress.note(remark)
     return found
 
 

@@ -39,6 +39,9 @@ def full_method(selection: Selection, samples: int | None) -> str:
     method = selection.method
     words = [method.pair, method.routing, method.target]
     words += [counted(samples, "calibration example")] if samples is not None else []
+    if selection.classes:
+        count = f"{len(selection.classes)} classes"
+        words.append(f"{count} added up" if selection.pooled else f"{count} each for its own sake")
     told = "not the published SHAPE method"
     if method == PUBLISHED and _unconstrained(selection):
         if samples is None:
@@ -53,7 +56,8 @@ def _unconstrained(selection: Selection) -> bool:
     rules = selection.constraints
     weights = {selection.options.get(segment, 1.0) for segment in ("prompt", "response")}
     free = not rules.get("skip_layers") and not rules.get("protect") and rules.get("multiple_of", 1) == 1
-    return free and weights == {1.0}
+    pooled = len(selection.classes) < 2 or selection.pooled
+    return free and pooled and weights == {1.0}
 
 
 def smaller(before: int, after: int) -> str:
