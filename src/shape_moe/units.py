@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from math import ceil, floor, log10
 
@@ -56,6 +57,12 @@ def readable_share(share: float) -> str:
         return "< -99.9 %" if sign else "> 99.9 %"
     shown = f"{percent:.1f}" if percent < 9.95 or 99 < percent < 100 else f"{percent:.0f}"
     return f"{sign}{shown.removesuffix('.0')} %"
+
+
+def share_from(text: str) -> float | None:
+    """The share that a text names, ``60%`` or ``0.6``; None where it names none."""
+    match = re.fullmatch(r"\s*(-?\d+\.?\d*|\.\d+)\s*(%?)\s*", text)
+    return None if match is None else float(match[1]) / (100 if match[2] else 1)
 
 
 def share_at_most(share: float) -> str:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shape_moe.architectures.gguf_model import GgufModel
 from shape_moe.architectures.loaded import check_loaded
 from shape_moe.architectures.moe_config import foreign_code
 from shape_moe.architectures.safetensors_file import DTYPE_BITS
@@ -77,23 +78,47 @@ def _from_pretrained(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model as Transformers loads it, and its loading info."""
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM
 
     options = {**options, "dtype": dtype if dtype == "auto" else getattr(torch, dtype), "trust_remote_code": trusted}
     quantisation = unpacking(snapshot)
     if quantisation is not None:
         options["quantization_config"] = quantisation
+    loader: Any = AutoModelForCausalLM
+    source: Path | None = snapshot.path
+    if isinstance(snapshot, GgufModel):
+        loader, source = getattr(transformers, snapshot.moe.family.stock_class), None
+        options |= _from_values(snapshot)
     try:
         with _quietly():
             # tensors of another shape are refused below, with all others that are not as they should be
-            found: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
-                snapshot.path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            found: tuple[PreTrainedModel, dict[str, Any]] = loader.from_pretrained(
+                source, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     except torch.OutOfMemoryError:
         raise
     except _LOADING_ERRORS as error:
         raise CheckpointError(f"Transformers could not load {snapshot.name}: {first_line(error)}") from error
     return found
+
+
+def _from_values(model: GgufModel) -> dict[str, Any]:
+    """What makes Transformers load a model of which there is no folder: its configuration and its tensors.
+
+    Raises:
+        UnsupportedModelError: for tensors that cannot be dequantised.
+        CheckpointError: when the model's class refuses the configuration.
+    """
+    from transformers import AutoConfig
+
+    if model.why_not_dequantised is not None:
+        raise UnsupportedModelError(f"{model.name} cannot be loaded: {model.why_not_dequantised}.")
+    try:
+        config = AutoConfig.for_model(**model.config)
+    except Exception as error:  # a class checks a foreign document as it likes
+        raise CheckpointError(f"Transformers refuses the configuration of {model.name}: {first_line(error)}") from error
+    return {"config": config, "state_dict": model.lazy_state()}
 
 
 def _about_code(code: str | None, model: PreTrainedModel) -> str | None:
@@ -226,7 +251,7 @@ def loaded_bytes(snapshot: Snapshot, dtype: str = "auto") -> int:
     bits = {"float32": 32, "bfloat16": 16, "float16": 16}.get(dtype)
     total = 0
     for slot in snapshot.tensors.values():
-        own = DTYPE_BITS[slot.dtype]
+        own = DTYPE_BITS.get(slot.dtype, 16)
         total += weight_count(slot) * (bits or max(own, 16)) // 8
     return total
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from shape_moe.cli.flag_groups import changed_flags
-from shape_moe.cli.values import parse_layers, parse_protect, parse_routing
+from shape_moe.cli.values import parse_layers, parse_protect, parse_routing, share_option
 from shape_moe.errors import UsageError
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.method import Method
@@ -81,8 +81,11 @@ class SelectFlags:
     ] = None
     tolerance: Annotated[
         float | None,
-        typer.Option(
-            help="Reproduce the paper's bisection, which stops this close to --keep.", rich_help_panel=CHOICE_PANEL
+        share_option(
+            "--tolerance",
+            "1%",
+            help="Reproduce the paper's bisection, which stops this close to --keep, such as 1% or 0.01.",
+            rich_help_panel=CHOICE_PANEL,
         ),
     ] = None
     skip_layers: Annotated[

@@ -15,15 +15,15 @@ from shape_moe.cli.data_flags import DataFlags
 from shape_moe.cli.endpoint_flags import EndpointFlags
 from shape_moe.cli.estimates import number, share, signed
 from shape_moe.cli.flag_groups import changed_flags
-from shape_moe.cli.flags import REJECTED, ForceFlag, LoadFlags, OutputFlags, SeedFlag
+from shape_moe.cli.flags import REJECTED, ForceFlag, LoadFlags, OutputFlags, RevisionFlag, SeedFlag
 from shape_moe.cli.quality_flags import GenerationFlags, TaskFlags
-from shape_moe.cli.values import parse_share
+from shape_moe.cli.values import share_option
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.evaluated import TASK, Evaluated, Evaluation
 from shape_moe.evaluation.faithfulness import Faithfulness
 from shape_moe.evaluation.footprint import Workload
 from shape_moe.evaluation.measures import worst_group
-from shape_moe.evaluation.verdict import check_requirement
+from shape_moe.evaluation.verdict import MAX_DROP, check_requirement
 from shape_moe.jobs.evaluate import EvaluateOptions
 from shape_moe.jobs.evaluate_endpoints import EndpointOptions
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
@@ -33,6 +33,25 @@ from shape_moe.workspace import check_output_file, write_json
 
 ALSO_SAMPLES = 100
 HELPS = {"samples": f"Judge by at most this many records. Default: {HELD_OUT_SAMPLES}."}
+FIRST = {
+    "data": "Examples that nothing was made from.",
+    "samples": "",
+    "out": "",
+    "by": "Judge every value of this field by itself.",
+    "also": "Examples of something else than the task.",
+    "answer_pattern": "The part that must be right: '#### (.*)'.",
+    "generate": "Let models answer N examples freely.",
+    "max_drop": "The fall that 'safe' allows. Default: 2%.",
+    "tasks": "Benchmarks of lm-evaluation-harness.",
+    "endpoint": "Judge servers: dense=URL, then others.",
+    "require": "safe or no-loss: exit code 3 if worse.",
+    "device": "auto, cpu, cuda or cuda:N.",
+    "revision": "Branch, tag or commit of a hub model.",
+    "force": "Replace an earlier result.",
+    "as_json": "Print one JSON object on stdout.",
+    "quiet": "No progress and no notes.",
+}
+"""What --help shows, shortly; --help-all shows the rest."""
 
 
 def evaluate(
@@ -40,16 +59,17 @@ def evaluate(
     generation: GenerationFlags,
     served: EndpointFlags,
     tasks: TaskFlags,
+    hub: RevisionFlag,
     run: LoadFlags,
     seed: SeedFlag,
     force: ForceFlag,
     output: OutputFlags,
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="The dense model: a folder, or a model's name on the hub.")
+        str | None, typer.Argument(metavar="MODEL", help="The dense model: a folder, or a model's name on the hub.")
     ] = None,
     candidates: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PRUNED]...", help="Pruned checkpoints, and selections to judge as masks on MODEL."),
+        typer.Argument(metavar="PRUNED", help="Pruned checkpoints, and selections to judge as masks on MODEL."),
     ] = None,
     also: Annotated[
         str | None, typer.Option(metavar="FILE", help="Examples of something else: what is lost off the task.")
@@ -59,8 +79,14 @@ def evaluate(
         int, typer.Option(metavar="N", help="Compare each selection with its inversion and N random ones (3 or more).")
     ] = 0,
     max_drop: Annotated[
-        str, typer.Option(metavar="SHARE", help="The fall of right answers that the verdict 'safe' allows.")
-    ] = "2%",
+        float,
+        share_option(
+            "--max-drop",
+            "1%",
+            help=f"How far right answers may fall for the verdict 'safe', such as 1% or 0.01. Default: {MAX_DROP:.0%}.",
+            show_default=False,
+        ),
+    ] = MAX_DROP,
     require: Annotated[
         str | None,
         typer.Option(metavar="VERDICT", help="safe or no-loss: end with code 3 where a pruned model is judged worse."),
@@ -73,19 +99,25 @@ def evaluate(
         bool, typer.Option("--no-general", help="Leave general prompts out: what was forgotten off the task.")
     ] = False,
     trace: Annotated[Path | None, typer.Option(help="The trace that selections were made from.")] = None,
-    no_footprint: Annotated[bool, typer.Option("--no-footprint", help="Leave memory and speed out.")] = False,
+    footprint: Annotated[
+        bool,
+        typer.Option(
+            "--footprint/--no-footprint",
+            help="Measure memory, loading time and speed too; only on a machine that does nothing else.",
+            show_default=False,
+        ),
+    ] = False,
     out: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write every figure into this JSON file.")
     ] = None,
 ) -> None:
-    """Judge pruned models on held-out examples: likelihood, distance to the dense model, answers, memory and speed.
+    """Judge pruned models on held-out examples: likelihood, distance to the dense model, answers, benchmarks.
 
     Example: shape-moe evaluate ./Qwen3-30B-A3B ./Qwen3-gsm8k-0.6 --data gsm8k-test.jsonl --samples 200
     """
     talk = output.output()
     if out is not None:
         check_output_file(out, force=force.force)
-    drop = parse_share(max_drop, "--max-drop")
     if require is not None:
         check_requirement(require)
         if not served.endpoint and not (candidates and data.data):
@@ -93,13 +125,14 @@ def evaluate(
     if changed_flags(served):
         named = {"MODEL": model, "PRUNED": candidates, "--also": also, "--faithfulness": faithfulness}
         unused = [name for name, value in named.items() if value] + changed_flags(tasks) + changed_flags(run)
+        unused += changed_flags(hub)
         served.refuse_unused(unused + [name for name in changed_flags(generation) if name == "--generate"], data)
         asked = EndpointOptions(
             models=served.models(),
             by=by,
             answer_pattern=generation.answer_pattern,
             max_new_tokens=generation.answer_tokens,
-            max_drop=drop,
+            max_drop=max_drop,
             general=not no_general,
             trace=str(trace) if trace else None,
             top_logprobs=served.top_logprobs,
@@ -119,10 +152,10 @@ def evaluate(
         by=by,
         generation=generation.options(),
         tasks=tasks.options(),
-        footprint=None if no_footprint else Workload(),
+        footprint=Workload() if footprint else None,
         faithfulness=faithfulness,
         trace=str(trace) if trace else None,
-        max_drop=drop,
+        max_drop=max_drop,
         general=not no_general,
         minutes=judge_minutes,
         seed=seed.seed,
@@ -135,6 +168,7 @@ def evaluate(
         candidates or [],
         data=given,
         options=options,
+        revision=hub.revision,
         device=run.device,
         dtype=run.dtype,
         trust_remote_code=run.trust_remote_code,

@@ -23,6 +23,15 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model fol
 
 
 @dataclass
+class RevisionFlag:
+    """The version of a model on the hub."""
+
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a model on the hub. Default: its newest version.")
+    ] = None
+
+
+@dataclass
 class OutputFlags:
     """How a verb talks."""
 

@@ -37,6 +37,7 @@ from shape_moe.selection.method import Method, check_routing
 from shape_moe.selection.rules import get_rule
 from shape_moe.selection.select import SelectOptions
 from shape_moe.tracing.trace import SegmentWeights
+from shape_moe.units import share_from
 
 _RANDOM = "random"
 
@@ -79,11 +80,19 @@ class _Judged:
     answer_pattern: str | None = None
 
 
+def _rate(given: Any) -> Any:
+    """A keep rate written as a percentage as its number; whatever else it is, as it is."""
+    share = share_from(given) if isinstance(given, str) else None
+    return given if share is None else share
+
+
 class _Reader:
     """Turns the file's sections into specs."""
 
     def __init__(self, top: YamlSection, base: Path) -> None:
         self.top, self.base = top, base
+        if isinstance(rates := top.content.get("keep"), list):
+            top.content["keep"] = [_rate(rate) for rate in rates]
         self.grid = top.take(_Grid)
 
     def config(self) -> ExperimentConfig:
