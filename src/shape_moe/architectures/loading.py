@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from shape_moe.architectures.gguf_file import is_gguf
 from shape_moe.architectures.gguf_model import GgufModel
 from shape_moe.architectures.gguf_tokenizer import load_gguf_tokenizer
+from shape_moe.architectures.host_memory import host_memory
 from shape_moe.architectures.loaded import check_loaded
 from shape_moe.architectures.moe_config import foreign_code
 from shape_moe.architectures.safetensors_file import DTYPE_BITS
@@ -18,6 +19,7 @@ from shape_moe.architectures.sites import find_sites
 from shape_moe.architectures.sizes import weight_count
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.errors import CheckpointError, ShapeMoeError, UnsupportedModelError, UsageError, first_line
+from shape_moe.units import readable_size
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 Note = Callable[[str], None]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken", "tekken.json")
-_LOADING_ERRORS = (
+LOADING_ERRORS = (
     OSError,
     ArithmeticError,
     AssertionError,
@@ -93,14 +95,14 @@ def _from_pretrained(
         loader, source = getattr(transformers, snapshot.moe.family.stock_class), None
         options |= _from_values(snapshot)
     try:
-        with _quietly():
+        with quietly():
             # tensors of another shape are refused below, with all others that are not as they should be
             found: tuple[PreTrainedModel, dict[str, Any]] = loader.from_pretrained(
                 source, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     except torch.OutOfMemoryError:
         raise
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise CheckpointError(f"Transformers could not load {snapshot.name}: {first_line(error)}") from error
     return found
 
@@ -165,7 +167,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
         )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise CheckpointError(f"{path} has no tokenizer that can be loaded: {first_line(error)}") from error
     return tokenizer
 
@@ -226,8 +228,22 @@ def _placement(device: str) -> dict[str, Any]:
     return {} if kind == "cpu" else {"device_map": {"": device}}
 
 
+def computing_device(device: str) -> torch.device:
+    """Where one layer at a time computes: ``auto`` is the first GPU where there is one, else the CPU.
+
+    Raises:
+        UsageError: for an unknown device.
+    """
+    import torch
+
+    _placement(device)
+    if device == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device(device)
+
+
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keep Transformers' own bars and reports off: callers show progress, and say what is wrong, in their own way."""
     from transformers.utils import logging
 
@@ -273,12 +289,11 @@ def release_memory() -> None:
 
 def free_memory(device: str = "auto") -> int:
     """Bytes free on the device (all GPUs together under ``auto``)."""
-    import psutil
     import torch
 
     _placement(device)
     if device == "cpu" or not torch.cuda.is_available():
-        return int(psutil.virtual_memory().available)
+        return host_memory()
     chosen = range(torch.cuda.device_count()) if device in ("auto", "cuda") else [torch.device(device).index or 0]
     return sum(torch.cuda.mem_get_info(index)[0] for index in chosen)
 
@@ -288,4 +303,4 @@ def why_not_loadable(bytes_needed: int, device: str = "auto") -> str | None:
     free = free_memory(device)
     if bytes_needed * _MEMORY_MARGIN <= free:
         return None
-    return f"the model needs {bytes_needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
+    return f"the model needs {readable_size(bytes_needed)} and {readable_size(free)} are free"
