@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,12 +39,10 @@ class GgufModel(Snapshot):
     Attributes:
         headers: of the files, in order.
         stored_names: the name in the file of every tensor, by its name here.
-        tokenizer_folder: where the tokenizer is read from instead of the metadata, None for the latter.
     """
 
     headers: tuple[GgufHeader, ...] = ()
     stored_names: dict[str, str] = field(default_factory=dict)
-    tokenizer_folder: Path | None = None
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -280,8 +278,3 @@ def _layer_of(name: str) -> int:
 def _with_suffix(module: str, suffix: str) -> str:
     short = module.partition(".layers.")[2].partition(".")[2]
     return module + UNNAMED_SUFFIX[short] if short in UNNAMED_SUFFIX else f"{module}.{suffix}"
-
-
-def with_tokenizer(model: GgufModel, folder: Path | None) -> GgufModel:
-    """A model whose tokenizer is read from a folder."""
-    return replace(model, tokenizer_folder=folder)
