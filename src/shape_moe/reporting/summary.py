@@ -40,13 +40,13 @@ class Tile:
 
 def headline(material: Material) -> str:
     """The page's heading."""
+    if material.demo is not None:
+        return demo_headline(material.demo)
     if material.selection is not None:
         return f"{material.model_name} with {readable_share(material.selection.keep)} of its experts"
     if material.experiment is not None:
         names = [str(entry["name"]) for entry in material.experiment["models"]]
         return f"Experiment on {', '.join(names)}"
-    if material.demo is not None:
-        return demo_headline(material.demo)
     if material.sweep is not None:
         return f"{material.model_name}: quality at every size"
     if material.evaluation is not None:
