@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from shape_moe.architectures.loaded import check_loaded
 from shape_moe.architectures.moe_config import foreign_code
-from shape_moe.architectures.safetensors_file import DTYPE_BITS
+from shape_moe.architectures.quantised.plain import PlainTensor
 from shape_moe.architectures.sites import find_sites
-from shape_moe.architectures.sizes import weight_count
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.errors import CheckpointError, ShapeMoeError, UnsupportedModelError, UsageError, first_line
 
@@ -66,7 +65,7 @@ def load_model(
     code = foreign_code(snapshot.config)
     model, info = _from_pretrained(snapshot, dtype, placement, trusted=code is not None and snapshot.trust_remote_code)
     left = check_loaded(snapshot, model, info)
-    for line in (*snapshot.notes, _about_code(code, model), left):
+    for line in (*snapshot.notes, _about_quantisation(snapshot, dtype), _about_code(code, model), left):
         if line is not None:
             note(line)
     return model.eval()
@@ -79,21 +78,86 @@ def _from_pretrained(
     import torch
     from transformers import AutoModelForCausalLM
 
-    options = {**options, "dtype": dtype if dtype == "auto" else getattr(torch, dtype), "trust_remote_code": trusted}
-    quantisation = unpacking(snapshot)
-    if quantisation is not None:
-        options["quantization_config"] = quantisation
+    options = {**options, "trust_remote_code": trusted}
     try:
         with _quietly():
+            if snapshot.quantisation is not None:
+                return _from_plain(snapshot, getattr(torch, loaded_dtype(snapshot, dtype)), options)
             # tensors of another shape are refused below, with all others that are not as they should be
             found: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
-                snapshot.path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+                snapshot.path,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                **options,
             )
     except torch.OutOfMemoryError:
         raise
     except _LOADING_ERRORS as error:
         raise CheckpointError(f"Transformers could not load {snapshot.name}: {first_line(error)}") from error
     return found
+
+
+def _from_plain(
+    snapshot: Snapshot, dtype: torch.dtype, options: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The plain model of a quantised checkpoint: its tensors are dequantised one by one as Transformers takes them."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    trusted = options.pop("trust_remote_code")
+    config = AutoConfig.from_pretrained(snapshot.path, trust_remote_code=trusted)
+    for key in ("quantization_config", "quantization"):
+        if hasattr(config, key):
+            delattr(config, key)
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trusted))
+    failures: list[ShapeMoeError] = []
+    tensors = {name: _Lazy(tensor, failures) for name, tensor in snapshot.plain.items()}
+    try:
+        model, info = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            dtype=dtype,
+            **options,
+        )
+    except _LOADING_ERRORS:
+        if failures:
+            raise failures[0] from None
+        raise
+    if failures:
+        raise failures[0]
+    model.name_or_path = str(snapshot.path)
+    return model, info
+
+
+class _Lazy:
+    """A tensor that Transformers asks for its values when it loads them, as it asks a slice of a file.
+
+    Args:
+        tensor: the tensor.
+        failures: where an error goes: Transformers would report it as a missing weight.
+    """
+
+    def __init__(self, tensor: PlainTensor, failures: list[ShapeMoeError]) -> None:
+        self._tensor, self._failures = tensor, failures
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        try:
+            return self._tensor.values()[index]
+        except ShapeMoeError as error:
+            self._failures.append(error)
+            raise
+
+
+def _about_quantisation(snapshot: Snapshot, dtype: str) -> str | None:
+    """What is said of a model that is not run as it is stored."""
+    if snapshot.quantisation is None:
+        return None
+    return f"{snapshot.quantisation.label}: dequantised to {loaded_dtype(snapshot, dtype)} to be run here."
 
 
 def _about_code(code: str | None, model: PreTrainedModel) -> str | None:
@@ -149,38 +213,36 @@ def find_tokenizer(snapshot: Snapshot) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def unpacking(snapshot: Snapshot) -> Any:
-    """The quantisation config that unpacks a checkpoint's experts, None for one that is not quantised.
+def check_observable(snapshot: Snapshot) -> None:
+    """Refuse a model whose experts cannot be observed, before any weight is read.
 
     Raises:
-        UnsupportedModelError: for a quantisation whose fused kernels would bypass the experts interface.
+        UnsupportedModelError: for a quantisation that cannot be dequantised, by its name.
     """
     if (reason := why_not_observable(snapshot)) is not None:
         raise UnsupportedModelError(
             f"{reason[0].upper()}{reason[1:]}. Trace the unquantised model of the same routers instead (shape-moe "
             "trace), and prune this one by that trace (shape-moe prune --trace)."
         )
-    method = _quantisation_method(snapshot)
-    if method is None:
-        return None
-    import transformers
-
-    if method == "mxfp4":
-        return transformers.Mxfp4Config(dequantize=True)
-    return transformers.FineGrainedFP8Config(dequantize=True)  # the block size is the checkpoint's own
 
 
 def why_not_observable(snapshot: Snapshot) -> str | None:
     """Why the routing of a model cannot be observed in Transformers although its family is known, None if it can."""
-    method = _quantisation_method(snapshot)
-    if method in (None, "mxfp4", "fp8"):
+    if snapshot.quantisation is None:
         return None
-    return f"experts quantised with {method!r} cannot be observed in Transformers"
+    try:
+        _ = snapshot.plain
+    except UnsupportedModelError as error:
+        return str(error).removesuffix(".")
+    return None
 
 
-def _quantisation_method(snapshot: Snapshot) -> str | None:
-    config = snapshot.config.get("quantization_config")
-    return str(config.get("quant_method")) if config else None
+def loaded_dtype(snapshot: Snapshot, dtype: str = "auto") -> str:
+    """In which dtype a quantised model is loaded: the one that is asked for, else its configuration's."""
+    if dtype != "auto":
+        return dtype
+    named = snapshot.config.get("dtype") or snapshot.config.get("torch_dtype")
+    return named if named in DTYPES else "bfloat16"
 
 
 def _placement(device: str) -> dict[str, Any]:
@@ -222,13 +284,13 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def loaded_bytes(snapshot: Snapshot, dtype: str = "auto") -> int:
-    """Bytes that the weights take once loaded, quantised experts unpacked to bfloat16."""
-    bits = {"float32": 32, "bfloat16": 16, "float16": 16}.get(dtype)
-    total = 0
-    for slot in snapshot.tensors.values():
-        own = DTYPE_BITS[slot.dtype]
-        total += weight_count(slot) * (bits or max(own, 16)) // 8
-    return total
+    """Bytes that the weights take once loaded, quantised ones dequantised."""
+    bits = {"float32": 32, "bfloat16": 16, "float16": 16}
+    computed = bits[loaded_dtype(snapshot, dtype)]
+    return sum(
+        tensor.count * (bits.get(dtype) or max(tensor.stored_bits or computed, 16)) // 8
+        for tensor in snapshot.plain_or_stored
+    )
 
 
 def release_memory() -> None:
