@@ -1,8 +1,9 @@
 """Runs pytest many times in one tree: libraries are imported once, every run is a fork.
 
 Started as ``python -m mutation.server MODULES.json`` with the tree as working folder. A line of stdin is one run:
-``{"arguments": [...], "environment": {...}, "log": FILE, "limit": SECONDS}``. The answer is a line with ``code``,
-pytest's exit code or null for a run that was stopped, and ``seconds``.
+``{"arguments": [...], "environment": {...}, "log": FILE, "limit": SECONDS}``, where the limit is one of processor time,
+so that a busy machine stops no run (ten times as long by the clock, for what waits forever). The answer is a line with
+``code``, pytest's exit code or null for a run that was stopped, and ``seconds``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 _OWN = ("shape_moe", "support", "tests", "mutation", "benchmarks", "scripts", "__main__", "__mp_main__", "conftest")
@@ -54,14 +56,15 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         finally:
             sys.stdout.flush()
             os._exit(code)
-    code = _wait(child, started + request["limit"])
+    code = _wait(child, request["limit"])
     with suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # what the tests started and left
     return {"code": code, "seconds": round(time.monotonic() - started, 2)}
 
 
-def _wait(child: int, deadline: float) -> int | None:
-    while time.monotonic() < deadline:
+def _wait(child: int, limit: float) -> int | None:
+    deadline, process = time.monotonic() + 10 * limit, psutil.Process(child)
+    while time.monotonic() < deadline and sum(process.cpu_times()[:4]) < limit:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)

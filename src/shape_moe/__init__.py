@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from shape_moe.experiments.run import experiment
     from shape_moe.jobs.convert import convert
     from shape_moe.jobs.evaluate import EvaluateOptions, evaluate
+    from shape_moe.jobs.evaluate_endpoints import EndpointOptions, evaluate_endpoints
     from shape_moe.jobs.inspect import inspect_model
     from shape_moe.jobs.prune import PruneOptions, prune
     from shape_moe.jobs.report import report
@@ -42,6 +43,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AnswerOptions",
     "DataOptions",
+    "EndpointOptions",
     "EvaluateOptions",
     "ExampleOptions",
     "GenerationOptions",
@@ -59,6 +61,7 @@ __all__ = [
     "__version__",
     "convert",
     "evaluate",
+    "evaluate_endpoints",
     "experiment",
     "inspect_model",
     "load_selection",
@@ -84,6 +87,7 @@ _HOMES = {
     "evaluation.keep_rate": ("Limit",),
     "jobs.convert": ("convert",),
     "jobs.evaluate": ("EvaluateOptions", "evaluate"),
+    "jobs.evaluate_endpoints": ("EndpointOptions", "evaluate_endpoints"),
     "experiments.run": ("experiment",),
     "jobs.inspect": ("inspect_model",),
     "jobs.prune": ("PruneOptions", "prune"),

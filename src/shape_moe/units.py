@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from math import ceil
+import re
+from math import ceil, floor, log10
 
 
 def readable_size(size: float) -> str:
@@ -51,6 +52,12 @@ def readable_share(share: float) -> str:
     return f"{sign}{shown.removesuffix('.0')} %"
 
 
+def share_from(text: str) -> float | None:
+    """The share that a text names, ``60%`` or ``0.6``; None where it names none."""
+    match = re.fullmatch(r"\s*(-?\d+\.?\d*|\.\d+)\s*(%?)\s*", text)
+    return None if match is None else float(match[1]) / (100 if match[2] else 1)
+
+
 def share_at_most(share: float) -> str:
     """A bound in percent, rounded up to what :func:`readable_share` shows, so that it still holds."""
     step = 0.001 if share < 0.1 else 0.01
@@ -60,3 +67,11 @@ def share_at_most(share: float) -> str:
 def readable_kl(nats: float) -> str:
     """A divergence in nats to two digits; below a thousandth only that."""
     return "< 0.001" if nats < 0.001 else f"{nats:.2g}" if nats < 10 else f"{nats:.0f}"
+
+
+def kl_at_least(nats: float) -> str:
+    """A divergence in nats of which only a lower bound is known, rounded down so that it still holds."""
+    if nats < 0.001:
+        return "at least 0"
+    step = 10.0 ** (floor(log10(nats)) - 1)
+    return f"at least {floor(nats / step * (1 + 1e-12)) * step:.2g}"

@@ -41,7 +41,7 @@ def quantised(tmp_path_factory):
 def test_plain_tensors_are_what_was_packed(quantised, name) -> None:
     folder, plain = quantised(name)
     source: WeightSource = open_snapshot(folder)
-    assert source.forms == {"raw", "plain"}
+    assert source.forms == {"raw", "dequantised"}
     assert set(source.plain) == set(plain)
     for key, tensor in source.plain.items():
         assert torch.equal(tensor.values(), plain[key]), key

@@ -35,7 +35,7 @@ def test_every_expert_has_its_bytes_and_values(family, checkpoint) -> None:
                 assert part.count == found.numel()
             seen += sum(part.size for part in parts)
     assert seen == measure(source).experts
-    assert source.forms == {"raw", "plain"}
+    assert source.forms == {"raw", "dequantised"}
     assert set(source.plain) == set(tensors)
 
 

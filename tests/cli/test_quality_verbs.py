@@ -25,7 +25,7 @@ def test_from_a_sweep_to_an_evaluated_checkpoint(call, embedded, task_file, tmp_
     swept = tmp_path / "sweep"
     code, out, err = call(
         *("sweep", embedded, "--data", task_file, "--samples", 30, "--held-out-samples", 40, "-o", swept, *QUICK),
-        *("--keep", 0.9, "--keep", 0.5, "--scorer", "easy-ep", "--rule", "uniform", "--max-kl", 0.1),
+        *("--keep", 0.9, "--keep", 0.5, "--method", "easy-ep/uniform, drop", "--max-kl", 0.1),
     )
     assert code == 0, err
     assert "30 examples to calibrate with and 40 held out" in out

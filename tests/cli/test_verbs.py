@@ -18,7 +18,7 @@ from support.cli import refused
 from support.data import write_lines
 
 VERBS = ("inspect", "trace", "convert", "merge", "score", "select", "sweep", "prune", "serve", "verify", "evaluate")
-VERBS += ("experiment", "report", "demo")
+VERBS += ("presets", "experiment", "report", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -111,13 +111,13 @@ def test_report(call, embedded, traced, tmp_path) -> None:
     found = as_json(call(*base, "--json"))
     assert found == {
         "report": str(tmp_path / "r.html"),
-        "sections": ["values", "layers", "coverage", "coalitions", "agreement", "provenance"],
+        "sections": ["layers", "values", "agreement", "coverage", "coalitions", "provenance"],
         "bytes": (tmp_path / "r.html").stat().st_size,
     }
     refused(call(*base), 2, "exists", "--force")
     code, out, err = call(*base, "--force")
     assert code == 0
-    assert "MiB: values, layers" in out
+    assert "MiB: layers, values" in out
     assert "Writing the report" in err
     refused(call("report", tmp_path / "nothing", "-o", tmp_path / "x.html"), 2, "There is no folder or file")
     refused(call("report", traced, "--sweep", tmp_path, "-o", tmp_path / "x.html"), 1, "sweep.json is missing")
@@ -198,6 +198,21 @@ def test_options_reach_the_selection(call, traced) -> None:
     assert sum(len(ids) for ids in found["layers"].values()) == 64
 
 
+def test_a_method_is_typed_as_results_spell_it(call, embedded, traced, tmp_path) -> None:
+    select = ("select", traced, "--keep", "0.5", "--json")
+    spelled = as_json(call(*select, "--method", "reap/uniform, reroute, stock"))
+    words = ("--scorer", "reap", "--rule", "uniform", "--routing", "reroute", "--target", "stock")
+    assert spelled == as_json(call(*select, *words))
+    method = ("--method", "reap/uniform")
+    refused(call(*select, *method, "--rule", "global"), 2, "--method says that already: leave --rule out")
+    refused(call(*select, "--method", "reap/"), 2, "'reap/' is not a method")
+    sweep = ("sweep", embedded, "--trace", traced, *method)
+    refused(call(*sweep, "--scorer", "shape"), 2, "--method says that already: leave --scorer out")
+    call("select", traced, "--keep", "0.6", "-o", tmp_path / "s.json", "-q")
+    prune = ("prune", embedded, "-o", tmp_path / "out", "--selection", tmp_path / "s.json")
+    refused(call(*prune, *method), 2, "leave --method out")
+
+
 def test_scorers_are_listed(call) -> None:
     code, out, _ = call("score", "--list")
     assert code == 0
@@ -210,10 +225,11 @@ def test_scorers_are_listed(call) -> None:
 
 def test_keep_rates(call, embedded, traced, tmp_path) -> None:
     base = ("prune", embedded, "--trace", traced, "-o", tmp_path / "out")
-    for keep in ("0", "1.5", "-1", "nan"):
+    for keep in ("0", "1.5", "-1"):
         refused(call(*base, "--keep", keep), 2, "above 0 and at most 1")
     refused(call(*base), 2, "No keep rate is safe for every model: give --keep")
-    refused(call(*base, "--keep", "much"), 2, "keep")
+    for keep in ("much", "nan"):
+        refused(call(*base, "--keep", keep), 2, "--keep takes a share")
     refused(call("select", traced, "--keep", "0"), 2, "above 0 and at most 1")
     refused(call("select", traced, "--keep", "0.02", "--routing", "reroute"), 2, "floor of 4 experts per layer")
     assert list(tmp_path.iterdir()) == []

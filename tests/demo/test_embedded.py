@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from statistics import fmean
 
 import pytest
@@ -144,24 +143,20 @@ def test_the_demo_prunes_by_every_scorer(tmp_path) -> None:
     page = made.report.read_text(encoding="utf-8").replace("\N{NO-BREAK SPACE}", " ")
     page = page[: page.index("plotly.js v")]
     assert "Keeps 77 of 128 experts, size 6.47 → " in page
-    assert "Chosen by shape/coverage, drop." in page
+    assert "Method: shape/coverage, drop, ragged, 25 samples (the published SHAPE method)." in page
     assert str(tmp_path / "sorting.jsonl") in page
     assert ".partial" not in page
     assert (tmp_path / "sorting.jsonl").is_file()
     assert load_trace(tmp_path / "sorting-trace").info.examples == 25
 
 
-def test_the_demo_names_its_report_where_there_can_be_one(tmp_path, capsys, monkeypatch) -> None:
+def test_the_demo_names_its_report(tmp_path, capsys, monkeypatch) -> None:
     job = ["demo", "--keep", "0.8", "-o", str(tmp_path / "d")]
     monkeypatch.setattr("shape_moe.demo.run.scorers", lambda: {"frequency": None})
     assert run(job) == 0
     assert str(tmp_path / "d" / "report.html") in capsys.readouterr().out
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
     assert run([*job, "--force", "--json"]) == 0
-    told = capsys.readouterr()
-    assert json.loads(told.out)["report"] is None
-    assert "pip install 'shape-moe[report]'" in told.err
-    assert not (tmp_path / "d" / "report.html").exists()
+    assert json.loads(capsys.readouterr().out)["report"] == str(tmp_path / "d" / "report.html")
     assert (tmp_path / "d" / "demo.json").is_file()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -83,7 +84,9 @@ def test_the_command_of_lm_eval_scores_a_pruned_checkpoint_as_the_mask(tmp_path,
     ]
     variables = environment(HF_DATASETS_OFFLINE="1")
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
+    # At times vLLM's own shutdown aborts lm_eval after it has written everything; what was written is judged.
+    aborted = done.returncode == -signal.SIGABRT and "terminate called without an active exception" in done.stderr
+    assert done.returncode == 0 or aborted, done.stderr
     (results,) = (tmp_path / "results").rglob("results_*.json")
     found = json.loads(results.read_text())["results"]
     for task, result in expected.items():

@@ -150,20 +150,20 @@ def curve(browser: Browser) -> list[float]:
 def test_layers_are_chosen_by_keyboard(browser, demo) -> None:
     browser.open(demo)
     first, labels = curve(browser), [plot["label"] for plot in browser.run(PLOTS)]
-    select = browser.driver.find_element(By.ID, "layer-of-coverage")
+    select = browser.driver.find_element(By.ID, "layer")
     browser.run("arguments[0].focus()", select)
     browser.press(Keys.ARROW_DOWN, Keys.TAB)  # some platforms change a list only when it is left
-    browser.until("return document.querySelector('#layer-of-together').value === '1'")
+    browser.until("return document.querySelector('#layer').value === '1'")
     assert curve(browser) != first
     changed = [a != b["label"] for a, b in zip(labels, browser.run(PLOTS), strict=True)]
     assert sum(changed) == 3  # coverage, matrix and pairs move together
     assert "Layer 1:" in browser.driver.find_element(By.ID, "line-of-coverage").text
     browser.press(Keys.ENTER)  # the focus is on the button after the list
-    browser.until("return document.querySelector('#layer-of-coverage').value === '2'")
-    back = browser.driver.find_element(By.CSS_SELECTOR, "#figure-coverage button[data-step='-1']")
+    browser.until("return document.querySelector('#layer').value === '2'")
+    back = browser.driver.find_element(By.CSS_SELECTOR, ".layer-bar button[data-step='-1']")
     browser.run("arguments[0].focus()", back)
     browser.press(Keys.SPACE, Keys.SPACE)
-    browser.until("return document.querySelector('#layer-of-pairs').value === '0'")
+    browser.until("return document.querySelector('#layer').value === '0'")
     assert curve(browser) == first
     assert not back.is_enabled()
     assert browser.log() == []
@@ -179,7 +179,7 @@ def test_a_click_on_a_row_chooses_its_layer(browser, demo) -> None:
     browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
     for kind in ("mousePressed", "mouseReleased"):
         browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
-    browser.until("return document.querySelector('#layer-of-coverage').value === '3'")
+    browser.until("return document.querySelector('#layer').value === '3'")
 
 
 def test_views_are_chosen_by_keyboard(browser, large) -> None:

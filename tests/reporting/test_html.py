@@ -81,7 +81,7 @@ def page_of(material: Material) -> tuple[str, list[str], Page]:
 def test_everything_is_there(tmp_path) -> None:
     text, names, page = page_of(full_material(tmp_path))
     assert names == [
-        *("values", "layers", "coverage", "coalitions", "agreement", "sweep", "quality", "footprint", "provenance")
+        *("sweep", "quality", "footprint", "layers", "values", "agreement", "coverage", "coalitions", "provenance")
     ]
     assert "Keeps 38 of 64 experts, size 10.00 → 6.50 MiB." in page.words
     assert "What this report could show besides" not in page.words
@@ -203,7 +203,7 @@ def test_what_is_missing_says_what_would_add_it(tmp_path) -> None:
     ):
         assert command in page.words
     _, names, page = page_of(Material("DIR", selection=whole.selection))
-    assert names == ["values", "layers", "provenance"]
+    assert names == ["layers", "values", "provenance"]
     assert "coloured experts are kept" in page.words
     _, names, _ = page_of(Material("SWEEP", sweep=whole.sweep))
     assert names == ["sweep", "provenance"]
@@ -211,7 +211,7 @@ def test_what_is_missing_says_what_would_add_it(tmp_path) -> None:
     assert names == ["values", "coverage", "coalitions", "provenance"]
     without = replace(whole.evaluation, models=tuple(replace(m, footprint=None) for m in whole.evaluation.models))
     _, names, _ = page_of(Material("TRACE", selection=whole.selection, evaluation=without))
-    assert names == ["values", "layers", "quality", "provenance"]
+    assert names == ["sizes", "quality", "layers", "values", "provenance"]
 
 
 @pytest.mark.parametrize(
@@ -240,12 +240,12 @@ def test_summary_tells_sizes_value_quality_and_stability(tmp_path) -> None:
     assert found["Value kept"].share == pytest.approx(
         sum(material.selection.mass_kept.values()) / len(material.selection.mass_kept)
     )
-    assert found["KL to the dense model"].value == "0.133"
+    assert found["KL to the dense model"].value == "0.13"
     assert found["Halves agree"].share == material.selection.stability["agreement"]
     told = " ".join(meaning(material)).replace(PRINT, " ")
     assert "26 experts leave the model for good" in told
     assert "That frees 3.50 MiB, 35.0 % of the weights." in told
-    assert "KL to the dense model 0.133 [0.107, 0.160]" in told
+    assert "KL to the dense model 0.13 [0.11, 0.16]" in told
     small = Material("s", material.selection, sizes=Sizes(2**31, 2**29, "measured"))
     assert tiles(small)[1].value.replace(PRINT, " ") == "2.00 GiB → 512.00 MiB"
 
@@ -271,7 +271,7 @@ def test_warnings_are_prominent(tmp_path) -> None:
         material, selection=replace(material.selection, warnings=("Beware of this.",)), remarks=("And this.",)
     )
     found = warnings(material)
-    assert found[:2] == ["Beware of this.", "And this."]
+    assert found[-2:] == ["Beware of this.", "And this."]
     assert any("does not meet the limit" in text for text in found)
     nothing = replace(material.sweep, recommended=None, reason="None is within the limit")
     assert "The sweep recommends no selection. None is within the limit." in warnings(replace(material, sweep=nothing))
@@ -476,6 +476,6 @@ def test_published_selection(reference) -> None:
     scores = read_scores(reference / "gsm8k_shapley_values.csv")
     selection = select_from_scores(scores, SelectOptions(keep=0.6))
     text, names, page = page_of(Material("gsm8k_shapley_values.csv", selection, scores))
-    assert names == ["values", "layers", "coverage", "provenance"]
+    assert names == ["layers", "values", "coverage", "provenance"]
     assert "Keeps 3,686 of 6,144 experts" in page.words
     assert len(text.encode()) < 8e6

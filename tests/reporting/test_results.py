@@ -80,7 +80,7 @@ def test_unknown_ends(tmp_path) -> None:
     assert found.kept.quality["kl"].value == 0.5
     assert math.isnan(found.kept.quality["kl"].low)
     assert found.inverted.quality == {}
-    assert METRIC["KL to the dense model"].text(found.kept) == "0.500"
+    assert METRIC["KL to the dense model"].text(found.kept) == "0.5"
     assert (evaluation.data, evaluation.made_with.command) == (None, "")
 
 
@@ -310,7 +310,7 @@ def test_what_rounds_to_zero_has_no_minus() -> None:
 def test_metrics_as_text(tmp_path) -> None:
     sweep = read_sweep(write_sweep(tmp_path))
     measured = sweep.points[3].measured
-    assert METRIC["Exact match"].text(measured) == "83.3\N{NO-BREAK SPACE}% [80.3, 86.3]"
+    assert METRIC["Exact match"].text(measured) == "83\N{NO-BREAK SPACE}% [80, 86]"
     assert METRIC["Perplexity"].text(measured).startswith("\N{MULTIPLICATION SIGN}1.13 [")
     assert METRIC["Loops"].text(sweep.points[0].measured) == "\N{EN DASH}"
     assert METRIC["Exact match"].line == "Exact match, % of examples; higher is better."

@@ -81,7 +81,7 @@ def _from_pretrained(
     options = {**options, "trust_remote_code": trusted}
     try:
         with _quietly():
-            if snapshot.quantisation is not None:
+            if snapshot.quantisation is not None or snapshot.path.is_file():
                 return _from_plain(snapshot, getattr(torch, loaded_dtype(snapshot, dtype)), options)
             # tensors of another shape are refused below, with all others that are not as they should be
             found: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
@@ -101,12 +101,15 @@ def _from_pretrained(
 def _from_plain(
     snapshot: Snapshot, dtype: torch.dtype, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The plain model of a quantised checkpoint: its tensors are dequantised one by one as Transformers takes them."""
+    """The plain model of what Transformers does not read: its tensors are computed one by one as Transformers asks."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     trusted = options.pop("trust_remote_code")
-    config = AutoConfig.from_pretrained(snapshot.path, trust_remote_code=trusted)
+    if snapshot.path.is_dir():
+        config = AutoConfig.from_pretrained(snapshot.path, trust_remote_code=trusted)
+    else:
+        config = _made_config(snapshot)
     for key in ("quantization_config", "quantization"):
         if hasattr(config, key):
             delattr(config, key)
@@ -132,6 +135,21 @@ def _from_plain(
         raise failures[0]
     model.name_or_path = str(snapshot.path)
     return model, info
+
+
+def _made_config(snapshot: Snapshot) -> Any:
+    """The configuration of a model of which there is no folder.
+
+    Raises:
+        CheckpointError: when the model's class refuses it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**snapshot.config)
+    except Exception as error:  # a class checks a foreign document as it likes
+        name = snapshot.name
+        raise CheckpointError(f"Transformers refuses the configuration of {name}: {first_line(error)}") from error
 
 
 class _Lazy:

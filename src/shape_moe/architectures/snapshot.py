@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shape_moe.architectures.config_file import read_config
+from shape_moe.architectures.gguf_file import is_gguf
 from shape_moe.architectures.model_folder import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -25,7 +26,7 @@ from shape_moe.architectures.quantised.plain import PlainTensor, with_the_rest
 from shape_moe.architectures.safetensors_file import TensorSlot, read_header, stored_values
 from shape_moe.architectures.tensor_names import TensorRole, is_router_part, tensor_role
 from shape_moe.architectures.weight_source import Form
-from shape_moe.errors import CheckpointError, UnsupportedModelError, first_line
+from shape_moe.errors import CheckpointError, UnsupportedModelError, UsageError, first_line
 from shape_moe.json_file import read_json
 
 if TYPE_CHECKING:
@@ -153,8 +154,16 @@ class Snapshot:
                 parts.append(slot)
         return tuple(parts)
 
-    def values(self, slot: TensorSlot) -> torch.Tensor:
-        """The values of a stored tensor, or of a part of one, in the dtype in which they are stored."""
+    def values(self, slot: TensorSlot, form: Form = "raw") -> torch.Tensor:
+        """The values of a stored tensor, or of a row of one, in the dtype in which they are stored.
+
+        Raises:
+            UnsupportedModelError: for dequantised values of what is only a part of a tensor of the plain model.
+        """
+        if form == "dequantised" and self.quantisation is not None:
+            plain = self.plain.get(slot.name)
+            if plain is None or plain.is_quantised:
+                raise UnsupportedModelError(f"{self.name}: {slot.name} is only a part of a quantised tensor.")
         return stored_values(slot)
 
     @cached_property
@@ -164,9 +173,9 @@ class Snapshot:
 
     @property
     def forms(self) -> frozenset[Form]:
-        """The forms in which tensors are given."""
+        """The forms in which values are given."""
         known = self.quantisation is None or self.quantisation.refusal is None
-        return frozenset(("raw", "plain") if known else ("raw",))
+        return frozenset(("raw", "dequantised") if known else ("raw",))
 
     @cached_property
     def plain(self) -> dict[str, PlainTensor]:
@@ -235,20 +244,25 @@ def looks_like_path(name: str) -> bool:
 def open_snapshot(
     model: str | os.PathLike[str], revision: str | None = None, *, trust_remote_code: bool = False
 ) -> Snapshot:
-    """Open a local model folder, or the local copy of a hub model (downloaded when it is missing).
+    """Open a local model folder or GGUF file, or the local copy of a hub model (downloaded when it is missing).
 
     Args:
-        model: a folder or hub id.
+        model: a folder, a GGUF file (any part of a split one) or a hub id.
         revision: of a hub model.
         trust_remote_code: run the code that comes with the model, where there is some, instead of Transformers' own.
 
     Raises:
         CheckpointError: when there is no such model, or a file is missing or damaged.
+        UsageError: for a revision of a folder, and for an object that is no name.
     """
-    path = Path(model)
+    path = _place(model, revision)
     commit = None
     if not exists(path):
         path, commit = _download(str(model), revision)
+    if is_gguf(path):
+        from shape_moe.architectures.gguf_model import open_gguf  # a snapshot itself
+
+        return open_gguf(path, str(model))
     check_model_folder(path)
     config, notes = read_config(path)
     return Snapshot(path, config, _read_tensors(path), str(model), commit, notes, trust_remote_code)
@@ -261,8 +275,9 @@ def open_headers(model: str | os.PathLike[str], revision: str | None = None) -> 
 
     Raises:
         CheckpointError: when there is no such model, or its headers are damaged.
+        UsageError: for a revision of a folder, and for an object that is no name.
     """
-    if exists(Path(model)) or looks_like_path(str(model)):
+    if exists(_place(model, revision)) or looks_like_path(str(model)):
         return open_snapshot(model, revision)
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError, OfflineModeIsEnabled
@@ -280,6 +295,20 @@ def open_headers(model: str | os.PathLike[str], revision: str | None = None) -> 
             begin, end = info.data_offsets
             tensors[name] = TensorSlot(name, info.dtype, tuple(info.shape), Path(file), begin, end - begin)
     return Snapshot(Path(str(model)), config, tensors, str(model), revision, notes)
+
+
+def _place(model: str | os.PathLike[str], revision: str | None) -> Path:
+    """Where a model lies, if it is a folder; its name on the hub otherwise."""
+    if not isinstance(model, str | os.PathLike):
+        raise UsageError(
+            f"A model is named by its folder or its name on the hub, not by a {type(model).__name__}: save it first "
+            "(save_pretrained, for the tokenizer too) and name the folder. A loaded model can be traced "
+            "(shape_moe.trace), masked (shape_moe.masked) and cut down in memory (shape_moe.prune_model)."
+        )
+    path = Path(model)
+    if revision is not None and exists(path):
+        raise UsageError(f"{model} is a folder on this machine, which has no revisions: leave the revision out.")
+    return path
 
 
 def _download(model: str, revision: str | None) -> tuple[Path, str | None]:

@@ -21,8 +21,8 @@ from shape_moe.architectures.tensor_names import TensorRole
 if TYPE_CHECKING:
     import torch
 
-Form = Literal["raw", "plain"]
-"""How tensors are given: as they are stored, or as the plain model has them."""
+Form = Literal["raw", "dequantised"]
+"""How values are given: as they are stored, or as the numbers that they stand for."""
 
 
 class WeightSource(Protocol):
@@ -66,7 +66,7 @@ class WeightSource(Protocol):
 
     @property
     def forms(self) -> frozenset[Form]:
-        """The forms in which the source gives its tensors."""
+        """The forms in which the source gives values; it has :attr:`plain` tensors where it gives them dequantised."""
 
     @property
     def plain(self) -> Mapping[str, PlainTensor]:
@@ -91,8 +91,13 @@ class WeightSource(Protocol):
     def expert(self, layer: int, expert: int) -> tuple[TensorSlot, ...]:
         """The tensors of one expert: its own, and its rows of those that hold all experts of the layer."""
 
-    def values(self, slot: TensorSlot) -> torch.Tensor:
-        """The values of a stored tensor, or of a part of one, in the dtype in which they are stored."""
+    def values(self, slot: TensorSlot, form: Form = "raw") -> torch.Tensor:
+        """The values of a stored tensor, or of a row of one.
+
+        Raises:
+            UnsupportedModelError: for a form that this source does not give, and for dequantised values of what is
+                only a part of a tensor of the plain model.
+        """
 
     @property
     def plain_or_stored(self) -> list[PlainTensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import typer
 
-from shape_moe.cli.values import parse_layers, parse_protect, parse_routing
+from shape_moe.cli.flag_groups import changed_flags
+from shape_moe.cli.values import parse_layers, parse_protect, parse_routing, share_option
+from shape_moe.errors import UsageError
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions
@@ -48,6 +50,14 @@ class ScoreFlags(WeightFlags):
 class SelectFlags:
     """How the budget is spent."""
 
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCORER/RULE, ROUTING",
+            help="Scorer, rule, routing and target in one, as results spell it: 'reap/uniform, reroute, stock'.",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = None
     rule: Annotated[
         str | None,
         typer.Option(
@@ -71,8 +81,11 @@ class SelectFlags:
     ] = None
     tolerance: Annotated[
         float | None,
-        typer.Option(
-            help="Reproduce the paper's bisection, which stops this close to --keep.", rich_help_panel=CHOICE_PANEL
+        share_option(
+            "--tolerance",
+            "1%",
+            help="Reproduce the paper's bisection, which stops this close to --keep, such as 1% or 0.01.",
+            rich_help_panel=CHOICE_PANEL,
         ),
     ] = None
     skip_layers: Annotated[
@@ -99,8 +112,24 @@ class SelectFlags:
         ),
     ] = False
 
+    def spelled_out(self, score: ScoreFlags) -> tuple[SelectFlags, ScoreFlags]:
+        """These flags and those of the scorer, with what ``--method`` says in their places.
+
+        Raises:
+            UsageError: for what is no method, and where one of its words is given by its own flag as well.
+        """
+        if self.method is None:
+            return self, score
+        own = {"--scorer", "--rule", "--routing", "--target"}
+        twice = [name for name in (*changed_flags(score), *changed_flags(self)) if name in own]
+        if twice:
+            raise UsageError(f"--method says that already: leave {', '.join(twice)} out.")
+        method = Method.parse(self.method)
+        named = replace(self, method=None, rule=method.rule, routing=method.routing, target=method.target)
+        return named, replace(score, scorer=method.scorer)
+
     def options(self, keep: float, score: ScoreFlags, seed: int) -> SelectOptions:
-        """The options that these flags describe."""
+        """The options that these flags describe; a method must be spelled out before."""
         target = self.target or "ragged"
         return SelectOptions(
             keep=keep,

@@ -11,9 +11,11 @@ from rich.markup import escape
 
 import shape_moe
 from shape_moe.cli import select, trace
-from shape_moe.cli.flags import ForceFlag, OutputFlags
+from shape_moe.cli.flags import ForceFlag, OutputFlags, RevisionFlag
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import Trace
+
+HELPS = {"revision": "Branch, tag or commit of --model, where it is on the hub. Default: its newest version."}
 
 
 def convert(
@@ -28,6 +30,7 @@ def convert(
     out: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUT", help="Folder for a trace; a file for everything else.")
     ],
+    hub: RevisionFlag,
     force: ForceFlag,
     output: OutputFlags,
     model: Annotated[
@@ -48,7 +51,15 @@ def convert(
     """
     talk = output.output()
     result = shape_moe.convert(
-        source, out, model=model, kind=kind, to=to, skip_bad=skip_bad, force=force.force, progress=talk
+        source,
+        out,
+        model=model,
+        revision=hub.revision,
+        kind=kind,
+        to=to,
+        skip_bad=skip_bad,
+        force=force.force,
+        progress=talk,
     )
     for warning in _warnings(result):
         talk.warn(warning)

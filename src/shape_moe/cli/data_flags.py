@@ -31,6 +31,7 @@ class DataFlags:
     data: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="SOURCE",
             help="Examples: a file (JSONL, JSON, CSV, Parquet, text; also .gz, .zst), a folder of such files, or a "
             "data set's name (NAME@REVISION), with records of any common shape. A known benchmark is preset:NAME, or "
             "preset:NAME@PATH from a local copy. Repeat it for several tasks.",

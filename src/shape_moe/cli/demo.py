@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from shape_moe.cli.console import plain_table
 from shape_moe.cli.flags import ForceFlag, OutputFlags, SeedFlag
+from shape_moe.cli.values import share_option
 from shape_moe.demo.tasks import TASKS
 from shape_moe.units import readable_size
 
@@ -25,7 +26,12 @@ def demo(
     output: OutputFlags,
     task: Annotated[str, typer.Option(help=f"Task to trace: {', '.join(TASKS)}.")] = "addition",
     rule: Annotated[str, typer.Option(help="How layers share the budget: coverage, uniform, global.")] = "coverage",
-    keep: Annotated[list[float] | None, typer.Option(help="Keep rates; 0.8, 0.6, 0.4 and 0.25 if left out.")] = None,
+    keep: Annotated[
+        list[float] | None,
+        share_option(
+            "--keep", "60%", help="A keep rate, such as 60% or 0.6; can be repeated. Default: 0.8, 0.6, 0.4 and 0.25."
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="DIR", help="Keep the trace, the checkpoints and a report here."),
@@ -42,8 +48,6 @@ def demo(
         talk.note(f"{TASKS[task].description}: {CALIBRATION_EXAMPLES} examples")
     rates = tuple(keep or KEEP_RATES)
     found = run_demo(task, rule=rule, keep_rates=rates, seed=seed.seed, folder=out, force=force.force, progress=talk)
-    if out is not None and found.report is None:
-        talk.note("pip install 'shape-moe[report]' adds a report to look at.")
     document = {
         "task": task,
         "rule": rule,

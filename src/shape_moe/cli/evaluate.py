@@ -10,39 +10,66 @@ from rich.console import Console
 
 import shape_moe
 from shape_moe.calibration.records import DataOptions
-from shape_moe.cli.console import plain_table
+from shape_moe.cli.console import Output, plain_table
 from shape_moe.cli.data_flags import DataFlags
+from shape_moe.cli.endpoint_flags import EndpointFlags
 from shape_moe.cli.estimates import number, share, signed
 from shape_moe.cli.flag_groups import changed_flags
-from shape_moe.cli.flags import ForceFlag, LoadFlags, ModelArgument, OutputFlags, SeedFlag
+from shape_moe.cli.flags import REJECTED, ForceFlag, LoadFlags, OutputFlags, RevisionFlag, SeedFlag
 from shape_moe.cli.quality_flags import GenerationFlags, TaskFlags
-from shape_moe.cli.values import parse_share
+from shape_moe.cli.values import share_option
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.evaluated import TASK, Evaluated, Evaluation
 from shape_moe.evaluation.faithfulness import Faithfulness
 from shape_moe.evaluation.footprint import Workload
 from shape_moe.evaluation.measures import worst_group
+from shape_moe.evaluation.verdict import MAX_DROP, check_requirement
 from shape_moe.jobs.evaluate import EvaluateOptions
+from shape_moe.jobs.evaluate_endpoints import EndpointOptions
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
+from shape_moe.jobs.session import ExampleOptions
 from shape_moe.units import readable_size
 from shape_moe.workspace import check_output_file, write_json
 
 ALSO_SAMPLES = 100
 HELPS = {"samples": f"Judge by at most this many records. Default: {HELD_OUT_SAMPLES}."}
+FIRST = {
+    "data": "Examples that nothing was made from.",
+    "samples": "",
+    "out": "",
+    "by": "Judge every value of this field by itself.",
+    "also": "Examples of something else than the task.",
+    "answer_pattern": "The part that must be right: '#### (.*)'.",
+    "generate": "Let models answer N examples freely.",
+    "max_drop": "The fall that 'safe' allows. Default: 2%.",
+    "tasks": "Benchmarks of lm-evaluation-harness.",
+    "endpoint": "Judge servers: dense=URL, then others.",
+    "require": "safe or no-loss: exit code 3 if worse.",
+    "device": "auto, cpu, cuda or cuda:N.",
+    "revision": "Branch, tag or commit of a hub model.",
+    "force": "Replace an earlier result.",
+    "as_json": "Print one JSON object on stdout.",
+    "quiet": "No progress and no notes.",
+}
+"""What --help shows, shortly; --help-all shows the rest."""
 
 
 def evaluate(
-    model: ModelArgument,
     data: DataFlags,
     generation: GenerationFlags,
+    served: EndpointFlags,
     tasks: TaskFlags,
+    hub: RevisionFlag,
     run: LoadFlags,
     seed: SeedFlag,
     force: ForceFlag,
     output: OutputFlags,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="The dense model: a folder, or a model's name on the hub.")
+    ] = None,
     candidates: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PRUNED]...", help="Pruned checkpoints, and selections to judge as masks on MODEL."),
+        typer.Argument(metavar="PRUNED", help="Pruned checkpoints, and selections to judge as masks on MODEL."),
     ] = None,
     also: Annotated[
         str | None, typer.Option(metavar="FILE", help="Examples of something else: what is lost off the task.")
@@ -52,33 +79,79 @@ def evaluate(
         int, typer.Option(metavar="N", help="Compare each selection with its inversion and N random ones (3 or more).")
     ] = 0,
     max_drop: Annotated[
-        str, typer.Option(metavar="SHARE", help="The fall of right answers that the verdict 'safe' allows.")
-    ] = "2%",
+        float,
+        share_option(
+            "--max-drop",
+            "1%",
+            help=f"How far right answers may fall for the verdict 'safe', such as 1% or 0.01. Default: {MAX_DROP:.0%}.",
+            show_default=False,
+        ),
+    ] = MAX_DROP,
+    require: Annotated[
+        str | None,
+        typer.Option(metavar="VERDICT", help="safe or no-loss: end with code 3 where a pruned model is judged worse."),
+    ] = None,
     no_general: Annotated[
         bool, typer.Option("--no-general", help="Leave general prompts out: what was forgotten off the task.")
     ] = False,
     trace: Annotated[Path | None, typer.Option(help="The trace that selections were made from.")] = None,
-    no_footprint: Annotated[bool, typer.Option("--no-footprint", help="Leave memory and speed out.")] = False,
+    footprint: Annotated[
+        bool,
+        typer.Option(
+            "--footprint/--no-footprint",
+            help="Measure memory, loading time and speed too; only on a machine that does nothing else.",
+            show_default=False,
+        ),
+    ] = False,
     out: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write every figure into this JSON file.")
     ] = None,
 ) -> None:
-    """Judge pruned models on held-out examples: likelihood, distance to the dense model, answers, memory and speed.
+    """Judge pruned models on held-out examples: likelihood, distance to the dense model, answers, benchmarks.
 
     Example: shape-moe evaluate ./Qwen3-30B-A3B ./Qwen3-gsm8k-0.6 --data gsm8k-test.jsonl --samples 200
     """
     talk = output.output()
     if out is not None:
         check_output_file(out, force=force.force)
+    if require is not None:
+        check_requirement(require)
+        if not served.endpoint and not (candidates and data.data):
+            raise UsageError("--require needs pruned models and examples to judge them by (--data).")
+    if changed_flags(served):
+        named = {"MODEL": model, "PRUNED": candidates, "--also": also, "--faithfulness": faithfulness}
+        unused = [name for name, value in named.items() if value] + changed_flags(tasks) + changed_flags(run)
+        unused += changed_flags(hub)
+        served.refuse_unused(unused + [name for name in changed_flags(generation) if name == "--generate"], data)
+        asked = EndpointOptions(
+            models=served.models(),
+            by=by,
+            answer_pattern=generation.answer_pattern,
+            max_new_tokens=generation.answer_tokens,
+            max_drop=max_drop,
+            general=not no_general,
+            trace=str(trace) if trace else None,
+            top_logprobs=served.top_logprobs,
+            timeout=served.timeout,
+            at_a_time=data.batch_size,
+            seed=seed.seed,
+        )
+        result = _evaluate_served(served.addresses(), data.options(run, seed.seed, HELD_OUT_SAMPLES), asked, out, talk)
+        _check_required(talk, result, require)
+        return
+    if model is None:
+        raise UsageError(
+            "Give the dense model (MODEL), or servers to judge (--endpoint dense=URL --endpoint pruned=URL)."
+        )
     options = EvaluateOptions(
         also=DataOptions(also, samples=ALSO_SAMPLES, seed=seed.seed) if also else None,
         by=by,
         generation=generation.options(),
         tasks=tasks.options(),
-        footprint=None if no_footprint else Workload(),
+        footprint=Workload() if footprint else None,
         faithfulness=faithfulness,
         trace=str(trace) if trace else None,
-        max_drop=parse_share(max_drop, "--max-drop"),
+        max_drop=max_drop,
         general=not no_general,
         seed=seed.seed,
     )
@@ -90,17 +163,45 @@ def evaluate(
         candidates or [],
         data=given,
         options=options,
+        revision=hub.revision,
         device=run.device,
         dtype=run.dtype,
         trust_remote_code=run.trust_remote_code,
         progress=talk,
     )
-    for note in result.notes:
+    _tell(talk, result, out, by_pattern=generation.answer_pattern is not None)
+    _check_required(talk, result, require)
+
+
+def _evaluate_served(
+    endpoints: dict[str, str], data: ExampleOptions, options: EndpointOptions, out: Path | None, talk: Output
+) -> Evaluation:
+    """Judge what servers answer; answers stand beside the result's file until that is written."""
+    journal = out.with_name(f"{out.name}.answers.jsonl") if out is not None else None
+    result = shape_moe.evaluate_endpoints(endpoints, data, options, journal=journal, progress=talk)
+    _tell(talk, result, out, by_pattern=False)
+    if journal is not None:
+        journal.unlink(missing_ok=True)
+    return result
+
+
+def _check_required(talk: Output, result: Evaluation, require: str | None) -> None:
+    """End with code 3 where a model is not as good as it was required to be."""
+    if require is None:
+        return
+    worse = [found.name for found in result.models if found.verdict and not found.verdict.satisfies(require)]
+    if worse:
+        talk.warn(f"Not what --require {require} asks for: {', '.join(worse)}.")
+        raise typer.Exit(REJECTED)
+
+
+def _tell(talk: Output, result: Evaluation, out: Path | None, *, by_pattern: bool) -> None:
+    """Write the result into its file, and say it."""
+    for note in result.warnings:
         talk.warn(note)
     if out is not None:
         write_json(out, result.to_document())
         talk.note(f"Wrote {out}")
-    by_pattern = generation.answer_pattern is not None
     talk.result(result.to_document(), lambda console: _show(console, result, by_pattern=by_pattern))
 
 
@@ -108,7 +209,7 @@ def _show(console: Console, result: Evaluation, *, by_pattern: bool) -> None:
     for found in result.models:
         if found.verdict is not None:
             sizes = [readable_size(model.size) for model in (found, result.models[0]) if model.size is not None]
-            console.print(f"{found.name}: {' instead of '.join(sizes)}", markup=False)
+            console.print(f"{found.name}: {' instead of '.join(sizes)}" if sizes else found.name, markup=False)
             lines = [*found.verdict.lines(), *(found.forgotten.lines() if found.forgotten else ())]
             for line in lines:
                 console.print(f"  {line}", markup=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from shape_moe.cli.flags import ForceFlag, OutputFlags
 from shape_moe.errors import UsageError
 from shape_moe.experiments.config import ExperimentConfig
 from shape_moe.experiments.reader import read_config
+from shape_moe.units import share_from
 
 
 def experiment(
@@ -56,7 +57,8 @@ def _axes(given: list[str]) -> dict[str, list[str]]:
         axis, equals, name = text.partition("=")
         if not equals or not name:
             raise UsageError(f"--only takes AXIS=NAME, such as model=gpt-oss-20b, not {text!r}.")
-        axes.setdefault(axis, []).append(name)
+        share = share_from(name) if axis == "keep" else None
+        axes.setdefault(axis, []).append(name if share is None else f"{share:g}")
     return axes
 
 

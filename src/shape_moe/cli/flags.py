@@ -14,10 +14,21 @@ from shape_moe.cli.values import parse_count, parse_size
 from shape_moe.errors import UsageError
 from shape_moe.jobs.inspect import keep_that_fits
 
+REJECTED = 3
+"""Exit code where a model is not as good as it was required to be."""
 RUN_PANEL = "Running"
 MEMORY_PANEL = "What must fit"
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or a model's name on the hub.")]
+
+
+@dataclass
+class RevisionFlag:
+    """The version of a model on the hub."""
+
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a model on the hub. Default: its newest version.")
+    ] = None
 
 
 @dataclass

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from shape_moe.cli.console import plain_table
-from shape_moe.cli.flags import MemoryFlags, ModelArgument, OutputFlags
+from shape_moe.cli.flags import MemoryFlags, ModelArgument, OutputFlags, RevisionFlag
 from shape_moe.jobs.inspect import Inspection, inspect_model
 from shape_moe.units import readable_size
 
@@ -18,6 +18,7 @@ HELPS = {"fit": "Say with which precision and keep rate the model fits this memo
 def inspect(
     model: ModelArgument,
     memory: MemoryFlags,
+    hub: RevisionFlag,
     output: OutputFlags,
 ) -> int:
     """Show a model's MoE layers, bytes per expert and size at each keep rate; no weight is read.
@@ -25,7 +26,13 @@ def inspect(
     Example: shape-moe inspect Qwen/Qwen3-30B-A3B --fit 24GiB --context 16k --concurrency 8
     """
     talk = output.output()
-    found = inspect_model(model, fit=memory.size(), context=memory.tokens(), concurrency=memory.concurrency)
+    found = inspect_model(
+        model,
+        revision=hub.revision,
+        fit=memory.size(),
+        context=memory.tokens(),
+        concurrency=memory.concurrency,
+    )
     for note in found.snapshot.notes:
         talk.warn(note)
     talk.result(_document(found), lambda console: _show(console, found))

@@ -13,7 +13,7 @@ from shape_moe.cli.trace import document, show
 
 
 def merge(
-    traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Traces of the same model.")],
+    traces: Annotated[list[Path], typer.Argument(metavar="TRACE", help="Traces of the same model.")],
     out: Annotated[Path, typer.Option("--output", "-o", metavar="TRACE", help="Folder for the merged trace.")],
     force: ForceFlag,
     output: OutputFlags,

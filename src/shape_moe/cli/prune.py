@@ -17,10 +17,19 @@ from shape_moe.cli.console import plain_table
 from shape_moe.cli.data_flags import DataFlags
 from shape_moe.cli.estimates import number, signed
 from shape_moe.cli.flag_groups import changed_flags
-from shape_moe.cli.flags import ForceFlag, LoadFlags, MemoryFlags, ModelArgument, OutputFlags, SeedFlag
+from shape_moe.cli.flags import (
+    REJECTED,
+    ForceFlag,
+    LoadFlags,
+    MemoryFlags,
+    ModelArgument,
+    OutputFlags,
+    RevisionFlag,
+    SeedFlag,
+)
 from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags
 from shape_moe.cli.select import summary
-from shape_moe.cli.values import parse_routing
+from shape_moe.cli.values import parse_routing, share_option
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.intervals import Estimate
 from shape_moe.evaluation.keep_rate import Limit
@@ -31,15 +40,12 @@ from shape_moe.jobs.judgement import JudgementOptions
 from shape_moe.jobs.prune import PAPER_SAMPLES, PruneOptions
 from shape_moe.jobs.select import AUTO
 from shape_moe.jobs.session import DEFAULT_SAMPLES
+from shape_moe.selection.rules import budget_for
 from shape_moe.selection.selection import Selection, load_selection
 from shape_moe.units import readable_size
 
 if TYPE_CHECKING:
     from shape_moe.jobs.prune import PruneResult
-
-REJECTED = 3
-"""Exit code where the model is not as good as it was required to be."""
-
 
 HELPS = {
     "samples": f"Calibrate with at most this many records. Default: {PAPER_SAMPLES}, or "
@@ -55,6 +61,25 @@ HELPS = {
     "fit": "Instead of --keep: keep as many as fit this memory, KV cache included, for example 24GiB.",
 }
 """What options that other verbs have too say to those who prune."""
+FIRST = {
+    "out": "",
+    "data": "Your examples: file, folder or data set.",
+    "keep": "Share of the experts to keep: 60% or 0.6.",
+    "fit": "Or: keep what fits this memory (24GiB).",
+    "max_drop": "Or: keep as few as lose at most this (1%).",
+    "target": "ragged: best; stock: loads in any tool.",
+    "scorer": "How experts are valued; auto tries several.",
+    "samples": "Calibrate with at most N records.",
+    "require": "safe or no-loss: reject what is worse.",
+    "trace": "Start from a trace instead of --data.",
+    "selection": "Start from a selection: only write it.",
+    "device": "auto, cpu, cuda or cuda:N.",
+    "revision": "Branch, tag or commit of a hub model.",
+    "force": "Replace an earlier result.",
+    "as_json": "Print one JSON object on stdout.",
+    "quiet": "No progress and no notes.",
+}
+"""What --help shows, shortly; --help-all shows the rest."""
 
 
 def prune(
@@ -67,18 +92,19 @@ def prune(
     judged_by: HeldOutFlags,
     generation: GenerationFlags,
     memory: MemoryFlags,
+    hub: RevisionFlag,
     run: LoadFlags,
     seed: SeedFlag,
     force: ForceFlag,
     output: OutputFlags,
     keep: Annotated[
-        float | None, typer.Option(help="Share of the routed experts to keep, over all layers, for example 0.6.")
+        float | None,
+        share_option("--keep", "60%", help="Share of the routed experts to keep, over all layers, such as 60% or 0.6."),
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="Start from this trace instead of tracing --data.")] = None,
     selection: Annotated[
         Path | None, typer.Option(help="Start from this selection: nothing is left to trace or to choose.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     preset: Annotated[
         str,
         typer.Option(help="Where defaults are from: paper is shape, coverage, drop, ragged, 25 samples."),
@@ -102,6 +128,8 @@ def prune(
     talk = output.output()
     if preset != "paper":
         raise UsageError(f"There is no preset {preset!r}; there is paper.")
+    typed = (select, score)
+    select, score = select.spelled_out(score)
     limit = limits.limit()
     _check_rate_options(keep, memory.fit, selection, limit)
     choice = None
@@ -112,8 +140,8 @@ def prune(
         raise UsageError(
             f"{named} has no effect without --scorer auto, --max-kl or --max-drop: only these judge candidates."
         )
-    _refuse_ignored(data, select, score, judged_by, trace, selection, chooses=choice is not None)
-    most = memory.most_keep(model, revision)
+    _refuse_ignored(data, *typed, judged_by, trace, selection, chooses=choice is not None)
+    most = memory.most_keep(model, hub.revision)
     if most is not None:
         talk.note(
             f"Keep {most:.4f} is the most that fits {memory.fit}."
@@ -137,7 +165,9 @@ def prune(
         check_logits=not no_logits,
         force=force.force,
     )
-    result = shape_moe.prune(model, out, options, trace=trace, selection=selection, revision=revision, progress=talk)
+    result = shape_moe.prune(
+        model, out, options, trace=trace, selection=selection, revision=hub.revision, progress=talk
+    )
     for note in result.notes:
         talk.warn(note)
     talk.result(_document(result), lambda console: _show(console, result))
@@ -180,8 +210,8 @@ def _choice(
 def _check_rate_options(keep: float | None, fit: str | None, selection: Path | None, limit: Limit | None) -> None:
     options = {"--keep": keep, "--fit": fit, "--selection": selection, "--max-kl or --max-drop": limit}
     given = [option for option, value in options.items() if value]
-    if keep == 0:
-        raise UsageError("The keep rate must be above 0 and at most 1, not 0; 0.6 keeps 60 % of the experts.")
+    if keep is not None:
+        budget_for(keep, 1)  # a rate that is none is refused before anything else is said
     if not given:
         raise UsageError(
             "No keep rate is safe for every model: give --keep (such as 0.8), --fit (such as 24GiB), or a limit "

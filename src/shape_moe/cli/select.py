@@ -13,15 +13,34 @@ from shape_moe.cli.choice_flags import ScoreFlags, SelectFlags
 from shape_moe.cli.console import plain_table
 from shape_moe.cli.flag_groups import changed_flags
 from shape_moe.cli.flags import ForceFlag, OutputFlags, SeedFlag
+from shape_moe.cli.values import share_option
 from shape_moe.errors import UsageError
 from shape_moe.jobs import select as job
 from shape_moe.selection.selection import Selection
 from shape_moe.workspace import check_output_file
 
+FIRST = {
+    "keep": "Share of the experts to keep: 60% or 0.6.",
+    "out": "",
+    "scorer": "How experts are valued (score --list).",
+    "rule": "coverage, uniform or global.",
+    "target": "ragged: best; stock: loads in any tool.",
+    "routing": "drop or reroute.",
+    "skip_layers": "Layers that keep every expert: 0,1,47.",
+    "protect": "Experts to keep, as LAYER:EXPERT,EXPERT.",
+    "force": "Replace an earlier result.",
+    "as_json": "Print one JSON object on stdout.",
+    "quiet": "No progress and no notes.",
+}
+"""What --help shows, shortly; --help-all shows the rest."""
+
 
 def select(
     source: Annotated[str, typer.Argument(metavar="TRACE", help="A trace, or a table of values (VALUES.csv).")],
-    keep: Annotated[float, typer.Option(help="Share of the routed experts to keep, over all layers.")],
+    keep: Annotated[
+        float,
+        share_option("--keep", "60%", help="Share of the routed experts to keep, over all layers, such as 60% or 0.6."),
+    ],
     flags: SelectFlags,
     score: ScoreFlags,
     seed: SeedFlag,
@@ -39,8 +58,10 @@ def select(
     talk = output.output()
     if out is not None:
         check_output_file(out, force=force.force)
-    if job.is_table(source) and changed_flags(score):
-        raise UsageError(f"{source} holds values already: leave {', '.join(changed_flags(score))} out.")
+    scoring = changed_flags(score) + (["--method"] if flags.method else [])
+    if job.is_table(source) and scoring:
+        raise UsageError(f"{source} holds values already: leave {', '.join(scoring)} out.")
+    flags, score = flags.spelled_out(score)
     routing = RouterFacts(top_k, top_k) if top_k else None
     selection = job.select(source, flags.options(keep, score, seed.seed), routing=routing)
     for warning in selection.warnings:

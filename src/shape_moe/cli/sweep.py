@@ -14,8 +14,9 @@ from shape_moe.cli.choice_flags import CHOICE_PANEL, WeightFlags
 from shape_moe.cli.console import plain_table
 from shape_moe.cli.data_flags import DataFlags
 from shape_moe.cli.estimates import number, share, signed
-from shape_moe.cli.flags import ForceFlag, LoadFlags, MemoryFlags, ModelArgument, OutputFlags, SeedFlag
+from shape_moe.cli.flags import ForceFlag, LoadFlags, MemoryFlags, ModelArgument, OutputFlags, RevisionFlag, SeedFlag
 from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags
+from shape_moe.cli.values import share_option
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.keep_rate import Point
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
@@ -34,6 +35,24 @@ HELPS = {
     "fit": "Recommend only what fits this memory, KV cache included, for example 24GiB.",
 }
 """What options that other verbs have too say to those who sweep."""
+FIRST = {
+    "data": "Your examples: file, folder or data set.",
+    "held_out": "Judge by these, not by a share of --data.",
+    "out": "Folder for what is found.",
+    "max_kl": "Limit on the KL divergence, such as 0.02.",
+    "max_drop": "Limit on the fall of right answers (1%).",
+    "keep": "Judge this keep rate; can be repeated.",
+    "scorer": "How experts are valued; all for every way.",
+    "target": "ragged: best; stock: loads in any tool.",
+    "fit": "Recommend only what fits (24GiB).",
+    "trace": "Start from a trace instead of making one.",
+    "device": "auto, cpu, cuda or cuda:N.",
+    "revision": "Branch, tag or commit of a hub model.",
+    "force": "Replace an earlier result.",
+    "as_json": "Print one JSON object on stdout.",
+    "quiet": "No progress and no notes.",
+}
+"""What --help shows, shortly; --help-all shows the rest."""
 
 
 def sweep(
@@ -44,6 +63,7 @@ def sweep(
     judged_by: HeldOutFlags,
     generation: GenerationFlags,
     memory: MemoryFlags,
+    hub: RevisionFlag,
     run: LoadFlags,
     seed: SeedFlag,
     force: ForceFlag,
@@ -57,8 +77,20 @@ def sweep(
     trace: Annotated[Path | None, typer.Option(help="Start from this trace; its examples are never judged by.")] = None,
     keep: Annotated[
         list[float] | None,
+        share_option(
+            "--keep",
+            "60%",
+            help="A keep rate to judge, such as 60% or 0.6; can be repeated. Default: with a limit, those that the "
+            "search for it needs; without one, eight rates from 0.9 to 0.25.",
+        ),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
         typer.Option(
-            help="A keep rate to judge; can be repeated. Default: bisection to a given limit, else 0.9 to 0.25."
+            metavar="SCORER/RULE, ROUTING",
+            help="Scorer, rule, routing and target in one, as results spell it: 'reap/uniform, reroute'; can be "
+            "repeated.",
+            rich_help_panel=CHOICE_PANEL,
         ),
     ] = None,
     scorer: Annotated[
@@ -84,12 +116,12 @@ def sweep(
         ),
     ] = None,
     target: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="ragged (counts differ per layer) or stock (equal counts: loads anywhere).",
+            help="ragged (counts differ per layer; the default) or stock (equal counts: loads anywhere).",
             rich_help_panel=CHOICE_PANEL,
         ),
-    ] = "ragged",
+    ] = None,
 ) -> None:
     """Find out which keep rate is safe: quality over keep rates from one trace and one loaded model.
 
@@ -99,16 +131,11 @@ def sweep(
     options = shape_moe.SweepOptions(
         keep_rates=tuple(keep) if keep else None,
         limit=limits.limit(),
-        methods=tuple(
-            Method(valued, shared, check_routing(routed), target)
-            for valued in _scorers(scorer)
-            for shared in rule or ["coverage"]
-            for routed in routing or [usual_routing(target)]
-        ),
+        methods=_methods(method, scorer, rule, routing, target),
         scoring=weights.options(seed.seed),
         held_out=HELD_OUT_SAMPLES if judged_by.held_out_samples is None else judged_by.held_out_samples,
         generation=generation.required(),
-        most_keep=memory.most_keep(model),
+        most_keep=memory.most_keep(model, hub.revision),
     )
     if trace is None and not data.data:
         raise UsageError("Give examples (--data), a trace (--trace), or both.")
@@ -122,6 +149,7 @@ def sweep(
         data=given,
         trace=trace,
         held_out=judged_by.data(data, seed.seed),
+        revision=hub.revision,
         device=run.device,
         dtype=run.dtype,
         trust_remote_code=run.trust_remote_code,
@@ -129,6 +157,29 @@ def sweep(
         progress=talk,
     )
     talk.result(result.document, lambda console: _show(console, result, model, out))
+
+
+def _methods(
+    spelled: list[str] | None,
+    scorers: list[str] | None,
+    rules: list[str] | None,
+    routings: list[str] | None,
+    target: str | None,
+) -> tuple[Method, ...]:
+    """The methods that are spelled out, or every combination of the words that are given."""
+    if spelled:
+        words = {"--scorer": scorers, "--rule": rules, "--routing": routings, "--target": target}
+        twice = [option for option, given in words.items() if given]
+        if twice:
+            raise UsageError(f"--method says that already: leave {', '.join(twice)} out.")
+        return tuple(dict.fromkeys(Method.parse(text) for text in spelled))
+    made_for = target or "ragged"
+    return tuple(
+        Method(valued, shared, check_routing(routed), made_for)
+        for valued in _scorers(scorers)
+        for shared in rules or ["coverage"]
+        for routed in routings or [usual_routing(made_for)]
+    )
 
 
 def _scorers(named: list[str] | None) -> tuple[str, ...]:

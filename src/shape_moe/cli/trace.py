@@ -12,18 +12,35 @@ from rich.markup import escape
 
 import shape_moe
 from shape_moe.cli.data_flags import DataFlags
-from shape_moe.cli.flags import RUN_PANEL, ForceFlag, LoadFlags, ModelArgument, OutputFlags, SeedFlag
+from shape_moe.cli.flags import RUN_PANEL, ForceFlag, LoadFlags, ModelArgument, OutputFlags, RevisionFlag, SeedFlag
 from shape_moe.cli.values import parse_values
 from shape_moe.jobs.session import DEFAULT_SAMPLES
 from shape_moe.tracing.trace import Trace
 
 HELPS = {"samples": f"Use at most this many records. Default: {DEFAULT_SAMPLES}."}
+FIRST = {
+    "out": "",
+    "data": "Your examples: file, folder or data set.",
+    "samples": "",
+    "data_format": "The records' shape, if not recognised.",
+    "field_map": "Your names of fields: prompt=question.",
+    "max_new_tokens": "Longest answer to a prompt without one.",
+    "engine": "transformers, or vllm on several GPUs.",
+    "seed": "Draws the records.",
+    "device": "auto, cpu, cuda or cuda:N.",
+    "revision": "Branch, tag or commit of a hub model.",
+    "force": "Replace an earlier result.",
+    "as_json": "Print one JSON object on stdout.",
+    "quiet": "No progress and no notes.",
+}
+"""What --help shows, shortly; --help-all shows the rest."""
 
 
 def trace(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--output", "-o", metavar="TRACE", help="Folder for the trace.")],
     data: DataFlags,
+    hub: RevisionFlag,
     run: LoadFlags,
     seed: SeedFlag,
     force: ForceFlag,
@@ -49,7 +66,7 @@ def trace(
         engine=engine,
         engine_args=parse_values(engine_arg, "--engine-arg"),
     )
-    result = shape_moe.trace(model, options, out, force=force.force, progress=talk)
+    result = shape_moe.trace(model, options, out, revision=hub.revision, force=force.force, progress=talk)
     skipped = result.info.source.get("skipped") or {}
     if skipped:
         talk.warn(f"{len(skipped)} records were skipped; the first: {next(iter(skipped.values()))}")

@@ -10,14 +10,18 @@ from rich.console import Console
 from rich.text import Text
 
 import shape_moe
-from shape_moe.cli.flags import DeviceFlags, OutputFlags
+from shape_moe.cli.flags import DeviceFlags, OutputFlags, RevisionFlag
 
 if TYPE_CHECKING:
     from shape_moe.jobs.verify import Check
 
 
+HELPS = {"revision": "Branch, tag or commit of --original, where it is on the hub. Default: its newest version."}
+
+
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned checkpoint.")],
+    hub: RevisionFlag,
     run: DeviceFlags,
     output: OutputFlags,
     original: Annotated[
@@ -38,6 +42,7 @@ def verify(
     checks = shape_moe.verify(
         folder,
         original=original,
+        revision=hub.revision,
         endpoint=endpoint,
         served_as=served_as,
         device=run.device,

@@ -18,12 +18,12 @@ from shape_moe.demo.embedded import exact_match
 from shape_moe.demo.tasks import TASKS, examples
 from shape_moe.embedded_model import embedded_model_path
 from shape_moe.errors import UsageError
+from shape_moe.evaluation.result_file import header
 from shape_moe.jobs.prune import PruneOptions, prune
 from shape_moe.jobs.report import report
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import trace
 from shape_moe.progress import SILENT, Progress
-from shape_moe.reporting.html import plotly_script
 from shape_moe.scoring.registry import ScoreOptions, scorers
 from shape_moe.scoring.scores import score_trace
 from shape_moe.selection.controls import inverted_selection
@@ -66,7 +66,7 @@ class DemoResult:
 
     Attributes:
         rows: the unpruned model first, then by keep rate and scorer.
-        report: an HTML report; None where nothing is kept, or plotly is not installed.
+        report: an HTML report; None where nothing is kept.
     """
 
     rows: list[DemoRow]
@@ -108,13 +108,14 @@ def run_demo(
             work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             traced = _trace_task(task, seed, work, work, progress)
             return DemoResult(_judged(traced, task, rule, keep_rates, seed, work, progress), None)
-        job = {"verb": "demo", "task": task, "rule": rule, "keep_rates": keep_rates, "seed": seed}
+        job = {**header("demo"), "task": task, "rule": rule, "keep_rates": keep_rates, "seed": seed}
         space = stack.enter_context(Workspace(folder, job, force=force))
         traced = _trace_task(task, seed, space.path, folder, progress)
         rows = _judged(traced, task, rule, keep_rates, seed, space.path, progress)
-        write_json(space.path / "demo.json", {**job, "rows": [asdict(row) for row in rows]})
+        document = {**job, "layers": len(traced.info.layers), "experts": traced.info.num_experts}
+        write_json(space.path / "demo.json", {**document, "rows": [asdict(row) for row in rows]})
         space.complete()
-    return DemoResult(rows, _report(traced, task, rule, seed, folder, progress))
+    return DemoResult(rows, _report(traced, rule, seed, folder, progress))
 
 
 def _judged(
@@ -157,15 +158,11 @@ def _trace_folder(task: str) -> str:
     return f"{task}-trace"
 
 
-def _report(traced: Trace, task: str, rule: str, seed: int, folder: Path, progress: Progress) -> Path | None:
-    try:
-        plotly_script()
-    except UsageError:  # plotly is an extra
-        return None
+def _report(traced: Trace, rule: str, seed: int, folder: Path, progress: Progress) -> Path:
     options = SelectOptions(REPORT_KEEP, Method(rule=rule), ScoreOptions(seed=seed))
     selection = select_from_trace(traced, options)
-    source, file = folder / _trace_folder(task), folder / REPORT_FILE
-    return report(source, file, selection=selection, model=embedded_model_path(), progress=progress).path
+    file = folder / REPORT_FILE
+    return report(folder, file, selection=selection, model=embedded_model_path(), progress=progress).path
 
 
 def _selections(traced: Trace, rule: str, keep_rates: tuple[float, ...], seed: int) -> Iterator[Selection]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from shape_moe.evaluation.held_out_set import HeldOutSet
 from shape_moe.evaluation.teacher_forced import compare_with_dense, record_dense
 from shape_moe.progress import Advance
 from shape_moe.text import one_line
-from shape_moe.units import readable_kl
+from shape_moe.units import kl_at_least, readable_kl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,6 +81,7 @@ class GroupLoss:
         kl: KL divergence from the dense model over the tokens of its answers, mean nats per token.
         loops: answers that end in a loop, the dense model's first.
         worst: the prompt at which the models differ most.
+        kept: whether the group was calibrated with, so that this is no independent judgement.
     """
 
     name: str
@@ -88,6 +89,7 @@ class GroupLoss:
     kl: float
     loops: tuple[int, int]
     worst: Answered
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,15 +98,18 @@ class Forgotten:
 
     Attributes:
         groups: the groups, the one that lost most first.
+        kl_is_bound: whether the KL divergences are known to be that large at least, and may be larger.
     """
 
     groups: tuple[GroupLoss, ...]
+    kl_is_bound: bool = False
 
     def lines(self) -> list[str]:
         """As people read it: the worst groups, and both answers to a prompt of the worst one."""
         if not self.groups:
             return []
-        shown = [f"{group.name} {readable_kl(group.kl)}{_loops(group)}" for group in self.groups]
+        kl = kl_at_least if self.kl_is_bound else readable_kl
+        shown = [f"{group.name} {kl(group.kl)}{_remarks(group)}" for group in self.groups]
         worst = self.groups[0]
         return [
             f"Off the task (KL to the dense model by kind of prompt, worst first): {', '.join(shown)}",
@@ -115,7 +120,7 @@ class Forgotten:
 
     def to_document(self) -> dict[str, Any]:
         """For JSON."""
-        return {"groups": [asdict(group) for group in self.groups]}
+        return {"groups": [asdict(group) for group in self.groups], "kl_is_bound": self.kl_is_bound}
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Forgotten:
@@ -128,9 +133,11 @@ class Forgotten:
                     float(group["kl"]),
                     (int(group["loops"][0]), int(group["loops"][1])),
                     Answered(**group["worst"]),
+                    bool(group.get("kept", False)),
                 )
                 for group in document["groups"]
-            )
+            ),
+            bool(document.get("kl_is_bound", False)),
         )
 
 
@@ -140,6 +147,9 @@ def by_group(
     kl: ArrayLike,
     tokens: ArrayLike,
     looped: tuple[ArrayLike, ArrayLike],
+    *,
+    kept: Collection[str] = (),
+    kl_is_bound: bool = False,
 ) -> Forgotten:
     """Sum up by group.
 
@@ -147,8 +157,10 @@ def by_group(
         groups: the group of each prompt.
         answered: each prompt with its answers.
         kl: KL divergence over each answer, nats.
-        tokens: tokens of each answer.
+        tokens: tokens of each answer that it was measured at.
         looped: which answers end in a loop, the dense model's first.
+        kept: groups that were calibrated with.
+        kl_is_bound: whether the divergences are lower bounds.
     """
     names, total = np.asarray(groups), np.asarray(kl, dtype=np.float64)
     count = np.asarray(tokens, dtype=np.float64)
@@ -164,9 +176,11 @@ def by_group(
                 float(total[rows].sum() / max(count[rows].sum(), 1)),
                 (int(dense[rows].sum()), int(pruned[rows].sum())),
                 answered[int(rows[int(mean.argmax())])],
+                name in kept,
             )
         )
-    return Forgotten(tuple(sorted(found, key=lambda group: (-group.kl, group.loops[0] - group.loops[1], group.name))))
+    found.sort(key=lambda group: (-group.kl, group.loops[0] - group.loops[1], group.name))
+    return Forgotten(tuple(found), kl_is_bound)
 
 
 class GeneralCheck:
@@ -249,9 +263,11 @@ class GeneralCheck:
         return np.array([ends_in_loop(answer) for answer in answers])
 
 
-def _loops(group: GroupLoss) -> str:
+def _remarks(group: GroupLoss) -> str:
     more = group.loops[1] - group.loops[0]
-    return f" ({more} more of {group.prompts} answers loop)" if more > 0 else ""
+    found = [f"{more} more of {group.prompts} answers loop"] if more > 0 else []
+    found += ["calibrated with, so no independent judgement"] if group.kept else []
+    return f" ({'; '.join(found)})" if found else ""
 
 
 def _one_line(text: str) -> str:

@@ -130,6 +130,18 @@ def ends_in_loop(tokens: Sequence[int]) -> bool:
     return False
 
 
+def answer_proper(text: str, pattern: str | re.Pattern[str] | None) -> str | None:
+    """What of an answer must be right: the last match of a pattern (its first group, where it has one), else all of it.
+
+    Runs of whitespace are one space. None where the pattern matches nothing.
+    """
+    if pattern is None:
+        return " ".join(text.split())
+    compiled = re.compile(pattern)
+    found = list(compiled.finditer(text))
+    return " ".join((found[-1][1 if compiled.groups else 0] or "").split()) if found else None
+
+
 def _spread(positions: list[int], count: int) -> list[int]:
     """At most ``count`` of the positions, evenly."""
     if count >= len(positions):
@@ -149,8 +161,4 @@ class _Judge:
         return wanted is not None and self._proper(answer) == wanted
 
     def _proper(self, tokens: Sequence[int]) -> str | None:
-        text = str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
-        if self.pattern is None:
-            return " ".join(text.split())
-        found = list(self.pattern.finditer(text))
-        return " ".join(found[-1][1 if self.pattern.groups else 0].split()) if found else None
+        return answer_proper(str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)), self.pattern)

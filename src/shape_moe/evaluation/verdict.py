@@ -14,7 +14,7 @@ from shape_moe.evaluation.falls import CALLS, Fall, FreeAnswers, Outcome
 from shape_moe.evaluation.intervals import examples_for, quantile
 from shape_moe.evaluation.measures import HEALTH_LIMIT, LENGTH_LIMIT
 from shape_moe.text import one_line
-from shape_moe.units import capitalised, counted, readable_kl, readable_share, share_at_most
+from shape_moe.units import capitalised, counted, kl_at_least, readable_kl, readable_share, share_at_most
 
 MAX_DROP = 0.02
 """The fall that a model may have and still be called safe, unless told otherwise."""
@@ -84,8 +84,7 @@ class Verdict:
         Raises:
             UsageError: for another requirement.
         """
-        if requirement not in REQUIREMENTS:
-            raise UsageError(f"--require takes {' or '.join(REQUIREMENTS)}, not {requirement!r}.")
+        check_requirement(requirement)
         return self.word in REQUIREMENTS[requirement]
 
     @property
@@ -120,6 +119,7 @@ class Verdict:
                     "pruned": fall.shares[1],
                     "fall": fall.fall.to_document(),
                     "kl": fall.kl,
+                    "kl_is_bound": fall.kl_is_bound,
                 }
                 for fall in self.falls
             ],
@@ -145,6 +145,16 @@ class Verdict:
 def not_measured(reason: str, advice: str = "", *, max_drop: float = MAX_DROP) -> Verdict:
     """The verdict where there was nothing to judge by."""
     return Verdict(Word.NOT_MEASURED, reason, advice, max_drop)
+
+
+def check_requirement(requirement: str) -> None:
+    """Whether a verdict can be required.
+
+    Raises:
+        UsageError: for another word than ``safe`` and ``no-loss``.
+    """
+    if requirement not in REQUIREMENTS:
+        raise UsageError(f"--require takes {' or '.join(REQUIREMENTS)}, not {requirement!r}.")
 
 
 def check_max_drop(max_drop: float) -> None:
@@ -293,7 +303,8 @@ def describe_fall(fall: Fall) -> str:
         text += ", no fall"
     high = share_at_most(max(fall.fall.high, 0.0)).removesuffix(" %")
     text += f" (at least {readable_share(fall.fall.low).removesuffix(' %')}, " if fall.fall.low > 0 else " ("
-    kl = "" if fall.kl is None else f", KL {readable_kl(fall.kl)}"
+    shown = kl_at_least if fall.kl_is_bound else readable_kl
+    kl = "" if fall.kl is None else f", KL {shown(fall.kl)}"
     return f"{text}at most {high}){kl}, {counted(fall.examples, 'example')}"
 
 

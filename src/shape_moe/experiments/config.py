@@ -19,10 +19,11 @@ from shape_moe.tracing.trace import SegmentWeights
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model: its name in results, and where and how it is loaded."""
+    """A model: its name in results, and where (with its revision on the hub) and how it is loaded."""
 
     name: str
     model: str
+    revision: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False

@@ -33,10 +33,11 @@ from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions
 from shape_moe.literal_paths import expand_home
 from shape_moe.reporting.experiment_tables import EXAMPLE_METRICS, GENERATED
 from shape_moe.scoring.registry import get_scorer
-from shape_moe.selection.method import check_routing
+from shape_moe.selection.method import Method, check_routing
 from shape_moe.selection.rules import get_rule
 from shape_moe.selection.select import SelectOptions
 from shape_moe.tracing.trace import SegmentWeights
+from shape_moe.units import share_from
 
 _RANDOM = "random"
 
@@ -79,11 +80,19 @@ class _Judged:
     answer_pattern: str | None = None
 
 
+def _rate(given: Any) -> Any:
+    """A keep rate written as a percentage as its number; whatever else it is, as it is."""
+    share = share_from(given) if isinstance(given, str) else None
+    return given if share is None else share
+
+
 class _Reader:
     """Turns the file's sections into specs."""
 
     def __init__(self, top: YamlSection, base: Path) -> None:
         self.top, self.base = top, base
+        if isinstance(rates := top.content.get("keep"), list):
+            top.content["keep"] = [_rate(rate) for rate in rates]
         self.grid = top.take(_Grid)
 
     def config(self) -> ExperimentConfig:
@@ -218,10 +227,11 @@ class _Reader:
         )
 
     def _pair(self, text: str) -> tuple[str, str]:
-        scorer, slash, rule = text.partition("/")
-        if not (scorer and slash and rule):
-            raise UsageError(f"{self.top.where('methods')}: {text!r} is not SCORER/RULE, such as shape/coverage.")
-        return scorer, rule
+        with self.top.naming("methods"):
+            method = Method.parse(text)
+        if "," in text:
+            raise UsageError(f"{self.top.where('methods')}: write {method.pair}; routings and target say the rest.")
+        return method.scorer, method.rule
 
     def _check_name(self, name: str, part: YamlSection) -> None:
         """Names become folders."""

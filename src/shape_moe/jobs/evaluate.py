@@ -50,7 +50,7 @@ class EvaluateOptions:
         by: field of the records whose classes are judged one by one.
         generation: how models answer freely, None for not at all.
         tasks: tasks of lm-evaluation-harness, None for none.
-        footprint: what to time, None to leave memory and speed out.
+        footprint: what to time, None to leave memory and speed out; other work on the machine spoils the figures.
         faithfulness: how many random selections every selection is compared with, 0 for none.
         trace: trace of selections given as files, and of checkpoints that hold none; faithfulness needs one.
         max_drop: the fall, as a share, that the verdict *safe* allows.
@@ -62,7 +62,7 @@ class EvaluateOptions:
     by: str | None = None
     generation: GenerationOptions | None = field(default_factory=GenerationOptions)
     tasks: TaskOptions | None = None
-    footprint: Workload | None = field(default_factory=Workload)
+    footprint: Workload | None = None
     faithfulness: int = 0
     trace: str | None = None
     max_drop: float = MAX_DROP
@@ -81,6 +81,7 @@ def evaluate(
     *,
     data: ExampleOptions | DataOptions | Data | None = None,
     options: EvaluateOptions | None = None,
+    revision: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -95,6 +96,7 @@ def evaluate(
         data: held-out examples: a file (of which at most 400 records are used), or options that say more; None where
             tasks alone are asked for.
         options: see :class:`EvaluateOptions`.
+        revision: branch, tag or commit of the dense model, where it is on the hub.
         device: where to run; what ``data`` says of it counts where it is :class:`ExampleOptions`.
         dtype: in which dtype; likewise.
         trust_remote_code: run the code that comes with the model instead of Transformers' own, where there is some.
@@ -118,7 +120,7 @@ def evaluate(
                 raise UsageError("--by and --stratify name different fields; leave one of them out.")
             tracing = replace(tracing, data=replace(tracing.data, stratify=options.by))
         device, dtype = tracing.device, tracing.dtype
-    snapshot = open_snapshot(model, trust_remote_code=trust_remote_code)
+    snapshot = open_snapshot(model, revision, trust_remote_code=trust_remote_code)
     trace = open_trace(options.trace, snapshot, progress, force=True) if options.trace is not None else None
     known = open_candidates(candidates, snapshot, trace)
     if options.tasks is not None:

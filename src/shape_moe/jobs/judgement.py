@@ -19,7 +19,7 @@ from shape_moe.evaluation.forgotten import Forgotten, general_records
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.outcomes import FREE_ANSWERS
 from shape_moe.evaluation.questions import Questions
-from shape_moe.evaluation.verdict import MAX_DROP, REQUIREMENTS, Verdict, check_max_drop, not_measured
+from shape_moe.evaluation.verdict import MAX_DROP, Verdict, check_max_drop, check_requirement, not_measured
 from shape_moe.jobs.held_out import fresh_records, held_out_set
 from shape_moe.jobs.session import ExampleOptions, ModelSession
 from shape_moe.progress import Progress
@@ -54,8 +54,8 @@ class JudgementOptions:
 
     def __post_init__(self) -> None:
         check_max_drop(self.max_drop)
-        if self.require is not None and self.require not in REQUIREMENTS:
-            raise UsageError(f"--require takes {' or '.join(REQUIREMENTS)}, not {self.require!r}.")
+        if self.require is not None:
+            check_requirement(self.require)
         if self.examples < FEWEST or self.answers < 1:
             raise UsageError(f"A model is judged by {FEWEST} examples and 1 free answer at least.")
 

@@ -36,6 +36,7 @@ from shape_moe.pruning.compare import file_hash
 from shape_moe.pruning.logits import check_logits, masked_answers, why_no_logits
 from shape_moe.pruning.writers import Writer, what_is_left_out, writer_for
 from shape_moe.reporting.model_card import CardFacts, write_card
+from shape_moe.selection.method import PUBLISHED_SAMPLES
 from shape_moe.selection.rules import budget_for
 from shape_moe.selection.select import SelectOptions, select_from_trace
 from shape_moe.selection.selection import Selection, completed, load_selection, open_selection
@@ -44,7 +45,7 @@ from shape_moe.tracing.trace import Trace
 from shape_moe.units import capitalised, readable_size
 from shape_moe.workspace import Workspace, check_output, write_json
 
-PAPER_SAMPLES = 25
+PAPER_SAMPLES = PUBLISHED_SAMPLES
 """Calibration examples of the published experiments."""
 _DISK_MARGIN = 64 * 2**20
 _REJECTED = ".rejected"

@@ -7,18 +7,23 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from shape_moe.architectures.fingerprint import check_fingerprint
 from shape_moe.architectures.moe_config import find_family
 from shape_moe.architectures.sizes import measure
 from shape_moe.architectures.snapshot import Snapshot, open_headers, open_snapshot
 from shape_moe.architectures.tensor_names import tensor_role
-from shape_moe.errors import ShapeMoeError, UsageError
-from shape_moe.evaluation.evaluated import read_evaluation
+from shape_moe.errors import DataError, ShapeMoeError, UsageError
+from shape_moe.evaluation.evaluated import EVALUATION_FILE, read_evaluation
+from shape_moe.evaluation.forgotten import Forgotten
+from shape_moe.evaluation.result_file import read_result
 from shape_moe.evaluation.swept import SWEEP_FILE, read_sweep
+from shape_moe.evaluation.verdict import Verdict
 from shape_moe.jobs.select import is_table
+from shape_moe.json_file import read_json
 from shape_moe.progress import SILENT, Progress
-from shape_moe.reporting.html import plotly_script, render_report
+from shape_moe.reporting.html import render_report
 from shape_moe.reporting.material import Material, Sizes
 from shape_moe.scoring.registry import scorers
 from shape_moe.scoring.scores import Scores, read_scores, score_trace
@@ -54,6 +59,9 @@ class _Found:
     selection: Path | None = None
     sweep: Path | None = None
     checkpoint: Path | None = None
+    evaluation: Path | None = None
+    experiment: Path | None = None
+    demo: Path | None = None
 
 
 def report(
@@ -70,7 +78,8 @@ def report(
     """Write an HTML report: one file that is looked at in a browser, without a network.
 
     Args:
-        source: a pruned checkpoint's folder, a trace, a table of values (``.csv``) or a sweep's folder.
+        source: anything that a verb wrote: a pruned checkpoint's folder, a trace, a selection, a table of values
+            (``.csv``), the folder or file of a sweep, an evaluation, an experiment or a demonstration.
         out: the file.
         selection: a selection to show, where the source does not hold one.
         sweep: a sweep's folder or its ``sweep.json``.
@@ -80,15 +89,17 @@ def report(
         progress: where to show progress.
 
     Raises:
-        UsageError: when plotly is not installed, the output exists, the source is nothing that can be shown, or inputs
-            contradict each other.
+        UsageError: when the output exists, the source is nothing that can be shown, or inputs contradict each other.
         ShapeMoeError: when an input is damaged, or was made from another model.
     """
     file = Path(out)
     file.parent.mkdir(parents=True, exist_ok=True)
     check_output_file(file, force=force)
-    plotly_script()
     found = _find(Path(source), selection, sweep)
+    if found.evaluation is not None:
+        if evaluation is not None:
+            raise UsageError(f"{source} is an evaluation already: leave --evaluation out.")
+        evaluation = found.evaluation
     with progress.phase("Reading and scoring", 1, "source") as advance:
         material = _gather(str(source), found, selection, evaluation, model, force=force)
         advance(1)
@@ -105,15 +116,11 @@ def _find(source: Path, selection: Place | Selection | None, sweep: Place | None
         if not source.is_file():
             raise UsageError(f"There is no file {source}.")
         return _Found(table=source, sweep=given)
-    if (source / SWEEP_FILE).is_file():
-        if given is not None:
-            raise UsageError(f"{source} is a sweep already: leave --sweep out.")
-        trace, recommended = source / "trace", source / "recommended.json"
-        return _Found(
-            trace=trace if trace.is_dir() else None,
-            selection=recommended if selection is None and recommended.is_file() else None,
-            sweep=source,
-        )
+    if source.is_file():
+        return _of_file(source, selection, given)
+    for name, kind in _RESULTS.items():
+        if (source / name).is_file():
+            return _of_result(source / name, kind, selection, given)
     if (source / "trace.json").is_file():
         return _Found(trace=source, sweep=given)
     chosen = source / "shape" / "selection.json"
@@ -124,10 +131,93 @@ def _find(source: Path, selection: Place | Selection | None, sweep: Place | None
         return _Found(trace=trace if trace.is_dir() else None, selection=chosen, sweep=given, checkpoint=source)
     if not source.exists():
         raise UsageError(f"There is no folder or file {source}.")
-    raise UsageError(
-        f"{source} is neither a pruned checkpoint (shape/selection.json), a trace (trace.json), a sweep ({SWEEP_FILE}) "
-        "nor a table of values (.csv)."
+    raise UsageError(f"{source} is no output of shape-moe that a report can show. {_SHOWN}")
+
+
+_RESULTS = {
+    SWEEP_FILE: "sweep",
+    "demo.json": "demo",
+    "experiment.json": "experiment",
+    EVALUATION_FILE: "evaluate",
+}
+"""Files of results by the verb that writes them; a folder is what the first of them says."""
+_SHOWN = (
+    "Give a pruned checkpoint's folder, a trace's folder, a selection (.json), a table of values (.csv), or the folder "
+    "or file of a sweep, an evaluation, an experiment or a demo."
+)
+
+
+def _of_file(file: Path, selection: Place | Selection | None, sweep: Path | None) -> _Found:
+    """What a file of JSON is, by its content."""
+    if file.suffix.lower() != ".json":
+        raise UsageError(f"{file} is no output of shape-moe that a report can show. {_SHOWN}")
+    document = read_json(file)
+    verb = document.get("verb")
+    if verb in _RESULTS.values():
+        return _of_result(file, str(verb), selection, sweep)
+    if "layers" in document and "keep_asked" in document:
+        if selection is not None:
+            raise UsageError(f"{file} is a selection already: leave --selection out.")
+        if (found := _belongs_to_checkpoint(file)) is not None:
+            return _find(found, None, sweep)
+        return _Found(selection=file, sweep=sweep)
+    if file.name in {"judgement.json", "manifest.json"} and (found := _belongs_to_checkpoint(file)) is not None:
+        return _find(found, selection, sweep)
+    if file.name == "trace.json":
+        return _find(file.parent, selection, sweep)
+    raise UsageError(f"{file} is no output of shape-moe that a report can show. {_SHOWN}")
+
+
+def _belongs_to_checkpoint(file: Path) -> Path | None:
+    """The checkpoint that a file of its ``shape`` folder describes."""
+    folder = file.absolute().parent
+    whole = (
+        folder.name == "shape" and (folder / "selection.json").is_file() and (folder.parent / "config.json").is_file()
     )
+    return folder.parent if whole else None
+
+
+def _of_result(file: Path, verb: str, selection: Place | Selection | None, sweep: Path | None) -> _Found:
+    """What the result of a verb brings, with what lies beside it."""
+    beside = file.parent
+    if verb == "sweep":
+        if sweep is not None:
+            raise UsageError(f"{beside} is a sweep already: leave --sweep out.")
+        trace, recommended = beside / "trace", beside / "recommended.json"
+        usual = file.name == SWEEP_FILE
+        return _Found(
+            trace=trace if usual and (trace / "trace.json").is_file() else None,
+            selection=recommended if usual and selection is None and recommended.is_file() else None,
+            sweep=file,
+        )
+    if verb == "demo":
+        trace = beside / f"{read_json(file).get('task')}-trace"
+        return _Found(trace=trace if (trace / "trace.json").is_file() else None, sweep=sweep, demo=file)
+    if verb == "experiment":
+        return _Found(experiment=file, sweep=sweep)
+    return _Found(evaluation=file, sweep=sweep)
+
+
+def _document(file: Path, verb: str, *keys: str) -> dict[str, Any]:
+    """A result that is shown as it is.
+
+    Raises:
+        DataError: when it lacks what is shown.
+    """
+    return read_result(file, file.name, verb, lambda document: {**document, **{key: document[key] for key in keys}})
+
+
+def _judgement(checkpoint: Path | None) -> tuple[Verdict | None, Forgotten | None]:
+    """What the job that wrote a checkpoint says of it."""
+    file = checkpoint / "shape" / "judgement.json" if checkpoint is not None else None
+    if file is None or not file.is_file():
+        return None, None
+    try:
+        document = read_json(file)
+        forgotten = document.get("forgotten")
+        return Verdict.from_document(document), Forgotten.from_document(forgotten) if forgotten else None
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, UsageError) as error:
+        raise DataError(f"{file} is damaged; delete it to get a report without its verdict.") from error
 
 
 def _gather(
@@ -142,6 +232,10 @@ def _gather(
     given = selection if selection is not None else found.selection
     chosen = given if isinstance(given, Selection) or given is None else load_selection(given)
     trace = load_trace(found.trace) if found.trace is not None else None
+    verdict, forgotten = _judgement(found.checkpoint)
+    experiment = None
+    if found.experiment is not None:
+        experiment = _document(found.experiment, "experiment", "models", "evaluation", "cells", "dense", "calibration")
     material = Material(
         source=source,
         selection=chosen,
@@ -149,6 +243,11 @@ def _gather(
         sweep=read_sweep(found.sweep) if found.sweep is not None else None,
         evaluation=read_evaluation(Path(evaluation)) if evaluation is not None else None,
         given_model=str(model) if model is not None else None,
+        checkpoint=found.checkpoint is not None,
+        verdict=verdict,
+        forgotten=forgotten,
+        experiment=experiment,
+        demo=_document(found.demo, "demo", "task", "rows") if found.demo is not None else None,
     )
     _check_origin(material, force=force)
     rivals = _rivals(trace, chosen) if trace is not None else ()

@@ -126,6 +126,8 @@ class ModelSession:
         tokenizer: PreTrainedTokenizerBase | None,
         progress: Progress,
         records: list[Record] | None = None,
+        *,
+        revision: str | None = None,
     ) -> ModelSession:
         """Check everything that can be checked before weights are loaded.
 
@@ -134,7 +136,7 @@ class ModelSession:
         """
         free_memory(options.device)
         if isinstance(model, str | PathLike):
-            model = open_snapshot(model, trust_remote_code=options.trust_remote_code)
+            model = open_snapshot(model, revision, trust_remote_code=options.trust_remote_code)
         if isinstance(model, Snapshot):
             _ = model.moe_layers
             check_observable(model)
@@ -148,6 +150,8 @@ class ModelSession:
             )
         if tokenizer is None:
             raise UsageError("A live model needs its tokenizer: trace(model, data, tokenizer=...).")
+        if revision is not None:
+            raise UsageError("A live model has no revisions: leave revision out.")
         live_moe_config(model)
         return cls(None, model, tokenizer, options, progress, records)
 

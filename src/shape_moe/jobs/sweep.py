@@ -100,6 +100,7 @@ def sweep(
     data: ExampleOptions | DataOptions | Data | None = None,
     trace: str | PathLike[str] | None = None,
     held_out: DataOptions | Data | None = None,
+    revision: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -117,6 +118,7 @@ def sweep(
             trace, what is to be known about tokens, answers and the device.
         trace: a finished trace.
         held_out: examples to judge by; those whose prompts calibration has seen are left out.
+        revision: branch, tag or commit of a hub model.
         device: where to run; what ``data`` says of it counts where it is :class:`ExampleOptions`.
         dtype: in which dtype; likewise.
         trust_remote_code: run the code that comes with the model instead of Transformers' own, where there is some.
@@ -127,7 +129,8 @@ def sweep(
         ShapeMoeError: when something is wrong; the message says what to do.
     """
     options = options or SweepOptions()
-    snapshot, seed = open_snapshot(model, trust_remote_code=trust_remote_code), options.scoring.seed
+    snapshot = open_snapshot(model, revision, trust_remote_code=trust_remote_code)
+    seed = options.scoring.seed
     traced = open_trace(trace, snapshot, progress, force=force) if trace is not None else None
     judged_by = held_out if isinstance(held_out, DataOptions | None) else DataOptions.of(held_out, seed=seed)
     tracing = held_out_tracing(data, traced, judged_by, seed)

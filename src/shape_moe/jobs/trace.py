@@ -30,6 +30,7 @@ def trace(
     out: str | PathLike[str] | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    revision: str | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Trace:
@@ -41,6 +42,7 @@ def trace(
             which at most 128 records are used), or options that say more.
         out: folder for the trace; None keeps it in memory.
         tokenizer: the tokenizer of a live model.
+        revision: branch, tag or commit of a hub model.
         force: replace an existing trace at ``out``.
         progress: where to show progress.
 
@@ -48,7 +50,7 @@ def trace(
         ShapeMoeError: when something is wrong with the model, the data or the options; the message says what to do.
     """
     options = as_example_options(data, DEFAULT_SAMPLES)
-    session = ModelSession.open(model, options, tokenizer, progress)
+    session = ModelSession.open(model, options, tokenizer, progress, revision=revision)
     if out is None:
         return session.trace(None)
     inputs: list[str | PathLike[str]] = [*options.data.files, *([session.snapshot.path] if session.snapshot else [])]

@@ -15,10 +15,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from shape_moe.errors import UsageError
 from shape_moe.reporting import provenance, summary
 from shape_moe.reporting.material import Material
-from shape_moe.reporting.sections import sections
+from shape_moe.reporting.sections import COSTS, sections
+from shape_moe.reporting.story import stories
 from shape_moe.reporting.theme import DARK, LIGHT, css_variables
 from shape_moe.text import printable
 
@@ -26,17 +26,9 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def plotly_script() -> str:
-    """The plotting library's JavaScript.
+    """The plotting library's JavaScript."""
+    from plotly.offline import get_plotlyjs
 
-    Raises:
-        UsageError: when plotly is not installed.
-    """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise UsageError(
-            "The report draws with plotly, which is not installed: pip install 'shape-moe[report]'."
-        ) from error
     return _script_of(get_plotlyjs)
 
 
@@ -54,9 +46,6 @@ def render_report(material: Material) -> tuple[str, list[str]]:
 
     Returns:
         The page, and the names of its sections in their order.
-
-    Raises:
-        UsageError: when plotly is not installed.
     """
     plotly = plotly_script()
     found, missing = sections(material)
@@ -77,7 +66,9 @@ def render_report(material: Material) -> tuple[str, list[str]]:
             tiles=summary.tiles(material),
             warnings=summary.warnings(material),
             meaning=summary.meaning(material),
-            sections=found,
+            stories=stories(material),
+            costs=[section for section in found if section.name in COSTS],
+            rest=[section for section in found if section.name not in COSTS],
             missing=missing,
             facts=provenance.facts(material),
             commands=provenance.commands(material),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.architectures.snapshot import looks_like_path
 from shape_moe.evaluation.evaluated import Evaluation
+from shape_moe.evaluation.forgotten import Forgotten
 from shape_moe.evaluation.swept import Sweep
+from shape_moe.evaluation.verdict import Verdict
 from shape_moe.reporting.figures.co_activation import lost_shares
 from shape_moe.reporting.figures.layers import kept_mass
 from shape_moe.scoring.scores import Scores
@@ -44,6 +48,11 @@ class Material:
         evaluation: quality, memory and speed.
         given_model: name of the original where the reader gave it.
         remarks: what a reader should know about how these fit together.
+        checkpoint: whether the source is a pruned checkpoint.
+        verdict: what the job that wrote the checkpoint says of it, None where it was not judged.
+        forgotten: what became of general prompts, None where they were not asked.
+        experiment: an experiment's document.
+        demo: a demonstration's document.
     """
 
     source: str
@@ -56,6 +65,11 @@ class Material:
     evaluation: Evaluation | None = None
     given_model: str | None = None
     remarks: tuple[str, ...] = ()
+    checkpoint: bool = False
+    verdict: Verdict | None = None
+    forgotten: Forgotten | None = None
+    experiment: Mapping[str, Any] | None = None
+    demo: Mapping[str, Any] | None = None
 
     @cached_property
     def model(self) -> str | None:

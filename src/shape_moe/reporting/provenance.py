@@ -14,6 +14,7 @@ from shape_moe.reporting.figures.figure import percent, sentence
 from shape_moe.reporting.material import Material
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import TraceInfo
+from shape_moe.units import readable_share
 
 Facts = list[tuple[str, str]]
 
@@ -81,8 +82,8 @@ def _selection(selection: Selection) -> Facts:
         ("Scorer", selection.scorer),
         ("Rule", selection.rule),
         ("Routing", selection.routing),
-        ("Keep rate", f"{percent(selection.keep, 2)} ({selection.keep_asked:g} asked)"),
-        ("Alpha", f"{selection.alpha:.6f}" if selection.alpha is not None and selection.alpha <= 1 else ""),
+        ("Keep rate", f"{percent(selection.keep)} ({readable_share(selection.keep_asked)} asked)"),
+        ("Alpha", f"{selection.alpha:.4g}" if selection.alpha is not None and selection.alpha <= 1 else ""),
         ("Constraints", ", ".join(f"{name} {_short(value)}" for name, value in rules.items())),
         ("Weights and seed", ", ".join(f"{name} {value:g}" for name, value in selection.options.items())),
     ]

@@ -154,7 +154,12 @@ def budget_for(keep: float, total: int) -> int:
         UsageError: for a rate outside (0, 1].
     """
     if not (isinstance(keep, int | float) and 0 < keep <= 1):
-        raise UsageError(f"The keep rate must be above 0 and at most 1, not {keep}; 0.6 keeps 60 % of the experts.")
+        number = isinstance(keep, int | float)
+        shown, meant = (f"{keep:g}", keep if 1 < keep <= 100 else 60) if number else (repr(keep), 60)
+        raise UsageError(
+            f"The keep rate must be above 0 and at most 1, not {shown}: write {meant / 100:g} or {meant:g}% to keep "
+            f"{meant:g} % of the experts."
+        )
     return math.floor(Fraction(str(keep)) * total + Fraction(1, 2))
 
 

@@ -30,12 +30,14 @@ class PlainTensor:
         count: number of weights.
         compute: gives the float32 values from those of the parts; None for a tensor that is stored as it is. It
             works on the last dimensions alone where all experts of a layer are stacked.
+        read: gives the values of a part.
     """
 
     name: str
     parts: Mapping[str, TensorSlot]
     count: int
     compute: Compute | None = None
+    read: Callable[[TensorSlot], torch.Tensor] = stored_values
 
     @classmethod
     def stored(cls, slot: TensorSlot) -> PlainTensor:
@@ -69,8 +71,8 @@ class PlainTensor:
             CheckpointError: when the parts cannot be read, or do not fit each other.
         """
         if self.compute is None:
-            return stored_values(self.parts[STORED])
-        values = {part: stored_values(slot) for part, slot in self.parts.items()}
+            return self.read(self.parts[STORED])
+        values = {part: self.read(slot) for part, slot in self.parts.items()}
         try:
             return self.compute(values).contiguous()
         except ShapeMoeError:

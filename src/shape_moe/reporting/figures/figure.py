@@ -155,6 +155,17 @@ class Section:
     tables: tuple[Table, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def layer_states(self) -> tuple[State, ...]:
+        """What the reader chooses between where a figure shows one layer at a time."""
+        found = (figure.states for figure in self.figures if figure.choice == "layer")
+        return max(found, key=len, default=())
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether the reader chooses a layer to be shown."""
+        return len(self.layer_states) > 1
+
 
 def packed(values: NDArray[Any] | Sequence[float]) -> dict[str, str]:
     """An array in the binary form that Plotly reads: floats become float32, where NaN stands for no value."""

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from shape_moe.evaluation.intervals import Estimate
 from shape_moe.evaluation.measures import Measured
-from shape_moe.reporting.figures.figure import NONE, number, with_interval
+from shape_moe.reporting.figures.figure import NONE, number
+from shape_moe.units import readable_kl, readable_share
 
 _PERCENT = "\N{NO-BREAK SPACE}%"
 _TIMES = "\N{MULTIPLICATION SIGN}"
@@ -69,11 +70,18 @@ class Metric:
         found = self.of(measured)
         if found is None:
             return NONE
-        return with_interval(self.shown(found.value), found)
+        text = self.shown(found.value)
+        if not found.has_interval:
+            return text
+        low, high = (self.shown(end).removeprefix(_TIMES).removesuffix(_PERCENT) for end in (found.low, found.high))
+        shown = text.removeprefix(_TIMES).removesuffix(_PERCENT)
+        return text if shown == low == high else f"{text} [{low}, {high}]"
 
     def shown(self, value: float) -> str:
-        """A value with its unit."""
-        return f"{self.unit}{number(value)}" if self.unit == _TIMES else f"{number(value)}{self.unit}"
+        """A value with its unit, in the digits that mean something."""
+        if self.unit == _PERCENT:
+            return readable_share(value / 100).replace(" %", _PERCENT)
+        return f"{_TIMES}{number(value)}" if self.unit == _TIMES else readable_kl(value)
 
 
 METRICS = (
