@@ -106,9 +106,12 @@ def prune(
         Path | None, typer.Option(help="Start from this selection: nothing is left to trace or to choose.")
     ] = None,
     preset: Annotated[
-        str,
-        typer.Option(help="Where defaults are from: paper is shape, coverage, drop, ragged, 25 samples."),
-    ] = "paper",
+        str | None,
+        typer.Option(
+            help="paper: the published method (shape, coverage, drop, ragged, 25 samples; classes of a mixed data set "
+            "are added up)."
+        ),
+    ] = None,
     no_judge: Annotated[bool, typer.Option("--no-judge", help="Do not judge the pruned model at the end.")] = False,
     require: Annotated[
         str | None,
@@ -126,7 +129,7 @@ def prune(
     Example: shape-moe prune ./Qwen3-30B-A3B --data gsm8k-train.jsonl --keep 0.6 -o ./Qwen3-gsm8k-0.6
     """
     talk = output.output()
-    if preset != "paper":
+    if preset not in (None, "paper"):
         raise UsageError(f"There is no preset {preset!r}; there is paper.")
     typed = (select, score)
     select, score = select.spelled_out(score)
@@ -141,6 +144,8 @@ def prune(
             f"{named} has no effect without --scorer auto, --max-kl or --max-drop: only these judge candidates."
         )
     _refuse_ignored(data, *typed, judged_by, trace, selection, chooses=choice is not None)
+    if preset == "paper":
+        score = replace(score, pool_classes=True)
     most = memory.most_keep(model, hub.revision)
     if most is not None:
         talk.note(

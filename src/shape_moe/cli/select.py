@@ -63,7 +63,8 @@ def select(
         raise UsageError(f"{source} holds values already: leave {', '.join(scoring)} out.")
     flags, score = flags.spelled_out(score)
     routing = RouterFacts(top_k, top_k) if top_k else None
-    selection = job.select(source, flags.options(keep, score, seed.seed), routing=routing)
+    options = flags.options(keep, score, seed.seed)
+    selection = job.select(job.opened(source, talk), options, routing=routing)
     for warning in selection.warnings:
         talk.warn(warning)
     if out is not None:
@@ -89,6 +90,9 @@ def summary(selection: Selection) -> str:
     if selection.alpha is not None:  # above 1 it says no more than this
         alpha = f", alpha {selection.alpha:.6f}" if selection.alpha <= 1 else ", every expert of value among them"
     lines = [f"Keeps {selection.kept:,} of {selection.total:,} experts ({rate}) by {selection.method}{alpha}"]
+    if selection.classes:
+        how = "added up" if selection.pooled else "each kept for its own sake (the largest share in any class counts)"
+        lines.append(f"{len(selection.classes)} classes, {how}: {', '.join(selection.classes)}")
     if selection.stability is not None:
         lines.append(
             f"Two halves of the data agree on {selection.stability['agreement']:.1%} of the kept experts; "

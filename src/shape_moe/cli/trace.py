@@ -82,6 +82,8 @@ def document(result: Trace, out: Path) -> dict[str, Any]:
         "fingerprint": info.fingerprint,
         "examples": info.examples,
         "tokens": info.tokens,
+        "classes": list(info.classes),
+        "left_out": info.left_out,
         "layers": list(info.layers),
         "num_experts": info.num_experts,
         "top_k": info.top_k,
@@ -98,5 +100,7 @@ def show(console: Console, result: Trace, out: Path) -> None:
         f"[bold]{escape(str(out))}[/bold]  {info.examples} examples, {info.tokens['prompt']:,.0f} prompt and "
         f"{info.tokens['response']:,.0f} response tokens"
     )
-    coalitions = sum(len(table.members) for table in result.coalitions.values())
+    if len(info.classes) > 1:
+        console.print(f"{len(info.classes)} classes: {', '.join(info.classes)}", markup=False)
+    coalitions = sum(len(table.pooled().members) for table in result.coalitions.values())
     console.print(f"{coalitions:,} coalitions in {len(info.layers)} layers; {used:,} of {total:,} experts were used")

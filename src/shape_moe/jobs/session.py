@@ -25,6 +25,7 @@ from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.made_with import versions
 from shape_moe.progress import Progress
 from shape_moe.traced_files import traced_files
+from shape_moe.tracing.classes import NO_CLASS, check_classes
 from shape_moe.tracing.custom_code import check_traceable
 from shape_moe.tracing.engine import Engine, Work, check_engine, get_engine
 from shape_moe.tracing.trace import Trace, TraceInfo
@@ -116,6 +117,7 @@ class ModelSession:
         self._files = traced_files(snapshot.path) if snapshot else None
         skipped = loaded.skipped if loaded else {}
         found = loaded.records if loaded else records or []
+        check_classes({record.group or NO_CLASS for record in found})
         self.calibrator = ExampleMaker(found, tokeniser, options.data, options.answers, progress, skipped)
 
     @classmethod

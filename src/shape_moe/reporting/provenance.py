@@ -76,8 +76,9 @@ def _selection(selection: Selection) -> Facts:
     rules = {
         name.replace("_", " "): value
         for name, value in selection.constraints.items()
-        if value not in (None, [], {}, "", 1) and name != "budget_asked"
+        if value not in (None, [], {}, "", 1) and name not in ("budget_asked", "classes")
     }
+    names = ", ".join(name or "(no class)" for name in selection.classes)
     return [
         ("Scorer", selection.scorer),
         ("Rule", selection.rule),
@@ -85,6 +86,7 @@ def _selection(selection: Selection) -> Facts:
         ("Keep rate", f"{percent(selection.keep)} ({readable_share(selection.keep_asked)} asked)"),
         ("Alpha", f"{selection.alpha:.4g}" if selection.alpha is not None and selection.alpha <= 1 else ""),
         ("Constraints", ", ".join(f"{name} {_short(value)}" for name, value in rules.items())),
+        ("Classes", f"{names}; {'added up' if selection.pooled else 'joined by their maximum'}" if names else ""),
         ("Weights and seed", ", ".join(f"{name} {value:g}" for name, value in selection.options.items())),
     ]
 

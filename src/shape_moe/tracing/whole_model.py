@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from shape_moe.calibration.batches import Batch, batches
 from shape_moe.calibration.responses import pad_token_id
 from shape_moe.errors import CheckpointError, DataError, ShapeMoeError, first_line
 from shape_moe.interrupts import DeferredInterrupt
+from shape_moe.tracing.classes import classes_of
 from shape_moe.tracing.engine import Work, register
 from shape_moe.tracing.trace import Trace
 from shape_moe.workspace import write_json
@@ -51,7 +53,9 @@ class WholeModel:
 
         work = self.work
         examples = work.examples.run(work.answerer, folder)
-        tracer = ModelTracer(work.model())
+        tracer = ModelTracer(work.model(), classes=classes_of(examples))
+        for name, reason in tracer.left_out.items():
+            work.progress.note(f"The trace is made without {name}: {reason}.")
         done = self._go_on(tracer, folder)
         pad_id = pad_token_id(tracer.model, work.examples.tokeniser)
         todo = list(batches(examples, work.examples.options.batch_size, pad_id))[done:]
@@ -69,6 +73,7 @@ class WholeModel:
         if not tracer.batches:
             raise DataError(f"No record of {work.examples.data.name} could be traced.")
         info = work.describe(tracer.moe, tracer.layers, tracer.implementation, tracer.dtype, "transformers")
+        info = replace(info, classes=tracer.classes, left_out=tracer.left_out)
         return Trace(info, tracer.statistics(), tracer.coalitions())
 
     def _stop(self) -> DeferredInterrupt:

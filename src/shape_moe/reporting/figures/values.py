@@ -65,7 +65,7 @@ def heat_map(scores: Scores | None, selection: Selection | None) -> Figure:
     if scores is None:
         arrays["shade"] = packed(np.ones(mask.shape))
     else:
-        share, ranks = shares(scores), layer_ranks(scores.values, scores.activations)
+        share, ranks = shares(scores), layer_ranks(scores.values, scores.tiebreak)
         table = best_experts(scores, selection, share, ranks)
         arrays |= {
             "shade": packed(brightness(share)),
