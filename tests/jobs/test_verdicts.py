@@ -187,6 +187,18 @@ def test_a_model_that_is_not_good_enough_is_rejected(embedded, tmp_path, few_pro
     assert "--require takes safe or no-loss" in capsys.readouterr().err
 
 
+def test_general_prompts_and_long_judging_can_be_left_out(embedded, tmp_path, few_prompts, capsys) -> None:
+    file = write_lines(tmp_path / "sorting.jsonl", examples("sorting", 45, seed=1))
+    arguments = ["prune", str(embedded), "--data", str(file), "--device", "cpu", "--keep", "0.8", "--json"]
+    assert run([*arguments, "-o", str(tmp_path / "out"), "--no-general", "--no-logits"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["judgement"]["forgotten"] is None
+    assert "To be judged, dense and pruned: 20 examples and up to 20 free answers; this will take about" in said.err
+    for idle in (("--no-general",), ("--judge-minutes", "9"), ("--judge-minutes", "0")):
+        assert run([*arguments, "-o", str(tmp_path / "other"), *idle, *(["--no-judge"] * (idle[-1] != "0"))]) == 2
+        assert idle[0] in capsys.readouterr().err
+
+
 TOOL = {"type": "function", "function": {"name": "sort", "parameters": {"type": "object", "required": ["digits"]}}}
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{% for turn in messages %}{{ turn.content or '' }}"

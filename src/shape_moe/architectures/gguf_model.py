@@ -166,8 +166,23 @@ class GgufModel(Snapshot):
         for name in names:
             if name.endswith(".weight") and (scale := _scale_of(name)) in self.tensors:
                 parts[scale] = self.tensors[scale]
-        count = sum(math.prod(self.tensors[name].shape) for name in names)
-        return PlainTensor(live, parts, count, partial(self._live, live), partial(self.values, form="dequantised"))
+        shape = self._live_shape(live, [self.tensors[name].shape for name in names])
+        return PlainTensor(live, parts, shape, partial(self._live, live), partial(self.values, form="dequantised"))
+
+    def _live_shape(self, live: str, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+        """The shape of a tensor of the live model from those of its parts."""
+        shape = shapes[0]
+        if live.endswith(".kv_b_proj.weight"):
+            rank = int(self.config["kv_lora_rank"])
+            return (sum(math.prod(part) for part in shapes) // rank, rank)
+        if live.endswith("shared_expert_gate.weight"):
+            return (1, shape[-1])
+        if _EXPERTS not in live:
+            return shape
+        if live.endswith("_bias"):
+            return (shape[0], sum(part[1] for part in shapes))
+        experts, rows, columns = shape[0], sum(part[1] for part in shapes), shape[2]
+        return (experts, columns, rows) if self.architecture.interleaved_experts else (experts, rows, columns)
 
     def _live(self, live: str, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """A tensor of the live model, or its row of one expert, from the values of its parts."""

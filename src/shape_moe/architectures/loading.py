@@ -8,12 +8,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shape_moe.architectures.host_memory import host_memory
 from shape_moe.architectures.loaded import check_loaded
 from shape_moe.architectures.moe_config import foreign_code
-from shape_moe.architectures.quantised.plain import PlainTensor
+from shape_moe.architectures.plain_model import about_quantisation, is_stored_plain, load_plain, plain_dtype
 from shape_moe.architectures.sites import find_sites
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.errors import CheckpointError, ShapeMoeError, UnsupportedModelError, UsageError, first_line
+from shape_moe.units import readable_size
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 Note = Callable[[str], None]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken", "tekken.json")
-_LOADING_ERRORS = (
+LOADING_ERRORS = (
     OSError,
     ArithmeticError,
     AssertionError,
@@ -65,7 +67,7 @@ def load_model(
     code = foreign_code(snapshot.config)
     model, info = _from_pretrained(snapshot, dtype, placement, trusted=code is not None and snapshot.trust_remote_code)
     left = check_loaded(snapshot, model, info)
-    for line in (*snapshot.notes, _about_quantisation(snapshot, dtype), _about_code(code, model), left):
+    for line in (*snapshot.notes, about_quantisation(snapshot, dtype), _about_code(code, model), left):
         if line is not None:
             note(line)
     return model.eval()
@@ -80,9 +82,9 @@ def _from_pretrained(
 
     options = {**options, "trust_remote_code": trusted}
     try:
-        with _quietly():
-            if snapshot.quantisation is not None or snapshot.path.is_file():
-                return _from_plain(snapshot, getattr(torch, loaded_dtype(snapshot, dtype)), options)
+        with quietly():
+            if not is_stored_plain(snapshot):
+                return load_plain(snapshot, dtype, options)
             # tensors of another shape are refused below, with all others that are not as they should be
             found: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
                 snapshot.path,
@@ -93,89 +95,9 @@ def _from_pretrained(
             )
     except torch.OutOfMemoryError:
         raise
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise CheckpointError(f"Transformers could not load {snapshot.name}: {first_line(error)}") from error
     return found
-
-
-def _from_plain(
-    snapshot: Snapshot, dtype: torch.dtype, options: dict[str, Any]
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The plain model of what Transformers does not read: its tensors are computed one by one as Transformers asks."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    trusted = options.pop("trust_remote_code")
-    if snapshot.path.is_dir():
-        config = AutoConfig.from_pretrained(snapshot.path, trust_remote_code=trusted)
-    else:
-        config = _made_config(snapshot)
-    for key in ("quantization_config", "quantization"):
-        if hasattr(config, key):
-            delattr(config, key)
-    with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trusted))
-    failures: list[ShapeMoeError] = []
-    tensors = {name: _Lazy(tensor, failures) for name, tensor in snapshot.plain.items()}
-    try:
-        model, info = kind.from_pretrained(
-            None,
-            config=config,
-            state_dict=tensors,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            dtype=dtype,
-            **options,
-        )
-    except _LOADING_ERRORS:
-        if failures:
-            raise failures[0] from None
-        raise
-    if failures:
-        raise failures[0]
-    model.name_or_path = str(snapshot.path)
-    return model, info
-
-
-def _made_config(snapshot: Snapshot) -> Any:
-    """The configuration of a model of which there is no folder.
-
-    Raises:
-        CheckpointError: when the model's class refuses it.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.for_model(**snapshot.config)
-    except Exception as error:  # a class checks a foreign document as it likes
-        name = snapshot.name
-        raise CheckpointError(f"Transformers refuses the configuration of {name}: {first_line(error)}") from error
-
-
-class _Lazy:
-    """A tensor that Transformers asks for its values when it loads them, as it asks a slice of a file.
-
-    Args:
-        tensor: the tensor.
-        failures: where an error goes: Transformers would report it as a missing weight.
-    """
-
-    def __init__(self, tensor: PlainTensor, failures: list[ShapeMoeError]) -> None:
-        self._tensor, self._failures = tensor, failures
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        try:
-            return self._tensor.values()[index]
-        except ShapeMoeError as error:
-            self._failures.append(error)
-            raise
-
-
-def _about_quantisation(snapshot: Snapshot, dtype: str) -> str | None:
-    """What is said of a model that is not run as it is stored."""
-    if snapshot.quantisation is None:
-        return None
-    return f"{snapshot.quantisation.label}: dequantised to {loaded_dtype(snapshot, dtype)} to be run here."
 
 
 def _about_code(code: str | None, model: PreTrainedModel) -> str | None:
@@ -218,7 +140,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
         )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise CheckpointError(f"{path} has no tokenizer that can be loaded: {first_line(error)}") from error
     return tokenizer
 
@@ -229,38 +151,6 @@ def find_tokenizer(snapshot: Snapshot) -> PreTrainedTokenizerBase | None:
         return load_tokenizer(snapshot.path, trust_remote_code=snapshot.trust_remote_code)
     except CheckpointError:
         return None
-
-
-def check_observable(snapshot: Snapshot) -> None:
-    """Refuse a model whose experts cannot be observed, before any weight is read.
-
-    Raises:
-        UnsupportedModelError: for a quantisation that cannot be dequantised, by its name.
-    """
-    if (reason := why_not_observable(snapshot)) is not None:
-        raise UnsupportedModelError(
-            f"{reason[0].upper()}{reason[1:]}. Trace the unquantised model of the same routers instead (shape-moe "
-            "trace), and prune this one by that trace (shape-moe prune --trace)."
-        )
-
-
-def why_not_observable(snapshot: Snapshot) -> str | None:
-    """Why the routing of a model cannot be observed in Transformers although its family is known, None if it can."""
-    if snapshot.quantisation is None:
-        return None
-    try:
-        _ = snapshot.plain
-    except UnsupportedModelError as error:
-        return str(error).removesuffix(".")
-    return None
-
-
-def loaded_dtype(snapshot: Snapshot, dtype: str = "auto") -> str:
-    """In which dtype a quantised model is loaded: the one that is asked for, else its configuration's."""
-    if dtype != "auto":
-        return dtype
-    named = snapshot.config.get("dtype") or snapshot.config.get("torch_dtype")
-    return named if named in DTYPES else "bfloat16"
 
 
 def _placement(device: str) -> dict[str, Any]:
@@ -277,8 +167,22 @@ def _placement(device: str) -> dict[str, Any]:
     return {} if kind == "cpu" else {"device_map": {"": device}}
 
 
+def computing_device(device: str) -> torch.device:
+    """Where one layer at a time computes: ``auto`` is the first GPU where there is one, else the CPU.
+
+    Raises:
+        UsageError: for an unknown device.
+    """
+    import torch
+
+    _placement(device)
+    if device == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device(device)
+
+
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keep Transformers' own bars and reports off: callers show progress, and say what is wrong, in their own way."""
     from transformers.utils import logging
 
@@ -304,7 +208,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
 def loaded_bytes(snapshot: Snapshot, dtype: str = "auto") -> int:
     """Bytes that the weights take once loaded, quantised ones dequantised."""
     bits = {"float32": 32, "bfloat16": 16, "float16": 16}
-    computed = bits[loaded_dtype(snapshot, dtype)]
+    computed = bits[plain_dtype(snapshot, dtype)]
     return sum(
         tensor.count * (bits.get(dtype) or max(tensor.stored_bits or computed, 16)) // 8
         for tensor in snapshot.plain_or_stored
@@ -324,12 +228,11 @@ def release_memory() -> None:
 
 def free_memory(device: str = "auto") -> int:
     """Bytes free on the device (all GPUs together under ``auto``)."""
-    import psutil
     import torch
 
     _placement(device)
     if device == "cpu" or not torch.cuda.is_available():
-        return int(psutil.virtual_memory().available)
+        return host_memory()
     chosen = range(torch.cuda.device_count()) if device in ("auto", "cuda") else [torch.device(device).index or 0]
     return sum(torch.cuda.mem_get_info(index)[0] for index in chosen)
 
@@ -339,4 +242,4 @@ def why_not_loadable(bytes_needed: int, device: str = "auto") -> str | None:
     free = free_memory(device)
     if bytes_needed * _MEMORY_MARGIN <= free:
         return None
-    return f"the model needs {bytes_needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
+    return f"the model needs {readable_size(bytes_needed)} and {readable_size(free)} are free"

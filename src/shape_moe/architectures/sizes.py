@@ -87,7 +87,7 @@ def measure(snapshot: WeightSource) -> ModelSize:
             sums["expert_values"] += tensor.count
         elif role.layer >= 0 and tensor.is_matrix:
             sums["matrix_values"] += tensor.count
-            sums["matrix_bytes"] += sum(slot.size for slot in tensor.parts.values())
+            sums["matrix_bytes"] += tensor.size
     return ModelSize(
         experts=sums["experts"],
         routers=sums["routers"],

@@ -231,6 +231,11 @@ class ExampleMaker:
             self.skipped[record.where] = str(error)
             return None
 
+    @property
+    def drafts(self) -> list[Example]:
+        """The examples as far as they are known before anything is answered, in the order of the records."""
+        return [self._checked[record.index] for record in self.records]
+
     def longest(self) -> int:
         """The most tokens that an example can have, an answer that is still missing included."""
         if self.examples:

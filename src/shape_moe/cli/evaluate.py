@@ -91,6 +91,10 @@ def evaluate(
         str | None,
         typer.Option(metavar="VERDICT", help="safe or no-loss: end with code 3 where a pruned model is judged worse."),
     ] = None,
+    judge_minutes: Annotated[
+        float | None,
+        typer.Option(metavar="MINUTES", help="Judge less of what would take longer than this. Default: take all."),
+    ] = None,
     no_general: Annotated[
         bool, typer.Option("--no-general", help="Leave general prompts out: what was forgotten off the task.")
     ] = False,
@@ -153,6 +157,7 @@ def evaluate(
         trace=str(trace) if trace else None,
         max_drop=max_drop,
         general=not no_general,
+        minutes=judge_minutes,
         seed=seed.seed,
     )
     given = data.options(run, seed.seed, HELD_OUT_SAMPLES) if data.data else None

@@ -37,12 +37,13 @@ from shape_moe.evaluation.verdict import MAX_DROP
 from shape_moe.jobs.auto import AUTO_HELD_OUT, ChoiceOptions
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.jobs.judgement import JudgementOptions
+from shape_moe.jobs.judging_plan import MINUTES
 from shape_moe.jobs.prune import PAPER_SAMPLES, PruneOptions
 from shape_moe.jobs.select import AUTO
 from shape_moe.jobs.session import DEFAULT_SAMPLES
 from shape_moe.selection.rules import budget_for
 from shape_moe.selection.selection import Selection, load_selection
-from shape_moe.units import readable_size
+from shape_moe.units import joined, readable_size
 
 if TYPE_CHECKING:
     from shape_moe.jobs.prune import PruneResult
@@ -113,6 +114,13 @@ def prune(
         ),
     ] = None,
     no_judge: Annotated[bool, typer.Option("--no-judge", help="Do not judge the pruned model at the end.")] = False,
+    no_general: Annotated[
+        bool, typer.Option("--no-general", help="Leave general prompts out: what was forgotten off the task.")
+    ] = False,
+    judge_minutes: Annotated[
+        float,
+        typer.Option(metavar="MINUTES", help="Judge less of what would take longer than this."),
+    ] = MINUTES,
     require: Annotated[
         str | None,
         typer.Option(
@@ -166,7 +174,7 @@ def prune(
         dtype=run.dtype,
         trust_remote_code=run.trust_remote_code,
         choice=choice,
-        judgement=_judgement(limit, require, judge=not no_judge),
+        judgement=_judgement(limit, require, judge_minutes, judge=not no_judge, general=not no_general),
         check_logits=not no_logits,
         force=force.force,
     )
@@ -181,14 +189,17 @@ def prune(
         raise typer.Exit(REJECTED)
 
 
-def _judgement(limit: Limit | None, require: str | None, *, judge: bool) -> JudgementOptions | None:
+def _judgement(
+    limit: Limit | None, require: str | None, minutes: float, *, judge: bool, general: bool
+) -> JudgementOptions | None:
     """How the pruned model is judged."""
     if not judge:
-        if require is not None:
-            raise UsageError("--require needs the judgement: leave --no-judge out.")
+        idle = {"--require": require is not None, "--judge-minutes": minutes != MINUTES, "--no-general": not general}
+        if needing := [name for name, given in idle.items() if given]:
+            raise UsageError(f"{joined(needing)} needs the judgement: leave --no-judge out.")
         return None
     drop = limit.value if limit is not None and limit.kind == "max_drop" else MAX_DROP
-    return JudgementOptions(max_drop=drop, require=require)
+    return JudgementOptions(max_drop=drop, require=require, general=general, minutes=minutes)
 
 
 def _choice(

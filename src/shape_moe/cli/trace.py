@@ -12,7 +12,16 @@ from rich.markup import escape
 
 import shape_moe
 from shape_moe.cli.data_flags import DataFlags
-from shape_moe.cli.flags import RUN_PANEL, ForceFlag, LoadFlags, ModelArgument, OutputFlags, RevisionFlag, SeedFlag
+from shape_moe.cli.flags import (
+    RUN_PANEL,
+    ForceFlag,
+    LoadFlags,
+    ModelArgument,
+    OutputFlags,
+    RevisionFlag,
+    SeedFlag,
+    StreamFlag,
+)
 from shape_moe.cli.values import parse_values
 from shape_moe.jobs.session import DEFAULT_SAMPLES
 from shape_moe.tracing.trace import Trace
@@ -45,6 +54,7 @@ def trace(
     seed: SeedFlag,
     force: ForceFlag,
     output: OutputFlags,
+    stream: StreamFlag,
     engine: Annotated[
         str,
         typer.Option(help="transformers (all statistics) or vllm (coalitions and counts).", rich_help_panel=RUN_PANEL),
@@ -63,6 +73,7 @@ def trace(
     talk = output.output()
     options = replace(
         data.options(run, seed.seed, DEFAULT_SAMPLES),
+        stream=stream.stream,
         engine=engine,
         engine_args=parse_values(engine_arg, "--engine-arg"),
     )

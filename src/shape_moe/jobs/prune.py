@@ -14,6 +14,7 @@ from shape_moe.architectures.loading import free_memory, release_memory
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.parts import Parts
 from shape_moe.calibration.records import DataOptions
+from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.calibration.sources import Data
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.jobs.auto import ChoiceOptions, auto_select, methods_to_try
@@ -394,7 +395,8 @@ def _judged(run: _Run, selection: Selection) -> Judgement:
         parts, data, chosen_by = run.plan.parts, run.plan.data, run.plan.held_out.records
     if parts is None:
         parts = unseen_parts(data, run.trace, chosen_by, options)
-    return judge_selection(run.session, parts, data, selection, options)
+    seen = SeenPrompts.of_source(run.trace.info.source) if run.trace is not None else None
+    return judge_selection(run.session, parts, data, selection, options, seen)
 
 
 def _canary(run: _Run, selection: Selection) -> tuple[Canary | None, str | None]:

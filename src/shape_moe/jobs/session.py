@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from shape_moe.architectures.fingerprint import UNVERIFIED, Origin, fingerprint, layout_fingerprint, origin
-from shape_moe.architectures.loading import check_observable, free_memory, load_model, load_tokenizer
+from shape_moe.architectures.loading import free_memory, load_model, load_tokenizer
 from shape_moe.architectures.moe_config import MoeConfig, foreign_code
+from shape_moe.architectures.plain_model import check_observable
 from shape_moe.architectures.sites import live_moe_config
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.example_maker import Answerer, AnswerOptions, ExampleMaker
@@ -22,6 +23,7 @@ from shape_moe.calibration.records import DataOptions, Record
 from shape_moe.calibration.responses import generate_answers
 from shape_moe.calibration.sources import Data
 from shape_moe.errors import ShapeMoeError, UsageError
+from shape_moe.jobs.way import WAYS, check_answers_fit, check_live, check_way, choose_way
 from shape_moe.made_with import versions
 from shape_moe.progress import Progress
 from shape_moe.traced_files import traced_files
@@ -48,12 +50,13 @@ class ExampleOptions:
         device: where to run.
         dtype: in which dtype, ``auto`` for the checkpoint's.
         trust_remote_code: run the code that comes with the model instead of Transformers' own, where there is some.
+        stream: trace layer by layer (True), or with the whole model in memory (False); None decides by free memory.
         engine: what fills a trace: ``transformers`` (every statistic), ``vllm`` (coalitions and counts; for models of
             several GPUs), or one that another package registers.
         engine_args: further arguments of the engine, for vLLM those of ``vllm.LLM`` such as ``tensor_parallel_size``.
 
     Raises:
-        UsageError: for an unknown engine, and for arguments of one that takes none.
+        UsageError: for an unknown engine, for arguments of one that takes none, and for one that ``stream`` excludes.
     """
 
     data: DataOptions
@@ -62,11 +65,13 @@ class ExampleOptions:
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
+    stream: bool | None = None
     engine: str = "transformers"
     engine_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_engine(self.engine, self.engine_args)
+        check_way(self.engine, self.stream)
         if self.answers.skip_bad and not self.data.skip_bad:
             object.__setattr__(self, "data", replace(self.data, skip_bad=True))
 
@@ -220,14 +225,38 @@ class ModelSession:
             answerer=self.answerer,
             examples=self.calibrator,
             describe=self.info,
+            release=self.unload,
+            device=self.options.device,
             dtype=self.options.dtype,
             arguments=self.options.engine_args,
             progress=self.progress,
         )
-        return self.engine.open(work).fill(folder)
+        return self._chosen_engine(folder).open(work).fill(folder)
+
+    def _chosen_engine(self, folder: Path | None) -> Engine:
+        """What fills the trace: of the ways to run a Transformers model, the one that was asked for or fits.
+
+        Raises:
+            UsageError: when a live model is to be read layer by layer.
+        """
+        if self.engine.name not in WAYS:
+            return self.engine
+        if self.snapshot is None:
+            check_live(self.options)
+            return self.engine
+        way = choose_way(self.snapshot, self.options, folder, loaded=self._model is not None)
+        if way.reason is not None:
+            self.progress.note(way.reason)
+        return get_engine(way.engine)
 
     def answerer(self) -> Answerer:
-        """What lets the model answer prompts."""
+        """What lets the model answer prompts.
+
+        Raises:
+            ShapeMoeError: when the whole model does not fit into memory.
+        """
+        if self._model is None and self.snapshot is not None:
+            check_answers_fit(self.snapshot, self.options, len(self.calibrator.open))
         return partial(generate_answers, self.model, batch_size=self.options.answers.batch_size)
 
     def info(self, moe: MoeConfig, layers: tuple[int, ...], implementation: str, dtype: str, engine: str) -> TraceInfo:

@@ -117,20 +117,36 @@ class ModelTracer:
         Raises:
             ShapeMoeError: when the pass cannot be recorded faithfully.
         """
-        context = BatchContext.of(batch, self.classes)
-        try:
-            for recorder in self.recorders:
-                recorder.start(context)
+        with self.recording(batch):
             logits = self._forward(batch, logits_to_keep)
-            for recorder in self.recorders:
+        self.batches += 1
+        return logits
+
+    @contextmanager
+    def recording(self, batch: Batch, layer: int | None = None) -> Iterator[None]:
+        """Record what runs meanwhile as the pass of one batch.
+
+        Args:
+            batch: the batch.
+            layer: the decoder layer that the batch goes through, None for all of them. A layer without routed experts
+                leaves nothing to record.
+
+        Raises:
+            ShapeMoeError: when the pass cannot be recorded faithfully.
+        """
+        context = BatchContext.of(batch, self.classes)
+        recorders = [recorder for recorder in self.recorders if layer in (None, recorder.layer)]
+        try:
+            for recorder in recorders:
+                recorder.start(context)
+            yield
+            for recorder in recorders:
                 recorder.finish()
         except BaseException:
             self._failed = True  # some layers have added the batch, others have not
-            for recorder in self.recorders:
+            for recorder in recorders:
                 recorder.context = None
             raise
-        self.batches += 1
-        return logits
 
     @torch.no_grad()
     def failure(self, batch: Batch) -> str | None:

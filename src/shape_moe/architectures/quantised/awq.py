@@ -44,10 +44,16 @@ def _plain(tensors: Mapping[str, TensorSlot]) -> list[PlainTensor]:
     return with_the_rest(
         tensors,
         [
-            PlainTensor(f"{base}.weight", parts, packed_count(parts[_WEIGHT].size // 4, _BITS), _dequantise)
+            PlainTensor(f"{base}.weight", parts, _shape(parts[_WEIGHT].shape), _dequantise)
             for base, parts in groups.items()
         ],
     )
+
+
+def _shape(words: tuple[int, ...]) -> tuple[int, ...]:
+    """The plain tensor's shape from that of its words."""
+    *stack, inputs, outputs = words
+    return (*stack, packed_count(outputs, _BITS), inputs)
 
 
 def _dequantise(values: Values) -> torch.Tensor:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from shape_moe.architectures.quantised.method import Config, Quantisation, refused, register, settings_of
 from shape_moe.architectures.quantised.plain import PlainTensor, Values, grouped, with_the_rest
 from shape_moe.architectures.safetensors_file import TensorSlot
+from shape_moe.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +42,19 @@ def _plain(tensors: Mapping[str, TensorSlot]) -> list[PlainTensor]:
         state = _STATE + kind
         groups = grouped(tensors, state, (_WEIGHT, _SCALES, _TABLE), (_NESTED_SCALES, _NESTED_TABLE))
         for base, parts in groups.items():
-            computed.append(PlainTensor(base, parts, 2 * parts[_WEIGHT].size, partial(_dequantise, state=state)))
+            shape = _described_shape(parts[state]) or (2 * parts[_WEIGHT].size,)
+            computed.append(PlainTensor(base, parts, shape, partial(_dequantise, state=state)))
     return with_the_rest(tensors, computed)
+
+
+def _described_shape(state: TensorSlot) -> tuple[int, ...] | None:
+    """The shape that the text beside a tensor says, None where there is no file to read it from."""
+    if not state.file.is_file():
+        return None
+    try:
+        return tuple(int(side) for side in json.loads(state.read())["shape"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{state.name} is no description of a quantised tensor: {first_line(error)}") from error
 
 
 def _dequantise(values: Values, state: str) -> torch.Tensor:

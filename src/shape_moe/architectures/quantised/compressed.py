@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from shape_moe.architectures.quantised.method import Config, Quantisation, refused, register, settings_of
 from shape_moe.architectures.quantised.plain import PlainTensor, Values, grouped, with_the_rest
-from shape_moe.architectures.safetensors_file import TensorSlot
+from shape_moe.architectures.safetensors_file import DTYPE_BITS, TensorSlot
 from shape_moe.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -95,8 +95,9 @@ def _plain(tensors: Mapping[str, TensorSlot], schemes: Sequence[_Scheme]) -> lis
                 "is not understood."
             )
         scheme = max(schemes, key=lambda group: group.closeness(base))
-        count = 8 * weight.size // scheme.bits
-        computed.append(PlainTensor(f"{base}.weight", parts, count, partial(_dequantise, scheme=scheme)))
+        outputs, words = weight.shape
+        shape = (outputs, words * DTYPE_BITS[weight.dtype] // scheme.bits)
+        computed.append(PlainTensor(f"{base}.weight", parts, shape, partial(_dequantise, scheme=scheme)))
     return with_the_rest(tensors, computed, _ASIDE)
 
 

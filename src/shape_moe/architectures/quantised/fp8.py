@@ -56,7 +56,7 @@ def plain_fp8(tensors: Mapping[str, TensorSlot], block: tuple[int, int] | None) 
                 continue  # scales of other things than weights: of a KV cache, of activations
             side = block if scale == _BLOCK_SCALE else None
             compute = partial(dequantise, scale=scale, block=side)
-            computed.append(PlainTensor(base, parts, weight.size, compute))
+            computed.append(PlainTensor(base, parts, weight.shape, compute))
     return with_the_rest(tensors, computed, ACTIVATION_SCALES)
 
 

@@ -49,7 +49,9 @@ def _plain(tensors: Mapping[str, TensorSlot], *, bits: int, offset: int, group: 
     for base, parts in grouped(tensors, _WEIGHT, (_ZEROS, _SCALES), (_GROUPS,)).items():
         width = _width(parts) or bits
         compute = partial(_dequantise, bits=width, offset=offset, group=group)
-        computed.append(PlainTensor(f"{base}.weight", parts, packed_count(parts[_WEIGHT].size // 4, width), compute))
+        *stack, words, outputs = parts[_WEIGHT].shape
+        shape = (*stack, outputs, packed_count(words, width))
+        computed.append(PlainTensor(f"{base}.weight", parts, shape, compute))
     return with_the_rest(tensors, computed)
 
 

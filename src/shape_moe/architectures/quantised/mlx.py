@@ -58,10 +58,9 @@ def _plain(
     for base, parts in grouped(tensors, _SCALES, (_WEIGHT, _BIASES)).items():
         own = settings.get(base)
         group = own.get("group_size") if isinstance(own, Mapping) else None
-        compute = partial(_dequantise, group=int(group or settings["group_size"]))
-        words, groups = parts[_WEIGHT].shape[-1], parts[_SCALES].shape[-1]
-        count = parts[_WEIGHT].size // 4 // max(words, 1) * groups * int(group or settings["group_size"])
-        computed.append(PlainTensor(base + _WEIGHT, parts, count, compute))
+        size = int(group or settings["group_size"])
+        *rows, groups = parts[_SCALES].shape
+        computed.append(PlainTensor(base + _WEIGHT, parts, (*rows, groups * size), partial(_dequantise, group=size)))
     return [each for tensor in with_the_rest(tensors, computed) for each in _by_expert(tensor, projections)]
 
 

@@ -45,9 +45,10 @@ def open_modelopt_fp4(config: Config) -> Quantisation:
 
 def _plain_nvfp4(tensors: Mapping[str, TensorSlot]) -> list[PlainTensor]:
     groups = grouped(tensors, _SCALE, (_SCALES, _WEIGHT))
-    computed = [
-        PlainTensor(f"{base}.weight", parts, 2 * parts[_WEIGHT].size, _dequantise) for base, parts in groups.items()
-    ]
+    computed = []
+    for base, parts in groups.items():
+        *outputs, size = parts[_WEIGHT].shape
+        computed.append(PlainTensor(f"{base}.weight", parts, (*outputs, 2 * size), _dequantise))
     return with_the_rest(tensors, computed, ACTIVATION_SCALES)
 
 

@@ -29,9 +29,14 @@ def open_mxfp4(config: Config) -> Quantisation:
 
 def _plain(tensors: Mapping[str, TensorSlot]) -> list[PlainTensor]:
     groups = grouped(tensors, _BLOCKS, (_SCALES,))
-    return with_the_rest(
-        tensors, [PlainTensor(base, parts, 2 * parts[_BLOCKS].size, _dequantise) for base, parts in groups.items()]
-    )
+    computed = [PlainTensor(base, parts, _shape(parts[_BLOCKS].shape), _dequantise) for base, parts in groups.items()]
+    return with_the_rest(tensors, computed)
+
+
+def _shape(blocks: tuple[int, ...]) -> tuple[int, ...]:
+    """The plain tensor's shape from that of its blocks."""
+    *experts, rows, count, size = blocks
+    return (*experts, 2 * count * size, rows)
 
 
 def _dequantise(values: Values) -> torch.Tensor:

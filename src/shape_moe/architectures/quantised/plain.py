@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING
 
 from shape_moe.architectures.safetensors_file import DTYPE_BITS, TensorSlot, stored_values
@@ -27,7 +28,7 @@ class PlainTensor:
         name: its name in an unquantised checkpoint of the model.
         parts: the stored tensors, or rows of them, by what they are to the method; for a tensor that is stored as it
             is, itself as :data:`STORED`.
-        count: number of weights.
+        shape: its shape; that of the flat tensor where only values would tell it.
         compute: gives the float32 values from those of the parts; None for a tensor that is stored as it is. It
             works on the last dimensions alone where all experts of a layer are stacked.
         read: gives the values of a part.
@@ -35,14 +36,24 @@ class PlainTensor:
 
     name: str
     parts: Mapping[str, TensorSlot]
-    count: int
+    shape: tuple[int, ...]
     compute: Compute | None = None
     read: Callable[[TensorSlot], torch.Tensor] = stored_values
 
     @classmethod
     def stored(cls, slot: TensorSlot) -> PlainTensor:
         """A tensor that is stored as it is."""
-        return cls(slot.name, {STORED: slot}, 8 * slot.size // DTYPE_BITS[slot.dtype])
+        return cls(slot.name, {STORED: slot}, slot.shape)
+
+    @property
+    def count(self) -> int:
+        """Number of weights."""
+        return prod(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Bytes of its parts."""
+        return sum(slot.size for slot in self.parts.values())
 
     @property
     def is_quantised(self) -> bool:
@@ -52,7 +63,7 @@ class PlainTensor:
     @property
     def is_matrix(self) -> bool:
         """Whether it has two dimensions or more."""
-        return self.is_quantised or len(self.parts[STORED].shape) >= 2
+        return len(self.shape) >= 2
 
     @property
     def stored_bits(self) -> int | None:
@@ -61,8 +72,8 @@ class PlainTensor:
 
     def row(self, index: int) -> PlainTensor:
         """One row of dimension 0, which all parts must have: one expert of a stack."""
-        count = self.count // next(iter(self.parts.values())).shape[0]
-        return replace(self, parts={part: slot.row(index) for part, slot in self.parts.items()}, count=count)
+        parts = {part: slot.row(index) for part, slot in self.parts.items()}
+        return replace(self, parts=parts, shape=self.shape[1:])
 
     def values(self) -> torch.Tensor:
         """The values: float32 where they are computed, else in the dtype in which they are stored.
@@ -71,7 +82,7 @@ class PlainTensor:
             CheckpointError: when the parts cannot be read, or do not fit each other.
         """
         if self.compute is None:
-            return self.read(self.parts[STORED])
+            return self.read(self.parts[STORED]).clone()  # the last bits of products depend on how memory is aligned
         values = {part: self.read(slot) for part, slot in self.parts.items()}
         try:
             return self.compute(values).contiguous()
