@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,12 +42,10 @@ class GgufModel(Snapshot):
     Attributes:
         headers: of the files, in order.
         stored_names: the name in the file of every tensor, by its name here.
-        tokenizer_folder: where the tokenizer is read from instead of the metadata, None for the latter.
     """
 
     headers: tuple[GgufHeader, ...] = ()
     stored_names: dict[str, str] = field(default_factory=dict)
-    tokenizer_folder: Path | None = None
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -152,14 +150,6 @@ class GgufModel(Snapshot):
             return None
         refusal = f"cannot be loaded: {self.why_not_dequantised}" if self.why_not_dequantised else None
         return Quantisation(f"GGUF {', '.join(kinds)}", lambda _: self.plain_or_stored, refusal)
-
-    def live_values(self, live: str, names: tuple[str, ...]) -> torch.Tensor:
-        """The values, float32, of a tensor of the live model; see :meth:`live_names`.
-
-        Raises:
-            CheckpointError: when a part of it is missing.
-        """
-        return self._plain_tensor(live, names).values()
 
     def _plain_tensor(self, live: str, names: tuple[str, ...]) -> PlainTensor:
         parts = {name: self.tensors[name] for name in names}
@@ -316,8 +306,3 @@ def _layer_of(name: str) -> int:
 def _with_suffix(module: str, suffix: str) -> str:
     short = module.partition(".layers.")[2].partition(".")[2]
     return module + UNNAMED_SUFFIX[short] if short in UNNAMED_SUFFIX else f"{module}.{suffix}"
-
-
-def with_tokenizer(model: GgufModel, folder: Path | None) -> GgufModel:
-    """A model whose tokenizer is read from a folder."""
-    return replace(model, tokenizer_folder=folder)

@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shape_moe.architectures.gguf_file import is_gguf
+from shape_moe.architectures.gguf_tokenizer import load_gguf_tokenizer
 from shape_moe.architectures.host_memory import host_memory
 from shape_moe.architectures.loaded import check_loaded
 from shape_moe.architectures.moe_config import foreign_code
@@ -118,15 +120,17 @@ def _about_code(code: str | None, model: PreTrainedModel) -> str | None:
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder.
+    """Load the tokenizer of a model.
 
     Args:
-        path: the folder.
+        path: its folder, or a GGUF file that has one in its metadata.
         trust_remote_code: run the code that comes with the tokenizer, where there is some.
 
     Raises:
         CheckpointError: when there is none that Transformers can load.
     """
+    if is_gguf(path):
+        return load_gguf_tokenizer(path)
     from transformers import AutoTokenizer
 
     if not any(True for pattern in _VOCABULARIES for _ in path.glob(pattern)):
@@ -149,7 +153,7 @@ def find_tokenizer(snapshot: Snapshot) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model, None where there is none that can be loaded."""
     try:
         return load_tokenizer(snapshot.path, trust_remote_code=snapshot.trust_remote_code)
-    except CheckpointError:
+    except (CheckpointError, UnsupportedModelError):
         return None
 
 

@@ -281,6 +281,7 @@ class ExampleMaker:
             "template_args": dict(self.tokeniser.options.template_args),
             "turns": self.tokeniser.options.turns,
             "chat_template": self.tokeniser.options.chat_template,
+            "tokenizer": self.tokeniser.options.tokenizer,
             "max_length": self.tokeniser.options.max_length,
         }
 
@@ -311,6 +312,7 @@ def options_of(source: Mapping[str, Any]) -> tuple[DataOptions, TokenOptions, An
         max_length=source.get("max_length"),
         turns=source.get("turns", "all"),
         chat_template=source.get("chat_template"),
+        tokenizer=source.get("tokenizer"),
     )
     return data, tokens, AnswerOptions(int(source.get("max_new_tokens", AnswerOptions.max_new_tokens)))
 

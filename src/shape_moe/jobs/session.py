@@ -150,7 +150,7 @@ class ModelSession:
             return cls(
                 model,
                 None,
-                tokenizer or load_tokenizer(model.path, trust_remote_code=model.trust_remote_code),
+                tokenizer or tokenizer_for(model, options.tokens),
                 options,
                 progress,
                 records,
@@ -293,6 +293,20 @@ class ModelSession:
             return origin(self.snapshot)
         name = str(self.model.name_or_path or type(self.model).__name__)
         return Origin(model=name, revision=None, fingerprint=UNVERIFIED, layout_fingerprint=UNVERIFIED)
+
+
+def tokenizer_for(snapshot: Snapshot, options: TokenOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer that examples are read with: the model's own, or that of the folder that the options name.
+
+    Raises:
+        CheckpointError: when there is none that can be loaded.
+    """
+    if options.tokenizer is None:
+        return load_tokenizer(snapshot.path, trust_remote_code=snapshot.trust_remote_code)
+    folder = Path(options.tokenizer)
+    if not folder.is_dir():
+        raise UsageError(f"There is no folder {folder} to read a tokenizer from (--tokenizer).")
+    return load_tokenizer(folder)
 
 
 def load_original(snapshot: Snapshot, device: str, dtype: str, progress: Progress) -> PreTrainedModel:
