@@ -212,7 +212,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
 def loaded_bytes(snapshot: Snapshot, dtype: str = "auto") -> int:
     """Bytes that the weights take once loaded, quantised ones dequantised."""
     bits = {"float32": 32, "bfloat16": 16, "float16": 16}
-    computed = bits[plain_dtype(snapshot, dtype)]
+    computed = bits.get(plain_dtype(snapshot, dtype), 16)  # another dtype is refused where the model is loaded
     return sum(
         tensor.count * (bits.get(dtype) or max(tensor.stored_bits or computed, 16)) // 8
         for tensor in snapshot.plain_or_stored
