@@ -290,7 +290,7 @@ def test_wide_ranges_are_logarithmic_with_readable_ticks() -> None:
     assert max(axis["tickvals"]) > 2
     assert "0.05" in axis["ticktext"]
     wider = value_axis([Estimate(v, v, v) for v in (1e-5, 2.0)], log=True)
-    assert wider["ticktext"][:3] == ["1e-06", "1e-05", "0.0001"]
+    assert wider["ticktext"][:3] == ["0.000001", "0.00001", "0.0001"]
 
 
 def test_intervals_are_told_where_they_are_known() -> None:

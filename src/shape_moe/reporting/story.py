@@ -17,6 +17,7 @@ from shape_moe.reporting.figures.figure import sentence
 from shape_moe.reporting.material import Material, Sizes
 from shape_moe.reporting.opening import evaluated_line, next_commands, smaller
 from shape_moe.reporting.provenance import calibration_options
+from shape_moe.selection.method import Method, check_routing
 from shape_moe.selection.selection import Selection
 from shape_moe.units import NONE, capitalised, counted, readable_kl, readable_share, readable_size, share_at_most
 
@@ -50,6 +51,7 @@ class Story:
         details: free answers, tool calls, and what the verdict leaves out.
         advice: what to do next, a sentence.
         commands: what to type for it.
+        method: how it was made, a sentence; empty where the page's first line says it.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Story:
     details: tuple[str, ...]
     advice: str
     commands: tuple[str, ...] = ()
+    method: str = ""
 
 
 def stories(material: Material) -> list[Story]:
@@ -160,7 +163,7 @@ def _of_selection(material: Material, own: Evaluated | None) -> Story:
     verdict = material.verdict or (own.verdict if own is not None else None)
     word, _ = _smaller(material.sizes, selection.keep if selection is not None else None)
     detail = material.opening.size if material.opening is not None else ""
-    name = material.model_name
+    name = material.pruned_name
     if verdict is not None:
         return _judged(name, word, detail, verdict, _commands(material, verdict))
     measured = own.sets.get(TASK) if own is not None else None
@@ -211,7 +214,13 @@ def _of_model(material: Material, evaluation: Evaluation, model: Evaluated, dens
     word, _ = _smaller(sizes, model.selection.keep if model.selection is not None else None)
     detail = evaluated_line(model, dense)
     if model.verdict is not None:
-        return _judged(model.name, word, detail, model.verdict, ())
+        chosen = model.selection
+        commands: tuple[str, ...] = ()
+        if chosen is not None:
+            method = Method(chosen.scorer, chosen.rule, check_routing(chosen.routing))
+            original = material.model or "MODEL"
+            commands = tuple(next_commands(original, model.name, model.verdict, keep=chosen.keep, method=method))
+        return _judged(model.name, word, detail, model.verdict, commands)
     reason = "The evaluation holds no verdict on this model."
     if evaluation.data is None:
         reason = "Benchmark tasks alone give no verdict."
@@ -294,7 +303,8 @@ def _commands(material: Material, verdict: Verdict | None) -> tuple[str, ...]:
     data = calibration_options(material.trace.info) if material.trace is not None else None
     if selection is not None and (material.checkpoint or verdict is not None):
         pruned = material.source if material.checkpoint else "SMALLER"
-        return tuple(next_commands(model, pruned, verdict, selection=selection, data=data))
+        keep, method = selection.keep, selection.method
+        return tuple(next_commands(model, pruned, verdict, keep=keep, method=method, data=data))
     file = _path(material.source, "recommended.json") if material.sweep is not None else "SELECTION.json"
     if material.source.endswith(".json") and material.sweep is None:
         file = shlex.quote(material.source)
