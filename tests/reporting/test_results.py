@@ -165,6 +165,10 @@ def test_the_curve_shows_every_point_with_its_interval(tmp_path) -> None:
     assert by_name["Exact match"].data[3]["y"] == pytest.approx([100 * recommended["quality"]["exact_match"]["value"]])
     assert by_name["Exact match"].data[4]["y"] == pytest.approx([90.0])  # the dense model
     assert "recommended" in [swatch.text for swatch in figure.legend]
+    assert "limit: a KL divergence of 0.1" in [swatch.text for swatch in figure.legend]
+    ring = figure.data[3]["marker"]
+    assert (ring["symbol"], ring["size"] > 2 * figure.data[0]["marker"]["size"]) == ("circle-open", True)
+    assert figure.data[0]["text"] == ["40 %", "50 %", "60 %", "70 %", "80 %", "90 %"]
     assert len(figure.table.rows) == 19
 
 

@@ -213,5 +213,7 @@ def _reason(points: list[Point], best: int, tied: list[int]) -> str:
     beaten = [i for i in range(len(points)) if i not in tied]
     if beaten:
         nearest = min(beaten, key=lambda i: _kl(points[i]))
-        reason += f"; clearly behind, nearest first: {points[nearest].method} with {readable_kl(_kl(points[nearest]))}"
+        figure = readable_kl(_kl(points[nearest]))
+        reason += f"; clearly behind, nearest first: {points[nearest].method}"
+        reason += f" with {figure}" if figure != readable_kl(_kl(point)) else ""
     return reason + "."

@@ -19,7 +19,16 @@ from shape_moe.reporting.opening import evaluated_line, next_commands, smaller
 from shape_moe.reporting.provenance import calibration_options
 from shape_moe.selection.method import Method, check_routing
 from shape_moe.selection.selection import Selection
-from shape_moe.units import NONE, capitalised, counted, readable_kl, readable_share, readable_size, share_at_most
+from shape_moe.units import (
+    NONE,
+    capitalised,
+    counted,
+    kl_at_least,
+    readable_kl,
+    readable_share,
+    readable_size,
+    share_at_most,
+)
 
 COST_HEADINGS = ("", "Dense", "Pruned", "Lost", "At most", "KL to dense", "Examples")
 """Of the table of what pruning cost; the first column names the class and the figure."""
@@ -273,7 +282,9 @@ def _cost(fall: Fall) -> tuple[str, ...]:
     dense, pruned = (readable_share(share) for share in fall.shares)
     lost = readable_share(fall.fall.value) if fall.fall.value >= 0 else f"gained {readable_share(-fall.fall.value)}"
     name = f"{fall.name}: {fall.figure}" if fall.name else capitalised(fall.figure)
-    kl = readable_kl(fall.kl) if fall.kl is not None else NONE
+    kl = NONE
+    if fall.kl is not None:
+        kl = kl_at_least(fall.kl) if fall.kl_is_bound else readable_kl(fall.kl)
     return name, dense, pruned, lost, share_at_most(max(fall.fall.high, 0.0)), kl, f"{fall.examples:,}"
 
 
