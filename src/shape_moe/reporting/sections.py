@@ -34,7 +34,7 @@ from shape_moe.reporting.material import Material
 from shape_moe.selection.agreement import kept_by_scorer
 from shape_moe.selection.selection import Selection
 from shape_moe.text import one_line
-from shape_moe.units import capitalised, readable_kl, readable_share, readable_size
+from shape_moe.units import capitalised, kl_at_least, readable_kl, readable_share, readable_size
 
 _SHOWN = 100
 """Characters of an answer that are shown."""
@@ -269,8 +269,9 @@ def _forgotten(material: Material) -> Section | None:
         return None
     tables, notes = [], []
     for name, forgotten in found:
+        kl = kl_at_least if forgotten.kl_is_bound else readable_kl
         rows = tuple(
-            (group.name, f"{group.prompts}", readable_kl(group.kl), *(f"{count}" for count in group.loops))
+            (group.name, f"{group.prompts}", kl(group.kl), *(f"{count}" for count in group.loops))
             for group in forgotten.groups
         )
         headings = ("Group", "Prompts", "KL to dense", "Dense loops", "Pruned loops")
