@@ -19,6 +19,7 @@ from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.calibration.sources import Data
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.jobs.auto import ChoiceOptions, auto_select, methods_to_try
+from shape_moe.jobs.closing import card_facts, commands_after
 from shape_moe.jobs.judgement import (
     Judgement,
     JudgementOptions,
@@ -38,7 +39,8 @@ from shape_moe.pruning.canary import Canary, CanaryResult
 from shape_moe.pruning.compare import file_hash
 from shape_moe.pruning.logits import check_logits, masked_answers, why_no_logits
 from shape_moe.pruning.writers import Writer, what_is_left_out, writer_for
-from shape_moe.reporting.model_card import CardFacts, write_card
+from shape_moe.reporting.model_card import write_card
+from shape_moe.reporting.opening import Opening
 from shape_moe.selection.method import PUBLISHED_SAMPLES, Method
 from shape_moe.selection.rules import budget_for
 from shape_moe.selection.select import SelectOptions, select_from_trace
@@ -98,6 +100,8 @@ class PruneResult:
         notes: what the user should know.
         judgement: what pruning did to the model, None where it was not judged.
         rejected: whether the model is not as good as it was required to be, and stands in ``DIR.rejected``.
+        opening: the lines that terminal, model card and report open with.
+        following: commands to type next.
     """
 
     path: Path
@@ -110,6 +114,8 @@ class PruneResult:
     notes: tuple[str, ...] = ()
     judgement: Judgement | None = None
     rejected: bool = False
+    opening: Opening | None = None
+    following: tuple[str, ...] = ()
 
 
 @dataclass
@@ -243,8 +249,7 @@ def _carry_out(run: _Run, work: Workspace, place: PrunedPlace) -> PruneResult:
         canary.save(artifacts / "canary.json")
         logits = check_logits(canary, written.path, run.options.device, run.options.dtype, run.progress)
     before, after = run.snapshot.total_bytes, written.size
-    said = tuple(judgement.lines()) if judgement is not None else ()
-    facts = CardFacts(run.snapshot.name, before, after, selection, run.target, run.trace, left_out, said)
+    facts = card_facts(run.snapshot.name, (before, after), selection, run.trace, left_out, judgement)
     write_card(work.path, facts)
     if judgement is not None:
         write_json(artifacts / "judgement.json", judgement.to_document())
@@ -252,8 +257,21 @@ def _carry_out(run: _Run, work: Workspace, place: PrunedPlace) -> PruneResult:
     required = run.options.judgement.require if run.options.judgement is not None else None
     rejected = required is not None and judgement is not None and not judgement.verdict.satisfies(required)
     path = place.complete(work, rejected=rejected)
-    notes = tuple(run.notes)
-    return PruneResult(path, selection, run.target, before, after, logits, logits_skipped, notes, judgement, rejected)
+    following = () if rejected else tuple(commands_after(facts, path))
+    return PruneResult(
+        path,
+        selection,
+        run.target,
+        before,
+        after,
+        logits,
+        logits_skipped,
+        tuple(run.notes),
+        judgement,
+        rejected,
+        facts.opening,
+        following,
+    )
 
 
 def _check_request(
