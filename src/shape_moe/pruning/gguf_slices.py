@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +20,6 @@ from shape_moe.architectures.fingerprint import origin
 from shape_moe.architectures.gguf_file import STRING, Entry, make_entry, make_header, read_gguf
 from shape_moe.architectures.gguf_model import GgufModel
 from shape_moe.architectures.safetensors_file import TensorSlot
-from shape_moe.architectures.sizes import weight_count
 from shape_moe.errors import CheckpointError, UsageError
 from shape_moe.pruning.checkpoint import SlicedTensor, check_fits, slice_tensor
 from shape_moe.pruning.kept import Keeping
@@ -79,7 +79,7 @@ def plan_gguf(source: GgufModel, selection: Selection) -> GgufPlan:
             found = slice_tensor(keeping, slot)
             if found is not None:
                 tensors.append(SlicedTensor(stored, found.shape, slot, found.ranges))
-    entries = pruned_metadata(source, selection, sum(_parameters(tensor) for tensor in tensors))
+    entries = pruned_metadata(source, selection, sum(prod(tensor.shape) for tensor in tensors))
     return GgufPlan(tuple(entries), tuple(tensors), source.headers[0].alignment)
 
 
@@ -133,18 +133,13 @@ def pruned_metadata(source: GgufModel, selection: Selection, parameters: int) ->
     return [*kept, *(make_entry(key, STRING, value) for key, value in own.items())]
 
 
-def _parameters(tensor: SlicedTensor) -> int:
-    rows = tensor.source.shape[0] if tensor.source.shape else 1
-    return weight_count(tensor.source) * (tensor.shape[0] if tensor.shape else 1) // rows
-
-
 def _size_label(source: GgufModel, count: int, parameters: int) -> str:
     """Number of experts and size of one, as converters write them."""
     from gguf.utility import size_label
 
     moe, layers = source.moe, len(source.moe_layers)
     packed = [slot for name, slot in source.tensors.items() if source.role(name).role == "packed"]
-    per_expert = sum(map(weight_count, packed)) // moe.num_experts
+    per_expert = sum(prod(slot.shape) for slot in packed) // moe.num_experts
     return str(size_label(parameters, parameters - per_expert * count, per_expert, count if layers else 0))
 
 
