@@ -66,6 +66,7 @@ def trace(
         engine=engine,
         engine_args=parse_values(engine_arg, "--engine-arg"),
     )
+    talk.begin("Checking the model and the examples ...")
     result = shape_moe.trace(model, options, out, revision=hub.revision, force=force.force, progress=talk)
     skipped = result.info.source.get("skipped") or {}
     if skipped:
