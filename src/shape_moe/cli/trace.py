@@ -52,7 +52,9 @@ def trace(
     engine_arg: Annotated[
         list[str] | None,
         typer.Option(
-            help="With --engine vllm: NAME=VALUE, for example tensor_parallel_size=2.", rich_help_panel=RUN_PANEL
+            metavar="NAME=VALUE",
+            help="With --engine vllm: an argument of vllm.LLM, for example tensor_parallel_size=2.",
+            rich_help_panel=RUN_PANEL,
         ),
     ] = None,
 ) -> None:
