@@ -21,8 +21,9 @@ HEAD = """# The command line
 `shape-moe --install-completion` teaches your shell (bash, zsh, fish or PowerShell) to complete verbs and options.
 
 - Shares are written `60%` or `0.6`, sizes `24GiB` or `80GB`, numbers of tokens `16k` or `8192`.
-- A model is a folder, a name on the Hugging Face hub (`--revision` picks a branch, tag or commit), or `embedded`, the small
-  model that ships with the package. A data set on the hub takes its revision after its name: `NAME@REVISION`.
+- A model is a folder, a name on the Hugging Face hub (`--revision` picks a branch, tag or commit), or `embedded`,
+  the small model that ships with the package. A data set on the hub takes its revision after its name:
+  `NAME@REVISION`.
 - Results go to stdout, everything else to stderr.
 - See also [exit codes](exit-codes.md), and [tokens, caches and revisions](environment.md).
 

@@ -202,7 +202,8 @@ def test_folders_and_files_that_are_no_models(folder, tmp_path) -> None:
     (tmp_path / "gguf").mkdir()
     (tmp_path / "gguf" / "m-Q4_K_M.gguf").write_bytes(b"GGUF\3\0\0\0")
     assert "holds GGUF files (m-Q4_K_M.gguf)" in refused(tmp_path / "gguf")
-    assert "is a GGUF file" in refused(tmp_path / "gguf" / "m-Q4_K_M.gguf")
+    assert "name the file itself" in refused(tmp_path / "gguf")
+    assert "ends within its header" in refused(tmp_path / "gguf" / "m-Q4_K_M.gguf")
     assert "is a file: name the folder" in refused(folder / "model.safetensors")
     assert "is a folder of the hub's cache" in refused(_cache(tmp_path))
 

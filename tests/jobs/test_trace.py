@@ -358,7 +358,7 @@ def test_nan_weights_name_the_layer(tmp_path, embedded, data) -> None:
 
 def test_engines_and_their_arguments(embedded, data) -> None:
     source = data([{"text": "abc"}])
-    with pytest.raises(UsageError, match="no engine 'sglang'; there are transformers, vllm"):
+    with pytest.raises(UsageError, match="no engine 'sglang'; there are stream, transformers, vllm"):
         options(source, engine="sglang")
     with pytest.raises(UsageError, match="go with --engine vllm"):
         options(source, engine_args={"tensor_parallel_size": 2})

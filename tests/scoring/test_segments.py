@@ -27,12 +27,13 @@ def trace() -> Trace:
 def only(trace: Trace, segment: int) -> Trace:
     """The trace of the tokens of one segment alone."""
     statistics = {name: values.copy() for name, values in trace.statistics.items()}
+    others = [2 * (1 - segment), 2 * (1 - segment) + 1]
     for values in statistics.values():
-        values[:, 1 - segment] = 0
+        values[:, :, others] = 0
     coalitions = {}
     for layer, table in trace.coalitions.items():
         counts = table.counts.copy()
-        counts[:, [1 - segment, 3 - segment]] = 0
+        counts[:, 1 - segment :: 2] = 0
         coalitions[layer] = CoalitionTable(table.members, counts)
     return replace(trace, statistics=statistics, coalitions=coalitions)
 
@@ -69,18 +70,19 @@ def test_sums_are_linear_in_the_weights(trace, name) -> None:
 def test_the_largest_norm_is_not_weighted(trace) -> None:
     """A maximum over the tokens that count at all."""
     norms = trace.statistics["largest_norm"]
-    for weights, segments in ((SegmentWeights(0.5, 3.0), (0, 1)), (SegmentWeights(2.0, 0.0), (0,))):
-        np.testing.assert_array_equal(trace.sums("largest_norm", weights), norms[:, segments].max(axis=(1, 2)))
+    for weights, cells in ((SegmentWeights(0.5, 3.0), (0, 1, 2, 3)), (SegmentWeights(2.0, 0.0), (0, 1))):
+        np.testing.assert_array_equal(trace.sums("largest_norm", weights), norms[:, 0, cells].max(axis=(1, 2)))
 
 
 def test_halves_are_even_and_odd_folds(trace) -> None:
     for half in (0, 1):
         part = trace.half(half)
         for name in ("tokens", "gate", "largest_norm"):
-            folds = trace.statistics[name][:, :, half::2]
+            folds = trace.statistics[name][:, 0, :, half::2]
             expected = folds.max(axis=(1, 2)) if name == "largest_norm" else folds.sum(axis=(1, 2))
             np.testing.assert_allclose(part.sums(name), expected, rtol=1e-12)
-        np.testing.assert_allclose(part.sums("gram"), trace.statistics["gram"][:, :, half].sum(axis=1), rtol=1e-12)
+        pairs = trace.statistics["gram_relative"][:, 0, :, half].sum(axis=1)
+        np.testing.assert_allclose(part.sums("gram_relative"), pairs, rtol=1e-12)
         for layer, table in part.coalitions.items():
             tokens = np.zeros(9)
             np.add.at(tokens, table.members, table.weighted(1, 1)[:, None])

@@ -8,6 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shape_moe.architectures.gguf_file import is_gguf
+from shape_moe.architectures.gguf_model import GgufModel
+from shape_moe.architectures.gguf_tokenizer import load_gguf_tokenizer
+from shape_moe.architectures.host_memory import host_memory
 from shape_moe.architectures.loaded import check_loaded
 from shape_moe.architectures.moe_config import foreign_code
 from shape_moe.architectures.safetensors_file import DTYPE_BITS
@@ -15,6 +19,7 @@ from shape_moe.architectures.sites import find_sites
 from shape_moe.architectures.sizes import weight_count
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.errors import CheckpointError, ShapeMoeError, UnsupportedModelError, UsageError, first_line
+from shape_moe.units import readable_size
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +28,7 @@ if TYPE_CHECKING:
 Note = Callable[[str], None]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken", "tekken.json")
-_LOADING_ERRORS = (
+LOADING_ERRORS = (
     OSError,
     ArithmeticError,
     AssertionError,
@@ -77,23 +82,47 @@ def _from_pretrained(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model as Transformers loads it, and its loading info."""
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM
 
     options = {**options, "dtype": dtype if dtype == "auto" else getattr(torch, dtype), "trust_remote_code": trusted}
     quantisation = unpacking(snapshot)
     if quantisation is not None:
         options["quantization_config"] = quantisation
+    loader: Any = AutoModelForCausalLM
+    source: Path | None = snapshot.path
+    if isinstance(snapshot, GgufModel):
+        loader, source = getattr(transformers, snapshot.moe.family.stock_class), None
+        options |= _from_values(snapshot)
     try:
-        with _quietly():
+        with quietly():
             # tensors of another shape are refused below, with all others that are not as they should be
-            found: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
-                snapshot.path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            found: tuple[PreTrainedModel, dict[str, Any]] = loader.from_pretrained(
+                source, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     except torch.OutOfMemoryError:
         raise
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise CheckpointError(f"Transformers could not load {snapshot.name}: {first_line(error)}") from error
     return found
+
+
+def _from_values(model: GgufModel) -> dict[str, Any]:
+    """What makes Transformers load a model of which there is no folder: its configuration and its tensors.
+
+    Raises:
+        UnsupportedModelError: for tensors that cannot be dequantised.
+        CheckpointError: when the model's class refuses the configuration.
+    """
+    from transformers import AutoConfig
+
+    if model.why_not_dequantised is not None:
+        raise UnsupportedModelError(f"{model.name} cannot be loaded: {model.why_not_dequantised}.")
+    try:
+        config = AutoConfig.for_model(**model.config)
+    except Exception as error:  # a class checks a foreign document as it likes
+        raise CheckpointError(f"Transformers refuses the configuration of {model.name}: {first_line(error)}") from error
+    return {"config": config, "state_dict": model.lazy_state()}
 
 
 def _about_code(code: str | None, model: PreTrainedModel) -> str | None:
@@ -114,15 +143,17 @@ def _about_code(code: str | None, model: PreTrainedModel) -> str | None:
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder.
+    """Load the tokenizer of a model.
 
     Args:
-        path: the folder.
+        path: its folder, or a GGUF file that has one in its metadata.
         trust_remote_code: run the code that comes with the tokenizer, where there is some.
 
     Raises:
         CheckpointError: when there is none that Transformers can load.
     """
+    if is_gguf(path):
+        return load_gguf_tokenizer(path)
     from transformers import AutoTokenizer
 
     if not any(True for pattern in _VOCABULARIES for _ in path.glob(pattern)):
@@ -136,7 +167,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
         )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise CheckpointError(f"{path} has no tokenizer that can be loaded: {first_line(error)}") from error
     return tokenizer
 
@@ -145,7 +176,7 @@ def find_tokenizer(snapshot: Snapshot) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model, None where there is none that can be loaded."""
     try:
         return load_tokenizer(snapshot.path, trust_remote_code=snapshot.trust_remote_code)
-    except CheckpointError:
+    except (CheckpointError, UnsupportedModelError):
         return None
 
 
@@ -197,8 +228,22 @@ def _placement(device: str) -> dict[str, Any]:
     return {} if kind == "cpu" else {"device_map": {"": device}}
 
 
+def computing_device(device: str) -> torch.device:
+    """Where one layer at a time computes: ``auto`` is the first GPU where there is one, else the CPU.
+
+    Raises:
+        UsageError: for an unknown device.
+    """
+    import torch
+
+    _placement(device)
+    if device == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device(device)
+
+
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keep Transformers' own bars and reports off: callers show progress, and say what is wrong, in their own way."""
     from transformers.utils import logging
 
@@ -226,7 +271,7 @@ def loaded_bytes(snapshot: Snapshot, dtype: str = "auto") -> int:
     bits = {"float32": 32, "bfloat16": 16, "float16": 16}.get(dtype)
     total = 0
     for slot in snapshot.tensors.values():
-        own = DTYPE_BITS[slot.dtype]
+        own = DTYPE_BITS.get(slot.dtype, 16)
         total += weight_count(slot) * (bits or max(own, 16)) // 8
     return total
 
@@ -244,12 +289,11 @@ def release_memory() -> None:
 
 def free_memory(device: str = "auto") -> int:
     """Bytes free on the device (all GPUs together under ``auto``)."""
-    import psutil
     import torch
 
     _placement(device)
     if device == "cpu" or not torch.cuda.is_available():
-        return int(psutil.virtual_memory().available)
+        return host_memory()
     chosen = range(torch.cuda.device_count()) if device in ("auto", "cuda") else [torch.device(device).index or 0]
     return sum(torch.cuda.mem_get_info(index)[0] for index in chosen)
 
@@ -259,4 +303,4 @@ def why_not_loadable(bytes_needed: int, device: str = "auto") -> str | None:
     free = free_memory(device)
     if bytes_needed * _MEMORY_MARGIN <= free:
         return None
-    return f"the model needs {bytes_needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
+    return f"the model needs {readable_size(bytes_needed)} and {readable_size(free)} are free"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 from shape_moe.architectures.safetensors_file import DTYPE_BITS, TensorSlot
@@ -102,6 +102,8 @@ def weight_count(slot: TensorSlot) -> int:
     """Weights that a tensor stands for: scales of quantised tensors stand for none, packed bytes for several."""
     if slot.name.endswith(("_scales", "_scale", "_scale_inv", "qzeros", "g_idx", ".scales", "weight_shape")):
         return 0
+    if slot.dtype not in DTYPE_BITS:  # a type of GGUF, whose shapes are those of what it stands for
+        return prod(slot.shape)
     values = 8 * slot.size // DTYPE_BITS[slot.dtype]
     if slot.name.endswith("_blocks"):
         return 2 * values

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shape_moe.architectures.config_file import read_config
+from shape_moe.architectures.gguf_file import is_gguf
 from shape_moe.architectures.model_folder import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -189,10 +190,11 @@ def looks_like_path(name: str) -> bool:
 def open_snapshot(
     model: str | os.PathLike[str], revision: str | None = None, *, trust_remote_code: bool = False
 ) -> Snapshot:
-    """Open a local model folder, or the local copy of a hub model (downloaded when it is missing).
+    """Open a local model folder or GGUF file, or the local copy of a hub model (downloaded when it is missing).
 
     Args:
-        model: a folder or hub id, or ``embedded`` for the model that ships with this package.
+        model: a folder, a GGUF file (any part of a split one), a hub id, or ``embedded`` for the model that ships
+            with this package.
         revision: of a hub model.
         trust_remote_code: run the code that comes with the model, where there is some, instead of Transformers' own.
 
@@ -204,6 +206,10 @@ def open_snapshot(
     commit = None
     if not exists(path):
         path, commit = _download(str(model), revision)
+    if is_gguf(path):
+        from shape_moe.architectures.gguf_model import open_gguf  # a snapshot itself
+
+        return open_gguf(path, str(model))
     check_model_folder(path)
     config, notes = read_config(path)
     return Snapshot(path, config, _read_tensors(path), str(model), commit, notes, trust_remote_code)

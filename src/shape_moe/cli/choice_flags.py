@@ -28,10 +28,19 @@ class WeightFlags:
     response_weight: Annotated[
         float, typer.Option(help="How much a response token counts.", rich_help_panel=CHOICE_PANEL)
     ] = 1.0
+    pool_classes: Annotated[
+        bool,
+        typer.Option(
+            "--pool-classes",
+            help="Add the classes of a mixed data set up, as published, instead of keeping each class's best experts.",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = False
 
     def options(self, seed: int) -> ScoreOptions:
         """The scoring options that these flags describe."""
-        return ScoreOptions(SegmentWeights(self.prompt_weight, self.response_weight), seed)
+        weights = SegmentWeights(self.prompt_weight, self.response_weight)
+        return ScoreOptions(weights, seed, pool_classes=self.pool_classes)
 
 
 @dataclass

@@ -61,6 +61,21 @@ class SeedFlag:
 
 
 @dataclass
+class StreamFlag:
+    """How a model that is traced lies in memory."""
+
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Trace layer by layer, for models larger than memory, or with the whole model in memory. Default: "
+            "whole where it fits.",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = None
+
+
+@dataclass
 class DeviceFlags:
     """Where and in what precision a model runs."""
 

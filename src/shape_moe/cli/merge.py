@@ -20,10 +20,16 @@ def merge(
     weight: Annotated[
         list[float] | None, typer.Option(help="Weight of each trace, in order; all 1 when left out.")
     ] = None,
+    pool: Annotated[
+        bool, typer.Option("--pool", help="The traces are parts of one data set: do not make each a class of its own.")
+    ] = False,
 ) -> None:
     """Put several traces of one model together, each with a weight.
 
     Example: shape-moe merge traces/maths traces/code --weight 1 --weight 2 -o traces/both
     """
-    result = shape_moe.merge(traces, out, weights=weight, force=force.force)
-    output.output().result(document(result, out), lambda console: show(console, result, out))
+    result = shape_moe.merge(traces, out, weights=weight, pool=pool, force=force.force)
+    talk = output.output()
+    for remark in result.remarks:
+        talk.note(remark)
+    talk.result(document(result, out), lambda console: show(console, result, out))

@@ -46,7 +46,8 @@ def score(
         check_output_file(csv, force=force.force)
     if job.is_table(source) and changed_flags(flags):
         raise UsageError(f"{source} holds values already: leave {', '.join(changed_flags(flags))} out.")
-    scores = job.score(source, flags.scorer, flags.options(seed.seed))
+    options = flags.options(seed.seed)
+    scores = job.score(job.opened(source, talk), flags.scorer, options)
     if csv is not None:
         write_text(csv, scores.table().write_csv())
         talk.note(f"Wrote {csv}")
@@ -56,6 +57,11 @@ def score(
         "values": scores.values.tolist(),
         "activations": scores.activations.tolist(),
     }
+    if scores.joined:
+        talk.note(
+            "Values are shares of their layer: the largest that an expert has in any class. --pool-classes adds the "
+            "classes up; rule global compares shares of the whole model, which select takes from the trace itself."
+        )
     talk.result(document, lambda console: _show(console, scores, top))
 
 

@@ -12,7 +12,16 @@ from rich.markup import escape
 
 import shape_moe
 from shape_moe.cli.data_flags import DataFlags
-from shape_moe.cli.flags import RUN_PANEL, ForceFlag, LoadFlags, ModelArgument, OutputFlags, RevisionFlag, SeedFlag
+from shape_moe.cli.flags import (
+    RUN_PANEL,
+    ForceFlag,
+    LoadFlags,
+    ModelArgument,
+    OutputFlags,
+    RevisionFlag,
+    SeedFlag,
+    StreamFlag,
+)
 from shape_moe.cli.values import parse_values
 from shape_moe.jobs.session import DEFAULT_SAMPLES
 from shape_moe.tracing.trace import Trace
@@ -45,6 +54,7 @@ def trace(
     seed: SeedFlag,
     force: ForceFlag,
     output: OutputFlags,
+    stream: StreamFlag,
     engine: Annotated[
         str,
         typer.Option(help="transformers (all statistics) or vllm (coalitions and counts).", rich_help_panel=RUN_PANEL),
@@ -65,6 +75,7 @@ def trace(
     talk = output.output()
     options = replace(
         data.options(run, seed.seed, DEFAULT_SAMPLES),
+        stream=stream.stream,
         engine=engine,
         engine_args=parse_values(engine_arg, "--engine-arg"),
     )
@@ -85,6 +96,8 @@ def document(result: Trace, out: Path) -> dict[str, Any]:
         "fingerprint": info.fingerprint,
         "examples": info.examples,
         "tokens": info.tokens,
+        "classes": list(info.classes),
+        "left_out": info.left_out,
         "layers": list(info.layers),
         "num_experts": info.num_experts,
         "top_k": info.top_k,
@@ -101,5 +114,7 @@ def show(console: Console, result: Trace, out: Path) -> None:
         f"[bold]{escape(str(out))}[/bold]  {info.examples} examples, {info.tokens['prompt']:,.0f} prompt and "
         f"{info.tokens['response']:,.0f} response tokens"
     )
-    coalitions = sum(len(table.members) for table in result.coalitions.values())
+    if len(info.classes) > 1:
+        console.print(f"{len(info.classes)} classes: {', '.join(info.classes)}", markup=False)
+    coalitions = sum(len(table.pooled().members) for table in result.coalitions.values())
     console.print(f"{coalitions:,} coalitions in {len(info.layers)} layers; {used:,} of {total:,} experts were used")

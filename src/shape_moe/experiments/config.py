@@ -115,6 +115,7 @@ class ExperimentConfig:
         evaluation: what selections are judged by.
         seed: draws samples and resamples.
         weights: how much prompt and response tokens count in scores.
+        pool_classes: whether classes of the calibration data are added up instead of joined by their maximum.
         output: the folder for results, None where the file names none.
     """
 
@@ -126,6 +127,7 @@ class ExperimentConfig:
     evaluation: tuple[EvaluationSpec, ...]
     seed: int = 0
     weights: SegmentWeights = field(default_factory=SegmentWeights)
+    pool_classes: bool = False
     output: str | None = None
 
     @property
@@ -144,7 +146,8 @@ class ExperimentConfig:
 
     def scoring(self, method: SeededMethod) -> ScoreOptions:
         """How a method's scorer is run."""
-        return ScoreOptions(self.weights, self.seed if method.seed is None else method.seed)
+        seed = self.seed if method.seed is None else method.seed
+        return ScoreOptions(self.weights, seed, pool_classes=self.pool_classes)
 
     def echo(self) -> dict[str, Any]:
         """Everything that decides the results, for JSON."""

@@ -66,6 +66,7 @@ class _Grid:
     seed: int = 0
     prompt_weight: float = 1.0
     response_weight: float = 1.0
+    pool_classes: bool = False
     output: str | None = None
 
 
@@ -124,6 +125,7 @@ class _Reader:
             evaluation=evaluation,
             seed=grid.seed,
             weights=weights,
+            pool_classes=grid.pool_classes,
             output=None if grid.output is None else str(self.base / grid.output),
         )
 

@@ -22,9 +22,11 @@ from shape_moe.calibration.records import DataOptions, Record
 from shape_moe.calibration.responses import generate_answers
 from shape_moe.calibration.sources import Data
 from shape_moe.errors import ShapeMoeError, UsageError
+from shape_moe.jobs.way import WAYS, check_answers_fit, check_live, check_way, choose_way
 from shape_moe.made_with import versions
 from shape_moe.progress import Progress
 from shape_moe.traced_files import traced_files
+from shape_moe.tracing.classes import NO_CLASS, check_classes
 from shape_moe.tracing.custom_code import check_traceable
 from shape_moe.tracing.engine import Engine, Work, check_engine, get_engine
 from shape_moe.tracing.trace import Trace, TraceInfo
@@ -47,12 +49,13 @@ class ExampleOptions:
         device: where to run.
         dtype: in which dtype, ``auto`` for the checkpoint's.
         trust_remote_code: run the code that comes with the model instead of Transformers' own, where there is some.
+        stream: trace layer by layer (True), or with the whole model in memory (False); None decides by free memory.
         engine: what fills a trace: ``transformers`` (every statistic), ``vllm`` (coalitions and counts; for models of
             several GPUs), or one that another package registers.
         engine_args: further arguments of the engine, for vLLM those of ``vllm.LLM`` such as ``tensor_parallel_size``.
 
     Raises:
-        UsageError: for an unknown engine, and for arguments of one that takes none.
+        UsageError: for an unknown engine, for arguments of one that takes none, and for one that ``stream`` excludes.
     """
 
     data: DataOptions
@@ -61,11 +64,13 @@ class ExampleOptions:
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
+    stream: bool | None = None
     engine: str = "transformers"
     engine_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_engine(self.engine, self.engine_args)
+        check_way(self.engine, self.stream)
         if self.answers.skip_bad and not self.data.skip_bad:
             object.__setattr__(self, "data", replace(self.data, skip_bad=True))
 
@@ -116,6 +121,7 @@ class ModelSession:
         self._files = traced_files(snapshot.path) if snapshot else None
         skipped = loaded.skipped if loaded else {}
         found = loaded.records if loaded else records or []
+        check_classes({record.group or NO_CLASS for record in found})
         self.calibrator = ExampleMaker(found, tokeniser, options.data, options.answers, progress, skipped)
 
     @classmethod
@@ -142,7 +148,7 @@ class ModelSession:
             return cls(
                 model,
                 None,
-                tokenizer or load_tokenizer(model.path, trust_remote_code=model.trust_remote_code),
+                tokenizer or tokenizer_for(model, options.tokens),
                 options,
                 progress,
                 records,
@@ -217,14 +223,38 @@ class ModelSession:
             answerer=self.answerer,
             examples=self.calibrator,
             describe=self.info,
+            release=self.unload,
+            device=self.options.device,
             dtype=self.options.dtype,
             arguments=self.options.engine_args,
             progress=self.progress,
         )
-        return self.engine.open(work).fill(folder)
+        return self._chosen_engine(folder).open(work).fill(folder)
+
+    def _chosen_engine(self, folder: Path | None) -> Engine:
+        """What fills the trace: of the ways to run a Transformers model, the one that was asked for or fits.
+
+        Raises:
+            UsageError: when a live model is to be read layer by layer.
+        """
+        if self.engine.name not in WAYS:
+            return self.engine
+        if self.snapshot is None:
+            check_live(self.options)
+            return self.engine
+        way = choose_way(self.snapshot, self.options, folder, loaded=self._model is not None)
+        if way.reason is not None:
+            self.progress.note(way.reason)
+        return get_engine(way.engine)
 
     def answerer(self) -> Answerer:
-        """What lets the model answer prompts."""
+        """What lets the model answer prompts.
+
+        Raises:
+            ShapeMoeError: when the whole model does not fit into memory.
+        """
+        if self._model is None and self.snapshot is not None:
+            check_answers_fit(self.snapshot, self.options, len(self.calibrator.open))
         return partial(generate_answers, self.model, batch_size=self.options.answers.batch_size)
 
     def info(self, moe: MoeConfig, layers: tuple[int, ...], implementation: str, dtype: str, engine: str) -> TraceInfo:
@@ -261,6 +291,20 @@ class ModelSession:
             return origin(self.snapshot)
         name = str(self.model.name_or_path or type(self.model).__name__)
         return Origin(model=name, revision=None, fingerprint=UNVERIFIED, layout_fingerprint=UNVERIFIED)
+
+
+def tokenizer_for(snapshot: Snapshot, options: TokenOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer that examples are read with: the model's own, or that of the folder that the options name.
+
+    Raises:
+        CheckpointError: when there is none that can be loaded.
+    """
+    if options.tokenizer is None:
+        return load_tokenizer(snapshot.path, trust_remote_code=snapshot.trust_remote_code)
+    folder = Path(options.tokenizer)
+    if not folder.is_dir():
+        raise UsageError(f"There is no folder {folder} to read a tokenizer from (--tokenizer).")
+    return load_tokenizer(folder)
 
 
 def load_original(snapshot: Snapshot, device: str, dtype: str, progress: Progress) -> PreTrainedModel:

@@ -67,16 +67,24 @@ def merge(
     out: str | PathLike[str],
     *,
     weights: Sequence[float] | None = None,
+    pool: bool = False,
     force: bool = False,
 ) -> Trace:
     """Put traces of one model together and write the result.
+
+    Args:
+        traces: their folders.
+        out: folder of the result.
+        weights: one for each, all 1 when left out.
+        pool: they are parts of one data set; else each data set becomes a class of its own.
+        force: replace an existing result.
 
     Raises:
         FingerprintError: when they are of different models.
         UsageError: when weights do not fit, or the output exists.
     """
-    merged = merge_traces([load_trace(path) for path in traces], weights)
-    job = {"verb": "merge", "traces": [str(path) for path in traces], "weights": list(weights or [])}
+    merged = merge_traces([load_trace(path) for path in traces], weights, pool=pool)
+    job = {"verb": "merge", "traces": [str(path) for path in traces], "weights": list(weights or []), "pool": pool}
     with Workspace(out, job, force=force, inputs=traces) as work:
         merged.save(work.path)
         return load_trace(work.complete())
@@ -100,6 +108,8 @@ def open_trace(given: str | PathLike[str], snapshot: Snapshot, progress: Progres
     if found.info.layout_fingerprint not in (UNVERIFIED, layout_fingerprint(snapshot)):
         progress.note("The trace was made from another copy of this model (other names, dtypes or shapes of tensors).")
     _check_weights(found, f"The trace {given}", snapshot, progress, force=force)
+    for remark in found.remarks:
+        progress.note(remark)
     return found
 
 

@@ -76,8 +76,9 @@ def _selection(selection: Selection) -> Facts:
     rules = {
         name.replace("_", " "): value
         for name, value in selection.constraints.items()
-        if value not in (None, [], {}, "", 1) and name != "budget_asked"
+        if value not in (None, [], {}, "", 1) and name not in ("budget_asked", "classes")
     }
+    names = ", ".join(name or "(no class)" for name in selection.classes)
     return [
         ("Scorer", selection.scorer),
         ("Rule", selection.rule),
@@ -85,6 +86,7 @@ def _selection(selection: Selection) -> Facts:
         ("Keep rate", f"{percent(selection.keep)} ({readable_share(selection.keep_asked)} asked)"),
         ("Alpha", f"{selection.alpha:.4g}" if selection.alpha is not None and selection.alpha <= 1 else ""),
         ("Constraints", ", ".join(f"{name} {_short(value)}" for name, value in rules.items())),
+        ("Classes", f"{names}; {'added up' if selection.pooled else 'joined by their maximum'}" if names else ""),
         ("Weights and seed", ", ".join(f"{name} {value:g}" for name, value in selection.options.items())),
     ]
 
@@ -128,6 +130,14 @@ def commands(material: Material) -> list[str]:
             found += [select, f"shape-moe prune {model} --selection selection.json -o pruned"]
     measured = [result.made_with.command for result in (material.sweep, material.evaluation) if result is not None]
     return [*found, *(command for command in measured if command)]
+
+
+def calibration_options(info: TraceInfo) -> str | None:
+    """The options that name the calibration examples of a trace again, None where they are not in one set of files."""
+    sources = _sources(info)
+    if len(sources) != 1 or "content_hash" not in sources[0] or sources[0].get("in_memory"):
+        return None
+    return _data_options(sources[0])
 
 
 def _trace_commands(info: TraceInfo, model: str) -> list[str]:

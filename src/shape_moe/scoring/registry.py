@@ -17,10 +17,20 @@ _BUILT_IN = ("shape", "contribution", "frequency", "gating", "reap", "ean", "eas
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """What a user may choose when a trace is scored: factors on segments, and the seed of random scores."""
+    """How a trace is scored.
+
+    Attributes:
+        weights: factors on segments.
+        seed: of random scores.
+        pool_classes: add classes of examples up before they are scored, instead of joining their scores.
+        by_layer: how the scores of classes become shares before they are joined, as the rule needs it: of their layer,
+            or of the whole model; see :func:`shape_moe.scoring.classes.joined`.
+    """
 
     weights: SegmentWeights = field(default_factory=SegmentWeights)
     seed: int = 0
+    pool_classes: bool = False
+    by_layer: bool = True
 
 
 class ScoreFunction(Protocol):

@@ -17,10 +17,17 @@ from shape_moe.tracing.trace import SegmentWeights
 
 
 def scoring_of(selection: Selection | None) -> ScoreOptions:
-    """The segment weights and the seed that a selection was scored with; the defaults where it does not say."""
-    options = selection.options if selection is not None else {}
+    """How a selection was scored: segment weights, seed, and what became of classes; defaults where it does not say."""
+    if selection is None:
+        return ScoreOptions()
+    options, rule = selection.options, known_rules().get(selection.rule)
     weights = SegmentWeights(float(options.get("prompt", 1.0)), float(options.get("response", 1.0)))
-    return ScoreOptions(weights, int(options.get("seed", 0)))
+    return ScoreOptions(
+        weights,
+        int(options.get("seed", 0)),
+        pool_classes=selection.pooled,
+        by_layer=rule is None or rule.by_layer,
+    )
 
 
 def options_of(selection: Selection) -> SelectOptions | None:

@@ -46,7 +46,7 @@ def priority_bounds(rule: Rule, scores: Scores, rounding: float) -> tuple[Priori
     Returns:
         float64 [L, E] twice.
     """
-    values, tiebreak = scores.values, scores.activations
+    values, tiebreak = scores.values, scores.tiebreak
     priority = rule(values, tiebreak)
     if not rounding:
         return priority, priority
@@ -107,8 +107,8 @@ class _Cut:
     ) -> None:
         layers, experts = kept.shape
         self.room = Room(layers, experts, constraints)
-        ranks = layer_ranks(scores.values, scores.activations)
-        self.priority = rule(scores.values, scores.activations)
+        ranks = layer_ranks(scores.values, scores.tiebreak)
+        self.priority = rule(scores.values, scores.tiebreak)
         self.order = self.room.order(self.priority, ranks)
         self.first, self.last = bounds
         self.ranked = rule.by_rank and constraints.groups == 1

@@ -28,11 +28,19 @@ class Rule:
         function: from values [L, E] and a tiebreak [L, E] (usually tokens routed to the expert; None for none) to a
             priority [L, E], smaller is kept first.
         by_rank: whether the priority depends on ranks within layers alone.
+        within_layers: whether a layer's priorities depend on its own values alone, and not on their scale. This
+            decides how the scores of several classes are made comparable: as shares of their layer, or of the model.
     """
 
     name: str
     function: RuleFunction
     by_rank: bool = False
+    within_layers: bool = False
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether classes are made comparable layer by layer."""
+        return self.by_rank or self.within_layers
 
     def __call__(self, values: Values, tiebreak: Values | None = None) -> Priority:
         """The priority, float64 [L, E].
@@ -51,7 +59,9 @@ class Rule:
 _RULES: Registry[Rule] = Registry("rule", "shape_moe.rules", ())
 
 
-def register(name: str, *, by_rank: bool = False) -> Callable[[RuleFunction], RuleFunction]:
+def register(
+    name: str, *, by_rank: bool = False, within_layers: bool = False
+) -> Callable[[RuleFunction], RuleFunction]:
     """Register a function as a rule; see :class:`Rule` for the arguments.
 
     Raises:
@@ -59,7 +69,7 @@ def register(name: str, *, by_rank: bool = False) -> Callable[[RuleFunction], Ru
     """
 
     def add(function: RuleFunction) -> RuleFunction:
-        _RULES.add(name, Rule(name, function, by_rank), function)
+        _RULES.add(name, Rule(name, function, by_rank, within_layers), function)
         return function
 
     return add
@@ -83,7 +93,7 @@ def layer_ranks(values: Values, tiebreak: Values | None = None) -> NDArray[np.in
     return ranks
 
 
-@register("coverage")
+@register("coverage", within_layers=True)
 def coverage_priority(values: Values, tiebreak: Values | None = None) -> Priority:
     r"""Priority of SHAPE's quality-coverage selection (arXiv 2606.09886).
 

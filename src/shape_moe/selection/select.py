@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,10 +95,10 @@ class _Picker:
         self.constraints = options.constraints(layers, facts)
 
     def priority(self, scores: Scores) -> Priority:
-        return self.rule(scores.values, scores.activations)
+        return self.rule(scores.values, scores.tiebreak)
 
     def keep(self, scores: Scores, budget: int) -> NDArray[np.bool_]:
-        ranks = layer_ranks(scores.values, scores.activations)
+        ranks = layer_ranks(scores.values, scores.tiebreak)
         return choose(self.priority(scores), budget, self.constraints, ranks=ranks)
 
 
@@ -125,20 +126,30 @@ class TraceSelector:
             )
         halves = [trace.half(half) for half in (0, 1)]
         self._halves = halves if all(half.sums("tokens", weights).any(axis=1).all() for half in halves) else []
-        self._scores: dict[str, tuple[Scores, list[Scores]]] = {}
+        self._scores: dict[tuple[str, bool], tuple[Scores, list[Scores]]] = {}
         self._bounds: dict[tuple[str, str], tuple[Priority, Priority]] = {}
 
-    def _scored(self, scorer: str) -> tuple[Scores, list[Scores]]:
-        if scorer not in self._scores:
-            whole = score_trace(self.trace, scorer, self.scoring)
+    def _scored(self, scorer: str, *, by_layer: bool) -> tuple[Scores, list[Scores]]:
+        key = (scorer, by_layer or len(self.trace.info.classes) == 1)
+        if key not in self._scores:
+            options = replace(self.scoring, by_layer=by_layer)
             halves = self._halves if get_scorer(scorer).needs else []
-            self._scores[scorer] = whole, [score_trace(half, scorer, self.scoring) for half in halves]
-        return self._scores[scorer]
+            whole, *parts = (score_trace(trace, scorer, options) for trace in (self.trace, *halves))
+            self._scores[key] = whole, parts
+        return self._scores[key]
+
+    def _classes(self, scores: Scores) -> dict[str, Any]:
+        """What a selection says about the classes of the trace, nothing where it has but one."""
+        names = self.trace.info.classes
+        if len(names) == 1:
+            return {}
+        return {"classes": {"names": list(names), "joined": "maximum" if scores.joined else "pooled"}}
 
     def _near_ties(self, picker: _Picker, scores: Scores, mask: NDArray[np.bool_]) -> dict[int, list[int]]:
         key = (scores.scorer, picker.rule.name)
         if key not in self._bounds:
             rounding = rounding_of(self.trace.info.dtype) if get_scorer(scores.scorer).needs else 0.0
+            rounding *= 2 if scores.joined else 1  # a share moves with its value and with the whole
             self._bounds[key] = priority_bounds(picker.rule, scores, rounding)
         tied = near_ties(picker.rule, scores, mask, picker.constraints, self._bounds[key])
         return {layer: ids for layer, ids in layers_from_mask(scores.layers, tied).items() if ids}
@@ -154,8 +165,8 @@ class TraceSelector:
             UsageError: for options that contradict each other, the trace or the model.
         """
         info, weights = self.trace.info, self.scoring.weights
-        scores, halves = self._scored(options.method.scorer)
         picker = _Picker(options, info.layers, info.routing)
+        scores, halves = self._scored(options.method.scorer, by_layer=picker.rule.by_layer)
         selection, mask, budget = _selection(picker, scores, info.routing.top_k)
         agreement = stability(*(picker.keep(half, budget) for half in halves)) if halves else None
         warnings = guards.warn_unseen(self._tokens)
@@ -166,6 +177,7 @@ class TraceSelector:
         warnings += guards.warn_inflation(options.method.routing, info.routing.renormalises)
         return replace(
             selection,
+            constraints={**selection.constraints, **self._classes(scores)},
             fingerprint=info.fingerprint,
             model=info.model,
             family=info.family,

@@ -47,7 +47,8 @@ class Selection:
         keep_asked: the keep rate that was asked for.
         alpha: smallest dropped priority under the coverage rule: keeping ``tau < alpha`` gives this selection.
             None under other rules, when constraints decided, or when it is tied with a kept one.
-        constraints: what else was asked for.
+        constraints: what else was asked for; where the trace has several classes, their names and how they were joined
+            (``classes``: ``names``, and ``joined``, which is ``maximum`` or ``pooled``).
         mass_kept: share of each layer's non-negative score mass that is kept, None for a layer without mass.
         stability: agreement of the two halves of the data, see :mod:`shape_moe.selection.stability`.
         near_ties: experts by layer, kept or not, that rounding alone could exchange; see
@@ -101,6 +102,16 @@ class Selection:
     def target(self) -> str:
         """What it was made for: ``ragged`` or ``stock``."""
         return str(self.constraints.get("target", "ragged"))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes of examples that it was made for, none where there was but one."""
+        return tuple((self.constraints.get("classes") or {}).get("names") or ())
+
+    @property
+    def pooled(self) -> bool:
+        """Whether it was made from several classes added up, rather than joined by their maximum."""
+        return (self.constraints.get("classes") or {}).get("joined") == "pooled"
 
     @property
     def method(self) -> Method:

@@ -59,6 +59,18 @@ def gated_norm_turned(seen: Observed) -> torch.Tensor:
     return seen.g * seen.norms * seen.turned[:, None]
 
 
+@statistic("contribution", per="slot", meaning="<a_i, y>")
+def contribution(seen: Observed) -> torch.Tensor:
+    """Inner product of a contribution and the routed output."""
+    return seen.contribution_products.sum(2)
+
+
+@statistic("contribution_relative", per="slot", meaning="<a_i, y> / |h|^2")
+def contribution_relative(seen: Observed) -> torch.Tensor:
+    """The same relative to the residual stream; 0 where that is 0."""
+    return seen.contribution_products.sum(2) * seen.residual_square_inverse[:, None]
+
+
 @statistic("largest_norm", per="slot", reduction="max", meaning="|E_i|")
 def largest_norm(seen: Observed) -> torch.Tensor:
     """The output's norm, of which the largest is kept."""
@@ -87,12 +99,6 @@ def output_square(seen: Observed) -> torch.Tensor:
 def residual_square(seen: Observed) -> torch.Tensor:
     """Squared norm of the residual stream."""
     return seen.residual_square
-
-
-@statistic("gram", per="pair", meaning="<a_i, a_j>")
-def gram(seen: Observed) -> torch.Tensor:
-    """Inner products of contributions."""
-    return seen.contribution_products
 
 
 @statistic("gram_relative", per="pair", meaning="<a_i, a_j> / |h|^2")

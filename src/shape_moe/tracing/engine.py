@@ -2,9 +2,10 @@
 
 An engine is opened for one model and one calibration set (:class:`Work`), and fills a trace in one call that may be
 interrupted: what it keeps in the folder that it is given lets the next call go on. A whole Transformers model
-(:mod:`shape_moe.tracing.whole_model`) and a vLLM engine (:mod:`shape_moe.tracing.vllm_engine`) are here; files of
-server responses and of coalition counts (:mod:`shape_moe.interop`) fill traces through the same :class:`Filler`. Other
-packages add engines through the entry-point group ``shape_moe.engines``.
+(:mod:`shape_moe.tracing.whole_model`), one that is read layer by layer (:mod:`shape_moe.tracing.layer_by_layer`) and a
+vLLM engine (:mod:`shape_moe.tracing.vllm_engine`) are here; files of server responses and of coalition counts
+(:mod:`shape_moe.interop`) fill traces through the same :class:`Filler`. Other packages add engines through the
+entry-point group ``shape_moe.engines``.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ class Work:
         answerer: gives what lets the live model answer prompts.
         examples: the calibration set; its ``run`` gives the examples, its ``skipped`` takes those that fail.
         describe: gives the trace's provenance.
+        release: lets go of the live model, where it was loaded.
+        device: where the model runs, ``auto`` for GPUs where there are some.
         dtype: in which dtype the model runs, ``auto`` for the checkpoint's.
         arguments: further arguments of the engine.
         progress: where to show progress.
@@ -71,6 +74,8 @@ class Work:
     answerer: Callable[[], Answerer]
     examples: ExampleMaker
     describe: Describe
+    release: Callable[[], None]
+    device: str
     dtype: str
     arguments: Mapping[str, Any]
     progress: Progress
@@ -85,7 +90,8 @@ class Engine:
         open: makes what fills one trace.
         statistics: names of the statistics that it gives, beside coalitions.
         takes_arguments: whether it takes arguments of its own.
-        shares_model: whether it leaves the model in this process, so that a larger job goes on with it.
+        shares_model: whether the model may be loaded in this process once the trace is made, so that a larger job goes
+            on with it.
     """
 
     name: str
@@ -96,7 +102,9 @@ class Engine:
 
 
 _ENGINES: Registry[Engine] = Registry(
-    "engine", "shape_moe.engines", ("shape_moe.tracing.whole_model", "shape_moe.tracing.vllm_engine")
+    "engine",
+    "shape_moe.engines",
+    ("shape_moe.tracing.whole_model", "shape_moe.tracing.layer_by_layer", "shape_moe.tracing.vllm_engine"),
 )
 
 

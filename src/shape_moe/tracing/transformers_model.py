@@ -12,6 +12,7 @@ import torch
 from shape_moe.architectures.loading import input_device
 from shape_moe.architectures.sites import MoeSite, find_sites, live_moe_config
 from shape_moe.errors import ShapeMoeError, first_line
+from shape_moe.tracing.classes import NO_CLASS
 from shape_moe.tracing.experts import (
     RECORDER_ATTRIBUTE,
     TRACED_GROUPED,
@@ -20,14 +21,14 @@ from shape_moe.tracing.experts import (
     register_traced_experts,
 )
 from shape_moe.tracing.recorder import BatchContext, LayerRecorder
-from shape_moe.tracing.statistics import Statistic, statistics
+from shape_moe.tracing.statistics import Statistic, fitting, statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from shape_moe.calibration.batches import Batch
     from shape_moe.tracing.coalitions import CoalitionTable
-    from shape_moe.tracing.trace import Array
+    from shape_moe.tracing.stored_statistics import Array
 
 
 class ModelTracer:
@@ -36,17 +37,25 @@ class ModelTracer:
     Args:
         model: a Transformers causal language model with MoE layers.
         recorded: the statistics to record, None for all that are installed.
+        classes: names of the classes of examples to keep apart.
 
     Attributes:
+        left_out: statistics that would be too large and are not recorded, and why.
         implementation: the experts implementation whose logits a traced forward reproduces bit for bit.
         batches: number of batches traced.
     """
 
-    def __init__(self, model: PreTrainedModel, recorded: Sequence[Statistic] | None = None) -> None:
-        self.model = model
-        self.recorded = tuple(statistics().values() if recorded is None else recorded)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        recorded: Sequence[Statistic] | None = None,
+        classes: Sequence[str] = (NO_CLASS,),
+    ) -> None:
+        self.model, self.classes = model, tuple(classes)
         self.moe = live_moe_config(model)
         self.sites = find_sites(model)
+        wanted = tuple(statistics().values() if recorded is None else recorded)
+        self.recorded, self.left_out = fitting(wanted, len(self.sites), len(self.classes), self.moe.num_experts)
         self.implementation = "grouped_mm" if _can_choose_experts(model) else "eager"
         self.recorders = [
             LayerRecorder(
@@ -55,6 +64,7 @@ class ModelTracer:
                 self.moe.residual_scale,
                 self.moe.family.router_scores,
                 self.recorded,
+                len(self.classes),
             )
             for site in self.sites
         ]
@@ -107,20 +117,36 @@ class ModelTracer:
         Raises:
             ShapeMoeError: when the pass cannot be recorded faithfully.
         """
-        context = BatchContext.of(batch)
-        try:
-            for recorder in self.recorders:
-                recorder.start(context)
+        with self.recording(batch):
             logits = self._forward(batch, logits_to_keep)
-            for recorder in self.recorders:
+        self.batches += 1
+        return logits
+
+    @contextmanager
+    def recording(self, batch: Batch, layer: int | None = None) -> Iterator[None]:
+        """Record what runs meanwhile as the pass of one batch.
+
+        Args:
+            batch: the batch.
+            layer: the decoder layer that the batch goes through, None for all of them. A layer without routed experts
+                leaves nothing to record.
+
+        Raises:
+            ShapeMoeError: when the pass cannot be recorded faithfully.
+        """
+        context = BatchContext.of(batch, self.classes)
+        recorders = [recorder for recorder in self.recorders if layer in (None, recorder.layer)]
+        try:
+            for recorder in recorders:
+                recorder.start(context)
+            yield
+            for recorder in recorders:
                 recorder.finish()
         except BaseException:
             self._failed = True  # some layers have added the batch, others have not
-            for recorder in self.recorders:
+            for recorder in recorders:
                 recorder.context = None
             raise
-        self.batches += 1
-        return logits
 
     @torch.no_grad()
     def failure(self, batch: Batch) -> str | None:

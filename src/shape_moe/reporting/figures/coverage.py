@@ -23,7 +23,7 @@ def coverage_curves(scores: Scores) -> NDArray[np.float64]:
     Returns:
         float64 [L, E + 1]: entry ``n`` is what the ``n`` best experts of the layer hold; 0 in a layer without value.
     """
-    ranks = layer_ranks(scores.values, scores.activations)
+    ranks = layer_ranks(scores.values, scores.tiebreak)
     ordered = np.take_along_axis(shares(scores), np.argsort(ranks, axis=1), axis=1)
     return np.concatenate([np.zeros((len(ordered), 1)), np.cumsum(ordered, axis=1)], axis=1)
 
