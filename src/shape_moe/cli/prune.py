@@ -312,15 +312,14 @@ def _show(console: Console, result: PruneResult) -> None:
     """How it was chosen and checked, then the lines that card and report open with, then what to type next."""
     if result.selection.choice is not None:
         _show_choice(console, result.selection.choice)
-    for line in (*notes_on(result.selection), *_checked(result)):
+    judged = result.judgement
+    forgotten = judged.forgotten.lines() if judged is not None and judged.forgotten is not None else []
+    for line in (*notes_on(result.selection), *_checked(result), *forgotten):
         console.print(line, markup=False)
     console.print()
     console.print(f"[bold]{escape(str(result.path))}[/bold]")
     for line in result.opening.lines() if result.opening is not None else ():
         console.print(line, markup=False)
-    if result.judgement is not None and result.judgement.forgotten is not None:
-        for line in result.judgement.forgotten.lines():
-            console.print(line, markup=False)
     show_commands(console, result.following)
 
 
