@@ -186,6 +186,7 @@ def prune(
         check_logits=not no_logits,
         force=force.force,
     )
+    talk.begin("Checking the model and the examples ...")
     result = shape_moe.prune(
         model, out, options, trace=trace, selection=selection, revision=hub.revision, progress=talk
     )

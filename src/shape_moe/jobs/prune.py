@@ -377,7 +377,7 @@ def _trace(run: _Run, folder: Path) -> None:
         replace(run.trace, info=replace(run.trace.info, canary=[])).save(folder)
     elif (session := run.session) is not None:
         if (folder / "trace.json").is_file():
-            run.progress.note("Going on with the trace of the interrupted run.")
+            run.progress.note("Using the trace that the interrupted run has made.")
         run.trace = kept_trace(lambda: session, folder)
 
 
@@ -388,7 +388,7 @@ def _selected(run: _Run, work: Path) -> Selection:
     if run.plan is not None and run.options.choice is not None:
         folder, file = work / "candidates.partial", work / "shape" / "selection.json"
         if file.is_file():
-            run.progress.note("Going on with the selection that the interrupted run has chosen.")
+            run.progress.note("Using the selection that the interrupted run has chosen.")
             chosen = load_selection(file)
         else:
             folder.mkdir(exist_ok=True)
