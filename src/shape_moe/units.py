@@ -6,6 +6,9 @@ import re
 from collections.abc import Sequence
 from math import ceil, floor, log10
 
+NONE = "\N{EN DASH}"
+"""Stands in tables where there is no number."""
+
 
 def readable_size(size: float) -> str:
     """Bytes in the largest binary unit that keeps the number above one."""
@@ -21,9 +24,9 @@ def size_unit(largest: float) -> tuple[str, float]:
     return ("GiB", 2.0**30) if largest >= 2**30 else ("MiB", 2.0**20)
 
 
-def counted(count: float, noun: str) -> str:
+def counted(count: float, noun: str, plural: str | None = None) -> str:
     """A whole number with its noun."""
-    return f"{count:,.0f} {noun}{'' if count == 1 else 's'}"
+    return f"{count:,.0f} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def capitalised(text: str) -> str:
@@ -57,6 +60,12 @@ def readable_share(share: float) -> str:
         return "< -99.9 %" if sign else "> 99.9 %"
     shown = f"{percent:.1f}" if percent < 9.95 or 99 < percent < 100 else f"{percent:.0f}"
     return f"{sign}{shown.removesuffix('.0')} %"
+
+
+def readable_points(difference: float) -> str:
+    """A difference of shares in percentage points with its sign, to the digits of :func:`readable_share`."""
+    shown = readable_share(difference).removesuffix(" %")
+    return re.sub(r"(?=\d)", "+", shown, count=1) if difference > 0 else shown
 
 
 def share_from(text: str) -> float | None:

@@ -17,6 +17,7 @@ from shape_moe.demo.embedded import exact_match
 from shape_moe.demo.run import run_demo
 from shape_moe.demo.tasks import TASKS, examples
 from shape_moe.pruning.masks import masked
+from shape_moe.reporting.demo_rows import demo_best, demo_headline
 from shape_moe.scoring.registry import scorers
 from shape_moe.scoring.scores import score_trace
 from shape_moe.selection.controls import inverted_selection, random_selection
@@ -142,8 +143,11 @@ def test_the_demo_prunes_by_every_scorer(tmp_path) -> None:
     assert made.report == tmp_path / "report.html"
     page = made.report.read_text(encoding="utf-8").replace("\N{NO-BREAK SPACE}", " ")
     page = page[: page.index("plotly.js v")]
-    assert "Keeps 77 of 128 experts, size 6.47 → " in page
-    assert "Method: shape/coverage, drop, ragged, 25 samples (the published SHAPE method)." in page
+    best = demo_best(made.document)
+    assert by_name[best.row["scorer"]].on_task >= 0.98
+    assert f"<h1>{demo_headline(made.document)}</h1>" in page
+    assert f"% smaller ({best.sizes}), and the embedded model (4 layers of 32 experts) still does sorting" in page
+    assert f"Method: {best.row['scorer']}/coverage, drop, ragged, 25 calibration examples (not the published" in page
     assert str(tmp_path / "sorting.jsonl") in page
     assert ".partial" not in page
     assert (tmp_path / "sorting.jsonl").is_file()
@@ -161,8 +165,8 @@ def test_the_demo_names_its_report(tmp_path, capsys, monkeypatch) -> None:
 
 
 def test_the_demo_shows_a_table(capsys) -> None:
-    assert run(["demo", "--task", "words", "--keep", "0.8", "--rule", "uniform"]) == 0
+    assert run(["demo", "--task", "words", "--keep", "0.8", "--rule", "uniform", "--all"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "Embedded model traced on words, rule uniform" in out
+    assert "The embedded model (4 layers of 32 experts) traced on words, rule uniform" in out
     for word in ("dense", "shape, inverted", "random", "contribution", "MiB", "other tasks"):
         assert word in out

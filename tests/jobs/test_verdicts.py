@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import json
 from dataclasses import replace
 
 import pytest
 
+import shape_moe
 from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.main import run
@@ -116,8 +118,12 @@ def test_the_command_opens_with_the_verdict(embedded, broken, files, tmp_path, c
     arguments = ["evaluate", str(embedded), str(tmp_path / "broken.json"), "--data", str(files["few"])]
     arguments += ["--device", "cpu", "--generate", "8", "--no-footprint", "--no-general"]
     assert run(arguments) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "broken: 1.22 MiB instead of 6.47 MiB"
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert len(out) < 10_000  # no line is filled up to the width of a pipe
+    assert lines[0] == (
+        "broken: 81 % smaller, from 6.47 MiB to 1.22 MiB; 12 % of the experts kept by reap/coverage, drop."
+    )
     assert lines[1].startswith("  Verdict: damaged. ")
     assert run([*arguments, "--json", "--max-drop", "1%"]) == 0
     verdict = json.loads(capsys.readouterr().out)["models"][1]["verdict"]
@@ -149,8 +155,19 @@ def test_prune_ends_with_the_judgement(embedded, tmp_path, few_prompts) -> None:
     assert [outcome.examples for outcome in verdict.outcomes] == [35]  # those that 25 samples left
     assert found.judgement.forgotten.groups[0].prompts == 6
     card = (found.path / "README.md").read_text(encoding="utf-8")
-    for line in found.judgement.lines():
+    said = [*found.opening.lines(), *found.judgement.lines()]
+    assert said[0].startswith("Method: shape/coverage, drop, ragged, 25 calibration examples (the published SHAPE")
+    assert "(4 layers of 32 experts): 19 % smaller" in said[1]
+    for line in said:
         assert line in card
+    page = shape_moe.report(found.path, tmp_path / "r.html", model=embedded).path.read_text(encoding="utf-8")
+    page = html.unescape(page[: page.index("plotly.js v")])
+    for line in (*said[:2], verdict.reason, verdict.advice):
+        assert line in page
+    assert found.following == (
+        f"shape-moe evaluate {embedded} {found.path} --data HELD_OUT.jsonl -o evaluation.json",
+        f"shape-moe report {found.path} -o report.html",
+    )
     written = json.loads((found.path / "shape" / "judgement.json").read_text(encoding="utf-8"))
     assert Verdict.from_document(written) == verdict
     same = judge(embedded, found.path, write_lines(tmp_path / "again.jsonl", examples("sorting", 60, seed=1)))

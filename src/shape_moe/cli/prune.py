@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.markup import escape
 
 import shape_moe
+from shape_moe.architectures.gguf_file import is_gguf
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.choice_flags import ScoreFlags, SelectFlags
-from shape_moe.cli.console import plain_table
+from shape_moe.cli.console import plain_table, show_commands
 from shape_moe.cli.data_flags import DataFlags
-from shape_moe.cli.estimates import number, signed
+from shape_moe.cli.estimates import kl, points
 from shape_moe.cli.flag_groups import changed_flags
 from shape_moe.cli.flags import (
     REJECTED,
@@ -28,7 +29,7 @@ from shape_moe.cli.flags import (
     SeedFlag,
 )
 from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags
-from shape_moe.cli.select import summary
+from shape_moe.cli.select import notes_on
 from shape_moe.cli.values import parse_routing, share_option
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.intervals import Estimate
@@ -43,7 +44,7 @@ from shape_moe.jobs.select import AUTO
 from shape_moe.jobs.session import DEFAULT_SAMPLES
 from shape_moe.selection.rules import budget_for
 from shape_moe.selection.selection import Selection, load_selection
-from shape_moe.units import joined, readable_size
+from shape_moe.units import joined, readable_share
 
 if TYPE_CHECKING:
     from shape_moe.jobs.prune import PruneResult
@@ -85,7 +86,12 @@ FIRST = {
 
 def prune(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the pruned checkpoint.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Folder for the pruned checkpoint; for a GGUF model NAME.gguf."
+        ),
+    ],
     data: DataFlags,
     select: SelectFlags,
     score: ScoreFlags,
@@ -148,6 +154,8 @@ def prune(
         raise UsageError(f"There is no preset {preset!r}; there is paper.")
     typed = (select, score)
     select, score = select.spelled_out(score)
+    if select.target is None and selection is None and is_gguf(Path(model)):
+        select = replace(select, target="stock", allow_rounding=True)  # llama.cpp loads nothing else
     limit = limits.limit()
     _check_rate_options(keep, memory.fit, selection, limit)
     choice = None
@@ -188,6 +196,7 @@ def prune(
         check_logits=not no_logits,
         force=force.force,
     )
+    talk.begin("Checking the model and the examples ...")
     result = shape_moe.prune(
         model, out, options, trace=trace, selection=selection, revision=hub.revision, progress=talk
     )
@@ -301,41 +310,52 @@ def _document(result: PruneResult) -> dict[str, Any]:
         "choice": result.selection.choice,
         "judgement": result.judgement.to_document() if result.judgement else None,
         "rejected": result.rejected,
+        "opening": result.opening.lines() if result.opening else [],
+        "next": list(result.following),
         "warnings": list(result.notes),
     }
 
 
 def _show_choice(console: Console, choice: dict[str, Any]) -> None:
     """What was tried, best first."""
-    columns = ("tried", "keep", "KL to dense", "exact match against dense")
+    columns = ("tried", "keep", "KL to dense", "exact match, points")
     table = plain_table(*columns, title=f"Judged by {choice['examples']} held-out examples")
     for entry in sorted(choice["tried"], key=lambda entry: (entry["keep"], entry["kl"]["value"])):
-        kl, change = Estimate.from_document(entry["kl"]), entry["exact_match_change"]
-        changed = signed(Estimate.from_document(change)) if change else ""
-        table.add_row(entry["method"], f"{entry['keep']:.3f}", number(kl, 4), changed)
+        change = entry["exact_match_change"]
+        changed = points(Estimate.from_document(change)) if change else ""
+        divergence = kl(Estimate.from_document(entry["kl"]))
+        table.add_row(entry["method"], readable_share(entry["keep"]), divergence, changed)
     console.print(table)
     console.print(f"Chosen: {choice['reason']}", markup=False)
 
 
 def _show(console: Console, result: PruneResult) -> None:
-    console.print(summary(result.selection))
-    share = result.bytes_after / result.bytes_before
-    sizes = f"{readable_size(result.bytes_before)} -> {readable_size(result.bytes_after)} ({share:.1%})"
-    console.print(f"[bold]{escape(str(result.path))}[/bold]  {sizes}")
+    """How it was chosen and checked, then the lines that card and report open with, then what to type next."""
     if result.selection.choice is not None:
         _show_choice(console, result.selection.choice)
-    for line in result.judgement.lines() if result.judgement else ():
-        console.print(line, markup=False, soft_wrap=True)
-    console.print("Every tensor equals its slice of the original.")
+    judged = result.judgement
+    forgotten = judged.forgotten.lines() if judged is not None and judged.forgotten is not None else []
+    for line in (*notes_on(result.selection), *_checked(result), *forgotten):
+        console.print(line, markup=False)
+    console.print()
+    console.print(f"[bold]{escape(str(result.path))}[/bold]")
+    for line in result.opening.lines() if result.opening is not None else ():
+        console.print(line, markup=False)
+    show_commands(console, result.following)
+
+
+def _checked(result: PruneResult) -> list[str]:
+    """What is known to be equal, and where the result loads."""
+    lines = ["Every tensor equals its slice of the original."]
     if result.logits is not None:
-        console.print(
+        lines.append(
             f"Logits equal those of the masked original: KL {result.logits.mean_kl:.1e}, top-1 agreement "
-            f"{result.logits.top1_agreement:.1%} over {result.logits.positions:,} positions."
+            f"{readable_share(result.logits.top1_agreement)} over {result.logits.positions:,} positions."
         )
-    if result.target == "stock":
-        console.print("Loads in any tool that loads the original.")
-    else:
-        console.print(
-            "Loads in Transformers after `import shape_moe`, or with trust_remote_code=True; for a checkpoint that any "
-            "tool loads, prune with --target stock (equal counts, rerouted)."
-        )
+    lines.append(
+        "Loads in any tool that loads the original."
+        if result.target == "stock"
+        else "Loads in Transformers after `import shape_moe`, or with trust_remote_code=True; for a checkpoint that "
+        "any tool loads, prune with --target stock (equal counts, rerouted)."
+    )
+    return lines

@@ -67,6 +67,9 @@ EXPLANATION = (
     "intervals overlap, more examples may change the order. Methods are compared at equal numbers of experts."
 )
 
+STARRED = EXPLANATION.replace("Bold is the best", "A star marks the best")
+"""The same where nothing is bold."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -81,6 +84,11 @@ class Cell:
     text: str
     value: float | None
     best: bool
+
+    @property
+    def marked(self) -> str:
+        """The text, with a star where the figure is the best one of its column."""
+        return f"{self.text} *" if self.best else self.text
 
 
 @dataclass(frozen=True)
@@ -328,15 +336,16 @@ class _Table:
             text = self._figure(found[0])
         else:
             values = [figure["value"] for figure in found]
-            text = f"{self._number(value)} ({self._number(min(values))} to {self._number(max(values))})"
+            low, high = (self._number(end).removesuffix(" %") for end in (min(values), max(values)))
+            text = f"{self._number(value)} ({low} to {high})"
         return Cell(text, value, value == best)
 
     def _figure(self, figure: Figure) -> str:
         text = self._number(figure["value"])
         if figure["low"] is None:
             return text
-        low, high = self._number(figure["low"]), self._number(figure["high"])
-        return text if text == low == high else f"{text} [{low}, {high}]"
+        low, high = (self._number(figure[end]).removesuffix(" %") for end in ("low", "high"))
+        return text if text.removesuffix(" %") == low == high else f"{text} [{low}, {high}]"
 
     def _number(self, value: float) -> str:
         if self.metric.key == "kl" and self.metric.task is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,6 @@ from shape_moe.reporting.figures.figure import percent, sentence
 from shape_moe.reporting.figures.metrics import METRICS, known_metrics
 from shape_moe.reporting.material import Material
 from shape_moe.reporting.story import is_selected, shrunk
-from shape_moe.selection.method import full_method
 from shape_moe.selection.selection import Selection
 from shape_moe.units import counted, readable_share, readable_size
 
@@ -41,13 +41,13 @@ class Tile:
 
 def headline(material: Material) -> str:
     """The page's heading."""
+    if material.demo is not None:
+        return demo_headline(material.demo)
     if material.selection is not None:
         return f"{material.model_name} with {readable_share(material.selection.keep)} of its experts"
     if material.experiment is not None:
         names = [str(entry["name"]) for entry in material.experiment["models"]]
         return f"Experiment on {', '.join(names)}"
-    if material.demo is not None:
-        return demo_headline(material.demo)
     if material.sweep is not None:
         return f"{material.model_name}: quality at every size"
     if material.evaluation is not None:
@@ -58,12 +58,8 @@ def headline(material: Material) -> str:
 
 def subline(material: Material) -> str:
     """The sentence below the heading."""
-    selection = material.selection
-    if selection is not None:
-        text = f"Keeps {selection.kept:,} of {selection.total:,} experts"
-        if material.sizes is not None:
-            text += f", size {shrunk(material.sizes)}"
-        return f"{text}. Method: {full_method(selection, _samples(material))}."
+    if material.opening is not None:
+        return material.opening.method
     if material.experiment is not None:
         return experiment_preface(material.experiment)
     if material.demo is not None:
@@ -75,16 +71,22 @@ def subline(material: Material) -> str:
     return "Nothing is selected yet: this report shows what the experts are worth."
 
 
+def joint_headline(materials: Sequence[Material]) -> str:
+    """The heading of a page on several models."""
+    return " and ".join(dict.fromkeys(material.model_name for material in materials))
+
+
+def joint_subline(materials: Sequence[Material]) -> str:
+    """What such a page shows, one after the other."""
+    return f"{counted(len(materials), 'result')}: {'; '.join(headline(material) for material in materials)}."
+
+
 def _judged_by(material: Material) -> str:
     evaluation = material.evaluation
     assert evaluation is not None
     if evaluation.data is None:
         return "benchmark tasks"
     return f"{counted(evaluation.examples, 'example')} of {evaluation.data}" if evaluation.examples else evaluation.data
-
-
-def _samples(material: Material) -> int | None:
-    return material.trace.info.examples if material.trace is not None else None
 
 
 def tiles(material: Material) -> list[Tile]:
