@@ -41,7 +41,7 @@ def test_a_slice_is_the_slice_of_the_plain_tensors(family, tmp_path) -> None:
     source = open_snapshot(tmp_path / "model")
     selection = random_selection(source, "reroute", "ragged")
     (tmp_path / "out").mkdir()
-    writer_for("ragged").write(source, selection, tmp_path / "out", SILENT)
+    writer_for(source, "ragged").write(source, selection, tmp_path / "out", SILENT)
     pruned = open_snapshot(tmp_path / "out").plain
     keeping = Keeping(source.moe.family, source.moe.num_layers, selection.layers, "reroute")
     expected = {}
@@ -83,7 +83,7 @@ def test_mlx_made_it_and_answers_alike_whole_and_pruned(family, tmp_path, embedd
     mlx_lm.convert(str(original), str(tmp_path / "mlx"), **options)
     source, tokens = open_snapshot(tmp_path / "mlx"), random_tokens(2, 12)
     (tmp_path / "pruned").mkdir()
-    writer_for("stock").write(source, random_selection(source, "reroute", "equal"), tmp_path / "pruned", SILENT)
+    writer_for(source, "stock").write(source, random_selection(source, "reroute", "equal"), tmp_path / "pruned", SILENT)
     for folder in (tmp_path / "mlx", tmp_path / "pruned"):
         theirs, _ = mlx_lm.utils.load_model(Path(folder))
         expected = torch.tensor(theirs(mx.array(tokens.numpy())).astype(mx.float32).tolist())
