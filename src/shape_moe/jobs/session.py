@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from shape_moe.architectures.fingerprint import UNVERIFIED, Origin, fingerprint, layout_fingerprint, origin
-from shape_moe.architectures.loading import free_memory, load_model, load_tokenizer, unpacking
+from shape_moe.architectures.loading import free_memory, load_model, load_tokenizer
 from shape_moe.architectures.moe_config import MoeConfig, foreign_code
+from shape_moe.architectures.plain_model import check_observable
 from shape_moe.architectures.sites import live_moe_config
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.example_maker import Answerer, AnswerOptions, ExampleMaker
@@ -146,7 +147,8 @@ class ModelSession:
         if isinstance(model, str | PathLike):
             model = open_snapshot(model, revision, trust_remote_code=options.trust_remote_code)
         if isinstance(model, Snapshot):
-            _ = model.moe_layers, unpacking(model)
+            _ = model.moe_layers
+            check_observable(model)
             return cls(
                 model,
                 None,
