@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from math import ceil, floor, log10
+
+NONE = "\N{EN DASH}"
+"""Stands in tables where there is no number."""
 
 
 def readable_size(size: float) -> str:
@@ -30,6 +34,12 @@ def capitalised(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+def joined(parts: Sequence[str]) -> str:
+    """Parts of a sentence: ``a``, ``a and b``, ``a, b and c``."""
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def readable_duration(seconds: float) -> str:
     """A time in seconds, minutes or hours."""
     if seconds < 90:
@@ -50,6 +60,12 @@ def readable_share(share: float) -> str:
         return "< -99.9 %" if sign else "> 99.9 %"
     shown = f"{percent:.1f}" if percent < 9.95 or 99 < percent < 100 else f"{percent:.0f}"
     return f"{sign}{shown.removesuffix('.0')} %"
+
+
+def readable_points(difference: float) -> str:
+    """A difference of shares in percentage points with its sign, to the digits of :func:`readable_share`."""
+    shown = readable_share(difference).removesuffix(" %")
+    return re.sub(r"(?=\d)", "+", shown, count=1) if difference > 0 else shown
 
 
 def share_from(text: str) -> float | None:

@@ -12,7 +12,7 @@ from gguf.constants import GGMLQuantizationType
 
 from shape_moe.architectures.gguf_architectures import ARCHITECTURES
 from shape_moe.architectures.gguf_model import GgufModel
-from shape_moe.architectures.loading import load_model
+from shape_moe.architectures.loading import load_model, loaded_bytes
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.errors import CheckpointError, UnsupportedModelError
 from support.gguf_files import (
@@ -97,7 +97,7 @@ def test_layers_experts_and_rows(tmp_path: Path) -> None:
     assert torch.equal(joined, experts.gate_up_proj[5])
     assert torch.equal(snapshot.values(down, "dequantised"), experts.down_proj[5])
     assert snapshot.values(down).numpy().tobytes() == down.read() == experts.down_proj[5].detach().numpy().tobytes()
-    state = {name: tensor[...] for name, tensor in snapshot.lazy_state().items()}
+    state = {name: tensor.values() for name, tensor in snapshot.plain.items()}
     assert {name for name in state if ".layers.1." in name} == set(snapshot.live_names(1))
     assert state.keys() == original.state_dict().keys()
     assert (
@@ -119,6 +119,20 @@ def test_the_rows_of_the_router_and_experts_are_first(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_experts_are_those_of_the_live_model(family: str, tmp_path: Path) -> None:
+    original = gguf_model(family)
+    snapshot = opened(save_gguf(original, tmp_path / "model.gguf"))
+    state = original.state_dict()
+    for layer in snapshot.moe_layers:
+        whole = {tensor.name: tensor for tensor in snapshot.plain_layer(layer)}
+        assert whole.keys() == {name for name in state if f".layers.{layer}." in name}
+        for tensor in snapshot.plain_expert(layer, 5):
+            assert torch.equal(tensor.values(), state[tensor.name][5])
+            assert tensor.count == state[tensor.name][5].numel()
+    assert loaded_bytes(snapshot, "float32") == 4 * sum(tensor.numel() for tensor in state.values())
+
+
 def test_experts_own_scales_multiply_their_weights(tmp_path: Path) -> None:
     original = gguf_model("qwen3_moe")
     tensors = to_gguf(original)
@@ -128,7 +142,7 @@ def test_experts_own_scales_multiply_their_weights(tmp_path: Path) -> None:
     assert snapshot.role("model.layers.1.mlp.experts.up_proj.scale").role == "packed"
     live = "model.layers.1.mlp.experts.down_proj"
     expected = original.model.layers[1].mlp.experts.down_proj.detach() * torch.from_numpy(scale)[:, None, None]
-    assert torch.equal(snapshot.lazy_state()[live][...], expected)
+    assert torch.equal(snapshot.plain[live].values(), expected)
 
 
 def test_a_split_model_is_one_model(tmp_path: Path) -> None:

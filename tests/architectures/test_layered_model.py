@@ -7,15 +7,20 @@ import threading
 
 import pytest
 import torch
+from gguf.constants import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from shape_moe.architectures import layered_model
 from shape_moe.architectures.layer_reader import WeightReader
 from shape_moe.architectures.layered_model import LayeredModel
+from shape_moe.architectures.loading import load_model
+from shape_moe.architectures.plain_model import about_quantisation
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.errors import CheckpointError, UnsupportedModelError, UsageError
+from support.gguf_files import gguf_model, matrices, save_gguf
 from support.mxfp4 import save_mxfp4_model
+from support.quantised import save_quantised
 from support.tiny_models import make_model, random_tokens, save_model
 
 
@@ -61,6 +66,38 @@ def test_every_family_is_bit_identical_to_the_whole_model(family: str, dtype: st
         # Transformers gives the last state after the final norm
         assert all(torch.equal(a, b) for a, b in zip(found[:-1], wanted.hidden_states[:-1], strict=True))
     assert model.bytes_read == snapshot.total_bytes
+
+
+@pytest.mark.parametrize("name", ["fp8_block", "gptq_act", "compressed_nvfp4", "bitsandbytes_nested", "mlx_4"])
+def test_quantised_models_are_bit_identical_too(name, tmp_path) -> None:
+    save_quantised(tmp_path / "model", name)
+    assert_layers_are_those_of_the_plain_model(tmp_path / "model", "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+def test_stacked_quantised_experts_are_bit_identical_too(dtype, tmp_path) -> None:
+    assert_layers_are_those_of_the_plain_model(save_mxfp4_model(tmp_path / "model"), dtype)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v2", "glm4_moe"])
+def test_gguf_files_are_bit_identical_too(family, tmp_path) -> None:
+    file = save_gguf(gguf_model(family), tmp_path / "model.gguf", matrices(GGMLQuantizationType.Q4_0))
+    assert_layers_are_those_of_the_plain_model(file, "auto")
+
+
+def assert_layers_are_those_of_the_plain_model(path, dtype) -> None:
+    snapshot, batches, notes = open_snapshot(path), two_batches(), []
+    layered = LayeredModel(snapshot, device="cpu", dtype=dtype, note=notes.append)
+    _, logits = through(layered, batches)
+    model = load_model(snapshot, device="cpu", dtype=dtype)
+    assert {n: p.dtype for n, p in layered.model.named_parameters()} == {
+        n: p.dtype for n, p in model.named_parameters()
+    }
+    for (ids, mask), found in zip(batches, logits, strict=True):
+        with torch.no_grad():
+            assert torch.equal(found, model(input_ids=ids, attention_mask=mask, use_cache=False).logits)
+    assert layered.bytes_read == snapshot.total_bytes
+    assert notes == [about_quantisation(snapshot, dtype)]
 
 
 def test_the_checkpoints_own_dtype_is_the_default(tmp_path) -> None:
@@ -149,10 +186,6 @@ def test_weights_that_are_not_all_there_are_refused_before_any_is_read(
 def test_what_cannot_be_read_layer_by_layer_is_refused(checkpoint, tmp_path) -> None:
     with pytest.raises(UsageError, match="dtype must be one of"):
         LayeredModel(open_snapshot(checkpoint("olmoe")), device="cpu", dtype="int8")
-    packed = open_snapshot(save_mxfp4_model(tmp_path / "packed"))
-    if "dequantised" not in packed.forms:
-        with pytest.raises(UnsupportedModelError, match="quantised weights"):
-            LayeredModel(packed, device="cpu")
     folder = tmp_path / "own"
     folder.mkdir()
     config = json.loads((checkpoint("olmoe") / "config.json").read_text())
@@ -171,13 +204,13 @@ def test_a_file_that_shrinks_is_named(checkpoint, tmp_path) -> None:
     with file.open("r+b") as stream:
         stream.truncate(file.stat().st_size - 8)
     with pytest.raises(CheckpointError, match=r"model.safetensors has become shorter"):
-        WeightReader(snapshot).read(snapshot.tensors.values())
+        WeightReader(snapshot).read(snapshot.plain.values())
 
 
 def test_values_are_those_on_disk_and_are_counted(checkpoint) -> None:
     snapshot = open_snapshot(checkpoint("gpt_oss"))
     reader = WeightReader(snapshot)
-    found = reader.read(snapshot.tensors.values())
+    found = reader.read(snapshot.plain.values())
     expected = load_file(checkpoint("gpt_oss") / "model.safetensors")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

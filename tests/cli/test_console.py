@@ -8,7 +8,7 @@ import sys
 import pytest
 from rich.text import Text
 
-from shape_moe.cli.console import Output, new_console, plain_table
+from shape_moe.cli.console import Output, new_console, plain_table, show_commands
 
 HOSTILE = "\x1b[31mred\x07\x9b1m"
 SPELLED = r"\x1b[31mred\x9b1m"
@@ -60,3 +60,34 @@ def test_json_is_pure(call, embedded, tmp_path) -> None:
     assert code == 0
     assert "\x1b" not in out
     assert json.loads(out)["model"] == str(link)
+
+
+LONG = "Every word of this sentence is whole, however narrow the terminal may be on which a reader looks at it."
+
+
+def test_lines_are_folded_between_words_on_a_terminal_and_not_at_all_elsewhere(capsys) -> None:
+    new_console(file=sys.stdout, force_terminal=True, width=30, color_system=None).print(LONG)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 3
+    assert " ".join(lines).split() == LONG.split()
+    new_console(file=sys.stdout).print(f"{LONG} {LONG}")
+    assert capsys.readouterr().out == f"{LONG} {LONG}\n"
+
+
+def test_commands_are_never_folded(capsys) -> None:
+    console = new_console(file=sys.stdout, force_terminal=True, width=30, color_system=None)
+    show_commands(console, [LONG])
+    assert capsys.readouterr().out == f"  {LONG}\n"
+
+
+def test_narrow_tables_lose_no_figure(capsys) -> None:
+    console = new_console(file=sys.stdout, force_terminal=True, width=80, color_system=None)
+    table = plain_table("model", *(f"a long heading {place}" for place in range(6)))
+    figures = [f"{place}2.3456 [{place}1.2345, {place}3.4567]" for place in range(1, 7)]
+    table.add_row("folder/with/a/long/name-of-a-model", *figures)
+    console.print(table)
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert max(len(line) for line in out.splitlines()) <= 80
+    for figure in " ".join(figures).split():
+        assert figure in out

@@ -128,7 +128,10 @@ def test_prune_in_one_go(call, embedded, data, tmp_path) -> None:
     code, out, err = call("prune", embedded, "--data", data, "--keep", "0.8", "-o", tmp_path / "out")
     assert code == 0
     text = " ".join(out.split())
-    assert "Keeps 102 of 128 experts (0.7969; asked 0.8) by shape/coverage, drop" in text
+    assert "Method: shape/coverage, drop, ragged, 25 calibration examples (the published SHAPE method)." in text
+    assert "(4 layers of 32 experts): 19 % smaller, from 6.47 MiB to " in text
+    assert "102 of 128 experts kept." in text
+    assert out.splitlines()[-1] == f"  shape-moe report {tmp_path / 'out'} -o report.html"
     assert "Two halves of the data agree on" in text
     assert "Every tensor equals its slice of the original" in text
     assert "Logits equal those of the masked original" in text

@@ -142,8 +142,8 @@ def test_the_demo_prunes_by_every_scorer(tmp_path) -> None:
     assert made.report == tmp_path / "report.html"
     page = made.report.read_text(encoding="utf-8").replace("\N{NO-BREAK SPACE}", " ")
     page = page[: page.index("plotly.js v")]
-    assert "Keeps 77 of 128 experts, size 6.47 → " in page
-    assert "Method: shape/coverage, drop, ragged, 25 samples (the published SHAPE method)." in page
+    assert "(4 layers of 32 experts): 37 % smaller, from 6.47 MiB to 4.08 MiB; 77 of 128 experts kept." in page
+    assert "Method: shape/coverage, drop, ragged, 25 calibration examples (the published SHAPE method)." in page
     assert str(tmp_path / "sorting.jsonl") in page
     assert ".partial" not in page
     assert (tmp_path / "sorting.jsonl").is_file()
@@ -161,8 +161,8 @@ def test_the_demo_names_its_report(tmp_path, capsys, monkeypatch) -> None:
 
 
 def test_the_demo_shows_a_table(capsys) -> None:
-    assert run(["demo", "--task", "words", "--keep", "0.8", "--rule", "uniform"]) == 0
+    assert run(["demo", "--task", "words", "--keep", "0.8", "--rule", "uniform", "--all"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "Embedded model traced on words, rule uniform" in out
+    assert "The embedded model (4 layers of 32 experts) traced on words, rule uniform" in out
     for word in ("dense", "shape, inverted", "random", "contribution", "MiB", "other tasks"):
         assert word in out

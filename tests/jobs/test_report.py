@@ -51,7 +51,7 @@ def test_a_trace_with_and_without_a_selection(traced) -> None:
     assert "Nothing is selected yet" in words(result.path)
     with_selection = shape_moe.report(traced / "trace", traced / "s.html", selection=traced / "selection.json")
     assert with_selection.sections == ("layers", "values", "agreement", "coverage", "coalitions", "provenance")
-    assert "Keeps 32 of 64 experts" in words(with_selection.path)
+    assert "32 of 64 experts kept." in words(with_selection.path)
 
 
 def test_a_table_of_values(traced) -> None:
@@ -70,7 +70,7 @@ def test_a_sweep_folder_brings_trace_selection_and_sizes(traced) -> None:
     assert result.sections == (
         *("sweep", "quality", "footprint", "layers", "values", "agreement", "coverage", "coalitions", "provenance"),
     )
-    assert "size 8.00 → 4.24 GiB" in words(result.path)
+    assert "from 8.00 GiB to 4.24 GiB" in words(result.path)
     with pytest.raises(UsageError, match="is a sweep already: leave --sweep out"):
         shape_moe.report(traced, traced / "x.html", sweep=traced)
     alone = traced / "alone"

@@ -120,8 +120,8 @@ def test_other_quantisations_are_refused_by_name(checkpoint, tmp_path, data) -> 
 
     model = shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
-    with pytest.raises(UnsupportedModelError, match="'awq' cannot be observed.*--trace"):
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "hqq"}}))
+    with pytest.raises(UnsupportedModelError, match="hqq is not known here.*--trace"):
         trace(model, options(data([{"text": "a"}])))
 
 

@@ -83,7 +83,10 @@ def test_everything_is_there(tmp_path) -> None:
     assert names == [
         *("sweep", "quality", "footprint", "layers", "values", "agreement", "coverage", "coalitions", "provenance")
     ]
-    assert "Keeps 38 of 64 experts, size 10.00 → 6.50 MiB." in page.words
+    assert (
+        "org/model (4 layers of 16 experts): 35 % smaller, from 10.00 MiB to 6.50 MiB; 38 of 64 experts kept."
+        in page.words
+    )
     assert "What this report could show besides" not in page.words
     assert "Evaluation's seed 0" in page.words
     assert text.count(plotly_script()[:400]) == 1
@@ -477,5 +480,5 @@ def test_published_selection(reference) -> None:
     selection = select_from_scores(scores, SelectOptions(keep=0.6))
     text, names, page = page_of(Material("gsm8k_shapley_values.csv", selection, scores))
     assert names == ["layers", "values", "coverage", "provenance"]
-    assert "Keeps 3,686 of 6,144 experts" in page.words
+    assert "(48 layers of 128 experts): 3,686 of 6,144 experts kept." in page.words
     assert len(text.encode()) < 8e6

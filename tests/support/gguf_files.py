@@ -199,6 +199,7 @@ def write_gguf(
     raw_types: Mapping[str, GGMLQuantizationType] | None = None,
     tokenizer: bool = True,
     name: str = "Tiny Model",
+    pre: str = "qwen2",
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a file.
@@ -211,6 +212,7 @@ def write_gguf(
         raw_types: types of tensors that are given as blocks.
         tokenizer: add a tokenizer of bytes.
         name: of the model.
+        pre: the way in which the tokenizer splits text.
         extra: further entries.
     """
     writer = gguf.GGUFWriter(file, architecture)
@@ -220,7 +222,7 @@ def write_gguf(
     for key, value in metadata.items():
         _add(writer, f"{architecture}.{key}", value)
     if tokenizer:
-        add_tokenizer(writer, tensors["token_embd.weight"].shape[0])
+        add_tokenizer(writer, tensors["token_embd.weight"].shape[0], pre)
     for key, value in (extra or {}).items():
         _add(writer, key, value)
     for key, values in tensors.items():
@@ -246,13 +248,15 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 
 def vocabulary(size: int) -> tuple[list[str], list[int]]:
-    """Tokens and their types: three special ones, then single characters of the byte alphabet."""
+    """Tokens and their types: three special ones, characters of the byte alphabet (spaces first), one of two."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    letters = list(bytes_to_unicode().values())[: size - 3]
-    tokens = ["<pad>", "<s>", "</s>", *letters]
+    alphabet = bytes_to_unicode()
+    first = [alphabet[ord(" ")], alphabet[ord("\n")]]
+    letters = [*first, *(letter for letter in alphabet.values() if letter not in first)][: size - 4]
+    tokens = ["<pad>", "<s>", "</s>", *letters, "th"]
     tokens += [f"<unused{i}>" for i in range(size - len(tokens))]
-    kinds = [3, 3, 3, *[1] * len(letters), *[5] * (size - 3 - len(letters))]
+    kinds = [3, 3, 3, *[1] * (len(letters) + 1), *[5] * (size - 4 - len(letters))]
     return tokens, kinds
 
 
@@ -262,14 +266,14 @@ TEMPLATE = (
 )
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
-    """A byte-level tokenizer without merges."""
+def add_tokenizer(writer: gguf.GGUFWriter, size: int, pre: str) -> None:
+    """A byte-level tokenizer of one merge."""
     tokens, kinds = vocabulary(size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    writer.add_token_merges([])
+    writer.add_token_merges(["t h"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)

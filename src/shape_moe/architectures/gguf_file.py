@@ -108,6 +108,14 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
+def part_files(file: Path) -> list[Path]:
+    """The files of a model, by the name of one: itself, or all parts of a split one, in order."""
+    match = _PART.match(file.name)
+    if match is None:
+        return [file]
+    return [file.with_name(f"{match[1]}-{part:05d}-of-{match[3]}.gguf") for part in range(1, int(match[3]) + 1)]
+
+
 def read_gguf(file: Path) -> GgufHeader:
     """Read and check a file's header.
 
@@ -141,8 +149,7 @@ def read_parts(file: Path) -> list[GgufHeader]:
             f"{file} is one of {count} parts of a split model, and is not named as such (NAME-00001-of-0000N.gguf): "
             "give the parts their names back."
         )
-    parts = [file.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
-    headers = [header if part == file else read_gguf(part) for part in parts]
+    headers = [header if part == file else read_gguf(part) for part in part_files(file)]
     for number, part in enumerate(headers):
         if part.metadata.get(SPLIT_NUMBER) != number or part.metadata.get(SPLIT_COUNT) != count:
             raise CheckpointError(f"{part.file} is not part {number + 1} of {count} of the model: its header differs.")

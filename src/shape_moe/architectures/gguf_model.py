@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ from shape_moe.architectures.gguf_architectures import (
 )
 from shape_moe.architectures.gguf_config import gguf_config
 from shape_moe.architectures.gguf_file import GgufHeader, GgufTensor, read_parts, type_numbers
+from shape_moe.architectures.quantised.method import Quantisation
+from shape_moe.architectures.quantised.plain import PlainTensor
 from shape_moe.architectures.safetensors_file import TensorSlot
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.architectures.weight_source import Form
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 _EXPERTS = "mlp.experts."
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,10 @@ class GgufModel(Snapshot):
     Attributes:
         headers: of the files, in order.
         stored_names: the name in the file of every tensor, by its name here.
-        tokenizer_folder: where the tokenizer is read from instead of the metadata, None for the latter.
     """
 
     headers: tuple[GgufHeader, ...] = ()
     stored_names: dict[str, str] = field(default_factory=dict)
-    tokenizer_folder: Path | None = None
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -136,39 +137,70 @@ class GgufModel(Snapshot):
             return name.replace(".k_b_proj.", ".kv_b_proj.").replace(".v_b_proj.", ".kv_b_proj.")
         return name
 
-    def live_values(self, live: str, parts: tuple[str, ...]) -> torch.Tensor:
-        """The values, float32, of a tensor of the live model; see :meth:`live_names`.
+    @cached_property
+    def plain_or_stored(self) -> list[PlainTensor]:
+        """The tensors of the live model."""
+        return [self._plain_tensor(live, names) for live, names in self.live_names().items()]
 
-        Raises:
-            CheckpointError: when a part of it is missing.
-        """
-        found = {name.rsplit(".", 2)[-2]: self._scaled(name) for name in parts}
+    @cached_property
+    def quantisation(self) -> Quantisation | None:
+        """How the weights are quantised, None where they are floats."""
+        kinds = sorted({slot.dtype for slot in self.tensors.values()} - _FLOATS)
+        if not kinds:
+            return None
+        refusal = f"cannot be loaded: {self.why_not_dequantised}" if self.why_not_dequantised else None
+        return Quantisation(f"GGUF {', '.join(kinds)}", lambda _: self.plain_or_stored, refusal)
+
+    def _plain_tensor(self, live: str, names: tuple[str, ...]) -> PlainTensor:
+        parts = {name: self.tensors[name] for name in names}
+        for name in names:
+            if name.endswith(".weight") and (scale := _scale_of(name)) in self.tensors:
+                parts[scale] = self.tensors[scale]
+        shape = self._live_shape(live, [self.tensors[name].shape for name in names])
+        return PlainTensor(live, parts, shape, partial(self._live, live), partial(self.values, form="dequantised"))
+
+    def _live_shape(self, live: str, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+        """The shape of a tensor of the live model from those of its parts."""
+        shape = shapes[0]
+        if live.endswith(".kv_b_proj.weight"):
+            rank = int(self.config["kv_lora_rank"])
+            return (sum(math.prod(part) for part in shapes) // rank, rank)
+        if live.endswith("shared_expert_gate.weight"):
+            return (1, shape[-1])
+        if _EXPERTS not in live:
+            return shape
+        if live.endswith("_bias"):
+            return (shape[0], sum(part[1] for part in shapes))
+        experts, rows, columns = shape[0], sum(part[1] for part in shapes), shape[2]
+        return (experts, columns, rows) if self.architecture.interleaved_experts else (experts, rows, columns)
+
+    def _live(self, live: str, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """A tensor of the live model, or its row of one expert, from the values of its parts."""
+        found = {}
+        for name, part in values.items():
+            if not name.endswith(".scale"):
+                scale = values.get(_scale_of(name)) if name.endswith(".weight") else None
+                found[name.rsplit(".", 2)[-2]] = part if scale is None else part * _times_rows(scale, part)
         if _EXPERTS in live:
             return self._experts(live, found)
         if live.endswith(".kv_b_proj.weight") and "kv_b_proj" not in found:
             return self._joined_latent(live, found)
-        values = next(iter(found.values()))
-        return values.reshape(1, -1) if live.endswith("shared_expert_gate.weight") else values
+        joined = next(iter(found.values()))
+        return joined.reshape(1, -1) if live.endswith("shared_expert_gate.weight") else joined
 
     def _experts(self, live: str, found: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """A tensor of all experts of a layer: gate and up joined, each expert transposed where the family wants it."""
         import torch
 
         transposed, values = self.architecture.interleaved_experts, next(iter(found.values()))
+        bias = live.endswith("_bias")
         if "gate_up_proj" in live and "gate_up_proj" not in found:
             if found.keys() != {"gate_proj", "up_proj"}:
                 raise CheckpointError(f"{self.name}: {live} lacks its gate or up part: the file is no whole model.")
-            pair = [found["gate_proj"], found["up_proj"]]
-            values = torch.stack(pair, dim=2).flatten(1, 2) if transposed else torch.cat(pair, dim=1)
-        return values.transpose(1, 2).contiguous() if transposed and values.ndim == 3 else values
-
-    def _scaled(self, name: str) -> torch.Tensor:
-        """Dequantised values, times the experts' own scales where there are some."""
-        values = self.values(self.tensors[name], "dequantised")
-        scale = self.tensors.get(f"{name.rpartition('.')[0]}.scale")
-        if scale is None or not name.endswith(".weight"):
-            return values
-        return values * self.values(scale, "dequantised").reshape(-1, *[1] * (values.ndim - 1))
+            pair, rows = [found["gate_proj"], found["up_proj"]], -1 if bias else -2
+            interleaved = torch.stack(pair, dim=rows).flatten(rows - 1, rows)
+            values = interleaved if transposed else torch.cat(pair, dim=rows)
+        return values.transpose(-1, -2).contiguous() if transposed and not bias else values
 
     def _joined_latent(self, live: str, found: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The up-projection of latent attention, which conversion takes apart: keys transposed, per head."""
@@ -181,21 +213,15 @@ class GgufModel(Snapshot):
         values = found["v_b_proj"].reshape(heads, -1, rank)
         return torch.cat([keys, values], dim=1).reshape(-1, rank).contiguous()
 
-    def lazy_state(self) -> dict[str, LazyTensor]:
-        """All tensors of the live model by name, each read when Transformers asks for it."""
-        return {live: LazyTensor(self, live, parts) for live, parts in self.live_names().items()}
+
+def _scale_of(name: str) -> str:
+    """The name of the experts' own scales, which belong to a weight."""
+    return f"{name.rpartition('.')[0]}.scale"
 
 
-@dataclass(frozen=True)
-class LazyTensor:
-    """A tensor of the live model that is read, and dequantised, when it is indexed (``tensor[...]``)."""
-
-    model: GgufModel
-    live: str
-    parts: tuple[str, ...]
-
-    def __getitem__(self, _: object) -> torch.Tensor:
-        return self.model.live_values(self.live, self.parts)
+def _times_rows(scale: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """One scale per expert, in a shape that multiplies the experts' values."""
+    return scale.reshape(*scale.shape, *[1] * (values.ndim - scale.ndim))
 
 
 def _dequantised(content: bytes, slot: TensorSlot) -> np.ndarray[Any, Any]:
@@ -280,8 +306,3 @@ def _layer_of(name: str) -> int:
 def _with_suffix(module: str, suffix: str) -> str:
     short = module.partition(".layers.")[2].partition(".")[2]
     return module + UNNAMED_SUFFIX[short] if short in UNNAMED_SUFFIX else f"{module}.{suffix}"
-
-
-def with_tokenizer(model: GgufModel, folder: Path | None) -> GgufModel:
-    """A model whose tokenizer is read from a folder."""
-    return replace(model, tokenizer_folder=folder)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterable
-from operator import attrgetter
 from typing import TYPE_CHECKING
 
+from shape_moe.architectures.plain_model import is_stored_plain
+from shape_moe.architectures.quantised.plain import STORED, PlainTensor
 from shape_moe.architectures.safetensors_file import TensorSlot
-from shape_moe.architectures.weight_source import WeightSource
+from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -38,27 +39,42 @@ class WeightReader:
 
     Args:
         source: the model.
+        dtype: in which dtype dequantised experts are kept, None for float32.
 
     Attributes:
         bytes_read: bytes of tensors read so far.
     """
 
-    def __init__(self, source: WeightSource) -> None:
-        self.source, self.bytes_read = source, 0
-        self._as_stored = "quantization_config" not in source.config
+    def __init__(self, source: Snapshot, dtype: torch.dtype | None = None) -> None:
+        self.source, self.dtype, self.bytes_read = source, dtype, 0
+        self._as_stored = is_stored_plain(source)
 
-    def read(self, slots: Iterable[TensorSlot]) -> dict[str, torch.Tensor]:
-        """The values of tensors by name, dequantised where they are quantised.
+    def read(self, tensors: Iterable[PlainTensor]) -> dict[str, torch.Tensor]:
+        """The values of tensors of the plain model by name.
 
         Raises:
             CheckpointError: when a file is shorter than it was, or of a dtype that torch cannot compute with.
         """
-        tensors = {}
-        for slot in sorted(slots, key=attrgetter("file", "start")):
-            stored = self._as_stored and slot.dtype in _TORCH_NAMES
-            tensors[slot.name] = _stored(slot) if stored else self.source.values(slot, "dequantised")
-            self.bytes_read += slot.size
-        return tensors
+        found = {}
+        for tensor in sorted(tensors, key=_place):
+            slot = tensor.parts.get(STORED)
+            if self._as_stored and slot is not None and slot.dtype in _TORCH_NAMES:
+                found[tensor.name] = _stored(slot)
+            else:
+                found[tensor.name] = self._computed(tensor)
+            self.bytes_read += tensor.size
+        return found
+
+    def _computed(self, tensor: PlainTensor) -> torch.Tensor:
+        """Computed values; experts at once in the dtype in which they run, since float32 takes twice the memory."""
+        values = tensor.values()
+        is_expert = self.source.role(tensor.name).role in ("expert", "packed")
+        return values.to(self.dtype) if is_expert and self.dtype is not None else values
+
+
+def _place(tensor: PlainTensor) -> tuple[str, int]:
+    """Where a tensor, or the first of its parts, lies."""
+    return min((str(slot.file), slot.start) for slot in tensor.parts.values())
 
 
 def _stored(slot: TensorSlot) -> torch.Tensor:

@@ -18,12 +18,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from shape_moe.architectures.gguf_model import GgufModel
 from shape_moe.architectures.layer_reader import WeightReader
 from shape_moe.architectures.loaded import check_loaded, kind_left_aside
 from shape_moe.architectures.loading import DTYPES, LOADING_ERRORS, computing_device, quietly
 from shape_moe.architectures.moe_config import foreign_code
-from shape_moe.architectures.safetensors_file import TensorSlot
+from shape_moe.architectures.plain_model import (
+    about_quantisation,
+    is_stored_plain,
+    plain_config,
+    plain_dtype,
+    why_not_observable,
+)
+from shape_moe.architectures.quantised.plain import PlainTensor
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.errors import CheckpointError, UnsupportedModelError, UsageError, first_line
 
@@ -63,10 +69,10 @@ class LayeredModel:
             raise UnsupportedModelError(f"{snapshot.name} cannot be read layer by layer: {reason}.")
         self.snapshot, self.device = snapshot, computing_device(device)
         _keep_no_kernels()
-        self._reader = WeightReader(snapshot)
         self.model, info = _without_weights(snapshot, dtype)
+        self._reader = WeightReader(snapshot, self.model.dtype)
         left = check_loaded(snapshot, self.model, info)
-        for line in (*snapshot.notes, left):
+        for line in (*snapshot.notes, about_quantisation(snapshot, dtype), left):
             if line is not None:
                 note(line)
         self.model.eval()
@@ -79,11 +85,11 @@ class LayeredModel:
         behind = self._names_of(self.model) - set().union(*self._names) - self._entry
         self._exit = behind | self._names_of(self.model.get_output_embeddings())
         self._tied = _tied_names(self.model)
-        self._slots: dict[int, list[TensorSlot]] = defaultdict(list)
-        for name, slot in snapshot.tensors.items():
+        self._tensors: dict[int, list[PlainTensor]] = defaultdict(list)
+        for name, tensor in snapshot.plain.items():
             if kind_left_aside(snapshot, name) is None:
-                self._slots[snapshot.role(name).layer].append(slot)
-        self._outside = {slot.name: self._targets(slot) for slot in self._slots[-1]}
+                self._tensors[snapshot.role(name).layer].append(tensor)
+        self._outside = {tensor.name: self._targets(tensor) for tensor in self._tensors[-1]}
         self._move_buffers()
         self._empty = {name: tensor for name, tensor in _tensors(self.model) if tensor.is_meta}
         self._entering: torch.Tensor | None = None
@@ -195,7 +201,7 @@ class LayeredModel:
     @contextmanager
     def _in_memory(self, names: set[str]) -> Iterator[None]:
         """Have tensors outside the decoder layers in memory, by their names in the live model."""
-        self._fill(self._reader.read(slot for slot in self._slots[-1] if self._outside[slot.name] & names))
+        self._fill(self._reader.read(tensor for tensor in self._tensors[-1] if self._outside[tensor.name] & names))
         for tied in self._tied:
             real = [name for name in tied if not _get(self.model, name).is_meta]
             for name in tied:
@@ -210,14 +216,14 @@ class LayeredModel:
         mine = {id(tensor) for _, tensor in _tensors(module)}
         return {name for name, tensor in _tensors(self.model) if id(tensor) in mine}
 
-    def _targets(self, slot: TensorSlot) -> set[str]:
+    def _targets(self, tensor: PlainTensor) -> set[str]:
         """Names in the live model of what a tensor on disk becomes."""
         return set(self.model.state_dict()) - set(
-            _convert(self.model, {slot.name: _Shape.of(slot)}, self._load_config).missing_keys
+            _convert(self.model, {tensor.name: _Shape.of(tensor)}, self._load_config).missing_keys
         )
 
     def _read(self, layer: int) -> dict[str, torch.Tensor]:
-        return self._reader.read(self._slots[layer])
+        return self._reader.read(self._tensors[layer])
 
     def _fill(self, tensors: dict[str, torch.Tensor]) -> None:
         """Put tensors on disk where the live model has them, converted as Transformers' loading does."""
@@ -247,11 +253,7 @@ def why_not_layered(snapshot: Snapshot) -> str | None:
     """Why a model cannot be read layer by layer, None when it can."""
     if foreign_code(snapshot.config) is not None and snapshot.trust_remote_code:
         return "it runs code of its own, whose way of loading is not known"
-    if isinstance(snapshot, GgufModel):
-        return "it is a GGUF file; use the model folder that it was made from"
-    if "dequantised" not in snapshot.forms:
-        return "the values of its quantised weights are not known; use the unquantised model"
-    return None
+    return why_not_observable(snapshot)
 
 
 def _keep_no_kernels() -> None:
@@ -299,11 +301,11 @@ class _Shape:
         self.shape, self.dtype = shape, dtype
 
     @classmethod
-    def of(cls, slot: TensorSlot) -> _Shape:
+    def of(cls, tensor: PlainTensor) -> _Shape:
         """What stands for a tensor on disk."""
         import torch
 
-        return cls(slot.shape, torch.float32)
+        return cls(tensor.shape, torch.float32)
 
     def __getitem__(self, _everything: Any) -> _Shape:
         return self
@@ -329,14 +331,11 @@ def _without_weights(snapshot: Snapshot, dtype: str) -> tuple[PreTrainedModel, M
     """The model with all weights of the checkpoint on the meta device and its buffers real, and its loading info."""
     import torch
     import transformers
-    from transformers import AutoConfig
 
-    shapes = {name: _Shape.of(slot) for name, slot in snapshot.tensors.items()}
+    shapes = {name: _Shape.of(tensor) for name, tensor in snapshot.plain.items()}
     try:
         with quietly():
-            config = AutoConfig.from_pretrained(snapshot.path)
-            config.quantization_config = None
-            del config.quantization_config
+            config = plain_config(snapshot)
             chosen = _stored_dtype(snapshot, config) if dtype == "auto" else getattr(torch, dtype)
             found: tuple[PreTrainedModel, dict[str, Any]] = getattr(
                 transformers, snapshot.moe.family.stock_class
@@ -357,6 +356,9 @@ def _stored_dtype(snapshot: Snapshot, config: Any) -> torch.dtype:
     """The checkpoint's dtype as Transformers finds it: what the configuration says, or the first tensor's."""
     import torch
 
+    if not is_stored_plain(snapshot):
+        named: torch.dtype = getattr(torch, plain_dtype(snapshot))
+        return named
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

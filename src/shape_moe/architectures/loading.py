@@ -8,13 +8,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shape_moe.architectures.gguf_model import GgufModel
+from shape_moe.architectures.gguf_file import is_gguf
+from shape_moe.architectures.gguf_tokenizer import load_gguf_tokenizer
 from shape_moe.architectures.host_memory import host_memory
 from shape_moe.architectures.loaded import check_loaded
 from shape_moe.architectures.moe_config import foreign_code
-from shape_moe.architectures.safetensors_file import DTYPE_BITS
+from shape_moe.architectures.plain_model import about_quantisation, is_stored_plain, load_plain, plain_dtype
 from shape_moe.architectures.sites import find_sites
-from shape_moe.architectures.sizes import weight_count
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.errors import CheckpointError, ShapeMoeError, UnsupportedModelError, UsageError, first_line
 from shape_moe.units import readable_size
@@ -69,7 +69,7 @@ def load_model(
     code = foreign_code(snapshot.config)
     model, info = _from_pretrained(snapshot, dtype, placement, trusted=code is not None and snapshot.trust_remote_code)
     left = check_loaded(snapshot, model, info)
-    for line in (*snapshot.notes, _about_code(code, model), left):
+    for line in (*snapshot.notes, about_quantisation(snapshot, dtype), _about_code(code, model), left):
         if line is not None:
             note(line)
     return model.eval()
@@ -80,47 +80,26 @@ def _from_pretrained(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model as Transformers loads it, and its loading info."""
     import torch
-    import transformers
     from transformers import AutoModelForCausalLM
 
-    options = {**options, "dtype": dtype if dtype == "auto" else getattr(torch, dtype), "trust_remote_code": trusted}
-    quantisation = unpacking(snapshot)
-    if quantisation is not None:
-        options["quantization_config"] = quantisation
-    loader: Any = AutoModelForCausalLM
-    source: Path | None = snapshot.path
-    if isinstance(snapshot, GgufModel):
-        loader, source = getattr(transformers, snapshot.moe.family.stock_class), None
-        options |= _from_values(snapshot)
+    options = {**options, "trust_remote_code": trusted}
     try:
         with quietly():
+            if not is_stored_plain(snapshot):
+                return load_plain(snapshot, dtype, options)
             # tensors of another shape are refused below, with all others that are not as they should be
-            found: tuple[PreTrainedModel, dict[str, Any]] = loader.from_pretrained(
-                source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            found: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+                snapshot.path,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                **options,
             )
     except torch.OutOfMemoryError:
         raise
     except LOADING_ERRORS as error:
         raise CheckpointError(f"Transformers could not load {snapshot.name}: {first_line(error)}") from error
     return found
-
-
-def _from_values(model: GgufModel) -> dict[str, Any]:
-    """What makes Transformers load a model of which there is no folder: its configuration and its tensors.
-
-    Raises:
-        UnsupportedModelError: for tensors that cannot be dequantised.
-        CheckpointError: when the model's class refuses the configuration.
-    """
-    from transformers import AutoConfig
-
-    if model.why_not_dequantised is not None:
-        raise UnsupportedModelError(f"{model.name} cannot be loaded: {model.why_not_dequantised}.")
-    try:
-        config = AutoConfig.for_model(**model.config)
-    except Exception as error:  # a class checks a foreign document as it likes
-        raise CheckpointError(f"Transformers refuses the configuration of {model.name}: {first_line(error)}") from error
-    return {"config": config, "state_dict": model.lazy_state()}
 
 
 def _about_code(code: str | None, model: PreTrainedModel) -> str | None:
@@ -141,15 +120,17 @@ def _about_code(code: str | None, model: PreTrainedModel) -> str | None:
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder.
+    """Load the tokenizer of a model.
 
     Args:
-        path: the folder.
+        path: its folder, or a GGUF file that has one in its metadata.
         trust_remote_code: run the code that comes with the tokenizer, where there is some.
 
     Raises:
         CheckpointError: when there is none that Transformers can load.
     """
+    if is_gguf(path):
+        return load_gguf_tokenizer(path)
     from transformers import AutoTokenizer
 
     if not any(True for pattern in _VOCABULARIES for _ in path.glob(pattern)):
@@ -172,42 +153,8 @@ def find_tokenizer(snapshot: Snapshot) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model, None where there is none that can be loaded."""
     try:
         return load_tokenizer(snapshot.path, trust_remote_code=snapshot.trust_remote_code)
-    except CheckpointError:
+    except (CheckpointError, UnsupportedModelError):
         return None
-
-
-def unpacking(snapshot: Snapshot) -> Any:
-    """The quantisation config that unpacks a checkpoint's experts, None for one that is not quantised.
-
-    Raises:
-        UnsupportedModelError: for a quantisation whose fused kernels would bypass the experts interface.
-    """
-    if (reason := why_not_observable(snapshot)) is not None:
-        raise UnsupportedModelError(
-            f"{reason[0].upper()}{reason[1:]}. Trace the unquantised model of the same routers instead (shape-moe "
-            "trace), and prune this one by that trace (shape-moe prune --trace)."
-        )
-    method = _quantisation_method(snapshot)
-    if method is None:
-        return None
-    import transformers
-
-    if method == "mxfp4":
-        return transformers.Mxfp4Config(dequantize=True)
-    return transformers.FineGrainedFP8Config(dequantize=True)  # the block size is the checkpoint's own
-
-
-def why_not_observable(snapshot: Snapshot) -> str | None:
-    """Why the routing of a model cannot be observed in Transformers although its family is known, None if it can."""
-    method = _quantisation_method(snapshot)
-    if method in (None, "mxfp4", "fp8"):
-        return None
-    return f"experts quantised with {method!r} cannot be observed in Transformers"
-
-
-def _quantisation_method(snapshot: Snapshot) -> str | None:
-    config = snapshot.config.get("quantization_config")
-    return str(config.get("quant_method")) if config else None
 
 
 def _placement(device: str) -> dict[str, Any]:
@@ -263,13 +210,13 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def loaded_bytes(snapshot: Snapshot, dtype: str = "auto") -> int:
-    """Bytes that the weights take once loaded, quantised experts unpacked to bfloat16."""
-    bits = {"float32": 32, "bfloat16": 16, "float16": 16}.get(dtype)
-    total = 0
-    for slot in snapshot.tensors.values():
-        own = DTYPE_BITS.get(slot.dtype, 16)
-        total += weight_count(slot) * (bits or max(own, 16)) // 8
-    return total
+    """Bytes that the weights take once loaded, quantised ones dequantised."""
+    bits = {"float32": 32, "bfloat16": 16, "float16": 16}
+    computed = bits.get(plain_dtype(snapshot, dtype), 16)  # another dtype is refused where the model is loaded
+    return sum(
+        tensor.count * (bits.get(dtype) or max(tensor.stored_bits or computed, 16)) // 8
+        for tensor in snapshot.plain_or_stored
+    )
 
 
 def release_memory() -> None:

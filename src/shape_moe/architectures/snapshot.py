@@ -21,6 +21,8 @@ from shape_moe.architectures.model_folder import (
     no_weights,
 )
 from shape_moe.architectures.moe_config import MoeConfig, read_moe_config
+from shape_moe.architectures.quantised.method import Quantisation, check_computable, find_quantisation
+from shape_moe.architectures.quantised.plain import PlainTensor, with_the_rest
 from shape_moe.architectures.safetensors_file import TensorSlot, read_header, stored_values
 from shape_moe.architectures.tensor_names import TensorRole, is_router_part, tensor_role
 from shape_moe.architectures.weight_source import Form
@@ -152,20 +154,73 @@ class Snapshot:
                 parts.append(slot)
         return tuple(parts)
 
-    @property
-    def forms(self) -> frozenset[Form]:
-        """The forms in which values are given: those of a quantised model as they are stored only."""
-        return frozenset(("raw",) if self.config.get("quantization_config") else ("raw", "dequantised"))
-
     def values(self, slot: TensorSlot, form: Form = "raw") -> torch.Tensor:
-        """The values of a tensor, or of a part of one, in the dtype in which they are stored.
+        """The values of a stored tensor, or of a row of one, in the dtype in which they are stored.
 
         Raises:
-            UnsupportedModelError: for dequantised values of a quantised model.
+            UnsupportedModelError: for dequantised values of what is only a part of a tensor of the plain model.
         """
-        if form not in self.forms:
-            raise UnsupportedModelError(f"{self.name}: the values of quantised tensors are only given as stored.")
+        if form == "dequantised" and self.quantisation is not None:
+            plain = self.plain.get(slot.name)
+            if plain is None or plain.is_quantised:
+                raise UnsupportedModelError(f"{self.name}: {slot.name} is only a part of a quantised tensor.")
         return stored_values(slot)
+
+    @cached_property
+    def quantisation(self) -> Quantisation | None:
+        """How the weights are quantised, None where they are not."""
+        return find_quantisation(self.config)
+
+    @property
+    def forms(self) -> frozenset[Form]:
+        """The forms in which values are given."""
+        known = self.quantisation is None or self.quantisation.refusal is None
+        return frozenset(("raw", "dequantised") if known else ("raw",))
+
+    @cached_property
+    def plain(self) -> dict[str, PlainTensor]:
+        """The tensors of the plain model by name.
+
+        Raises:
+            UnsupportedModelError: by the method's name, for weights that cannot be dequantised.
+        """
+        tensors = self.plain_or_stored
+        if self.quantisation is not None:
+            check_computable(self.quantisation, self.name)
+            tensors = self.quantisation.plain(self.tensors)
+        return {tensor.name: tensor for tensor in tensors}
+
+    @cached_property
+    def plain_or_stored(self) -> list[PlainTensor]:
+        """The tensors of the plain model, to count them; the stored ones where those cannot be told."""
+        if self.quantisation is None:
+            return with_the_rest(self.tensors, ())
+        try:
+            return self.quantisation.plain(self.tensors)
+        except UnsupportedModelError:
+            return with_the_rest(self.tensors, ())
+
+    @cached_property
+    def _plain_by_layer(self) -> dict[int, tuple[PlainTensor, ...]]:
+        layers: dict[int, list[PlainTensor]] = defaultdict(list)
+        for name, tensor in self.plain.items():
+            layers[self.role(name).layer].append(tensor)
+        return {layer: tuple(tensors) for layer, tensors in layers.items()}
+
+    def plain_layer(self, layer: int) -> tuple[PlainTensor, ...]:
+        """All tensors of one decoder layer of the plain model."""
+        return self._plain_by_layer.get(layer, ())
+
+    def plain_expert(self, layer: int, expert: int) -> tuple[PlainTensor, ...]:
+        """The tensors of one expert of the plain model: its own, and its rows of those that hold all of the layer."""
+        parts = []
+        for tensor in self.plain_layer(layer):
+            role = self.role(tensor.name)
+            if role.role == "packed":
+                parts.append(tensor.row(expert))
+            elif role.role == "expert" and role.expert == expert:
+                parts.append(tensor)
+        return tuple(parts)
 
     @property
     def total_bytes(self) -> int:

@@ -231,6 +231,11 @@ class ExampleMaker:
             self.skipped[record.where] = str(error)
             return None
 
+    @property
+    def drafts(self) -> list[Example]:
+        """The examples as far as they are known before anything is answered, in the order of the records."""
+        return [self._checked[record.index] for record in self.records]
+
     def longest(self) -> int:
         """The most tokens that an example can have, an answer that is still missing included."""
         if self.examples:
@@ -276,6 +281,7 @@ class ExampleMaker:
             "template_args": dict(self.tokeniser.options.template_args),
             "turns": self.tokeniser.options.turns,
             "chat_template": self.tokeniser.options.chat_template,
+            "tokenizer": self.tokeniser.options.tokenizer,
             "max_length": self.tokeniser.options.max_length,
         }
 
@@ -306,6 +312,7 @@ def options_of(source: Mapping[str, Any]) -> tuple[DataOptions, TokenOptions, An
         max_length=source.get("max_length"),
         turns=source.get("turns", "all"),
         chat_template=source.get("chat_template"),
+        tokenizer=source.get("tokenizer"),
     )
     return data, tokens, AnswerOptions(int(source.get("max_new_tokens", AnswerOptions.max_new_tokens)))
 

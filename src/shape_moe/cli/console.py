@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,8 @@ from shape_moe.text import printable
 from shape_moe.units import counted, readable_size
 
 _PLAIN_SECONDS = 10.0
-_WIDE = 200
+_ENDLESS = 100_000
+"""Columns of a file or a pipe, which has no width to fold at."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,7 @@ class Output:
         if self.as_json:
             sys.stdout.write(json.dumps(document, indent=1, default=str) + "\n")
         else:
-            width = None if sys.stdout.isatty() else _WIDE  # a file or a pipe has no width to fold at
-            show(new_console(width=width))
+            show(new_console())
 
     @contextmanager
     def phase(self, title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
@@ -89,10 +89,21 @@ class Output:
 
 
 def new_console(**settings: Any) -> Console:
-    """A console that spells out control characters in whatever it shows, such as those in a file's name."""
-    console = Console(highlight=False, soft_wrap=True, **settings)
+    """A console that spells out control characters in whatever it shows, such as those in a file's name.
+
+    On a terminal lines are folded between words; elsewhere they are not folded at all.
+    """
+    console = Console(highlight=False, **settings)
+    if not console.is_terminal and "width" not in settings:
+        console.width = _ENDLESS
     console.push_render_hook(_PrintableOnly())
     return console
+
+
+def show_commands(console: Console, commands: Iterable[str]) -> None:
+    """Commands to copy: indented, and never folded."""
+    for command in commands:
+        console.print(f"  {command}", markup=False, soft_wrap=True)
 
 
 class _PrintableOnly(RenderHook):
@@ -182,5 +193,5 @@ def plain_table(*headings: str, title: str | None = None) -> Table:
     title = None if title is None else escape(title)
     table = _LiteralTable(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for i, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if i == 0 else "right")
+        table.add_column(escape(heading), justify="left" if i == 0 else "right", overflow="fold")
     return table

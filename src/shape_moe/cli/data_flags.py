@@ -94,6 +94,14 @@ class DataFlags:
             rich_help_panel=DATA_PANEL,
         ),
     ] = None
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of the tokenizer, where the model's own cannot be used (a GGUF file without one).",
+            rich_help_panel=DATA_PANEL,
+        ),
+    ] = None
     turns: Annotated[
         str,
         typer.Option(
@@ -178,6 +186,7 @@ class DataFlags:
             max_length=self.max_length,
             turns=self.turns,
             chat_template=None if self.chat_template is None else read_chat_template(self.chat_template),
+            tokenizer=None if self.tokenizer is None else str(self.tokenizer.absolute()),
         )
         answers = AnswerOptions(
             max_new_tokens=self.max_new_tokens,

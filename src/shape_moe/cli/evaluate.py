@@ -6,29 +6,25 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 import shape_moe
 from shape_moe.calibration.records import DataOptions
-from shape_moe.cli.console import Output, plain_table
+from shape_moe.cli.console import Output
 from shape_moe.cli.data_flags import DataFlags
 from shape_moe.cli.endpoint_flags import EndpointFlags
-from shape_moe.cli.estimates import number, share, signed
+from shape_moe.cli.evaluation_shown import show_evaluation
 from shape_moe.cli.flag_groups import changed_flags
 from shape_moe.cli.flags import REJECTED, ForceFlag, LoadFlags, OutputFlags, RevisionFlag, SeedFlag
 from shape_moe.cli.quality_flags import GenerationFlags, TaskFlags
 from shape_moe.cli.values import share_option
 from shape_moe.errors import UsageError
-from shape_moe.evaluation.evaluated import TASK, Evaluated, Evaluation
-from shape_moe.evaluation.faithfulness import Faithfulness
+from shape_moe.evaluation.evaluated import Evaluation
 from shape_moe.evaluation.footprint import Workload
-from shape_moe.evaluation.measures import worst_group
 from shape_moe.evaluation.verdict import MAX_DROP, check_requirement
 from shape_moe.jobs.evaluate import EvaluateOptions
 from shape_moe.jobs.evaluate_endpoints import EndpointOptions
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.jobs.session import ExampleOptions
-from shape_moe.units import readable_size
 from shape_moe.workspace import check_output_file, write_json
 
 ALSO_SAMPLES = 100
@@ -90,6 +86,10 @@ def evaluate(
     require: Annotated[
         str | None,
         typer.Option(metavar="VERDICT", help="safe or no-loss: end with code 3 where a pruned model is judged worse."),
+    ] = None,
+    judge_minutes: Annotated[
+        float | None,
+        typer.Option(metavar="MINUTES", help="Judge less of what would take longer than this. Default: take all."),
     ] = None,
     no_general: Annotated[
         bool, typer.Option("--no-general", help="Leave general prompts out: what was forgotten off the task.")
@@ -153,6 +153,7 @@ def evaluate(
         trace=str(trace) if trace else None,
         max_drop=max_drop,
         general=not no_general,
+        minutes=judge_minutes,
         seed=seed.seed,
     )
     given = data.options(run, seed.seed, HELD_OUT_SAMPLES) if data.data else None
@@ -202,107 +203,4 @@ def _tell(talk: Output, result: Evaluation, out: Path | None, *, by_pattern: boo
     if out is not None:
         write_json(out, result.to_document())
         talk.note(f"Wrote {out}")
-    talk.result(result.to_document(), lambda console: _show(console, result, by_pattern=by_pattern))
-
-
-def _show(console: Console, result: Evaluation, *, by_pattern: bool) -> None:
-    for found in result.models:
-        if found.verdict is not None:
-            sizes = [readable_size(model.size) for model in (found, result.models[0]) if model.size is not None]
-            console.print(f"{found.name}: {' instead of '.join(sizes)}" if sizes else found.name, markup=False)
-            lines = [*found.verdict.lines(), *(found.forgotten.lines() if found.forgotten else ())]
-            for line in lines:
-                console.print(f"  {line}", markup=False, soft_wrap=True)
-            console.print()
-    for name in result.models[0].sets:
-        _show_set(console, result, name, by_pattern=by_pattern)
-    if result.models[0].tasks:
-        _show_tasks(console, result)
-    _show_footprints(console, result)
-    for found in result.models:
-        if (worst := worst_group(found.classes)) is not None:
-            name, figure = worst
-            lost = found.classes[name]["change"][figure]
-            change = f"{figure.replace('_', ' ')} {signed(lost) if figure == 'exact_match' else number(lost, 4)}"
-            console.print(f"{found.name}: worst class is {name!r} ({change})", markup=False)
-    for check in result.faithfulness:
-        _show_faithfulness(console, check)
-
-
-def _show_set(console: Console, result: Evaluation, name: str, *, by_pattern: bool) -> None:
-    source = result.data if name == TASK else result.also
-    title = f"{source}: figures with 95 % intervals"
-    columns = ("model", "nll", "perplexity", "KL to dense", "same top-1", "exact match", "change", "loops", "no end")
-    table = plain_table(*columns, title=title)
-    for found in result.models:
-        verdict = found.sets[name]
-        health = verdict.health.figures if verdict.health else {}
-        exact, change = verdict.quality.get("exact_match"), verdict.change.get("exact_match")
-        if by_pattern and verdict.health is not None:
-            exact, change = health["exact_match"], verdict.health.change.get("exact_match")
-        table.add_row(
-            found.name,
-            number(verdict.quality["nll"], 4),
-            number(verdict.quality["perplexity"], 3),
-            number(verdict.quality["kl"], 4) if verdict.change else "",
-            share(verdict.quality["top1"]) if verdict.change else "",
-            share(exact) if exact else "",
-            signed(change) if change else "",
-            f"{health['loop_rate'].value:.1%}" if health else "",
-            f"{health['no_end_rate'].value:.1%}" if health else "",
-        )
-    console.print(table)
-
-
-def _show_tasks(console: Console, result: Evaluation) -> None:
-    table = plain_table("model", "task", "metric", "items", "score", "change", title="lm-evaluation-harness")
-    for column in table.columns[1:3]:
-        column.justify = "left"
-    for found in result.models:
-        for name, scored in found.tasks.items():
-            changes = (found.task_changes or {}).get(name, {})
-            for metric, estimate in scored.metrics.items():
-                change = number(changes[metric], 4) if metric in changes else ""
-                table.add_row(found.name, name, metric, f"{scored.items:,}", number(estimate, 4), change)
-    console.print(table)
-
-
-def _size(found: Evaluated) -> str:
-    return readable_size(found.size) if found.size is not None else ""
-
-
-def _show_footprints(console: Console, result: Evaluation) -> None:
-    if result.models[0].footprint is None:
-        return
-    table = plain_table("model", "on disk", "peak memory", "load", "prefill", "decode", title="Memory and speed")
-    for found in result.models:
-        taken = found.footprint
-        if taken is None:
-            size = _size(found)
-            table.add_row(found.name, f"({size})" if found.kind == "mask" else size, "", "", "", "")
-            continue
-        table.add_row(
-            found.name,
-            _size(found),
-            readable_size(taken.peak_bytes),
-            f"{taken.load_seconds:.1f} s",
-            f"{taken.prefill_tokens_per_second:,.0f} token/s",
-            f"{taken.decode_tokens_per_second:,.0f} token/s",
-        )
-    console.print(table)
-    if any(found.kind == "mask" for found in result.models):
-        console.print("Sizes in brackets are what a checkpoint would have; a mask itself saves nothing.")
-
-
-def _show_faithfulness(console: Console, check: Faithfulness) -> None:
-    table = plain_table("experts kept", "KL to dense", "nll", title=f"Faithfulness of {check.name}")
-    rows = [("the selection", check.kept), ("its inversion", check.inverted)]
-    rows += [(f"random {i + 1}", verdict) for i, verdict in enumerate(check.random)]
-    for name, verdict in rows:
-        table.add_row(name, number(verdict.quality["kl"], 4), number(verdict.quality["nll"], 4))
-    console.print(table)
-    console.print(
-        "Better than every random selection, and those better than the inversion: the values mean something."
-        if check.faithful
-        else "[yellow]Not better than random, or random not better than the inversion: the values mean little.[/yellow]"
-    )
+    talk.result(result.to_document(), lambda console: show_evaluation(console, result, by_pattern=by_pattern))

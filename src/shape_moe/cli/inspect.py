@@ -47,6 +47,7 @@ def _document(found: Inspection) -> dict[str, Any]:
         "layers": found.snapshot.moe_layers,
         "num_experts": moe.num_experts,
         "top_k": moe.top_k,
+        "quantisation": found.snapshot.quantisation.label if found.snapshot.quantisation else None,
         "bytes": size.total,
         "bytes_of_experts": size.experts,
         "bytes_per_expert": size.experts / size.num_experts,
@@ -67,6 +68,9 @@ def _show(console: Console, found: Inspection) -> None:
     )
     dtypes = ", ".join(f"{dtype} {readable_size(count)}" for dtype, count in size.dtypes.items())
     share = size.experts / size.total
+    if (quantisation := found.snapshot.quantisation) is not None:
+        why = f", which {quantisation.refusal}" if quantisation.refusal else ""
+        console.print(f"Quantised: {escape(quantisation.label + why)}")
     console.print(f"{readable_size(size.total)} on disk ({dtypes}), {share:.1%} of it routed experts")
     console.print()
     table = plain_table("keep", "weights", "saved")

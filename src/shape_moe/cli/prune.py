@@ -13,9 +13,9 @@ from rich.markup import escape
 import shape_moe
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.choice_flags import ScoreFlags, SelectFlags
-from shape_moe.cli.console import plain_table
+from shape_moe.cli.console import plain_table, show_commands
 from shape_moe.cli.data_flags import DataFlags
-from shape_moe.cli.estimates import number, signed
+from shape_moe.cli.estimates import kl, points
 from shape_moe.cli.flag_groups import changed_flags
 from shape_moe.cli.flags import (
     REJECTED,
@@ -28,7 +28,7 @@ from shape_moe.cli.flags import (
     SeedFlag,
 )
 from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags
-from shape_moe.cli.select import summary
+from shape_moe.cli.select import notes_on
 from shape_moe.cli.values import parse_routing, share_option
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.intervals import Estimate
@@ -37,12 +37,13 @@ from shape_moe.evaluation.verdict import MAX_DROP
 from shape_moe.jobs.auto import AUTO_HELD_OUT, ChoiceOptions
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.jobs.judgement import JudgementOptions
+from shape_moe.jobs.judging_plan import MINUTES
 from shape_moe.jobs.prune import PAPER_SAMPLES, PruneOptions
 from shape_moe.jobs.select import AUTO
 from shape_moe.jobs.session import DEFAULT_SAMPLES
 from shape_moe.selection.rules import budget_for
 from shape_moe.selection.selection import Selection, load_selection
-from shape_moe.units import readable_size
+from shape_moe.units import joined, readable_share
 
 if TYPE_CHECKING:
     from shape_moe.jobs.prune import PruneResult
@@ -113,6 +114,13 @@ def prune(
         ),
     ] = None,
     no_judge: Annotated[bool, typer.Option("--no-judge", help="Do not judge the pruned model at the end.")] = False,
+    no_general: Annotated[
+        bool, typer.Option("--no-general", help="Leave general prompts out: what was forgotten off the task.")
+    ] = False,
+    judge_minutes: Annotated[
+        float,
+        typer.Option(metavar="MINUTES", help="Judge less of what would take longer than this."),
+    ] = MINUTES,
     require: Annotated[
         str | None,
         typer.Option(
@@ -166,7 +174,7 @@ def prune(
         dtype=run.dtype,
         trust_remote_code=run.trust_remote_code,
         choice=choice,
-        judgement=_judgement(limit, require, judge=not no_judge),
+        judgement=_judgement(limit, require, judge_minutes, judge=not no_judge, general=not no_general),
         check_logits=not no_logits,
         force=force.force,
     )
@@ -181,14 +189,17 @@ def prune(
         raise typer.Exit(REJECTED)
 
 
-def _judgement(limit: Limit | None, require: str | None, *, judge: bool) -> JudgementOptions | None:
+def _judgement(
+    limit: Limit | None, require: str | None, minutes: float, *, judge: bool, general: bool
+) -> JudgementOptions | None:
     """How the pruned model is judged."""
     if not judge:
-        if require is not None:
-            raise UsageError("--require needs the judgement: leave --no-judge out.")
+        idle = {"--require": require is not None, "--judge-minutes": minutes != MINUTES, "--no-general": not general}
+        if needing := [name for name, given in idle.items() if given]:
+            raise UsageError(f"{joined(needing)} needs the judgement: leave --no-judge out.")
         return None
     drop = limit.value if limit is not None and limit.kind == "max_drop" else MAX_DROP
-    return JudgementOptions(max_drop=drop, require=require)
+    return JudgementOptions(max_drop=drop, require=require, general=general, minutes=minutes)
 
 
 def _choice(
@@ -277,41 +288,53 @@ def _document(result: PruneResult) -> dict[str, Any]:
         "choice": result.selection.choice,
         "judgement": result.judgement.to_document() if result.judgement else None,
         "rejected": result.rejected,
+        "opening": result.opening.lines() if result.opening else [],
+        "next": list(result.following),
         "warnings": list(result.notes),
     }
 
 
 def _show_choice(console: Console, choice: dict[str, Any]) -> None:
     """What was tried, best first."""
-    columns = ("tried", "keep", "KL to dense", "exact match against dense")
+    columns = ("tried", "keep", "KL to dense", "exact match, points")
     table = plain_table(*columns, title=f"Judged by {choice['examples']} held-out examples")
     for entry in sorted(choice["tried"], key=lambda entry: (entry["keep"], entry["kl"]["value"])):
-        kl, change = Estimate.from_document(entry["kl"]), entry["exact_match_change"]
-        changed = signed(Estimate.from_document(change)) if change else ""
-        table.add_row(entry["method"], f"{entry['keep']:.3f}", number(kl, 4), changed)
+        change = entry["exact_match_change"]
+        changed = points(Estimate.from_document(change)) if change else ""
+        divergence = kl(Estimate.from_document(entry["kl"]))
+        table.add_row(entry["method"], readable_share(entry["keep"]), divergence, changed)
     console.print(table)
     console.print(f"Chosen: {choice['reason']}", markup=False)
 
 
 def _show(console: Console, result: PruneResult) -> None:
-    console.print(summary(result.selection))
-    share = result.bytes_after / result.bytes_before
-    sizes = f"{readable_size(result.bytes_before)} -> {readable_size(result.bytes_after)} ({share:.1%})"
-    console.print(f"[bold]{escape(str(result.path))}[/bold]  {sizes}")
+    """How it was chosen and checked, then the lines that card and report open with, then what to type next."""
     if result.selection.choice is not None:
         _show_choice(console, result.selection.choice)
-    for line in result.judgement.lines() if result.judgement else ():
-        console.print(line, markup=False, soft_wrap=True)
-    console.print("Every tensor equals its slice of the original.")
+    for line in (*notes_on(result.selection), *_checked(result)):
+        console.print(line, markup=False)
+    console.print()
+    console.print(f"[bold]{escape(str(result.path))}[/bold]")
+    for line in result.opening.lines() if result.opening is not None else ():
+        console.print(line, markup=False)
+    if result.judgement is not None and result.judgement.forgotten is not None:
+        for line in result.judgement.forgotten.lines():
+            console.print(line, markup=False)
+    show_commands(console, result.following)
+
+
+def _checked(result: PruneResult) -> list[str]:
+    """What is known to be equal, and where the result loads."""
+    lines = ["Every tensor equals its slice of the original."]
     if result.logits is not None:
-        console.print(
+        lines.append(
             f"Logits equal those of the masked original: KL {result.logits.mean_kl:.1e}, top-1 agreement "
-            f"{result.logits.top1_agreement:.1%} over {result.logits.positions:,} positions."
+            f"{readable_share(result.logits.top1_agreement)} over {result.logits.positions:,} positions."
         )
-    if result.target == "stock":
-        console.print("Loads in any tool that loads the original.")
-    else:
-        console.print(
-            "Loads in Transformers after `import shape_moe`, or with trust_remote_code=True; for a checkpoint that any "
-            "tool loads, prune with --target stock (equal counts, rerouted)."
-        )
+    lines.append(
+        "Loads in any tool that loads the original."
+        if result.target == "stock"
+        else "Loads in Transformers after `import shape_moe`, or with trust_remote_code=True; for a checkpoint that "
+        "any tool loads, prune with --target stock (equal counts, rerouted)."
+    )
+    return lines

@@ -17,6 +17,7 @@ from shape_moe.cli.values import share_option
 from shape_moe.errors import UsageError
 from shape_moe.jobs import select as job
 from shape_moe.selection.selection import Selection
+from shape_moe.units import readable_share
 from shape_moe.workspace import check_output_file
 
 FIRST = {
@@ -85,22 +86,28 @@ def show(console: Console, selection: Selection) -> None:
 
 def summary(selection: Selection) -> str:
     """A selection in a few lines."""
-    rate = f"{selection.keep:.4f}; asked {selection.keep_asked:g}"
+    rate = f"{readable_share(selection.keep)}; {readable_share(selection.keep_asked)} asked"
     alpha = ""
     if selection.alpha is not None:  # above 1 it says no more than this
-        alpha = f", alpha {selection.alpha:.6f}" if selection.alpha <= 1 else ", every expert of value among them"
-    lines = [f"Keeps {selection.kept:,} of {selection.total:,} experts ({rate}) by {selection.method}{alpha}"]
+        alpha = f", alpha {selection.alpha:.4g}" if selection.alpha <= 1 else ", every expert of value among them"
+    first = f"Keeps {selection.kept:,} of {selection.total:,} experts ({rate}) by {selection.method}{alpha}"
+    return "\n".join([first, *notes_on(selection)])
+
+
+def notes_on(selection: Selection) -> list[str]:
+    """How sure a selection is."""
+    lines = []
     if selection.classes:
         how = "added up" if selection.pooled else "each kept for its own sake (the largest share in any class counts)"
         lines.append(f"{len(selection.classes)} classes, {how}: {', '.join(selection.classes)}")
     if selection.stability is not None:
         lines.append(
-            f"Two halves of the data agree on {selection.stability['agreement']:.1%} of the kept experts; "
+            f"Two halves of the data agree on {readable_share(selection.stability['agreement'])} of the kept experts; "
             f"{selection.stability['undecided']:,.0f} places are undecided"
         )
     if selection.near_ties:
         lines.append(f"Near-ties, which rounding on another machine could decide otherwise: {_places(selection)}")
-    return "\n".join(lines)
+    return lines
 
 
 def _places(selection: Selection, most: int = 5) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,9 +12,9 @@ from rich.console import Console
 
 import shape_moe
 from shape_moe.cli.choice_flags import CHOICE_PANEL, WeightFlags
-from shape_moe.cli.console import plain_table
+from shape_moe.cli.console import plain_table, show_commands
 from shape_moe.cli.data_flags import DataFlags
-from shape_moe.cli.estimates import number, share, signed
+from shape_moe.cli.estimates import kl, points, share
 from shape_moe.cli.flags import ForceFlag, LoadFlags, MemoryFlags, ModelArgument, OutputFlags, RevisionFlag, SeedFlag
 from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags
 from shape_moe.cli.values import share_option
@@ -23,7 +24,7 @@ from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.jobs.session import DEFAULT_SAMPLES
 from shape_moe.scoring.registry import scorers as known_scorers
 from shape_moe.selection.method import Method, check_routing, usual_routing
-from shape_moe.units import readable_size
+from shape_moe.units import readable_share, readable_size
 
 if TYPE_CHECKING:
     from shape_moe.jobs.sweep import SweepResult
@@ -192,13 +193,13 @@ def _show(console: Console, result: SweepResult, model: str, out: Path | None) -
     console.print(f"{result.document['split']}.", markup=False)
     dense = result.document["dense"]
     quality = dense["quality"]
-    exact = f", exact match {quality['exact_match']['value']:.1%}" if "exact_match" in quality else ""
+    exact = f", exact match {readable_share(quality['exact_match']['value'])}" if "exact_match" in quality else ""
     console.print(f"Dense model: {readable_size(dense['bytes'])}, nll {quality['nll']['value']:.4f}{exact}")
     marks = {result.recommendation.chosen: "recommended"}
     places = list(enumerate(result.recommendation.points))
     for method, group in groupby(places, key=lambda place: place[1].method):
         table = plain_table(
-            "keep", "weights", "KL to dense", "same top-1", "exact match", "change", "limit", "", title=str(method)
+            "keep", "weights", "KL to dense", "same top-1", "exact match", "points", "limit", "", title=str(method)
         )
         for i, point in sorted(group, key=lambda place: -place[1].selection.kept):
             table.add_row(*_row(point), marks.get(i, ""), style="bold green" if i in marks else None)
@@ -207,11 +208,13 @@ def _show(console: Console, result: SweepResult, model: str, out: Path | None) -
     console.print(result.recommendation.reason, markup=False)
     if result.chosen is not None and out is not None:
         chosen = result.chosen.selection
-        console.print(
-            f"shape-moe prune {model} --selection {out / 'recommended.json'} -o SMALLER  writes it "
-            f"({chosen.kept:,} of {chosen.total:,} experts).",
-            markup=False,
-        )
+        size = f"{chosen.kept:,} of {chosen.total:,} experts"
+        layers = f"{len(chosen.layers)} layers of {chosen.num_experts}"
+        console.print(f"To write it ({size} in {layers}), and to look at all of this:", markup=False)
+        folder = shlex.quote(str(out))
+        recommended = shlex.quote(str(out / "recommended.json"))
+        prune = f"shape-moe prune {shlex.quote(model)} --selection {recommended} -o SMALLER"
+        show_commands(console, (prune, f"shape-moe report {folder} -o report.html"))
 
 
 def _row(point: Point) -> tuple[str, ...]:
@@ -223,11 +226,11 @@ def _row(point: Point) -> tuple[str, ...]:
     if point.healthy is False:
         words += ", unhealthy"
     return (
-        f"{point.selection.keep:.3f}",
+        readable_share(point.selection.keep),
         readable_size(point.size),
-        number(quality["kl"], 4),
+        kl(quality["kl"]),
         share(quality["top1"]),
-        f"{exact.value:.1%}" if exact else "",
-        signed(change["exact_match"]) if exact else "",
+        readable_share(exact.value) if exact else "",
+        points(change["exact_match"]) if exact else "",
         words,
     )

@@ -58,7 +58,7 @@ def verify(
 def _show(console: Console, checks: list[Check]) -> None:
     words = {True: Text("ok    ", "green"), False: Text("FAILED", "bold red"), None: Text("skip  ", "yellow")}
     for check in checks:
-        console.print(words[check.passed], Text(f"{check.name}: {check.detail}"), soft_wrap=True)
+        console.print(words[check.passed], Text(f"{check.name}: {check.detail}"))
     console.print(
         Text("PASS", "bold green") if all(check.passed is not False for check in checks) else Text("FAIL", "bold red")
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from shape_moe.architectures.loading import load_model, load_tokenizer
 from shape_moe.architectures.snapshot import open_snapshot
@@ -36,6 +37,7 @@ from shape_moe.workspace import Workspace, write_json
 KEEP_RATES = (0.8, 0.6, 0.4, 0.25)
 CALIBRATION_EXAMPLES = 25
 EVALUATION_PROMPTS = 50
+DEMO_FILE = "demo.json"
 REPORT_FILE = "report.html"
 REPORT_KEEP = 0.6
 """The report shows what the scorer shape keeps at this rate."""
@@ -67,10 +69,12 @@ class DemoResult:
     Attributes:
         rows: the unpruned model first, then by keep rate and scorer.
         report: an HTML report; None where nothing is kept.
+        document: the content of ``demo.json``.
     """
 
     rows: list[DemoRow]
     report: Path | None
+    document: dict[str, Any]
 
 
 def run_demo(
@@ -103,19 +107,26 @@ def run_demo(
         raise UsageError(f"There is no task {task!r}; there are {', '.join(TASKS)}.")
     for keep in keep_rates:
         SelectOptions(keep, Method(rule=rule))
+    job = {**header("demo"), "task": task, "rule": rule, "keep_rates": keep_rates, "seed": seed}
     with ExitStack() as stack:
         if folder is None:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             traced = _trace_task(task, seed, work, work, progress)
-            return DemoResult(_judged(traced, task, rule, keep_rates, seed, work, progress), None)
-        job = {**header("demo"), "task": task, "rule": rule, "keep_rates": keep_rates, "seed": seed}
+            rows = _judged(traced, task, rule, keep_rates, seed, work, progress)
+            return DemoResult(rows, None, _document(job, traced, rows))
         space = stack.enter_context(Workspace(folder, job, force=force))
         traced = _trace_task(task, seed, space.path, folder, progress)
         rows = _judged(traced, task, rule, keep_rates, seed, space.path, progress)
-        document = {**job, "layers": len(traced.info.layers), "experts": traced.info.num_experts}
-        write_json(space.path / "demo.json", {**document, "rows": [asdict(row) for row in rows]})
+        document = _document(job, traced, rows)
+        write_json(space.path / DEMO_FILE, document)
         space.complete()
-    return DemoResult(rows, _report(traced, rule, seed, folder, progress))
+    return DemoResult(rows, _report(traced, rule, seed, folder, progress), document)
+
+
+def _document(job: Mapping[str, Any], traced: Trace, rows: list[DemoRow]) -> dict[str, Any]:
+    """The content of ``demo.json``."""
+    size = {"layers": len(traced.info.layers), "experts": traced.info.num_experts}
+    return {**job, **size, "rows": [asdict(row) for row in rows]}
 
 
 def _judged(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -13,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from shape_moe.calibration.records import Record
 from shape_moe.calibration.responses import generate_answers, greedy_answers, pad_token_id, stop_ids
+from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.dense_reference import DenseReference
 from shape_moe.evaluation.generation import ends_in_loop
@@ -54,6 +56,12 @@ def general_records(groups: Sequence[str] | None = None) -> list[Record]:
         raise UsageError(f"There is no group {unknown[0]!r} of general prompts; there are {', '.join(known)}.")
     asked = [(group, prompt) for group, texts in known.items() if groups is None or group in groups for prompt in texts]
     return [Record(i, f"{SOURCE}, {group}", prompt=prompt, group=group) for i, (group, prompt) in enumerate(asked)]
+
+
+def kept_groups(seen: SeenPrompts) -> frozenset[str]:
+    """The groups that calibration has asked, half of their prompts or more."""
+    found = Counter(record.group for record in general_records() if record in seen)
+    return frozenset(group for group, texts in prompts().items() if 2 * found[group] >= len(texts))
 
 
 @dataclass(frozen=True)
@@ -233,12 +241,15 @@ class GeneralCheck:
         """Let go of what the dense model said."""
         self.reference.close()
 
-    def compare(self, model: PreTrainedModel, advance: Advance = lambda _: None) -> Forgotten:
+    def compare(
+        self, model: PreTrainedModel, advance: Advance = lambda _: None, kept: Collection[str] = ()
+    ) -> Forgotten:
         """What another model (masked or loaded from a checkpoint) has forgotten.
 
         Args:
             model: the model.
             advance: called with the number of prompts done.
+            kept: groups that it was calibrated with.
         """
         sums = compare_with_dense(model, self.held_out, self.reference)
         asked = {i: self.tokeniser.prompt(record) for i, record in enumerate(self.records)}
@@ -253,7 +264,7 @@ class GeneralCheck:
         answered = [Answered(str(r.prompt), self._text(theirs), self._text(ours)) for r, theirs, ours in texts]
         groups = [record.group or "" for record in self.records]
         looped = self._looped(self.answers), self._looped(written)
-        return by_group(groups, answered, sums.kl, sums.tokens, looped)
+        return by_group(groups, answered, sums.kl, sums.tokens, looped, kept=kept)
 
     def _text(self, tokens: list[int]) -> str:
         return str(self.tokeniser.tokenizer.decode(tokens, skip_special_tokens=True)).strip()

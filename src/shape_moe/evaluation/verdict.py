@@ -329,8 +329,8 @@ def describe_answers(answers: FreeAnswers) -> str:
     text += f"{endless} {'does' if endless == 1 else 'do'} not end (dense {endless_before}); "
     if answers.median_divergence is None:
         return f"{text}all are the dense model's, token for token"
-    same = answers.count - len(answers.divergences)
-    return f"{text}{same} {_are(same)} the dense model's, the others part after {answers.median_divergence:.0f} tokens"
+    same, after = answers.count - len(answers.divergences), counted(round(answers.median_divergence), "token")
+    return f"{text}{same} {_are(same)} the dense model's, the others part after {after}"
 
 
 def _fallen(fall: Fall) -> str:

@@ -21,12 +21,13 @@ from shape_moe.evaluation.outcomes import FREE_ANSWERS
 from shape_moe.evaluation.questions import Questions
 from shape_moe.evaluation.verdict import MAX_DROP, Verdict, check_max_drop, check_requirement, not_measured
 from shape_moe.jobs.held_out import fresh_records, held_out_set
+from shape_moe.jobs.judging_plan import MINUTES, check_minutes, plan_judging
 from shape_moe.jobs.session import ExampleOptions, ModelSession
 from shape_moe.progress import Progress
 from shape_moe.pruning.masks import masked
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import Trace
-from shape_moe.units import capitalised, counted
+from shape_moe.units import capitalised
 
 _ADVICE = "Judge it by examples that it was not made from: shape-moe evaluate MODEL DIR --data FILE."
 
@@ -41,6 +42,8 @@ class JudgementOptions:
         examples: judge by at most this many.
         answers: let both models answer at most so many of them freely.
         general: ask general prompts as well.
+        minutes: the longest that it may take: of what would take longer, less is judged, and that is said. None for
+            any time.
 
     Raises:
         UsageError: for a ``max_drop`` outside (0, 1), another requirement, and numbers that are too small.
@@ -51,11 +54,13 @@ class JudgementOptions:
     examples: int = MOST
     answers: int = FREE_ANSWERS
     general: bool = True
+    minutes: float | None = MINUTES
 
     def __post_init__(self) -> None:
         check_max_drop(self.max_drop)
         if self.require is not None:
             check_requirement(self.require)
+        check_minutes(self.minutes)
         if self.examples < FEWEST or self.answers < 1:
             raise UsageError(f"A model is judged by {FEWEST} examples and 1 free answer at least.")
 
@@ -149,7 +154,12 @@ def session_of_trace(
 
 
 def judge_selection(
-    session: ModelSession, parts: Parts, data: DataOptions, selection: Selection, options: JudgementOptions
+    session: ModelSession,
+    parts: Parts,
+    data: DataOptions,
+    selection: Selection,
+    options: JudgementOptions,
+    seen: SeenPrompts | None = None,
 ) -> Judgement:
     """Judge a selection as a mask on the dense model, beside that.
 
@@ -159,17 +169,24 @@ def judge_selection(
         data: where they come from.
         selection: what the written model keeps.
         options: see :class:`JudgementOptions`.
+        seen: the prompts that it was calibrated with, None where they are not known.
     """
     reasons = [f"{group}: {why}" if group else why for group, why in parts.unmeasured.items()]
     if not parts.report:
         return no_judgement(f"{capitalised('; '.join(reasons))}.", options)
     progress = session.progress
-    progress.note(_announcement(len(parts.report), options))
-    notes = [f"Not measured: {reason}." for reason in reasons] + [f"{parts.sentence}."]
-    held_out = held_out_set(session, session.calibrator_of(parts.report, data), "the judgement")
+    general = len(general_records()) if options.general else 0
+    maker = session.calibrator_of(parts.report, data)
+    plan = plan_judging(
+        session, maker, answers=options.answers, calls=options.answers, general=general, minutes=options.minutes
+    )
+    progress.note(f"{plan.sentence}; --no-judge leaves it out.")
+    notes = [*(f"Not measured: {reason}." for reason in reasons), f"{parts.sentence}."]
+    notes += [plan.note] if plan.note else []
+    held_out = held_out_set(session, plan.maker, "the judgement")
     by_index = {record.index: record for record in parts.report}
     records = [by_index[example.index] for example in held_out.examples]
-    generation, model = GenerationOptions(options.answers), session.model
+    generation, model = GenerationOptions(plan.amounts.answers), session.model
     with Bench(model, session.tokenizer, held_out, generation=generation, progress=progress) as bench:
         with progress.phase("Judging the pruned model", len(held_out.examples), "example") as advance:
             sums, ours = bench.sums(selection, advance), bench.answers(selection)
@@ -178,13 +195,13 @@ def judge_selection(
             model,
             session.calibrator.tokeniser,
             records,
-            general=options.general,
-            most=options.answers,
+            general=plan.amounts.general,
+            most=plan.amounts.calls,
             batch_size=session.options.answers.batch_size,
             progress=progress,
         )
         with masked(model, selection):
-            replies = questions.ask(model, "the pruned model")
+            replies = questions.ask(model, "the pruned model", seen)
         questions.close()
         verdict = conclude(
             held_out,
@@ -202,10 +219,3 @@ def judge_selection(
 def no_judgement(reason: str, options: JudgementOptions) -> Judgement:
     """The judgement where nothing could be measured."""
     return Judgement(not_measured(reason, _ADVICE, max_drop=options.max_drop))
-
-
-def _announcement(examples: int, options: JudgementOptions) -> str:
-    """What is about to be done, before it is."""
-    asked = [counted(examples, "example"), f"up to {counted(options.answers, 'free answer')}"]
-    asked += [f"{len(general_records())} general prompts"] if options.general else []
-    return f"To be judged, dense and pruned: {', '.join(asked)}; --no-judge leaves it out."

@@ -14,9 +14,11 @@ from shape_moe.architectures.loading import free_memory, release_memory
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.parts import Parts
 from shape_moe.calibration.records import DataOptions
+from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.calibration.sources import Data
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.jobs.auto import ChoiceOptions, auto_select, methods_to_try
+from shape_moe.jobs.closing import card_facts, commands_after
 from shape_moe.jobs.judgement import (
     Judgement,
     JudgementOptions,
@@ -35,7 +37,8 @@ from shape_moe.pruning.canary import Canary, CanaryResult
 from shape_moe.pruning.compare import file_hash
 from shape_moe.pruning.logits import check_logits, masked_answers, why_no_logits
 from shape_moe.pruning.writers import Writer, what_is_left_out, writer_for
-from shape_moe.reporting.model_card import CardFacts, write_card
+from shape_moe.reporting.model_card import write_card
+from shape_moe.reporting.opening import Opening
 from shape_moe.selection.method import PUBLISHED_SAMPLES
 from shape_moe.selection.rules import budget_for
 from shape_moe.selection.select import SelectOptions, select_from_trace
@@ -94,6 +97,8 @@ class PruneResult:
         notes: what the user should know.
         judgement: what pruning did to the model, None where it was not judged.
         rejected: whether the model is not as good as it was required to be, and stands in ``DIR.rejected``.
+        opening: the lines that terminal, model card and report open with.
+        following: commands to type next.
     """
 
     path: Path
@@ -106,6 +111,8 @@ class PruneResult:
     notes: tuple[str, ...] = ()
     judgement: Judgement | None = None
     rejected: bool = False
+    opening: Opening | None = None
+    following: tuple[str, ...] = ()
 
 
 @dataclass
@@ -240,8 +247,7 @@ def _carry_out(run: _Run, work: Workspace) -> PruneResult:
         canary.save(artifacts / "canary.json")
         logits = check_logits(canary, work.path, run.options.device, run.options.dtype, run.progress)
     before, after = run.snapshot.total_bytes, written.size
-    said = tuple(judgement.lines()) if judgement is not None else ()
-    facts = CardFacts(run.snapshot.name, before, after, selection, run.target, run.trace, left_out, said)
+    facts = card_facts(run.snapshot.name, (before, after), selection, run.trace, left_out, judgement)
     write_card(work.path, facts)
     if judgement is not None:
         write_json(artifacts / "judgement.json", judgement.to_document())
@@ -249,8 +255,21 @@ def _carry_out(run: _Run, work: Workspace) -> PruneResult:
     required = run.options.judgement.require if run.options.judgement is not None else None
     rejected = required is not None and judgement is not None and not judgement.verdict.satisfies(required)
     path = work.complete(suffix=_REJECTED if rejected else "")
-    notes = tuple(run.notes)
-    return PruneResult(path, selection, run.target, before, after, logits, logits_skipped, notes, judgement, rejected)
+    following = () if rejected else tuple(commands_after(facts, path))
+    return PruneResult(
+        path,
+        selection,
+        run.target,
+        before,
+        after,
+        logits,
+        logits_skipped,
+        tuple(run.notes),
+        judgement,
+        rejected,
+        facts.opening,
+        following,
+    )
 
 
 def _check_request(
@@ -394,7 +413,8 @@ def _judged(run: _Run, selection: Selection) -> Judgement:
         parts, data, chosen_by = run.plan.parts, run.plan.data, run.plan.held_out.records
     if parts is None:
         parts = unseen_parts(data, run.trace, chosen_by, options)
-    return judge_selection(run.session, parts, data, selection, options)
+    seen = SeenPrompts.of_source(run.trace.info.source) if run.trace is not None else None
+    return judge_selection(run.session, parts, data, selection, options, seen)
 
 
 def _canary(run: _Run, selection: Selection) -> tuple[Canary | None, str | None]:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from shape_moe.architectures.fingerprint import UNVERIFIED, Origin, fingerprint, layout_fingerprint, origin
-from shape_moe.architectures.loading import free_memory, load_model, load_tokenizer, unpacking
+from shape_moe.architectures.loading import free_memory, load_model, load_tokenizer
 from shape_moe.architectures.moe_config import MoeConfig, foreign_code
+from shape_moe.architectures.plain_model import check_observable
 from shape_moe.architectures.sites import live_moe_config
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.example_maker import Answerer, AnswerOptions, ExampleMaker
@@ -144,11 +145,12 @@ class ModelSession:
         if isinstance(model, str | PathLike):
             model = open_snapshot(model, revision, trust_remote_code=options.trust_remote_code)
         if isinstance(model, Snapshot):
-            _ = model.moe_layers, unpacking(model)
+            _ = model.moe_layers
+            check_observable(model)
             return cls(
                 model,
                 None,
-                tokenizer or load_tokenizer(model.path, trust_remote_code=model.trust_remote_code),
+                tokenizer or tokenizer_for(model, options.tokens),
                 options,
                 progress,
                 records,
@@ -291,6 +293,20 @@ class ModelSession:
             return origin(self.snapshot)
         name = str(self.model.name_or_path or type(self.model).__name__)
         return Origin(model=name, revision=None, fingerprint=UNVERIFIED, layout_fingerprint=UNVERIFIED)
+
+
+def tokenizer_for(snapshot: Snapshot, options: TokenOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer that examples are read with: the model's own, or that of the folder that the options name.
+
+    Raises:
+        CheckpointError: when there is none that can be loaded.
+    """
+    if options.tokenizer is None:
+        return load_tokenizer(snapshot.path, trust_remote_code=snapshot.trust_remote_code)
+    folder = Path(options.tokenizer)
+    if not folder.is_dir():
+        raise UsageError(f"There is no folder {folder} to read a tokenizer from (--tokenizer).")
+    return load_tokenizer(folder)
 
 
 def load_original(snapshot: Snapshot, device: str, dtype: str, progress: Progress) -> PreTrainedModel:

@@ -10,8 +10,8 @@ from shape_moe.architectures.loading import (
     load_model,
     loaded_bytes,
     why_not_loadable,
-    why_not_observable,
 )
+from shape_moe.architectures.plain_model import why_not_observable
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.errors import CheckpointError
 from shape_moe.progress import Progress

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shape_moe.units import readable_share, readable_size
+from shape_moe.units import NONE, readable_share, readable_size
 
 Document = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -98,21 +98,38 @@ def _dense(document: Document) -> Row:
     return found
 
 
+def demo_headings(document: Document) -> tuple[str, ...]:
+    """Of the short table."""
+    published = f"by {PUBLISHED}/{document['rule']}"
+    return "Best scorer", "Kept", "Weights", str(document["task"]), "Other tasks", f"{document['task']} {published}"
+
+
 def demo_short(document: Document) -> list[tuple[str, ...]]:
-    """At each keep rate the best method and the published one: keep rate, size, method, task, other tasks."""
-    found = [_cells("100 %", _dense(document), "dense")]
+    """The dense model, then at each keep rate the best scorer, with what the published one keeps of the task."""
+    dense = _dense(document)
+    found: list[tuple[str, ...]] = [("dense model", "100 %", *_cells(dense), _right(dense))]
     for keep, rows in demo_levels(document):
-        shown = f"{100 * keep:.4g} %"
-        best = rows[0]
-        tied = [row for row in rows if not is_control(row) and row["on_task"] == best["on_task"]]
-        note = f" (and {len(tied) - 1} others)" if len(tied) > 1 else ""
-        found.append(_cells(shown, best, f"best: {best['scorer']}{note}"))
-        published = next((row for row in rows if row["scorer"] == PUBLISHED), None)
-        if published is not None and published is not best:
-            found.append(_cells(shown, published, "published: shape"))
+        best, *rest = [row for row in rows if not is_control(row)] or rows
+        tied = sum(row["on_task"] == best["on_task"] for row in rest)
+        name = str(best["scorer"]) + (f" (and {tied} as good)" if tied else "")
+        published = next((_right(row) for row in rows if row["scorer"] == PUBLISHED), NONE)
+        found.append((name, f"{100 * keep:.4g} %", *_cells(best), published))
     return found
 
 
-def _cells(keep: str, row: Row, name: str) -> tuple[str, ...]:
-    right, others = (readable_share(float(row[key])) for key in ("on_task", "off_task"))
-    return name, keep, readable_size(row["size"]), right, others
+def _right(row: Row) -> str:
+    return readable_share(float(row["on_task"]))
+
+
+def _cells(row: Row) -> tuple[str, str, str]:
+    return readable_size(row["size"]), _right(row), readable_share(float(row["off_task"]))
+
+
+def demo_command(document: Document) -> str:
+    """How to do what was best here with a model of one's own."""
+    best = demo_best(document)
+    scorer = best.row["scorer"] if best is not None else "auto"
+    keep = f"{float(best.row['keep']):.2g}" if best is not None else "0.8"
+    return (
+        f"shape-moe prune MODEL --data TASK.jsonl --keep {keep} --scorer {scorer} --rule {document['rule']} -o SMALLER"
+    )

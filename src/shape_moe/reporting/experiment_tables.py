@@ -67,6 +67,9 @@ EXPLANATION = (
     "intervals overlap, more examples may change the order. Methods are compared at equal numbers of experts."
 )
 
+STARRED = EXPLANATION.replace("Bold is the best", "A star marks the best")
+"""The same where nothing is bold."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -81,6 +84,11 @@ class Cell:
     text: str
     value: float | None
     best: bool
+
+    @property
+    def marked(self) -> str:
+        """The text, with a star where the figure is the best one of its column."""
+        return f"{self.text} *" if self.best else self.text
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shape_moe.architectures.snapshot import looks_like_path
 from shape_moe.evaluation.evaluated import Evaluation
 from shape_moe.evaluation.forgotten import Forgotten
 from shape_moe.evaluation.swept import Sweep
 from shape_moe.evaluation.verdict import Verdict
 from shape_moe.reporting.figures.co_activation import lost_shares
 from shape_moe.reporting.figures.layers import kept_mass
+from shape_moe.reporting.opening import Opening, short_name
 from shape_moe.scoring.scores import Scores
 from shape_moe.selection.agreement import scoring_of
 from shape_moe.selection.selection import Selection
@@ -90,14 +90,17 @@ class Material:
 
     @property
     def model_name(self) -> str:
-        """The model's name for a heading: a hub id as it is, of a path its last part; the source's without one.
+        """The model's name for a heading, see :func:`~shape_moe.reporting.opening.short_name`; else the source's."""
+        return short_name(self.model or f"./{self.source}")
 
-        A folder ``model`` is named together with the one that it lies in.
-        """
-        name = (self.model or self.source).replace("\\", "/").rstrip("/")
-        is_path = looks_like_path(name) or name.count("/") > 1 or self.model is None
-        parts = name.split("/")
-        return "/".join(parts[-2:] if parts[-1] == "model" else parts[-1:]) if is_path else name
+    @cached_property
+    def opening(self) -> Opening | None:
+        """The lines that the report opens with; None where nothing was selected."""
+        if self.selection is None:
+            return None
+        sizes = (int(self.sizes.before), int(self.sizes.after)) if self.sizes is not None else None
+        samples = self.trace.info.examples if self.trace is not None else None
+        return Opening.of(self.model or f"./{self.source}", self.selection, sizes, samples, self.verdict)
 
     @property
     def weights(self) -> SegmentWeights:

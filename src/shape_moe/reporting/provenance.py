@@ -132,6 +132,14 @@ def commands(material: Material) -> list[str]:
     return [*found, *(command for command in measured if command)]
 
 
+def calibration_options(info: TraceInfo) -> str | None:
+    """The options that name the calibration examples of a trace again, None where they are not in one set of files."""
+    sources = _sources(info)
+    if len(sources) != 1 or "content_hash" not in sources[0] or sources[0].get("in_memory"):
+        return None
+    return _data_options(sources[0])
+
+
 def _trace_commands(info: TraceInfo, model: str) -> list[str]:
     """Empty when the verb trace did not make it of files, or drew its examples together with held-out ones."""
     sources = _sources(info)

@@ -9,7 +9,7 @@ from typing import Any
 
 from shape_moe.evaluation.swept import Sweep
 from shape_moe.reporting.demo_rows import demo_levels
-from shape_moe.reporting.experiment_tables import EXPLANATION, experiment_gaps, experiment_parts
+from shape_moe.reporting.experiment_tables import STARRED, experiment_gaps, experiment_parts
 from shape_moe.reporting.figures.agreement import agreement_figure
 from shape_moe.reporting.figures.coalitions import (
     MOST_SHOWN,
@@ -217,7 +217,7 @@ def _experiment(material: Material) -> Section | None:
         for part in parts
         for table in part.tables
     ]
-    notes = [EXPLANATION.replace("Bold is the best", "A star marks the best")]
+    notes = [STARRED]
     notes += [f"{part.model}: {part.sizes}" for part in parts if part.model_first]
     notes += [f"{part.model}, {part.evaluation}: {part.sample}" for part in parts]
     notes += [f"Not possible: {reason}." for reason in experiment_gaps(document)]
@@ -227,7 +227,7 @@ def _experiment(material: Material) -> Section | None:
 
 def _texts(row: tuple[Any, ...]) -> tuple[str, ...]:
     name, *cells = row
-    return (str(name), *(f"{cell.text} *" if cell.best else cell.text for cell in cells))
+    return (str(name), *(cell.marked for cell in cells))
 
 
 def _demo(material: Material) -> Section | None:

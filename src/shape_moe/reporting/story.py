@@ -11,12 +11,14 @@ from shape_moe.evaluation.evaluated import TASK, Evaluated, Evaluation
 from shape_moe.evaluation.falls import Fall
 from shape_moe.evaluation.measures import Measured
 from shape_moe.evaluation.verdict import Verdict, Word, describe_answers, describe_calls
-from shape_moe.reporting.demo_rows import demo_best, demo_model, demo_short
+from shape_moe.reporting.demo_rows import demo_best, demo_command, demo_headings, demo_model, demo_short
 from shape_moe.reporting.experiment_tables import experiment_bests, experiment_sizes
-from shape_moe.reporting.figures.figure import NONE, sentence
+from shape_moe.reporting.figures.figure import sentence
 from shape_moe.reporting.material import Material, Sizes
+from shape_moe.reporting.opening import evaluated_line, next_commands, smaller
+from shape_moe.reporting.provenance import calibration_options
 from shape_moe.selection.selection import Selection
-from shape_moe.units import capitalised, counted, readable_kl, readable_share, readable_size, share_at_most
+from shape_moe.units import NONE, capitalised, counted, readable_kl, readable_share, readable_size, share_at_most
 
 COST_HEADINGS = ("", "Dense", "Pruned", "Lost", "At most", "KL to dense", "Examples")
 """Of the table of what pruning cost; the first column names the class and the figure."""
@@ -85,13 +87,12 @@ def _of_demo(document: Mapping[str, Any]) -> Story:
     best = demo_best(document)
     smaller = f"{readable_share(best.saved)} smaller" if best is not None else "No method keeps the task"
     detail = f"{demo_model(document)}; {best.sizes}" if best is not None else demo_model(document)
-    task = str(document["task"])
     word = Word.NOT_MEASURED
     return Story(
         "The embedded model",
         smaller,
         detail,
-        ("Method", "Kept", "Weights", task, "Other tasks"),
+        demo_headings(document),
         tuple(demo_short(document)),
         "",
         str(word),
@@ -99,7 +100,7 @@ def _of_demo(document: Mapping[str, Any]) -> Story:
         "A demonstration: the best of many methods on a few prompts looks a little better than it is.",
         (),
         "Do it with your own model and examples; the command ends with a verdict.",
-        ("shape-moe prune MODEL --data TASK.jsonl --keep 80% --scorer auto -o SMALLER",),
+        (demo_command(document),),
     )
 
 
@@ -148,9 +149,7 @@ def shrunk(sizes: Sizes) -> str:
 def _smaller(sizes: Sizes | None, keep: float | None) -> tuple[str, str]:
     """How much smaller in a few words, and both sizes."""
     if sizes is not None and sizes.before > 0:
-        saved = 1 - sizes.after / sizes.before
-        word = f"{readable_share(saved)} smaller" if saved > 0 else "Not smaller"
-        return word, shrunk(sizes)
+        return smaller(int(sizes.before), int(sizes.after)), shrunk(sizes)
     if keep is not None:
         return f"{readable_share(1 - keep)} of the experts removed", ""
     return "Size not known", ""
@@ -159,12 +158,11 @@ def _smaller(sizes: Sizes | None, keep: float | None) -> tuple[str, str]:
 def _of_selection(material: Material, own: Evaluated | None) -> Story:
     selection = material.selection
     verdict = material.verdict or (own.verdict if own is not None else None)
-    smaller, sizes = _smaller(material.sizes, selection.keep if selection is not None else None)
-    experts = _experts(selection) if selection is not None else ""
-    detail = "; ".join(part for part in (sizes, experts) if part)
+    word, _ = _smaller(material.sizes, selection.keep if selection is not None else None)
+    detail = material.opening.size if material.opening is not None else ""
     name = material.model_name
     if verdict is not None:
-        return _judged(name, smaller, detail, verdict, _commands(material, verdict))
+        return _judged(name, word, detail, verdict, _commands(material, verdict))
     measured = own.sets.get(TASK) if own is not None else None
     point = material.sweep.point_of(selection) if material.sweep is not None else None
     if measured is None and point is not None:
@@ -177,12 +175,7 @@ def _of_selection(material: Material, own: Evaluated | None) -> Story:
     else:
         reason = "Nothing here says what pruning did to the model."
     costs = _costs_of(measured)
-    return _unjudged(name, smaller, detail, costs, reason, _commands(material, None))
-
-
-def _experts(selection: Selection) -> str:
-    each = f"{len(selection.layers)} layers of {selection.num_experts}"
-    return f"{selection.kept:,} of {selection.total:,} experts kept ({each})"
+    return _unjudged(name, word, detail, costs, reason, _commands(material, None))
 
 
 def _of_sweep(material: Material) -> Story:
@@ -215,19 +208,15 @@ def _path(source: str, name: str) -> str:
 
 def _of_model(material: Material, evaluation: Evaluation, model: Evaluated, dense: int | None) -> Story:
     sizes = Sizes(dense, model.size, "") if dense and model.size else None
-    keep = model.selection.keep if model.selection is not None else None
-    smaller, detail = _smaller(sizes, keep)
-    if keep is not None:
-        how = model.selection
-        by = f" by {how.scorer}/{how.rule}, {how.routing}" if how is not None else ""
-        detail = "; ".join(part for part in (detail, f"{readable_share(keep)} of the experts kept{by}") if part)
+    word, _ = _smaller(sizes, model.selection.keep if model.selection is not None else None)
+    detail = evaluated_line(model, dense)
     if model.verdict is not None:
-        return _judged(model.name, smaller, detail, model.verdict, ())
+        return _judged(model.name, word, detail, model.verdict, ())
     reason = "The evaluation holds no verdict on this model."
     if evaluation.data is None:
         reason = "Benchmark tasks alone give no verdict."
     again = f"shape-moe evaluate {material.model_word} {shlex.quote(model.name)} --data HELD_OUT.jsonl"
-    return _unjudged(model.name, smaller, detail, _costs_of(model.sets.get(TASK)), reason, (again,))
+    return _unjudged(model.name, word, detail, _costs_of(model.sets.get(TASK)), reason, (again,))
 
 
 def _judged(name: str, smaller: str, detail: str, verdict: Verdict, commands: tuple[str, ...]) -> Story:
@@ -300,12 +289,12 @@ def _costs_of(measured: Measured | None) -> tuple[tuple[str, ...], ...]:
 
 
 def _commands(material: Material, verdict: Verdict | None) -> tuple[str, ...]:
-    """What would make the verdict better known."""
-    if verdict is not None and verdict.word in {Word.SAFE, Word.DAMAGED, Word.LOSS}:
-        return ()
-    if material.checkpoint:
-        pruned = shlex.quote(material.source)
-        return (f"shape-moe evaluate {material.model_word} {pruned} --data HELD_OUT.jsonl -o evaluation.json",)
+    """What would make the model, or what is known of it, better."""
+    selection, model = material.selection, material.model or "MODEL"
+    data = calibration_options(material.trace.info) if material.trace is not None else None
+    if selection is not None and (material.checkpoint or verdict is not None):
+        pruned = material.source if material.checkpoint else "SMALLER"
+        return tuple(next_commands(model, pruned, verdict, selection=selection, data=data))
     file = _path(material.source, "recommended.json") if material.sweep is not None else "SELECTION.json"
     if material.source.endswith(".json") and material.sweep is None:
         file = shlex.quote(material.source)

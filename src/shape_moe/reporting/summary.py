@@ -15,7 +15,6 @@ from shape_moe.reporting.figures.figure import percent, sentence
 from shape_moe.reporting.figures.metrics import METRICS, known_metrics
 from shape_moe.reporting.material import Material
 from shape_moe.reporting.story import is_selected, shrunk
-from shape_moe.selection.method import full_method
 from shape_moe.selection.selection import Selection
 from shape_moe.units import counted, readable_share, readable_size
 
@@ -58,12 +57,8 @@ def headline(material: Material) -> str:
 
 def subline(material: Material) -> str:
     """The sentence below the heading."""
-    selection = material.selection
-    if selection is not None:
-        text = f"Keeps {selection.kept:,} of {selection.total:,} experts"
-        if material.sizes is not None:
-            text += f", size {shrunk(material.sizes)}"
-        return f"{text}. Method: {full_method(selection, _samples(material))}."
+    if material.opening is not None:
+        return material.opening.method
     if material.experiment is not None:
         return experiment_preface(material.experiment)
     if material.demo is not None:
@@ -81,10 +76,6 @@ def _judged_by(material: Material) -> str:
     if evaluation.data is None:
         return "benchmark tasks"
     return f"{counted(evaluation.examples, 'example')} of {evaluation.data}" if evaluation.examples else evaluation.data
-
-
-def _samples(material: Material) -> int | None:
-    return material.trace.info.examples if material.trace is not None else None
 
 
 def tiles(material: Material) -> list[Tile]:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from shape_moe.errors import UsageError
 from shape_moe.selection.rules import get_rule
-
-if TYPE_CHECKING:
-    from shape_moe.selection.selection import Selection
 
 Routing = Literal["drop", "reroute"]
 ROUTINGS: tuple[Routing, ...] = get_args(Routing)
@@ -95,33 +92,6 @@ PUBLISHED = Method()
 """The method that SHAPE was published with."""
 PUBLISHED_SAMPLES = 25
 """How many examples it was calibrated with."""
-
-
-def full_method(selection: Selection, samples: int | None) -> str:
-    """A selection's method in words, with whether it is the published one.
-
-    Args:
-        selection: the selection.
-        samples: how many examples it was calibrated with, None where that is not known.
-    """
-    method = selection.method
-    words = [method.pair, method.routing, method.target]
-    words += [f"{samples:,} samples"] if samples is not None else []
-    told = "not the published SHAPE method"
-    if method == PUBLISHED and _unconstrained(selection):
-        if samples is None:
-            told = f"the published SHAPE method if it was calibrated with {PUBLISHED_SAMPLES} samples"
-        elif samples == PUBLISHED_SAMPLES:
-            told = "the published SHAPE method"
-    return f"{', '.join(words)} ({told})"
-
-
-def _unconstrained(selection: Selection) -> bool:
-    """Whether nothing but the budget decided which experts stay."""
-    rules = selection.constraints
-    weights = {selection.options.get(segment, 1.0) for segment in ("prompt", "response")}
-    free = not rules.get("skip_layers") and not rules.get("protect") and rules.get("multiple_of", 1) == 1
-    return free and weights == {1.0}
 
 
 def check_routing(name: str) -> Routing:

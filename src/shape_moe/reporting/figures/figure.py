@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.evaluation.intervals import Estimate
+from shape_moe.units import NONE
 
-NONE = "\N{EN DASH}"
-"""Stands in tables where there is no number."""
 _CODES = {"float32": "f4", "uint8": "u1", "uint16": "u2", "int32": "i4"}
 
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from shape_moe.evaluation.intervals import Estimate
 from shape_moe.evaluation.measures import Measured
-from shape_moe.reporting.figures.figure import NONE, number
-from shape_moe.units import readable_kl, readable_share
+from shape_moe.reporting.figures.figure import number
+from shape_moe.units import NONE, readable_kl, readable_share
 
 _PERCENT = "\N{NO-BREAK SPACE}%"
 _TIMES = "\N{MULTIPLICATION SIGN}"

@@ -6,11 +6,11 @@ from typing import Any
 
 from shape_moe.evaluation.keep_rate import SweptPoint
 from shape_moe.evaluation.swept import Sweep
-from shape_moe.reporting.figures.figure import NONE, Figure, State, Swatch, Table, in_template, percent, plain
+from shape_moe.reporting.figures.figure import Figure, State, Swatch, Table, in_template, percent, plain
 from shape_moe.reporting.figures.metrics import METRICS, Metric, error_bars, is_wide, known_metrics, value_axis
 from shape_moe.reporting.figures.sizes import mark
 from shape_moe.selection.selection import Selection
-from shape_moe.units import readable_size, size_unit
+from shape_moe.units import NONE, readable_size, size_unit
 
 _LABELLED = 2
 """With more lines, keep rates stand on the first ones only: elsewhere labels would cover each other."""

@@ -1,0 +1,114 @@
+"""Methods of quantisation, registered by name: each says what a checkpoint's tensors stand for.
+
+A method's module knows its layout on disk and nothing else does. Other packages add methods through the entry-point
+group ``shape_moe.quantisations``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shape_moe.architectures.quantised.plain import PlainTensor
+from shape_moe.architectures.safetensors_file import TensorSlot
+from shape_moe.errors import UnsupportedModelError
+from shape_moe.registry import Registry
+
+SETTINGS_KEY = "quantization_config"
+Config = Mapping[str, Any]
+Plain = Callable[[Mapping[str, TensorSlot]], list[PlainTensor]]
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How one checkpoint is quantised.
+
+    Attributes:
+        label: the method and what it was told, for people: ``AWQ 4-bit, groups of 128``.
+        plain: gives the tensors of the plain model from the stored ones (names and places; nothing is read).
+        refusal: why values cannot be computed from what is stored, None where they can: the end of a sentence that
+            begins with the label.
+    """
+
+    label: str
+    plain: Plain
+    refusal: str | None = None
+
+
+@dataclass(frozen=True)
+class _Method:
+    recognises: Callable[[Config], bool]
+    open: Callable[[Config], Quantisation]
+
+
+_METHODS: Registry[_Method] = Registry(
+    "quantisation method",
+    "shape_moe.quantisations",
+    tuple(
+        f"shape_moe.architectures.quantised.{module}"
+        for module in ("fp8", "mxfp4", "awq", "gptq", "compressed", "modelopt", "bnb", "mlx")
+    ),
+)
+
+
+def register(
+    name: str, *, recognises: Callable[[Config], bool] | None = None
+) -> Callable[[Callable[[Config], Quantisation]], Callable[[Config], Quantisation]]:
+    """Register what opens checkpoints of a method.
+
+    Args:
+        name: the method, as ``quant_method`` has it.
+        recognises: whether a model's configuration is one of the method; None where ``quant_method`` says it.
+    """
+
+    def named(config: Config) -> bool:
+        return settings_of(config).get("quant_method") == name
+
+    def add(function: Callable[[Config], Quantisation]) -> Callable[[Config], Quantisation]:
+        _METHODS.add(name, _Method(recognises or named, function), function)
+        return function
+
+    return add
+
+
+def settings_of(config: Config) -> Config:
+    """The quantisation settings of a model's configuration, empty where there are none."""
+    return config.get(SETTINGS_KEY) or {}
+
+
+def find_quantisation(config: Config) -> Quantisation | None:
+    """How a model is quantised, None for one that is not.
+
+    A method that nobody registered gives a quantisation that computes nothing and says so by the method's name.
+
+    Raises:
+        CheckpointError: when the settings are not what the method's should be.
+    """
+    for method in _METHODS.all().values():
+        if method.recognises(config):
+            return method.open(config)
+    settings = settings_of(config)
+    if not settings:
+        return None
+    label = str(settings.get("quant_method") or "An unnamed quantisation")
+    return Quantisation(label, _stored, "is not known here; known are " + ", ".join(sorted(_METHODS.all())))
+
+
+def _stored(tensors: Mapping[str, TensorSlot]) -> list[PlainTensor]:
+    return [PlainTensor.stored(slot) for slot in tensors.values()]
+
+
+def refused(label: str, why: str) -> Quantisation:
+    """A checkpoint of a known method whose layout is not understood; sizes count what is stored."""
+    return Quantisation(label, _stored, why)
+
+
+def check_computable(quantisation: Quantisation, name: str) -> None:
+    """Refuse to compute with a checkpoint whose values cannot be computed.
+
+    Raises:
+        UnsupportedModelError: by the method's name.
+    """
+    if quantisation.refusal is not None:
+        raise UnsupportedModelError(f"{name}: {quantisation.label} {quantisation.refusal}.")

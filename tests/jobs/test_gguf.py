@@ -1,0 +1,114 @@
+"""GGUF files as models: inspected, traced, and read with their own tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shape_moe.architectures.loading import load_tokenizer
+from shape_moe.calibration.examples import TokenOptions
+from shape_moe.calibration.records import DataOptions
+from shape_moe.errors import CheckpointError, UnsupportedModelError, UsageError
+from shape_moe.jobs.inspect import inspect_model
+from shape_moe.jobs.session import ExampleOptions
+from shape_moe.jobs.trace import trace
+from shape_moe.scoring.scores import score_trace
+from support.data import write_lines
+from support.gguf_files import TEMPLATE, gguf_model, metadata_of, save_gguf, to_gguf, write_gguf
+from support.tiny_models import save_model
+
+
+def chats(count: int) -> list[dict[str, object]]:
+    rng = np.random.default_rng(0)
+    rows = []
+    for a, b in rng.integers(0, 99, size=(count, 2)):
+        said = [
+            {"role": "user", "content": f"what is {a} + {b}?"},
+            {"role": "assistant", "content": f"that is {a + b}"},
+        ]
+        rows.append({"messages": said})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_lines(tmp_path_factory.mktemp("data") / "chats.jsonl", chats(12)))
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_gguf(gguf_model("qwen3_moe"), tmp_path_factory.mktemp("gguf") / "model.gguf")
+
+
+def example_options(data: str, **tokens: str) -> ExampleOptions:
+    return ExampleOptions(DataOptions(data), TokenOptions(**tokens), device="cpu")
+
+
+def test_inspect_says_what_the_file_holds(file: Path) -> None:
+    found = inspect_model(file)
+    assert found.size.total == sum(t.size for t in found.snapshot.tensors.values())
+    assert found.size.experts == 3 * 16 * 3 * 32 * 24 * 4
+    assert found.size.num_experts == 48
+    assert found.size.expert_values == 3 * 16 * 3 * 32 * 24
+
+
+def test_the_tokenizer_of_the_metadata(file: Path) -> None:
+    tokenizer = load_tokenizer(file)
+    text = "what is the 12\n"
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.convert_ids_to_tokens(ids)[:9] == ["w", "h", "a", "t", "Ġ", "i", "s", "Ġ", "th"]
+    assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+    assert tokenizer("</s>").input_ids == [2]
+    assert tokenizer.chat_template == TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("way", "text", "pieces"),
+    [
+        ("glm4", "ab 12345 x", ["ab", "Ġ", "123", "45", "Ġx"]),
+        ("deepseek-v3", "ab 12345 日x!y", ["ab", "Ġ", "123", "45", "Ġ", "æĹ¥", "x", "!y"]),
+        ("qwen2", "ab 12", ["ab", "Ġ", "1", "2"]),
+        ("gpt-2", "ab 12345", ["ab", "Ġ12345"]),
+    ],
+)
+def test_text_is_split_as_the_file_says(way: str, text: str, pieces: list[str], tmp_path: Path) -> None:
+    model = gguf_model("qwen3_moe")
+    found = write_gguf(tmp_path / "m.gguf", "qwen3moe", metadata_of(model.config), to_gguf(model), pre=way)
+    splitter = load_tokenizer(found).backend_tokenizer.pre_tokenizer
+    assert [piece for piece, _ in splitter.pre_tokenize_str(text)] == pieces
+
+
+def test_tokenizers_that_would_read_other_tokens_are_refused(tmp_path: Path) -> None:
+    model = gguf_model("qwen3_moe")
+    metadata, tensors = metadata_of(model.config), to_gguf(model)
+    with pytest.raises(UnsupportedModelError, match=r"the way 'unheard'.*--tokenizer DIR"):
+        load_tokenizer(write_gguf(tmp_path / "a.gguf", "qwen3moe", metadata, tensors, pre="unheard"))
+    with pytest.raises(CheckpointError, match=r"no tokenizer in its metadata.*--tokenizer DIR"):
+        load_tokenizer(write_gguf(tmp_path / "b.gguf", "qwen3moe", metadata, tensors, tokenizer=False))
+
+
+def test_a_trace_of_the_file_is_the_trace_of_the_model(file: Path, data: str, tmp_path: Path) -> None:
+    folder = save_model(gguf_model("qwen3_moe"), tmp_path / "model")
+    load_tokenizer(file).save_pretrained(folder)
+    found = trace(file, example_options(data), tmp_path / "t", force=False)
+    expected = trace(folder, example_options(data))
+    assert found.info.tokens == expected.info.tokens
+    assert found.info.examples == 12
+    assert np.array_equal(score_trace(found, "shape").values, score_trace(expected, "shape").values)
+    assert found.statistics.keys() == expected.statistics.keys()
+    for name in found.statistics:
+        assert np.allclose(found.statistics[name], expected.statistics[name], rtol=1e-5, atol=1e-9)
+
+
+def test_another_tokenizer_is_read_from_its_folder(file: Path, data: str, tmp_path: Path) -> None:
+    model = gguf_model("qwen3_moe")
+    bare = write_gguf(tmp_path / "m.gguf", "qwen3moe", metadata_of(model.config), to_gguf(model), tokenizer=False)
+    load_tokenizer(file).save_pretrained(tmp_path / "tokenizer")
+    found = trace(bare, example_options(data, tokenizer=str(tmp_path / "tokenizer")))
+    assert found.info.tokens == trace(file, example_options(data)).info.tokens
+    with pytest.raises(UsageError, match="no folder .*nowhere"):
+        trace(bare, example_options(data, tokenizer=str(tmp_path / "nowhere")))
+    assert found.info.source["tokenizer"] == str(tmp_path / "tokenizer")
