@@ -158,15 +158,26 @@ class LayeredModel:
         with self._in_memory(self._exit):
             yield
 
-    def logits(self, hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Logits [B, T, V] of hidden states that have left the last decoder layer."""
+    def logits(
+        self, hidden: torch.Tensor, attention_mask: torch.Tensor, columns: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits [B, T, V] of hidden states that have left the last decoder layer.
+
+        Args:
+            hidden: the states.
+            attention_mask: int64 [B, T], 1 on tokens.
+            columns: the positions that are wanted, None for all.
+        """
         import torch
 
         self._entering = hidden.to(self.device)
         try:
             with torch.no_grad():
                 output = self.model(
-                    inputs_embeds=self._entering, attention_mask=attention_mask.to(self.device), use_cache=False
+                    inputs_embeds=self._entering,
+                    attention_mask=attention_mask.to(self.device),
+                    logits_to_keep=0 if columns is None else columns.to(self.device),
+                    use_cache=False,
                 )
         finally:
             self._entering = None
@@ -331,6 +342,7 @@ def _without_weights(snapshot: Snapshot, dtype: str) -> tuple[PreTrainedModel, M
     """The model with all weights of the checkpoint on the meta device and its buffers real, and its loading info."""
     import torch
     import transformers
+    from transformers import GenerationConfig
 
     shapes = {name: _Shape.of(tensor) for name, tensor in snapshot.plain.items()}
     try:
@@ -347,6 +359,8 @@ def _without_weights(snapshot: Snapshot, dtype: str) -> tuple[PreTrainedModel, M
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
+            if (snapshot.path / "generation_config.json").is_file():
+                found[0].generation_config = GenerationConfig.from_pretrained(snapshot.path)
     except LOADING_ERRORS as error:
         raise CheckpointError(f"Transformers could not build {snapshot.name}: {first_line(error)}") from error
     return found

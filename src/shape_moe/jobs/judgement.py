@@ -139,14 +139,14 @@ def unseen_parts(
 
 
 def session_of_trace(
-    snapshot: Snapshot, trace: Trace, device: str, dtype: str, progress: Progress
+    snapshot: Snapshot, trace: Trace, device: str, dtype: str, progress: Progress, *, stream: bool | None = None
 ) -> ModelSession | None:
     """The full model, reading examples as for a trace; None where the trace does not say where they are."""
     source = trace.info.source
     if not source.get("data") or not source.get("prompts"):
         return None
     data, tokens, answers = options_of(source)
-    read = ExampleOptions(data, tokens, answers, device=device, dtype=dtype)
+    read = ExampleOptions(data, tokens, answers, device=device, dtype=dtype, stream=stream)
     try:
         return ModelSession.open(snapshot, read, None, progress, load_records(replace(data, samples=1)))
     except DataError:  # the examples may be gone since
@@ -171,7 +171,7 @@ def judge_selection(
         options: see :class:`JudgementOptions`.
         seen: the prompts that it was calibrated with, None where they are not known.
     """
-    reasons = [f"{group}: {why}" if group else why for group, why in parts.unmeasured.items()]
+    reasons = why_parts_unmeasured(parts)
     if not parts.report:
         return no_judgement(f"{capitalised('; '.join(reasons))}.", options)
     progress = session.progress
@@ -214,6 +214,11 @@ def judge_selection(
             notes=notes,
         )
     return Judgement(verdict, replies.forgotten)
+
+
+def why_parts_unmeasured(parts: Parts) -> list[str]:
+    """Why classes have no records to report by, each by its name where it has one."""
+    return [f"{group}: {why}" if group else why for group, why in parts.unmeasured.items()]
 
 
 def no_judgement(reason: str, options: JudgementOptions) -> Judgement:

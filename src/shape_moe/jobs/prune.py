@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shape_moe.architectures.fingerprint import fingerprint, layout_fingerprint
+from shape_moe.architectures.layered_model import why_not_layered
 from shape_moe.architectures.loading import free_memory, release_memory
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.parts import Parts
@@ -28,10 +29,12 @@ from shape_moe.jobs.judgement import (
     set_aside,
     unseen_parts,
 )
+from shape_moe.jobs.layered_judgement import judge_layer_by_layer
 from shape_moe.jobs.planning import SearchPlan, held_out_tracing, plan_search
 from shape_moe.jobs.select import as_select_options, check_options
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options, load_original
 from shape_moe.jobs.trace import kept_trace, open_trace
+from shape_moe.jobs.way import check_whole
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import Canary, CanaryResult
 from shape_moe.pruning.compare import file_hash
@@ -60,11 +63,13 @@ class PruneOptions:
 
     Attributes:
         select: how experts are chosen; None when a finished selection is given.
-        trace: the calibration set and how to trace; None when a trace or a selection is given. Its device and dtype
-            are overruled by those below.
+        trace: the calibration set and how to trace; None when a trace or a selection is given. Its device, dtype
+            and stream are overruled by those below.
         device: where to trace and to compare logits.
         dtype: in which dtype.
         trust_remote_code: run the code that comes with the original instead of Transformers' own, where there is some.
+        stream: trace and judge layer by layer (True), or with the whole model in memory (False); None decides by free
+            memory.
         choice: how candidates are judged where scorer or keep rate are left to the tool, None where they are not.
         judgement: how the pruned model is judged, None for not at all.
         check_logits: compare the pruned model's logits with the masked original's, where both fit in memory.
@@ -76,6 +81,7 @@ class PruneOptions:
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
+    stream: bool | None = None
     choice: ChoiceOptions | None = None
     judgement: JudgementOptions | None = field(default_factory=JudgementOptions)
     check_logits: bool = True
@@ -302,7 +308,9 @@ def _complete_options(
     if options.select is None and options.choice is not None and options.choice.limit is not None:
         options = replace(options, select=as_select_options(1.0))  # the limit decides how many are kept
     if options.trace is not None:
-        options = replace(options, trace=replace(options.trace, device=options.device, dtype=options.dtype))
+        options = replace(
+            options, trace=replace(options.trace, device=options.device, dtype=options.dtype, stream=options.stream)
+        )
     return options
 
 
@@ -315,7 +323,8 @@ def _plan_choice(
         return None
     seed = select.scoring.seed
     tracing = held_out_tracing(options.trace, trace, choice.held_out, seed)
-    tracing = replace(tracing, device=options.device, dtype=options.dtype)
+    tracing = replace(tracing, device=options.device, dtype=options.dtype, stream=options.stream)
+    check_whole(snapshot, tracing)
     plan = plan_search(
         snapshot,
         tracing,
@@ -403,9 +412,13 @@ def _judged(run: _Run, selection: Selection) -> Judgement:
     assert options is not None
     if run.session is None:
         reason = why_no_logits(run.snapshot, device, dtype)
-        if reason:
+        if reason and why_not_layered(run.snapshot):
             return no_judgement(f"{capitalised(reason)}.", options)
-        run.session = session_of_trace(run.snapshot, run.trace, device, dtype, run.progress) if run.trace else None
+        run.session = (
+            session_of_trace(run.snapshot, run.trace, device, dtype, run.progress, stream=run.options.stream)
+            if run.trace
+            else None
+        )
     if run.session is None:
         return no_judgement("There are no examples that the model was not made from.", options)
     parts, data, chosen_by = run.parts, run.session.options.data, []
@@ -414,6 +427,8 @@ def _judged(run: _Run, selection: Selection) -> Judgement:
     if parts is None:
         parts = unseen_parts(data, run.trace, chosen_by, options)
     seen = SeenPrompts.of_source(run.trace.info.source) if run.trace is not None else None
+    if run.session.reads_layers:
+        return judge_layer_by_layer(run.session, parts, data, selection, options)
     return judge_selection(run.session, parts, data, selection, options, seen)
 
 
@@ -423,6 +438,8 @@ def _canary(run: _Run, selection: Selection) -> tuple[Canary | None, str | None]
     reason = None if options.check_logits else "--no-logits was given"
     if reason is None and session is None:
         reason = why_no_logits(run.snapshot, options.device, options.dtype)
+    if reason is None and session is not None and session.reads_layers:
+        reason = why_no_logits(run.snapshot, options.device, options.dtype) or "--stream was given"
     if reason is not None:
         run.notes.append(f"Logits were not compared: {reason}.")
         return None, reason
