@@ -6,7 +6,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 
 .PHONY: help install dev python browser demo demo-from-wheel test test-long test-vllm test-vllm-full mutants lint format \
-	benchmarks benchmarks-vllm clean
+	docs benchmarks benchmarks-vllm clean
 
 help:
 	@echo "make demo            prune the embedded model and show what is left (about a minute)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-vllm       run the tests that need a real vLLM, in a virtual environment of its own (CPU)"
 	@echo "make lint            ruff (format and rules) and mypy"
 	@echo "make format          apply ruff's format and fixes"
+	@echo "make docs            write the pages that the code makes (the reference of the command)"
 	@echo "make benchmarks      measure speed side by side; results go to benchmarks/results"
 	@echo "make benchmarks-vllm measure served models beside the dense one (20 GB of disk, a quarter of an hour)"
 	@echo "make clean           remove the virtual environment and caches"
@@ -109,6 +110,9 @@ lint: dev
 format: dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: dev
+	$(BIN)/python scripts/make_cli_reference.py
 
 benchmarks: dev
 	$(BIN)/python -m benchmarks.run

@@ -17,6 +17,7 @@ from shape_moe.demo.embedded import exact_match
 from shape_moe.demo.run import run_demo
 from shape_moe.demo.tasks import TASKS, examples
 from shape_moe.pruning.masks import masked
+from shape_moe.reporting.demo_rows import demo_best, demo_headline
 from shape_moe.scoring.registry import scorers
 from shape_moe.scoring.scores import score_trace
 from shape_moe.selection.controls import inverted_selection, random_selection
@@ -142,8 +143,11 @@ def test_the_demo_prunes_by_every_scorer(tmp_path) -> None:
     assert made.report == tmp_path / "report.html"
     page = made.report.read_text(encoding="utf-8").replace("\N{NO-BREAK SPACE}", " ")
     page = page[: page.index("plotly.js v")]
-    assert "(4 layers of 32 experts): 37 % smaller, from 6.47 MiB to 4.08 MiB; 77 of 128 experts kept." in page
-    assert "Method: shape/coverage, drop, ragged, 25 calibration examples (the published SHAPE method)." in page
+    best = demo_best(made.document)
+    assert by_name[best.row["scorer"]].on_task >= 0.98
+    assert f"<h1>{demo_headline(made.document)}</h1>" in page
+    assert f"% smaller ({best.sizes}), and the embedded model (4 layers of 32 experts) still does sorting" in page
+    assert f"Method: {best.row['scorer']}/coverage, drop, ragged, 25 calibration examples (not the published" in page
     assert str(tmp_path / "sorting.jsonl") in page
     assert ".partial" not in page
     assert (tmp_path / "sorting.jsonl").is_file()

@@ -310,3 +310,15 @@ def matrices(kind: GGMLQuantizationType) -> Quantise:
         return kind if fits and name.startswith("blk.") else None
 
     return choose
+
+
+def chats(count: int) -> list[dict[str, Any]]:
+    """Conversations about sums."""
+    rows = []
+    for a, b in np.random.default_rng(0).integers(0, 99, size=(count, 2)):
+        said = [
+            {"role": "user", "content": f"what is {a} + {b}?"},
+            {"role": "assistant", "content": f"that is {a + b}"},
+        ]
+        rows.append({"messages": said})
+    return rows

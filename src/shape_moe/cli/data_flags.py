@@ -112,6 +112,7 @@ class DataFlags:
     template_arg: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="NAME=VALUE",
             help="Variable of the chat template, for example enable_thinking=false; can be repeated.",
             rich_help_panel=DATA_PANEL,
         ),

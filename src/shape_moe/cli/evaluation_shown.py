@@ -11,7 +11,7 @@ from shape_moe.cli.estimates import kl, number, points, share
 from shape_moe.evaluation.evaluated import TASK, Evaluated, Evaluation
 from shape_moe.evaluation.faithfulness import Faithfulness
 from shape_moe.evaluation.measures import Measured, worst_group
-from shape_moe.reporting.opening import evaluated_line
+from shape_moe.reporting.opening import evaluated_line, short_name
 from shape_moe.units import readable_share, readable_size
 
 
@@ -28,7 +28,7 @@ def show_evaluation(console: Console, result: Evaluation, *, by_pattern: bool) -
             console.print(evaluated_line(found, result.models[0].size), markup=False)
             lines = [*found.verdict.lines(), *(found.forgotten.lines() if found.forgotten else ())]
             for line in lines:
-                console.print(Padding(Text(line), (0, 0, 0, 2)))
+                console.print(Padding(Text(line), (0, 0, 0, 2), expand=False))
             console.print()
     for name in result.models[0].sets:
         _show_set(console, result, name, by_pattern=by_pattern)
@@ -51,7 +51,7 @@ def _show_set(console: Console, result: Evaluation, name: str, *, by_pattern: bo
     columns = [_figures(found.sets[name], by_pattern=by_pattern) for found in result.models]
     shown = [figure for figure in columns[0] if any(figures[figure] for figures in columns)]
     title = f"{source}: figures with 95 % intervals"
-    table = plain_table("", *(found.name for found in result.models), title=title)
+    table = plain_table("", *(short_name(found.name) for found in result.models), title=title)
     for figure in shown:
         table.add_row(figure, *(figures[figure] for figures in columns))
     console.print(table)

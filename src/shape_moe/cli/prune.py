@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import shape_moe
+from shape_moe.architectures.gguf_file import is_gguf
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.choice_flags import ScoreFlags, SelectFlags
 from shape_moe.cli.console import plain_table, show_commands
@@ -86,7 +87,12 @@ FIRST = {
 
 def prune(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the pruned checkpoint.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Folder for the pruned checkpoint; for a GGUF model NAME.gguf."
+        ),
+    ],
     data: DataFlags,
     select: SelectFlags,
     score: ScoreFlags,
@@ -143,6 +149,8 @@ def prune(
         raise UsageError(f"There is no preset {preset!r}; there is paper.")
     typed = (select, score)
     select, score = select.spelled_out(score)
+    if select.target is None and selection is None and is_gguf(Path(model)):
+        select = replace(select, target="stock", allow_rounding=True)  # llama.cpp loads nothing else
     limit = limits.limit()
     _check_rate_options(keep, memory.fit, selection, limit)
     choice = None
@@ -181,6 +189,7 @@ def prune(
         check_logits=not no_logits,
         force=force.force,
     )
+    talk.begin("Checking the model and the examples ...")
     result = shape_moe.prune(
         model, out, options, trace=trace, selection=selection, revision=hub.revision, progress=talk
     )
@@ -314,15 +323,14 @@ def _show(console: Console, result: PruneResult) -> None:
     """How it was chosen and checked, then the lines that card and report open with, then what to type next."""
     if result.selection.choice is not None:
         _show_choice(console, result.selection.choice)
-    for line in (*notes_on(result.selection), *_checked(result)):
+    judged = result.judgement
+    forgotten = judged.forgotten.lines() if judged is not None and judged.forgotten is not None else []
+    for line in (*notes_on(result.selection), *_checked(result), *forgotten):
         console.print(line, markup=False)
     console.print()
     console.print(f"[bold]{escape(str(result.path))}[/bold]")
     for line in result.opening.lines() if result.opening is not None else ():
         console.print(line, markup=False)
-    if result.judgement is not None and result.judgement.forgotten is not None:
-        for line in result.judgement.forgotten.lines():
-            console.print(line, markup=False)
     show_commands(console, result.following)
 
 

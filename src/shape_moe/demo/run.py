@@ -25,6 +25,7 @@ from shape_moe.jobs.report import report
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import trace
 from shape_moe.progress import SILENT, Progress
+from shape_moe.reporting.demo_rows import demo_best
 from shape_moe.scoring.registry import ScoreOptions, scorers
 from shape_moe.scoring.scores import score_trace
 from shape_moe.selection.controls import inverted_selection
@@ -40,7 +41,7 @@ EVALUATION_PROMPTS = 50
 DEMO_FILE = "demo.json"
 REPORT_FILE = "report.html"
 REPORT_KEEP = 0.6
-"""The report shows what the scorer shape keeps at this rate."""
+"""What the report shows where no model does its task."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def run_demo(
         document = _document(job, traced, rows)
         write_json(space.path / DEMO_FILE, document)
         space.complete()
-    return DemoResult(rows, _report(traced, rule, seed, folder, progress), document)
+    return DemoResult(rows, _report(traced, document, seed, folder, progress), document)
 
 
 def _document(job: Mapping[str, Any], traced: Trace, rows: list[DemoRow]) -> dict[str, Any]:
@@ -169,8 +170,11 @@ def _trace_folder(task: str) -> str:
     return f"{task}-trace"
 
 
-def _report(traced: Trace, rule: str, seed: int, folder: Path, progress: Progress) -> Path:
-    options = SelectOptions(REPORT_KEEP, Method(rule=rule), ScoreOptions(seed=seed))
+def _report(traced: Trace, document: Mapping[str, Any], seed: int, folder: Path, progress: Progress) -> Path:
+    """A report on the selection that was best, of the published scorer where none was good."""
+    best, rule = demo_best(document), str(document["rule"])
+    keep, scorer = (float(best.row["keep"]), str(best.row["scorer"])) if best else (REPORT_KEEP, Method.scorer)
+    options = SelectOptions(keep, Method(scorer, rule), ScoreOptions(seed=seed))
     selection = select_from_trace(traced, options)
     file = folder / REPORT_FILE
     return report(folder, file, selection=selection, model=embedded_model_path(), progress=progress).path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from os import PathLike
@@ -15,12 +16,12 @@ from shape_moe.architectures.sizes import measure
 from shape_moe.architectures.snapshot import Snapshot, open_headers, open_snapshot
 from shape_moe.architectures.tensor_names import tensor_role
 from shape_moe.errors import DataError, ShapeMoeError, UsageError
-from shape_moe.evaluation.evaluated import EVALUATION_FILE, read_evaluation
+from shape_moe.evaluation.evaluated import read_evaluation
 from shape_moe.evaluation.forgotten import Forgotten
 from shape_moe.evaluation.result_file import read_result
-from shape_moe.evaluation.swept import SWEEP_FILE, read_sweep
+from shape_moe.evaluation.swept import read_sweep
 from shape_moe.evaluation.verdict import Verdict
-from shape_moe.jobs.select import is_table
+from shape_moe.jobs.report_sources import Found, Place, find_all, find_source
 from shape_moe.json_file import read_json
 from shape_moe.progress import SILENT, Progress
 from shape_moe.reporting.html import render_report
@@ -31,8 +32,6 @@ from shape_moe.selection.agreement import scoring_of
 from shape_moe.selection.selection import Selection, check_against_model, load_selection
 from shape_moe.tracing.trace import Trace, load_trace
 from shape_moe.workspace import check_output_file, write_text
-
-Place = str | PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -50,22 +49,8 @@ class ReportResult:
     size: int
 
 
-@dataclass(frozen=True)
-class _Found:
-    """What lies at the source."""
-
-    trace: Path | None = None
-    table: Path | None = None
-    selection: Path | None = None
-    sweep: Path | None = None
-    checkpoint: Path | None = None
-    evaluation: Path | None = None
-    experiment: Path | None = None
-    demo: Path | None = None
-
-
 def report(
-    source: Place,
+    source: Place | Sequence[Place],
     out: Place = "report.html",
     *,
     selection: Place | Selection | None = None,
@@ -79,7 +64,8 @@ def report(
 
     Args:
         source: anything that a verb wrote: a pruned checkpoint's folder, a trace, a selection, a table of values
-            (``.csv``), the folder or file of a sweep, an evaluation, an experiment or a demonstration.
+            (``.csv``), the folder or file of a sweep, an evaluation, an experiment or a demonstration; or several of
+            these. What is of one model is shown together, as far as there is one of each kind.
         out: the file.
         selection: a selection to show, where the source does not hold one.
         sweep: a sweep's folder or its ``sweep.json``.
@@ -95,107 +81,27 @@ def report(
     file = Path(out)
     file.parent.mkdir(parents=True, exist_ok=True)
     check_output_file(file, force=force)
-    found = _find(Path(source), selection, sweep)
-    if found.evaluation is not None:
-        if evaluation is not None:
-            raise UsageError(f"{source} is an evaluation already: leave --evaluation out.")
-        evaluation = found.evaluation
-    with progress.phase("Reading and scoring", 1, "source") as advance:
-        material = _gather(str(source), found, selection, evaluation, model, force=force)
-        advance(1)
+    sources = [source] if isinstance(source, str | PathLike) else list(source)
+    if not sources:
+        raise UsageError("Give at least one source to report on.")
+    with progress.phase("Reading and scoring", len(sources), "source") as advance:
+        if len(sources) == 1:
+            found = find_source(Path(sources[0]), selection, sweep)
+            if found.evaluation is not None and evaluation is not None:
+                raise UsageError(f"{sources[0]} is an evaluation already: leave --evaluation out.")
+            materials = [_gather(found, selection, evaluation or found.evaluation, model, force=force)]
+        else:
+            if isinstance(selection, Selection):
+                raise UsageError("Beside several sources, give the selection as a file.")
+            more = [place for place in (selection, sweep, evaluation) if place is not None]
+            together = find_all([*sources, *more])
+            materials = [_gather(found, None, found.evaluation, model, force=force) for found in together]
+        advance(len(sources))
     with progress.phase("Writing the report", 1, "page") as advance:
-        page, names = render_report(material)
+        page, names = render_report(materials)
         write_text(file, page)
         advance(1)
     return ReportResult(file, tuple(names), file.stat().st_size)
-
-
-def _find(source: Path, selection: Place | Selection | None, sweep: Place | None) -> _Found:
-    given = Path(sweep) if sweep is not None else None
-    if is_table(source):
-        if not source.is_file():
-            raise UsageError(f"There is no file {source}.")
-        return _Found(table=source, sweep=given)
-    if source.is_file():
-        return _of_file(source, selection, given)
-    for name, kind in _RESULTS.items():
-        if (source / name).is_file():
-            return _of_result(source / name, kind, selection, given)
-    if (source / "trace.json").is_file():
-        return _Found(trace=source, sweep=given)
-    chosen = source / "shape" / "selection.json"
-    if chosen.is_file():
-        if selection is not None:
-            raise UsageError(f"{source} is a pruned checkpoint and holds its selection: leave --selection out.")
-        trace = source / "shape" / "trace"
-        return _Found(trace=trace if trace.is_dir() else None, selection=chosen, sweep=given, checkpoint=source)
-    if not source.exists():
-        raise UsageError(f"There is no folder or file {source}.")
-    raise UsageError(f"{source} is no output of shape-moe that a report can show. {_SHOWN}")
-
-
-_RESULTS = {
-    SWEEP_FILE: "sweep",
-    "demo.json": "demo",
-    "experiment.json": "experiment",
-    EVALUATION_FILE: "evaluate",
-}
-"""Files of results by the verb that writes them; a folder is what the first of them says."""
-_SHOWN = (
-    "Give a pruned checkpoint's folder, a trace's folder, a selection (.json), a table of values (.csv), or the folder "
-    "or file of a sweep, an evaluation, an experiment or a demo."
-)
-
-
-def _of_file(file: Path, selection: Place | Selection | None, sweep: Path | None) -> _Found:
-    """What a file of JSON is, by its content."""
-    if file.suffix.lower() != ".json":
-        raise UsageError(f"{file} is no output of shape-moe that a report can show. {_SHOWN}")
-    document = read_json(file)
-    verb = document.get("verb")
-    if verb in _RESULTS.values():
-        return _of_result(file, str(verb), selection, sweep)
-    if "layers" in document and "keep_asked" in document:
-        if selection is not None:
-            raise UsageError(f"{file} is a selection already: leave --selection out.")
-        if (found := _belongs_to_checkpoint(file)) is not None:
-            return _find(found, None, sweep)
-        return _Found(selection=file, sweep=sweep)
-    if file.name in {"judgement.json", "manifest.json"} and (found := _belongs_to_checkpoint(file)) is not None:
-        return _find(found, selection, sweep)
-    if file.name == "trace.json":
-        return _find(file.parent, selection, sweep)
-    raise UsageError(f"{file} is no output of shape-moe that a report can show. {_SHOWN}")
-
-
-def _belongs_to_checkpoint(file: Path) -> Path | None:
-    """The checkpoint that a file of its ``shape`` folder describes."""
-    folder = file.absolute().parent
-    whole = (
-        folder.name == "shape" and (folder / "selection.json").is_file() and (folder.parent / "config.json").is_file()
-    )
-    return folder.parent if whole else None
-
-
-def _of_result(file: Path, verb: str, selection: Place | Selection | None, sweep: Path | None) -> _Found:
-    """What the result of a verb brings, with what lies beside it."""
-    beside = file.parent
-    if verb == "sweep":
-        if sweep is not None:
-            raise UsageError(f"{beside} is a sweep already: leave --sweep out.")
-        trace, recommended = beside / "trace", beside / "recommended.json"
-        usual = file.name == SWEEP_FILE
-        return _Found(
-            trace=trace if usual and (trace / "trace.json").is_file() else None,
-            selection=recommended if usual and selection is None and recommended.is_file() else None,
-            sweep=file,
-        )
-    if verb == "demo":
-        trace = beside / f"{read_json(file).get('task')}-trace"
-        return _Found(trace=trace if (trace / "trace.json").is_file() else None, sweep=sweep, demo=file)
-    if verb == "experiment":
-        return _Found(experiment=file, sweep=sweep)
-    return _Found(evaluation=file, sweep=sweep)
 
 
 def _document(file: Path, verb: str, *keys: str) -> dict[str, Any]:
@@ -221,8 +127,7 @@ def _judgement(checkpoint: Path | None) -> tuple[Verdict | None, Forgotten | Non
 
 
 def _gather(
-    source: str,
-    found: _Found,
+    found: Found,
     selection: Place | Selection | None,
     evaluation: Place | None,
     model: Place | None,
@@ -237,7 +142,7 @@ def _gather(
     if found.experiment is not None:
         experiment = _document(found.experiment, "experiment", "models", "evaluation", "cells", "dense", "calibration")
     material = Material(
-        source=source,
+        source=found.source,
         selection=chosen,
         trace=trace,
         sweep=read_sweep(found.sweep) if found.sweep is not None else None,
@@ -253,7 +158,7 @@ def _gather(
     rivals = _rivals(trace, chosen) if trace is not None else ()
     scores, remarks = _values(found, trace, chosen, rivals)
     if chosen is not None and scores is not None:
-        _check_shape(chosen, scores, source)
+        _check_shape(chosen, scores, found.source)
     sizes = _sizes(found.checkpoint, chosen, model) or _swept_sizes(material)
     return replace(material, scores=scores, rivals=rivals, sizes=sizes, remarks=tuple(remarks))
 
@@ -273,7 +178,7 @@ def _check_origin(material: Material, *, force: bool) -> None:
 
 
 def _values(
-    found: _Found, trace: Trace | None, selection: Selection | None, rivals: tuple[Scores, ...]
+    found: Found, trace: Trace | None, selection: Selection | None, rivals: tuple[Scores, ...]
 ) -> tuple[Scores | None, list[str]]:
     """The values to show, and what to say where they are not those that the selection was made with.
 

@@ -336,15 +336,16 @@ class _Table:
             text = self._figure(found[0])
         else:
             values = [figure["value"] for figure in found]
-            text = f"{self._number(value)} ({self._number(min(values))} to {self._number(max(values))})"
+            low, high = (self._number(end).removesuffix(" %") for end in (min(values), max(values)))
+            text = f"{self._number(value)} ({low} to {high})"
         return Cell(text, value, value == best)
 
     def _figure(self, figure: Figure) -> str:
         text = self._number(figure["value"])
         if figure["low"] is None:
             return text
-        low, high = self._number(figure["low"]), self._number(figure["high"])
-        return text if text == low == high else f"{text} [{low}, {high}]"
+        low, high = (self._number(figure[end]).removesuffix(" %") for end in ("low", "high"))
+        return text if text.removesuffix(" %") == low == high else f"{text} [{low}, {high}]"
 
     def _number(self, value: float) -> str:
         if self.metric.key == "kl" and self.metric.task is None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from shape_moe.architectures.snapshot import looks_like_path
+from shape_moe.embedded_model import EMBEDDED, embedded_model_path
 from shape_moe.evaluation.evaluated import Evaluated
 from shape_moe.evaluation.verdict import Verdict, Word
 from shape_moe.selection.method import PUBLISHED, PUBLISHED_SAMPLES, Method
@@ -21,8 +22,10 @@ _STEPS = 20
 def short_name(model: str) -> str:
     """A model's name for people: a hub id as it is, of a path its last part.
 
-    A folder ``model`` is named together with the one that it lies in.
+    A folder ``model`` is named together with the one that it lies in, and the embedded model by its name.
     """
+    if model == str(embedded_model_path()):
+        return EMBEDDED
     name = model.replace("\\", "/").rstrip("/")
     parts = name.split("/")
     is_path = looks_like_path(name) or name.count("/") > 1

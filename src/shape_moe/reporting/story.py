@@ -71,12 +71,12 @@ def stories(material: Material) -> list[Story]:
     evaluation, found = material.evaluation, []
     pruned = [model for model in evaluation.models if model.kind != "dense"] if evaluation is not None else []
     own = next((model for model in pruned if is_selected(model, material.selection)), None)
-    if material.selection is not None or material.verdict is not None:
+    if material.demo is not None:
+        found.append(_of_demo(material.demo))
+    elif material.selection is not None or material.verdict is not None:
         found.append(_of_selection(material, own))
     elif material.sweep is not None:
         found.append(_of_sweep(material))
-    elif material.demo is not None:
-        found.append(_of_demo(material.demo))
     elif material.experiment is not None:
         found += _of_experiment(material.experiment)
     dense = evaluation.models[0].size if evaluation is not None and evaluation.models else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,13 +41,13 @@ class Tile:
 
 def headline(material: Material) -> str:
     """The page's heading."""
+    if material.demo is not None:
+        return demo_headline(material.demo)
     if material.selection is not None:
         return f"{material.model_name} with {readable_share(material.selection.keep)} of its experts"
     if material.experiment is not None:
         names = [str(entry["name"]) for entry in material.experiment["models"]]
         return f"Experiment on {', '.join(names)}"
-    if material.demo is not None:
-        return demo_headline(material.demo)
     if material.sweep is not None:
         return f"{material.model_name}: quality at every size"
     if material.evaluation is not None:
@@ -68,6 +69,16 @@ def subline(material: Material) -> str:
     if material.evaluation is not None:
         return f"Judged by {_judged_by(material)}."
     return "Nothing is selected yet: this report shows what the experts are worth."
+
+
+def joint_headline(materials: Sequence[Material]) -> str:
+    """The heading of a page on several models."""
+    return " and ".join(dict.fromkeys(material.model_name for material in materials))
+
+
+def joint_subline(materials: Sequence[Material]) -> str:
+    """What such a page shows, one after the other."""
+    return f"{counted(len(materials), 'result')}: {'; '.join(headline(material) for material in materials)}."
 
 
 def _judged_by(material: Material) -> str:

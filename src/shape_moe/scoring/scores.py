@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from html import escape
 from os import PathLike
 from pathlib import Path
 
@@ -52,6 +53,16 @@ class Scores:
     def num_experts(self) -> int:
         """Routed experts per layer."""
         return int(self.values.shape[1])
+
+    def __repr__(self) -> str:
+        return f"Scores({self.scorer!r}: {len(self.layers)} layers of {self.num_experts} experts)"
+
+    def to_frame(self) -> pl.DataFrame:
+        """The same as :meth:`table`, under the name that data frames go by."""
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(repr(self))}</p>{self.table()._repr_html_()}"  # notebooks' own hook
 
     def table(self) -> pl.DataFrame:
         """The scores as a table with the columns :data:`COLUMNS`, best first within a layer."""

@@ -17,6 +17,7 @@ from shape_moe.interrupts import DeferredInterrupt
 from shape_moe.tracing.classes import classes_of
 from shape_moe.tracing.engine import Work, register
 from shape_moe.tracing.trace import Trace
+from shape_moe.units import counted
 from shape_moe.workspace import write_json
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class WholeModel:
         pad_id = pad_token_id(tracer.model, work.examples.tokeniser)
         todo = list(batches(examples, work.examples.options.batch_size, pad_id))[done:]
         tokens = sum(len(example.tokens) for batch in todo for example in batch.examples)
+        if done:
+            work.progress.note(f"{done:,} of {counted(done + len(todo), 'batch', 'batches')} already done.")
         saved = time.monotonic()
         with work.progress.phase("Tracing", tokens, "token") as advance, tracer.attached(), self._stop() as stop:
             for number, batch in enumerate(todo, start=done + 1):
