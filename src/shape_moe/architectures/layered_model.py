@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from shape_moe.architectures.host_memory import give_back_free_memory
 from shape_moe.architectures.layer_reader import WeightReader
 from shape_moe.architectures.loaded import check_loaded, kind_left_aside
 from shape_moe.architectures.loading import DTYPES, LOADING_ERRORS, computing_device, quietly
@@ -137,6 +138,7 @@ class LayeredModel:
                 finally:
                     self._current = None
                     self._drop(self._names[index])
+                    give_back_free_memory()
 
     def advance(self, hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, H] after the layer that is in memory, on the device that computes.
