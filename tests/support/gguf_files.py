@@ -30,9 +30,11 @@ ARCHITECTURE = {
 }
 CHANGES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"mlp_only_layers": []},
+    "olmoe": {"num_key_value_heads": 4},
     "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}},
 }
-"""llama.cpp has Qwen3-MoE without dense layers only, and rounds YaRN's boundaries where Transformers does not."""
+"""llama.cpp has Qwen3-MoE without dense layers and OLMoE without grouped queries only, and rounds YaRN's boundaries
+where Transformers does not."""
 
 Quantise = Callable[[str, np.ndarray], GGMLQuantizationType | None]
 
