@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from shape_moe.architectures.layered_model import LayeredModel
 from shape_moe.calibration.parts import Parts
 from shape_moe.calibration.records import DataOptions
@@ -21,7 +23,12 @@ _LIKELIHOOD_ALONE = (
 
 
 def judge_layer_by_layer(
-    session: ModelSession, parts: Parts, data: DataOptions, selection: Selection, options: JudgementOptions
+    session: ModelSession,
+    parts: Parts,
+    data: DataOptions,
+    selection: Selection,
+    options: JudgementOptions,
+    remarks: Sequence[str] = (),
 ) -> Judgement:
     """Judge a selection as a mask, dense and masked hidden states going through each layer together.
 
@@ -31,6 +38,7 @@ def judge_layer_by_layer(
         data: where they come from.
         selection: what the written model keeps.
         options: see :class:`shape_moe.jobs.judgement.JudgementOptions`.
+        remarks: what else a reader should know.
     """
     assert session.snapshot is not None
     reasons = why_parts_unmeasured(parts)
@@ -50,5 +58,5 @@ def judge_layer_by_layer(
     )
     with progress.phase("Judging layer by layer", model.num_layers, "layer") as advance:
         dense, pruned = compare_by_layers(model, held_out, [selection], advance)
-    notes = [*(f"Not measured: {reason}." for reason in reasons), f"{parts.sentence}.", _LIKELIHOOD_ALONE]
+    notes = [*(f"Not measured: {reason}." for reason in reasons), f"{parts.sentence}.", *remarks, _LIKELIHOOD_ALONE]
     return Judgement(conclude(held_out, dense, pruned, None, max_drop=options.max_drop, notes=notes))
