@@ -102,7 +102,7 @@ def test_the_command_says_its_verdict_and_ends_by_it(data, tmp_path, capsys) -> 
         assert run(command(one, same, data, "--no-general", "--require", "no-loss", "-o", str(out))) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[:2] == [
-            "small",
+            "small.",
             "  Verdict: no loss seen. 10 examples: a loss of up to 28 % is not excluded; 189 without a loss would show "
             "2 %.",
         ]
