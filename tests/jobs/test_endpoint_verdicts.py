@@ -111,8 +111,6 @@ def test_the_command_says_its_verdict_and_ends_by_it(data, tmp_path, capsys) -> 
         assert run(["report", str(out), "-o", str(tmp_path / "report.html")]) == 0
         assert "a loss of up to 28 % is not excluded" in (tmp_path / "report.html").read_text(encoding="utf-8")
         capsys.readouterr()
-        assert run(["report", "--help"]) == 0
-        capsys.readouterr()
         assert run(command(one, same, data, "--no-general", "--require", "safe", "--json")) == 3
         assert json.loads(capsys.readouterr().out)["models"][1]["verdict"]["verdict"] == "no loss seen"
         assert run(command(one, other, data, "--no-general", "--require", "no-loss", "--json")) == 3
