@@ -155,7 +155,7 @@ def next_commands(
 
     Args:
         model: the original.
-        pruned: the pruned checkpoint's folder.
+        pruned: the pruned checkpoint's folder or GGUF file.
         verdict: what pruning did, None where it was not judged.
         selection: what it keeps.
         data: the options that name the calibration examples again, None where they are not known.
@@ -165,7 +165,9 @@ def next_commands(
         more = next_keep_rate(selection.keep)
         method = _method_options(selection.method)
         source = data or "--data TASK.jsonl"
-        again = f"shape-moe prune {original} {source} --keep {more:.4g} {method} -o {shlex.quote(pruned + '-larger')}"
+        stem, gguf = (pruned.removesuffix(".gguf"), ".gguf") if pruned.endswith(".gguf") else (pruned, "")
+        larger = shlex.quote(f"{stem}-larger{gguf}")
+        again = f"shape-moe prune {original} {source} --keep {more:.4g} {method} -o {larger}"
         return [again] if more < 1 else []
     if verdict is not None and verdict.word is Word.SAFE:
         return []
