@@ -57,6 +57,8 @@ class Selection:
         options: segment weights and seed used for scoring.
         warnings: what a user should know before pruning.
         choice: what was tried before this was chosen, where scorer or keep rate were left to the tool.
+        seen: salted hashes of the prompts that it was made from, by their salt (see
+            :class:`shape_moe.calibration.seen_prompts.SeenPrompts`); None where they are not known.
     """
 
     fingerprint: str | None
@@ -77,6 +79,7 @@ class Selection:
     options: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     choice: dict[str, Any] | None = None
+    seen: dict[str, list[str]] | None = field(default=None, compare=False)  # every trace has a salt of its own
 
     @property
     def kept(self) -> int:
