@@ -27,6 +27,7 @@ from shape_moe.cli.flags import (
     OutputFlags,
     RevisionFlag,
     SeedFlag,
+    StreamFlag,
 )
 from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags
 from shape_moe.cli.select import notes_on
@@ -104,6 +105,7 @@ def prune(
     seed: SeedFlag,
     force: ForceFlag,
     output: OutputFlags,
+    stream: StreamFlag,
     keep: Annotated[
         float | None,
         share_option("--keep", "60%", help="Share of the routed experts to keep, over all layers, such as 60% or 0.6."),
@@ -189,6 +191,7 @@ def prune(
         device=run.device,
         dtype=run.dtype,
         trust_remote_code=run.trust_remote_code,
+        stream=stream.stream,
         choice=choice,
         judgement=_judgement(
             limit, require, judge_minutes, data.samples if made else None, judge=not no_judge, general=not no_general

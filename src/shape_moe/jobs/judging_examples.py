@@ -49,14 +49,21 @@ def seen_by(trace: Trace | None, selection: Selection | None) -> SeenPrompts:
 
 
 def examples_of_trace(
-    snapshot: Snapshot, trace: Trace, options: JudgementOptions, device: str, dtype: str, progress: Progress
+    snapshot: Snapshot, trace: Trace, options: JudgementOptions, where: Mapping[str, Any], progress: Progress
 ) -> Unseen:
     """Examples of the sources of a trace, merged or not, that it has not seen.
+
+    Args:
+        snapshot: the model.
+        trace: the trace.
+        options: how many to report by.
+        where: how the model runs: ``device``, ``dtype`` and ``stream`` of :class:`ExampleOptions`.
+        progress: where to show progress.
 
     Raises:
         DataError: saying why there are none.
     """
-    reading = [replace(read, device=device, dtype=dtype) for read in _reading(trace)]
+    reading = [replace(read, **where) for read in _reading(trace)]
     if len({repr((read.tokens, read.answers)) for read in reading}) > 1:
         raise DataError("The merged traces were made with different templates or limits of tokens.")
     parts = unseen_parts([read.data for read in reading], seen_by(trace, None), (), options)
