@@ -270,3 +270,15 @@ def test_two_checkpoints_have_a_chapter_each(checkpoint, tmp_path) -> None:
     assert text.count("Method: ") == 2
     ids = [part.split('"')[0] for part in text.split(' id="')[1:]]
     assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("verb", ["demo", "experiment"])
+@pytest.mark.parametrize(
+    "content", [{}, {"rows": [], "models": []}, {"rows": [{"scorer": "dense"}], "models": [{"name": "m"}], "task": "t"}]
+)
+def test_a_damaged_demo_or_experiment_is_one_sentence(tmp_path, verb, content) -> None:
+    file = tmp_path / f"{verb}.json"
+    file.write_text(json.dumps({"format_version": 1, "verb": verb, "rule": "coverage", **content}))
+    with pytest.raises(DataError, match=f"{verb}.json is damaged: "):
+        shape_moe.report(file, tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
