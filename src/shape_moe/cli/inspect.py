@@ -87,7 +87,7 @@ def _show_fits(console: Console, found: Inspection) -> None:
     assert found.kv_bytes is not None
     console.print()
     device, cache = readable_size(found.device_bytes), readable_size(found.kv_bytes)
-    console.print(f"In {device}, a tenth left to the runtime, KV cache {cache}:")
+    console.print(f"Within {device}, of which a tenth is left to the runtime and {cache} to the KV cache:")
     table = plain_table("precision", "dense weights", "dense fits", "largest keep", "weights then")
     for fit in found.fits:
         keep = "none" if fit.keep is None else f"{int(fit.keep * 1000) / 1000:g}"
