@@ -11,7 +11,7 @@ VLLM_BIN := $(VLLM_VENV)/bin
 help:
 	@echo "make demo            prune the embedded model and show what is left (about a minute)"
 	@echo "make test            run the tests (offline)"
-	@echo "make test-long       locks, kills and real vLLM engines for longer; an interrupted run goes on where it was"
+	@echo "make test-long       locks, kills and real vLLM engines for longer; an interrupted run resumes"
 	@echo "make mutants         put small faults into the code and count those that the tests notice (hours; resumes)"
 	@echo "make demo-from-wheel build the wheel, install it into a clean environment, and run the demo there"
 	@echo "make browser         install Chromium for the tests of the HTML report (Debian, root)"

@@ -43,7 +43,7 @@ def open_compressed(config: Config) -> Quantisation:
     label = "compressed-tensors " + ", ".join(dict.fromkeys(scheme.label for scheme in schemes))
     why = None
     if find_spec(_LIBRARY) is None:
-        why = "is dequantised by its own library, which is not installed: pip install 'shape-moe[quantised]'"
+        why = "is dequantised by its own library, which is not installed: pip install compressed-tensors"
     elif settings.get("sparsity_config") and settings["sparsity_config"].get("format", "dense") != "dense":
         why = "with sparse weights is not understood"
     return Quantisation(label, partial(_plain, schemes=schemes), why)
