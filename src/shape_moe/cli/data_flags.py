@@ -134,6 +134,15 @@ class DataFlags:
         ),
     ] = False
     batch_size: Annotated[int, typer.Option(help="Examples per forward pass.", rich_help_panel=RUN_PANEL)] = 8
+    no_replacement: Annotated[
+        bool,
+        typer.Option(
+            "--no-replacement",
+            help="Trace without the router's next choice, which costs one more expert per token; scorer replacement "
+            "needs it.",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = False
 
     def held_out(self, source: str, seed: int) -> DataOptions:
         """Other examples, with fields named and split as these flags say."""
@@ -199,4 +208,12 @@ class DataFlags:
             max_tokens=self.max_tokens,
             skip_bad=self.skip_bad,
         )
-        return ExampleOptions(data, tokens, answers, device.device, device.dtype, device.trust_remote_code)
+        return ExampleOptions(
+            data,
+            tokens,
+            answers,
+            device.device,
+            device.dtype,
+            device.trust_remote_code,
+            replacement=not self.no_replacement,
+        )

@@ -94,8 +94,11 @@ def score_trace(trace: Trace, scorer: str = "shape", options: ScoreOptions | Non
     if large:
         raise UsageError(f"Scorer {scorer!r} needs {', '.join(large)}, which was left out of this trace.")
     if missing:
+        what = f"Scorer {scorer!r} needs {', '.join(missing)}, which"
+        if trace.info.engine == "transformers":
+            raise UsageError(f"{what} this trace, made by an older version, does not hold: trace the model anew.")
         raise UsageError(
-            f"Scorer {scorer!r} needs {', '.join(missing)}, which a trace made by {trace.info.engine} does not hold; "
+            f"{what} a trace made by {trace.info.engine} does not hold; "
             "use scorer 'shape' or 'frequency', or trace the model with Transformers."
         )
     activations = trace.sums("tokens", options.weights)
