@@ -158,8 +158,8 @@ def prune(
         raise UsageError(f"There is no preset {preset!r}; there is paper.")
     typed = (select, score)
     select, score = select.spelled_out(score)
-    if select.target is None and selection is None and is_gguf(Path(model)):
-        select = replace(select, target="stock", allow_rounding=True)  # llama.cpp loads nothing else
+    if selection is None and is_gguf(Path(model)):  # llama.cpp loads equal counts only
+        select = replace(select, target=select.target or "stock", allow_rounding=True)
     limit = limits.limit()
     _check_rate_options(keep, memory.fit, selection, limit)
     choice = None
