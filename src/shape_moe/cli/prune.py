@@ -15,7 +15,7 @@ from shape_moe.architectures.gguf_file import is_gguf
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.choice_flags import ScoreFlags, SelectFlags
 from shape_moe.cli.console import plain_table, show_commands
-from shape_moe.cli.data_flags import DataFlags
+from shape_moe.cli.data_flags import DataFlags, KeepAlsoFlag
 from shape_moe.cli.estimates import kl, points
 from shape_moe.cli.flag_groups import changed_flags
 from shape_moe.cli.flags import (
@@ -95,6 +95,7 @@ def prune(
         ),
     ],
     data: DataFlags,
+    general: KeepAlsoFlag,
     select: SelectFlags,
     score: ScoreFlags,
     limits: LimitFlags,
@@ -170,7 +171,8 @@ def prune(
         raise UsageError(
             f"{named} has no effect without --scorer auto, --max-kl or --max-drop: only these judge candidates."
         )
-    _refuse_ignored(data, *typed, judged_by, trace, selection, chooses=choice is not None, judge=not no_judge)
+    given = (data, general, *typed, judged_by)
+    _refuse_ignored(*given, trace, selection, chooses=choice is not None, judge=not no_judge)
     if preset == "paper":
         score = replace(score, pool_classes=True)
     most = memory.most_keep(model, hub.revision)
@@ -189,7 +191,7 @@ def prune(
     asked = 1.0 if limit is not None else keep
     options = PruneOptions(
         select=select.options(asked, score, seed.seed) if asked is not None else None,
-        trace=data.options(run, seed.seed, samples) if reads_data else None,
+        trace=replace(data.options(run, seed.seed, samples), keep_also=general.groups()) if reads_data else None,
         device=run.device,
         dtype=run.dtype,
         trust_remote_code=run.trust_remote_code,
@@ -269,6 +271,7 @@ def _check_target(target: str | None, selection: Selection) -> None:
 
 def _refuse_ignored(
     data: DataFlags,
+    general: KeepAlsoFlag,
     select: SelectFlags,
     score: ScoreFlags,
     judged_by: HeldOutFlags,
@@ -287,6 +290,8 @@ def _refuse_ignored(
         raise UsageError("--trace and --selection exclude each other; give one of them.")
     if trace is None and selection is None:
         return
+    if general.keep_also:
+        raise UsageError("--keep-also has no effect on a finished trace or selection: give it to shape-moe trace.")
     if chooses and selection is None:
         data.refuse_unread(judged_by.held_out)
         return
