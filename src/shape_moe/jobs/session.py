@@ -265,7 +265,7 @@ class ModelSession:
         Raises:
             ShapeMoeError: when the whole model does not fit into memory.
         """
-        if self._model is None and self.snapshot is not None:
+        if self._model is None and self.snapshot is not None and self.options.stream is not False:
             check_answers_fit(self.snapshot, self.options, len(self.calibrator.open))
         return partial(generate_answers, self.model, batch_size=self.options.answers.batch_size)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shape_moe.architectures.layered_model import LayeredModel
+from shape_moe.architectures.loading import release_memory
 from shape_moe.calibration.batches import Batch, batches
 from shape_moe.calibration.responses import pad_token_id
 from shape_moe.errors import CheckpointError, ShapeMoeError, first_line
@@ -63,6 +64,7 @@ class LayerByLayer:
         assert work.snapshot is not None, "a live model is in memory already"
         examples = work.examples.run(work.answerer, folder)
         work.release()
+        release_memory()
         model = LayeredModel(work.snapshot, device=work.device, dtype=work.dtype, note=work.progress.note)
         tracer = tracer_for(work, model.model, examples)
         pad_id = pad_token_id(tracer.model, work.examples.tokeniser)
