@@ -39,6 +39,8 @@ def open_gptq(config: Config) -> Quantisation:
         return refused(
             label, f"in the checkpoint format {form!r} is laid out for one kernel; gptq and gptq_v2 are read"
         )
+    if settings.get("pack_dtype", "int32") != "int32":
+        return refused(label, f"packed into {settings['pack_dtype']} is not understood; int32 is")
     if settings.get("dynamic"):
         label += ", with rules of its own for some modules"
     return Quantisation(label, partial(_plain, bits=bits, offset=_OFFSETS[form], group=group))
