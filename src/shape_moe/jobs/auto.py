@@ -110,7 +110,7 @@ def auto_select(
         search = Search(bench, selector, options_of, methods, limit, size, progress)
         selection, record = _closest(search, asked.keep) if options.limit is None else _smallest(search)
         record |= {"examples": len(bench.held_out.examples), "split": plan.sentence}
-        return replace(selection, choice=record)
+        return plan.told(replace(selection, choice=record))
 
 
 def methods_to_try(
