@@ -32,7 +32,7 @@ _FORMATS = (
     "nvfp4-pack-quantized",
     "mxfp4-pack-quantized",
 )
-_ASIDE = (".input_scale", ".input_global_scale", ".input_zero_point")
+_ASIDE = (".input_scale", ".output_scale", ".input_global_scale", ".input_zero_point")
 _FLOATS = ("weight_scale", "weight_global_scale")
 
 
