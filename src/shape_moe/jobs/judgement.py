@@ -132,7 +132,7 @@ def judge_selection(
         seen: the prompts that it was calibrated with, None where they are not known.
         remarks: what else a reader should know.
     """
-    reasons = [f"{group}: {why}" if group else why for group, why in parts.unmeasured.items()]
+    reasons = why_parts_unmeasured(parts)
     if not parts.report:
         return no_judgement(f"{capitalised('; '.join(reasons))}.", options)
     progress = session.progress
@@ -175,6 +175,11 @@ def judge_selection(
             notes=notes,
         )
     return Judgement(verdict, replies.forgotten)
+
+
+def why_parts_unmeasured(parts: Parts) -> list[str]:
+    """Why classes have no records to report by, each by its name where it has one."""
+    return [f"{group}: {why}" if group else why for group, why in parts.unmeasured.items()]
 
 
 def no_judgement(reason: str, options: JudgementOptions) -> Judgement:

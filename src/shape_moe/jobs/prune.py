@@ -11,6 +11,7 @@ from typing import Any
 
 from shape_moe.architectures.fingerprint import fingerprint, layout_fingerprint
 from shape_moe.architectures.gguf_model import GgufModel
+from shape_moe.architectures.layered_model import why_not_layered
 from shape_moe.architectures.loading import free_memory, release_memory
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.parts import Parts
@@ -35,11 +36,13 @@ from shape_moe.jobs.judging_examples import (
     session_for,
     unseen_parts,
 )
+from shape_moe.jobs.layered_judgement import judge_layer_by_layer
 from shape_moe.jobs.planning import SearchPlan, held_out_tracing, plan_search
 from shape_moe.jobs.pruned_place import PrunedPlace, place_of
 from shape_moe.jobs.select import as_select_options, check_options
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options, load_original
 from shape_moe.jobs.trace import kept_trace, open_trace
+from shape_moe.jobs.way import check_whole
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import Canary, CanaryResult
 from shape_moe.pruning.compare import file_hash
@@ -69,11 +72,13 @@ class PruneOptions:
 
     Attributes:
         select: how experts are chosen; None when a finished selection is given.
-        trace: the calibration set and how to trace; None when a trace or a selection is given. Its device and dtype
-            are overruled by those below.
+        trace: the calibration set and how to trace; None when a trace or a selection is given. Its device, dtype
+            and stream are overruled by those below.
         device: where to trace and to compare logits.
         dtype: in which dtype.
         trust_remote_code: run the code that comes with the original instead of Transformers' own, where there is some.
+        stream: trace and judge layer by layer (True), or with the whole model in memory (False); None decides by free
+            memory.
         choice: how candidates are judged where scorer or keep rate are left to the tool, None where they are not.
         judgement: how the pruned model is judged, None for not at all.
         check_logits: compare the pruned model's logits with the masked original's, where both fit in memory.
@@ -85,6 +90,7 @@ class PruneOptions:
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
+    stream: bool | None = None
     choice: ChoiceOptions | None = None
     judgement: JudgementOptions | None = field(default_factory=JudgementOptions)
     check_logits: bool = True
@@ -259,7 +265,7 @@ def _carry_out(run: _Run, work: Workspace, place: PrunedPlace) -> PruneResult:
         canary.save(artifacts / "canary.json")
         logits = check_logits(canary, written.path, run.options.device, run.options.dtype, run.progress)
     before, after = run.snapshot.total_bytes, written.size
-    facts = card_facts(run.snapshot.name, (before, after), selection, run.trace, left_out, judgement)
+    facts = card_facts(run.snapshot.name, (before, after), selection, run.trace, left_out, judgement, place.file)
     write_card(work.path, facts)
     if judgement is not None:
         write_json(artifacts / "judgement.json", judgement.to_document())
@@ -319,7 +325,9 @@ def _complete_options(
     if options.select is None and options.choice is not None and options.choice.limit is not None:
         options = replace(options, select=as_select_options(1.0))  # the limit decides how many are kept
     if options.trace is not None:
-        options = replace(options, trace=replace(options.trace, device=options.device, dtype=options.dtype))
+        options = replace(
+            options, trace=replace(options.trace, device=options.device, dtype=options.dtype, stream=options.stream)
+        )
     return options
 
 
@@ -332,7 +340,8 @@ def _plan_choice(
         return None
     seed = select.scoring.seed
     tracing = held_out_tracing(options.trace, trace, choice.held_out, seed)
-    tracing = replace(tracing, device=options.device, dtype=options.dtype)
+    tracing = replace(tracing, device=options.device, dtype=options.dtype, stream=options.stream)
+    check_whole(snapshot, tracing)
     plan = plan_search(
         snapshot,
         tracing,
@@ -418,14 +427,18 @@ def _judged(run: _Run, selection: Selection) -> Judgement:
     """What pruning did to the model, while the full model is (or can be) loaded."""
     options, device, dtype = run.options.judgement, run.options.device, run.options.dtype
     assert options is not None
-    if run.session is None and run.judge is None and (reason := why_no_logits(run.snapshot, device, dtype)):
-        return no_judgement(f"{capitalised(reason)}.", options)
+    if run.session is None and run.judge is None:
+        reason = why_no_logits(run.snapshot, device, dtype)
+        if reason and why_not_layered(run.snapshot):
+            return no_judgement(f"{capitalised(reason)}.", options)
     try:
         found = _unseen(run, selection, options)
     except DataError as error:
         return no_judgement(str(error), options)
     run.session = found.session
     notes = [found.note] if found.note else []
+    if found.session.reads_layers:
+        return judge_layer_by_layer(found.session, found.parts, found.data, selection, options, notes)
     seen = seen_by(run.trace, selection)
     return judge_selection(found.session, found.parts, found.data, selection, options, seen, notes)
 
@@ -446,7 +459,8 @@ def _unseen(run: _Run, selection: Selection, options: JudgementOptions) -> Unsee
         return Unseen(session, session.options.data, run.parts)
     if run.trace is None:
         raise DataError(f"There are no examples that the model was not made from. {OTHERS}.")
-    return examples_of_trace(run.snapshot, run.trace, options, run.options.device, run.options.dtype, run.progress)
+    where = {"device": run.options.device, "dtype": run.options.dtype, "stream": run.options.stream}
+    return examples_of_trace(run.snapshot, run.trace, options, where, run.progress)
 
 
 def _canary(run: _Run, selection: Selection) -> tuple[Canary | None, str | None]:
@@ -455,6 +469,8 @@ def _canary(run: _Run, selection: Selection) -> tuple[Canary | None, str | None]
     reason = None if options.check_logits else "--no-logits was given"
     if reason is None and session is None:
         reason = why_no_logits(run.snapshot, options.device, options.dtype)
+    if reason is None and session is not None and session.reads_layers:
+        reason = why_no_logits(run.snapshot, options.device, options.dtype) or "--stream was given"
     if reason is not None:
         run.notes.append(f"Logits were not compared: {reason}.")
         return None, reason
