@@ -73,6 +73,13 @@ class Verdict:
         return sorted(found, key=lambda fall: (-fall.fall.value, -fall.fall.high, fall.name, fall.figure))
 
     @property
+    def damaged_classes(self) -> tuple[str, ...]:
+        """The classes that are damaged by their own falls or free answers, worst first."""
+        found = [fall.name for fall in self.falls if fall.figure != CALLS and fall.fall.low > DAMAGE]
+        found += [entry.name for entry in self.outcomes if entry.answers is not None and _is_broken(entry.answers)]
+        return tuple(name for name in dict.fromkeys(found) if name)
+
+    @property
     def answers(self) -> FreeAnswers | None:
         """The free answers of all classes together."""
         made = [outcome.answers for outcome in self.outcomes if outcome.answers is not None]
@@ -224,7 +231,7 @@ class _Judged:
     def damaged(self) -> _Found:
         advice = "keep more experts, or calibrate with more examples"
         for name, answers in self.unhealthy:
-            if answers.excess >= 2 and answers.excess > DAMAGE * answers.count:
+            if _is_broken(answers):
                 return Word.DAMAGED, f"{_of(name)}{_broken(answers)}.", f"{capitalised(advice)}{_such(name)}."
         for fall in self.falls:
             if fall.figure != CALLS and fall.fall.low > DAMAGE:
@@ -346,6 +353,11 @@ def _silent(outcomes: Sequence[Outcome], fall: Fall) -> str:
     """That a model makes no calls any more, where that is so."""
     made = next((outcome.calls or {} for outcome in outcomes if outcome.name == fall.name), {}).get("made")
     return "It calls no tools any more. " if made is not None and made.dense > 0 == made.pruned else ""
+
+
+def _is_broken(answers: FreeAnswers) -> bool:
+    """Whether so many more answers than the dense model's loop or do not end that the model is damaged."""
+    return answers.excess >= 2 and answers.excess > DAMAGE * answers.count
 
 
 def _broken(answers: FreeAnswers) -> str:

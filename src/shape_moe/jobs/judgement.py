@@ -9,7 +9,7 @@ from typing import Any
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.example_maker import options_of
 from shape_moe.calibration.parts import FEWEST, MOST, Parts, three_parts
-from shape_moe.calibration.reading import load_records
+from shape_moe.calibration.reading import load, load_records
 from shape_moe.calibration.records import DataOptions, Record
 from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.errors import DataError, UsageError
@@ -107,9 +107,10 @@ def set_aside(data: DataOptions, options: JudgementOptions, *, choice: int = 0, 
         return three_parts(
             everything, calibration=len(everything), choice=choice, most=options.examples, give_up=give_up, seed=seed
         )
-    wanted = load_records(replace(data, samples=data.samples + choice))
-    more = load_records(replace(data, samples=data.samples + choice + options.examples))
-    known = {record.index for record in wanted}
+    loaded = load(replace(data, samples=data.samples + choice))
+    label = (loaded.label or "") if data.label is None else data.label
+    more = load_records(replace(data, samples=data.samples + choice + options.examples, label=label))
+    wanted, known = loaded.records, {record.index for record in loaded.records}
     beyond = [record for record in more if record.index not in known]
     return three_parts(
         wanted, beyond, calibration=data.samples, choice=choice, most=options.examples, give_up=give_up, seed=seed
@@ -146,6 +147,7 @@ def session_of_trace(
     if not source.get("data") or not source.get("prompts"):
         return None
     data, tokens, answers = options_of(source)
+    data = replace(data, stratify=source.get("stratify"), label=source.get("label"))
     read = ExampleOptions(data, tokens, answers, device=device, dtype=dtype)
     try:
         return ModelSession.open(snapshot, read, None, progress, load_records(replace(data, samples=1)))
@@ -213,7 +215,19 @@ def judge_selection(
             max_drop=options.max_drop,
             notes=notes,
         )
+    if (blamed := _blamed_on_pooling(verdict, selection)) is not None:
+        verdict = replace(verdict, notes=(blamed, *verdict.notes))
     return Judgement(verdict, replies.forgotten)
+
+
+def _blamed_on_pooling(verdict: Verdict, selection: Selection) -> str | None:
+    """What to say where classes were added up and one of them was lost."""
+    if not selection.pooled or not verdict.damaged_classes:
+        return None
+    return (
+        f"Damaged: {', '.join(verdict.damaged_classes)}. The classes were added up, as published, so that one is paid "
+        "for with another: without --preset paper and --pool-classes each is kept for its own sake."
+    )
 
 
 def no_judgement(reason: str, options: JudgementOptions) -> Judgement:
