@@ -4,9 +4,10 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
+LLAMA_VENV ?= .venv-llama-cpp
 
-.PHONY: help install dev python browser demo demo-from-wheel test test-long test-vllm test-vllm-full mutants lint format \
-	benchmarks benchmarks-vllm clean
+.PHONY: help install dev python browser demo demo-from-wheel test test-long test-vllm test-vllm-full test-gguf mutants lint format \
+	docs benchmarks benchmarks-vllm clean
 
 help:
 	@echo "make demo            prune the embedded model and show what is left (about a minute)"
@@ -16,8 +17,10 @@ help:
 	@echo "make demo-from-wheel build the wheel, install it into a clean environment, and run the demo there"
 	@echo "make browser         install Chromium for the tests of the HTML report (Debian, root)"
 	@echo "make test-vllm       run the tests that need a real vLLM, in a virtual environment of its own (CPU)"
+	@echo "make test-gguf       ask llama.cpp itself about pruned GGUF files, in a virtual environment of its own (CPU)"
 	@echo "make lint            ruff (format and rules) and mypy"
 	@echo "make format          apply ruff's format and fixes"
+	@echo "make docs            write the pages that the code makes (the reference of the command)"
 	@echo "make benchmarks      measure speed side by side; results go to benchmarks/results"
 	@echo "make benchmarks-vllm measure served models beside the dense one (20 GB of disk, a quarter of an hour)"
 	@echo "make clean           remove the virtual environment and caches"
@@ -101,6 +104,16 @@ test-vllm: $(VLLM_VENV)/installed
 test-vllm-full: $(VLLM_VENV)/installed
 	HF_HUB_OFFLINE=1 SHAPE_MOE_FULL_MATRIX=1 $(VLLM_BIN)/python -m pytest tests/engines --durations=0
 
+# llama.cpp as a Python package (34 MB, CPU), in an environment that holds nothing else.
+$(LLAMA_VENV)/installed: constraints.txt | python
+	$(PYTHON) -m venv $(LLAMA_VENV)
+	$(LLAMA_VENV)/bin/python -m pip install --quiet --constraint constraints.txt xllamacpp
+	@touch $@
+
+test-gguf: dev $(LLAMA_VENV)/installed
+	HF_HUB_OFFLINE=1 SHAPE_MOE_LLAMA_CPP=$(CURDIR)/$(LLAMA_VENV)/bin/python $(BIN)/python -m pytest -n 2 \
+		tests/llama_cpp tests/pruning/test_gguf_slices.py
+
 lint: dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -110,6 +123,9 @@ format: dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: dev
+	$(BIN)/python scripts/make_cli_reference.py
+
 benchmarks: dev
 	$(BIN)/python -m benchmarks.run
 
@@ -117,4 +133,4 @@ benchmarks-vllm: $(VLLM_VENV)/installed
 	VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(VLLM_BIN)/python -m benchmarks.vllm_serving
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(VLLM_VENV) $(LLAMA_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -24,9 +24,9 @@ def size_unit(largest: float) -> tuple[str, float]:
     return ("GiB", 2.0**30) if largest >= 2**30 else ("MiB", 2.0**20)
 
 
-def counted(count: float, noun: str) -> str:
+def counted(count: float, noun: str, plural: str | None = None) -> str:
     """A whole number with its noun."""
-    return f"{count:,.0f} {noun}{'' if count == 1 else 's'}"
+    return f"{count:,.0f} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def capitalised(text: str) -> str:

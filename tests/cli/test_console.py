@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import sys
 
 import pytest
@@ -39,7 +41,7 @@ def test_notes_warnings_and_phases(capsys) -> None:
     with talk.phase(f"[b]{HOSTILE}", 1, "thing"):
         pass
     err = capsys.readouterr().err
-    assert err.startswith(f"{SPELLED}\nWarning: {SPELLED}\n[b]{SPELLED}: 1 thing in ")
+    assert err.startswith(f"{SPELLED}\nWarning: {SPELLED}\n[b]{SPELLED}: ")
     assert err.isprintable() is False  # line feeds
     assert all(line.isprintable() for line in err.splitlines())
 
@@ -60,6 +62,36 @@ def test_json_is_pure(call, embedded, tmp_path) -> None:
     assert code == 0
     assert "\x1b" not in out
     assert json.loads(out)["model"] == str(link)
+
+
+def progress_of(total: int, unit: str, done: int, monkeypatch) -> str:
+    """What a terminal shows of a phase in which some steps are done."""
+    output = io.StringIO()
+    console = new_console(file=output, force_terminal=True, width=100, color_system=None)
+    monkeypatch.setattr(Output, "err", property(lambda _: console))
+    with Output().phase("Judging", total, unit) as advance:
+        for _ in range(done):
+            advance(1)
+    return output.getvalue()
+
+
+def test_one_step_has_no_bar_but_says_how_long_it_takes(monkeypatch) -> None:
+    shown = progress_of(1, "model", 0, monkeypatch)
+    assert "Judging" in shown
+    assert "0 of 1" not in shown
+    assert "━" not in shown
+    assert "-:--:--" not in shown
+    assert "0:00:00" in shown
+    several = progress_of(8, "point", 3, monkeypatch)
+    assert "3 of 8 points" in several
+    assert "━" in several
+    assert "-:--:--" not in several
+
+
+def test_without_a_terminal_one_step_is_one_line_with_its_time(capsys) -> None:
+    with Output().phase("Loading", 1, "model") as advance:
+        advance(1)
+    assert re.fullmatch(r"Loading: \d+\.\d s\n", capsys.readouterr().err)
 
 
 LONG = "Every word of this sentence is whole, however narrow the terminal may be on which a reader looks at it."

@@ -1,4 +1,4 @@
-"""GGUF files as models: inspected, traced, and read with their own tokenizer."""
+"""GGUF files as models: inspected, traced, pruned, and read with their own tokenizer."""
 
 from __future__ import annotations
 
@@ -12,24 +12,17 @@ from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.records import DataOptions
 from shape_moe.errors import CheckpointError, UnsupportedModelError, UsageError
 from shape_moe.jobs.inspect import inspect_model
+from shape_moe.jobs.judgement import JudgementOptions
+from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.select import select
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import trace
 from shape_moe.scoring.scores import score_trace
+from shape_moe.selection.method import Method
+from shape_moe.selection.select import SelectOptions
 from support.data import write_lines
-from support.gguf_files import TEMPLATE, gguf_model, metadata_of, save_gguf, to_gguf, write_gguf
+from support.gguf_files import TEMPLATE, chats, gguf_model, metadata_of, save_gguf, to_gguf, write_gguf
 from support.tiny_models import save_model
-
-
-def chats(count: int) -> list[dict[str, object]]:
-    rng = np.random.default_rng(0)
-    rows = []
-    for a, b in rng.integers(0, 99, size=(count, 2)):
-        said = [
-            {"role": "user", "content": f"what is {a} + {b}?"},
-            {"role": "assistant", "content": f"that is {a + b}"},
-        ]
-        rows.append({"messages": said})
-    return rows
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +105,48 @@ def test_another_tokenizer_is_read_from_its_folder(file: Path, data: str, tmp_pa
     with pytest.raises(UsageError, match="no folder .*nowhere"):
         trace(bare, example_options(data, tokenizer=str(tmp_path / "nowhere")))
     assert found.info.source["tokenizer"] == str(tmp_path / "tokenizer")
+
+
+QUICK = JudgementOptions(general=False, answers=1)
+
+
+def test_without_options_a_file_is_pruned_with_equal_counts(file: Path, data: str, tmp_path: Path) -> None:
+    result = prune(file, tmp_path / "a.gguf", PruneOptions(device="cpu", judgement=QUICK), data=data, keep=0.6)
+    assert result.path == tmp_path / "a.gguf"
+    assert result.selection.routing == "reroute"
+    assert (result.selection.equal_count, result.selection.kept) == (9, 27)
+    assert result.logits is not None
+    assert result.logits.passed
+
+
+def test_a_trace_and_a_selection_enter_half_way(file: Path, data: str, tmp_path: Path) -> None:
+    trace(file, example_options(data), tmp_path / "t")
+    method = Method("reap", "uniform", "reroute", "stock")
+    chosen = select(tmp_path / "t", SelectOptions(keep=0.5, method=method))
+    chosen.save(tmp_path / "s.json")
+    options = PruneOptions(device="cpu", judgement=None, check_logits=False)
+    first = prune(file, tmp_path / "a.gguf", options, selection=tmp_path / "s.json")
+    by_trace = PruneOptions(SelectOptions(keep=0.5, method=method), device="cpu", judgement=None, check_logits=False)
+    prune(file, tmp_path / "b.gguf", by_trace, trace=tmp_path / "t")
+    assert first.selection.layers == chosen.layers
+    assert (tmp_path / "a.gguf").read_bytes()[:100] == (tmp_path / "b.gguf").read_bytes()[:100]
+
+
+def test_a_model_that_is_not_good_enough_has_another_name(file: Path, data: str, tmp_path: Path) -> None:
+    strict = JudgementOptions(general=False, answers=1, require="safe")
+    result = prune(file, tmp_path / "a.gguf", PruneOptions(device="cpu", judgement=strict), data=data, keep=0.25)
+    assert result.rejected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.rejected.gguf", "a.shape.rejected"]
+
+
+def test_an_interrupted_job_leaves_no_file_and_goes_on(file: Path, data: str, tmp_path: Path, monkeypatch) -> None:
+    options = PruneOptions(device="cpu", judgement=None)
+    monkeypatch.setattr("shape_moe.jobs.prune.check_logits", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prune(file, tmp_path / "a.gguf", options, data=data, keep=0.75)
+    assert not (tmp_path / "a.gguf").exists()
+    monkeypatch.undo()
+    result = prune(file, tmp_path / "a.gguf", options, data=data, keep=0.75)
+    other = prune(file, tmp_path / "b.gguf", options, data=data, keep=0.75)
+    assert result.path.read_bytes() == other.path.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "a.shape", "b.gguf", "b.shape"]

@@ -29,6 +29,7 @@ from support.data import write_lines
 from support.fp8 import save_fp8_model
 from support.interruptions import press_ctrl_c, stopped_after
 from support.mxfp4 import save_mxfp4_model
+from support.notes import Notes
 from support.tiny_models import make_model
 
 
@@ -185,7 +186,9 @@ def test_interrupted_traces_go_on(embedded, data, tmp_path, monkeypatch) -> None
     passes = []
     monkeypatch.setattr(ModelTracer, "add", lambda self, batch, **more: passes.append(1) or real(self, batch, **more))
     monkeypatch.setattr(job, "generate_answers", lambda *_a, **_k: pytest.fail("answered again"))
-    resumed = trace(embedded, chosen, tmp_path / "t")
+    notes = Notes()
+    resumed = trace(embedded, chosen, tmp_path / "t", progress=notes)
+    assert notes.said[1:] == ["4 of 12 batches already done."]
     assert len(passes) == 12 - 4  # four folds of three examples and four of two make twelve batches
     assert_same(resumed, whole)
     assert resumed.info.tokens == whole.info.tokens

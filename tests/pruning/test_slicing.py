@@ -78,7 +78,7 @@ def test_configurations_change_in_nothing_else(family, checkpoint, tmp_path) -> 
         selection = random_selection(source, routing, kind)
         folder = tmp_path / target
         folder.mkdir()
-        writer_for(target).write(source, selection, folder, SILENT)
+        writer_for(source, target).write(source, selection, folder, SILENT)
         config = json.loads((folder / "config.json").read_text())
         changed = {key for key in config | source.config if config.get(key) != source.config.get(key)}
         if family in ("deepseek_v3", "glm4_moe"):

@@ -23,6 +23,8 @@ SUMS = {
     "easy-ep": "gated_norm_turned",
     "contribution": "contribution_relative",
     "contribution-raw": "contribution",
+    "replacement": "replacement",
+    "replacement-trained": "replacement_trained",
 }
 
 

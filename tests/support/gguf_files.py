@@ -30,9 +30,11 @@ ARCHITECTURE = {
 }
 CHANGES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"mlp_only_layers": []},
+    "olmoe": {"num_key_value_heads": 4},
     "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}},
 }
-"""llama.cpp has Qwen3-MoE without dense layers only, and rounds YaRN's boundaries where Transformers does not."""
+"""llama.cpp has Qwen3-MoE without dense layers and OLMoE without grouped queries only, and rounds YaRN's boundaries
+where Transformers does not."""
 
 Quantise = Callable[[str, np.ndarray], GGMLQuantizationType | None]
 
@@ -310,3 +312,15 @@ def matrices(kind: GGMLQuantizationType) -> Quantise:
         return kind if fits and name.startswith("blk.") else None
 
     return choose
+
+
+def chats(count: int) -> list[dict[str, Any]]:
+    """Conversations about sums."""
+    rows = []
+    for a, b in np.random.default_rng(0).integers(0, 99, size=(count, 2)):
+        said = [
+            {"role": "user", "content": f"what is {a} + {b}?"},
+            {"role": "assistant", "content": f"that is {a + b}"},
+        ]
+        rows.append({"messages": said})
+    return rows

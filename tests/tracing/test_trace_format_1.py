@@ -44,7 +44,9 @@ def test_selections_are_those_that_the_release_wrote(trace, tmp_path) -> None:
     trace.save(tmp_path)
     anew = load_trace(tmp_path)
     found = json.loads((RELEASED / "format-1-selections.json").read_text())
-    assert {(entry["scorer"], entry["rule"]) for entry in found} == {(s, r) for s in scorers() for r in rules()}
+    served = {name for name, s in scorers().items() if set(s.needs) <= {"coalitions", *trace.statistics}}
+    assert set(scorers()) - served == {"replacement", "replacement-trained"}
+    assert {(entry["scorer"], entry["rule"]) for entry in found} == {(s, r) for s in served for r in rules()}
     for expected in found:
         weights = SegmentWeights(expected["options"]["prompt"], expected["options"]["response"])
         method = Method(expected["scorer"], expected["rule"])
@@ -74,6 +76,8 @@ def test_it_says_what_it_lacks(trace, tmp_path, capsys) -> None:
     assert remark.startswith("The trace does not tell which tokens predict a response")
     with pytest.raises(UsageError, match="does not tell which tokens predict a response.*Trace the model anew"):
         trace.sums("gate", PredictingWeights())
+    with pytest.raises(UsageError, match="needs replacement, which this trace, .* does not hold: trace the model anew"):
+        score_trace(trace, "replacement")
     assert run(["select", str(OLD), "--keep", "0.5", "-o", str(tmp_path / "s.json")]) == 0
     assert remark in " ".join(capsys.readouterr().err.split())
     assert run(["score", str(OLD), "--json"]) == 0

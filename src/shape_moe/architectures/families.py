@@ -23,6 +23,7 @@ class Family:
         block: path of the MoE block inside a decoder layer of the live model.
         router: path of the router inside the block of the live model.
         experts: path of the experts module inside the block of the live model.
+        router_top_k: attribute of the live router that says how many experts it chooses.
         disk_block: path of the MoE block inside a decoder layer on disk.
         disk_router: path of the router inside the block on disk.
         router_rows: router tensors on disk with one row per expert, relative to the block on disk; in the original
@@ -49,6 +50,7 @@ class Family:
     block: str = "mlp"
     router: str = "gate"
     experts: str = "experts"
+    router_top_k: str = "top_k"
     disk_block: str = "mlp"
     disk_router: str = "gate"
     router_rows: tuple[str, ...] = ("gate.weight",)

@@ -53,6 +53,11 @@ class GgufModel(Snapshot):
         return self.headers[0].metadata
 
     @cached_property
+    def names(self) -> dict[str, str]:
+        """The name here of every tensor, by its name in the file."""
+        return {stored: name for name, stored in self.stored_names.items()}
+
+    @cached_property
     def architecture(self) -> GgufArchitecture:
         """Facts about the architecture."""
         return ARCHITECTURES[str(self.metadata["general.architecture"])]

@@ -26,6 +26,7 @@ from shape_moe.architectures.quantised.plain import PlainTensor, with_the_rest
 from shape_moe.architectures.safetensors_file import TensorSlot, read_header, stored_values
 from shape_moe.architectures.tensor_names import TensorRole, is_router_part, tensor_role
 from shape_moe.architectures.weight_source import Form
+from shape_moe.embedded_model import EMBEDDED, embedded_model_path
 from shape_moe.errors import CheckpointError, UnsupportedModelError, UsageError, first_line
 from shape_moe.json_file import read_json
 
@@ -247,7 +248,8 @@ def open_snapshot(
     """Open a local model folder or GGUF file, or the local copy of a hub model (downloaded when it is missing).
 
     Args:
-        model: a folder, a GGUF file (any part of a split one) or a hub id.
+        model: a folder, a GGUF file (any part of a split one), a hub id, or ``embedded`` for the model that ships
+            with this package.
         revision: of a hub model.
         trust_remote_code: run the code that comes with the model, where there is some, instead of Transformers' own.
 
@@ -298,7 +300,7 @@ def open_headers(model: str | os.PathLike[str], revision: str | None = None) -> 
 
 
 def _place(model: str | os.PathLike[str], revision: str | None) -> Path:
-    """Where a model lies, if it is a folder; its name on the hub otherwise."""
+    """Where a model lies, if it is a folder or the embedded one; its name on the hub otherwise."""
     if not isinstance(model, str | os.PathLike):
         raise UsageError(
             f"A model is named by its folder or its name on the hub, not by a {type(model).__name__}: save it first "
@@ -306,6 +308,8 @@ def _place(model: str | os.PathLike[str], revision: str | None) -> Path:
             "(shape_moe.trace), masked (shape_moe.masked) and cut down in memory (shape_moe.prune_model)."
         )
     path = Path(model)
+    if str(model) == EMBEDDED and not exists(path):
+        path = embedded_model_path()
     if revision is not None and exists(path):
         raise UsageError(f"{model} is a folder on this machine, which has no revisions: leave the revision out.")
     return path

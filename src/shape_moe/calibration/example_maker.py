@@ -15,6 +15,7 @@ from shape_moe.calibration.responses import Reply, fetch_answers
 from shape_moe.calibration.seen_prompts import PROMPTS_KEY, SALT_KEY, new_salt, salted_hash
 from shape_moe.errors import DataError, UsageError
 from shape_moe.progress import Progress
+from shape_moe.units import counted
 from shape_moe.workspace import write_json
 
 ANSWERS_FILE = "answers.json"
@@ -172,6 +173,8 @@ class ExampleMaker:
                 write_json(file, answers)
 
         missing = len(self.open) - len(known)
+        if known and missing:
+            self.progress.note(f"{len(known):,} of {counted(len(self.open), 'answer')} already there.")
         if self.options.responses_from:
             with self.progress.phase("Fetching answers", missing, "answer") as advance:
                 texts = self._fetch(known, keep, advance)

@@ -15,14 +15,22 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.segment import Segment
 from rich.style import StyleType
 from rich.table import Table
 from rich.text import Text
 
 from shape_moe.text import printable
-from shape_moe.units import counted, readable_size
+from shape_moe.units import counted, readable_duration, readable_size
 
 _PLAIN_SECONDS = 10.0
 _ENDLESS = 100_000
@@ -55,6 +63,11 @@ class Output:
         if not self.quiet:
             self.err.print(text, markup=False)
 
+    def begin(self, text: str) -> None:
+        """Say on a terminal what happens before the first progress: libraries alone take seconds to start."""
+        if self.err.is_terminal:
+            self.note(text)
+
     def warn(self, text: str) -> None:
         """Something that the user should act on; shown also when quiet."""
         self.err.print(Text("Warning: ", style="yellow") + Text(text))
@@ -68,17 +81,18 @@ class Output:
 
     @contextmanager
     def phase(self, title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        """A progress bar on a terminal, plain lines elsewhere, nothing when quiet."""
+        """Progress on a terminal, plain lines elsewhere, nothing when quiet.
+
+        What has one step only gets no bar, which could but stand at nothing and then at all: it shows how long it has
+        taken so far.
+        """
         if self.quiet:
             yield lambda _: None
         elif self.err.is_terminal:
-            columns = (
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                _Count(unit),
-                _Rate(unit),
-                TimeRemainingColumn(),
-            )
+            title_column = TextColumn("{task.description}", markup=False)
+            columns: tuple[ProgressColumn, ...] = (SpinnerColumn(finished_text="✓"), title_column, TimeElapsedColumn())
+            if total > 1:
+                columns = (title_column, BarColumn(), _Count(unit), _Rate(unit), _Left())
             with Progress(*columns, console=self.err) as bars:
                 bar = bars.add_task(title, total=max(total, 1))
                 yield lambda count: bars.advance(bar, count)
@@ -137,6 +151,15 @@ def speed(rate: float, unit: str) -> str:
     return f"{amount(rate, unit)}/s" if rate >= 1 or unit == "B" else f"{1 / rate:.1f} s per {unit}"
 
 
+class _Left(ProgressColumn):
+    """The time that is left, as soon as it can be told."""
+
+    def render(self, task: Task) -> Text:
+        left = task.time_remaining
+        words = "" if left is None or task.finished else f"{readable_duration(left)} left"
+        return Text(words, style="progress.remaining")
+
+
 class _Count(ProgressColumn):
     def __init__(self, unit: str) -> None:
         super().__init__()
@@ -171,13 +194,14 @@ class _PlainLines:
             rate = self.done / (now - self.began)
             left = (self.total - self.done) / rate
             done = f"{amount(self.done, self.unit)} of {amount(self.total, self.unit)}"
-            self.output.note(f"{self.title}: {done}, {speed(rate, self.unit)}, {left:.0f} s left")
+            self.output.note(f"{self.title}: {done}, {speed(rate, self.unit)}, {readable_duration(left)} left")
             self.said = now
 
     def close(self) -> None:
         seconds = time.monotonic() - self.began
         rate = f", {speed(self.done / seconds, self.unit)}" if self.total > 1 and self.done and seconds > 0 else ""
-        self.output.note(f"{self.title}: {amount(self.total, self.unit)} in {seconds:.1f} s{rate}")
+        count = f"{amount(self.total, self.unit)} in " if self.total > 1 else ""
+        self.output.note(f"{self.title}: {count}{seconds:.1f} s{rate}")
 
 
 class _LiteralTable(Table):

@@ -119,6 +119,7 @@ class DataFlags:
     template_arg: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="NAME=VALUE",
             help="Variable of the chat template, for example enable_thinking=false; can be repeated.",
             rich_help_panel=DATA_PANEL,
         ),
@@ -137,6 +138,15 @@ class DataFlags:
         bool, typer.Option("--skip-bad", help="Leave failing records out, and count them.", rich_help_panel=DATA_PANEL)
     ] = False
     batch_size: Annotated[int, typer.Option(help="Examples per forward pass.", rich_help_panel=RUN_PANEL)] = 8
+    no_replacement: Annotated[
+        bool,
+        typer.Option(
+            "--no-replacement",
+            help="Trace without the router's next choice, which costs one more expert per token; scorer replacement "
+            "needs it.",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = False
 
     def held_out(self, source: str, seed: int) -> DataOptions:
         """Other examples, with fields named and split as these flags say."""
@@ -203,4 +213,12 @@ class DataFlags:
             max_tokens=self.max_tokens,
             skip_bad=self.skip_bad,
         )
-        return ExampleOptions(data, tokens, answers, device.device, device.dtype, device.trust_remote_code)
+        return ExampleOptions(
+            data,
+            tokens,
+            answers,
+            device.device,
+            device.dtype,
+            device.trust_remote_code,
+            replacement=not self.no_replacement,
+        )

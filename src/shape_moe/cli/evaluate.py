@@ -159,6 +159,7 @@ def evaluate(
     given = data.options(run, seed.seed, HELD_OUT_SAMPLES) if data.data else None
     if given is None and changed_flags(data):
         raise UsageError(f"{', '.join(changed_flags(data))} says how examples are read: give --data.")
+    talk.begin("Checking the model and the examples ...")
     result = shape_moe.evaluate(
         model,
         candidates or [],

@@ -19,7 +19,7 @@ REJECTED = 3
 RUN_PANEL = "Running"
 MEMORY_PANEL = "What must fit"
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or a model's name on the hub.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a name on the hub, or embedded.")]
 
 
 @dataclass

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import shape_moe
+from shape_moe.architectures.gguf_file import is_gguf
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.choice_flags import ScoreFlags, SelectFlags
 from shape_moe.cli.console import plain_table, show_commands
@@ -85,7 +86,12 @@ FIRST = {
 
 def prune(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the pruned checkpoint.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Folder for the pruned checkpoint; for a GGUF model NAME.gguf."
+        ),
+    ],
     data: DataFlags,
     select: SelectFlags,
     score: ScoreFlags,
@@ -141,6 +147,8 @@ def prune(
         raise UsageError(f"There is no preset {preset!r}; there is paper.")
     typed = (select, score)
     select, score = select.spelled_out(score)
+    if select.target is None and selection is None and is_gguf(Path(model)):
+        select = replace(select, target="stock", allow_rounding=True)  # llama.cpp loads nothing else
     limit = limits.limit()
     _check_rate_options(keep, memory.fit, selection, limit)
     choice = None
@@ -178,6 +186,7 @@ def prune(
         check_logits=not no_logits,
         force=force.force,
     )
+    talk.begin("Checking the model and the examples ...")
     result = shape_moe.prune(
         model, out, options, trace=trace, selection=selection, revision=hub.revision, progress=talk
     )

@@ -142,7 +142,11 @@ class TaskFlags:
     ] = "transformers"
     engine_arg: Annotated[
         list[str] | None,
-        typer.Option(help="Argument of vllm.LLM, for example tensor_parallel_size=2.", rich_help_panel=TASK_PANEL),
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Argument of vllm.LLM, for example tensor_parallel_size=2.",
+            rich_help_panel=TASK_PANEL,
+        ),
     ] = None
 
     def options(self) -> TaskOptions | None:

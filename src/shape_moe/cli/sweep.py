@@ -143,6 +143,7 @@ def sweep(
     if trace is not None:
         data.refuse_unread(judged_by.held_out)
     given = data.options(run, seed.seed, DEFAULT_SAMPLES) if data.data else None
+    talk.begin("Checking the model and the examples ...")
     result = shape_moe.sweep(
         model,
         options,

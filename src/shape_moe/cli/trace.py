@@ -62,7 +62,9 @@ def trace(
     engine_arg: Annotated[
         list[str] | None,
         typer.Option(
-            help="With --engine vllm: NAME=VALUE, for example tensor_parallel_size=2.", rich_help_panel=RUN_PANEL
+            metavar="NAME=VALUE",
+            help="With --engine vllm: an argument of vllm.LLM, for example tensor_parallel_size=2.",
+            rich_help_panel=RUN_PANEL,
         ),
     ] = None,
 ) -> None:
@@ -77,6 +79,7 @@ def trace(
         engine=engine,
         engine_args=parse_values(engine_arg, "--engine-arg"),
     )
+    talk.begin("Checking the model and the examples ...")
     result = shape_moe.trace(model, options, out, revision=hub.revision, force=force.force, progress=talk)
     skipped = result.info.source.get("skipped") or {}
     if skipped:

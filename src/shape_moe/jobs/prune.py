@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shape_moe.architectures.fingerprint import fingerprint, layout_fingerprint
+from shape_moe.architectures.gguf_model import GgufModel
 from shape_moe.architectures.loading import free_memory, release_memory
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.parts import Parts
@@ -29,6 +30,7 @@ from shape_moe.jobs.judgement import (
     unseen_parts,
 )
 from shape_moe.jobs.planning import SearchPlan, held_out_tracing, plan_search
+from shape_moe.jobs.pruned_place import PrunedPlace, place_of
 from shape_moe.jobs.select import as_select_options, check_options
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options, load_original
 from shape_moe.jobs.trace import kept_trace, open_trace
@@ -39,19 +41,20 @@ from shape_moe.pruning.logits import check_logits, masked_answers, why_no_logits
 from shape_moe.pruning.writers import Writer, what_is_left_out, writer_for
 from shape_moe.reporting.model_card import write_card
 from shape_moe.reporting.opening import Opening
-from shape_moe.selection.method import PUBLISHED_SAMPLES
+from shape_moe.selection.method import PUBLISHED_SAMPLES, Method
 from shape_moe.selection.rules import budget_for
 from shape_moe.selection.select import SelectOptions, select_from_trace
 from shape_moe.selection.selection import Selection, completed, load_selection, open_selection
 from shape_moe.serving.manifest import write_manifest
 from shape_moe.tracing.trace import Trace
 from shape_moe.units import capitalised, readable_size
-from shape_moe.workspace import Workspace, check_output, write_json
+from shape_moe.workspace import Workspace, write_json
 
 PAPER_SAMPLES = PUBLISHED_SAMPLES
 """Calibration examples of the published experiments."""
 _DISK_MARGIN = 64 * 2**20
-_REJECTED = ".rejected"
+GGUF_METHOD = Method(routing="reroute", target="stock")
+"""How a GGUF file is pruned when nothing else is said: llama.cpp loads equal counts only."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class PruneResult:
     """A pruned checkpoint.
 
     Attributes:
-        path: its folder.
+        path: its folder, or its GGUF file.
         selection: what it keeps.
         target: ``ragged`` or ``stock``.
         bytes_before: size of the original's tensors.
@@ -147,12 +150,12 @@ class _Run:
         if self.options.select is not None:
             return self.options.select.method.target
         assert self.chosen is not None
-        return self.chosen.target
+        return "stock" if isinstance(self.snapshot, GgufModel) else self.chosen.target
 
     @property
     def writer(self) -> Writer:
         """What writes the result."""
-        return writer_for(self.target)
+        return writer_for(self.snapshot, self.target)
 
 
 def prune(
@@ -175,8 +178,8 @@ def prune(
     held-out examples first; with a finished trace, ``data`` says where those come from.
 
     Args:
-        model: a folder or hub id.
-        out: folder of the pruned checkpoint.
+        model: a folder, a GGUF file or a hub id.
+        out: folder of the pruned checkpoint; of a GGUF file the pruned file.
         options: see :class:`PruneOptions`.
         data: calibration set: a file, folder or data set, a list of dictionaries or a ``datasets.Dataset`` (of which at
             most 25 records are used), or options that say more.
@@ -189,21 +192,20 @@ def prune(
     Raises:
         ShapeMoeError: when something is wrong; the message says what to do, and nothing stands under ``out``.
     """
-    options = _complete_options(options or PruneOptions(), data, keep)
+    place = place_of(model, out)
+    options = _complete_options(options or PruneOptions(), data, keep, gguf=place.file is not None)
     _check_request(options, trace, selection)
     inputs: list[str | PathLike[str]] = [p for p in (model, trace, selection) if isinstance(p, str | PathLike)]
     inputs += options.trace.data.files if options.trace else []
-    check_output(Path(out).absolute(), force=options.force, inputs=inputs)
-    if options.judgement is not None and options.judgement.require is not None:
-        place = Path(out).absolute()
-        check_output(place.with_name(place.name + _REJECTED), force=options.force)
+    rejects = options.judgement is not None and options.judgement.require is not None
+    place.check(inputs, force=options.force, rejects=rejects)
     free_memory(options.device)
     run = _Run(open_snapshot(model, revision, trust_remote_code=options.trust_remote_code), options, progress)
     _open_inputs(run, trace, selection)
     inputs += [run.snapshot.path, *(run.plan.data.files if run.plan else [])]
-    with Workspace(out, _job(run, trace), force=options.force, inputs=inputs) as work:
+    with Workspace(place.folder, _job(run, trace), force=options.force, inputs=inputs) as work:
         _check_disk(run, work.path)
-        return _carry_out(run, work)
+        return _carry_out(run, work, place)
 
 
 def _open_inputs(
@@ -230,7 +232,7 @@ def _open_inputs(
         run.session = ModelSession.open(snapshot, options.trace, None, run.progress, records)
 
 
-def _carry_out(run: _Run, work: Workspace) -> PruneResult:
+def _carry_out(run: _Run, work: Workspace, place: PrunedPlace) -> PruneResult:
     """The phases: trace, select, ask the masked original, write, ask the result the same, describe."""
     artifacts = work.path / "shape"
     artifacts.mkdir(exist_ok=True)
@@ -245,7 +247,7 @@ def _carry_out(run: _Run, work: Workspace) -> PruneResult:
     logits = None
     if canary is not None:
         canary.save(artifacts / "canary.json")
-        logits = check_logits(canary, work.path, run.options.device, run.options.dtype, run.progress)
+        logits = check_logits(canary, written.path, run.options.device, run.options.dtype, run.progress)
     before, after = run.snapshot.total_bytes, written.size
     facts = card_facts(run.snapshot.name, (before, after), selection, run.trace, left_out, judgement)
     write_card(work.path, facts)
@@ -254,7 +256,7 @@ def _carry_out(run: _Run, work: Workspace) -> PruneResult:
     write_manifest(work.path, run.snapshot, run.target, written.hashes, canary_missing=logits_skipped)
     required = run.options.judgement.require if run.options.judgement is not None else None
     rejected = required is not None and judgement is not None and not judgement.verdict.satisfies(required)
-    path = work.complete(suffix=_REJECTED if rejected else "")
+    path = place.complete(work, rejected=rejected)
     following = () if rejected else tuple(commands_after(facts, path))
     return PruneResult(
         path,
@@ -292,13 +294,16 @@ def _check_request(
 
 
 def _complete_options(
-    options: PruneOptions, data: ExampleOptions | DataOptions | Data | None, keep: float | None
+    options: PruneOptions, data: ExampleOptions | DataOptions | Data | None, keep: float | None, *, gguf: bool
 ) -> PruneOptions:
     if data is not None:
         samples = DEFAULT_SAMPLES if options.choice else PAPER_SAMPLES
         options = replace(options, trace=as_example_options(data, samples))
     if keep is not None:
-        options = replace(options, select=as_select_options(keep))
+        select = as_select_options(keep)
+        if gguf:
+            select = replace(select, method=GGUF_METHOD, allow_rounding=True)
+        options = replace(options, select=select)
     if options.select is None and options.choice is not None and options.choice.limit is not None:
         options = replace(options, select=as_select_options(1.0))  # the limit decides how many are kept
     if options.trace is not None:
@@ -372,7 +377,7 @@ def _trace(run: _Run, folder: Path) -> None:
         replace(run.trace, info=replace(run.trace.info, canary=[])).save(folder)
     elif (session := run.session) is not None:
         if (folder / "trace.json").is_file():
-            run.progress.note("Going on with the trace of the interrupted run.")
+            run.progress.note("Using the trace that the interrupted run has made.")
         run.trace = kept_trace(lambda: session, folder)
 
 
@@ -383,7 +388,7 @@ def _selected(run: _Run, work: Path) -> Selection:
     if run.plan is not None and run.options.choice is not None:
         folder, file = work / "candidates.partial", work / "shape" / "selection.json"
         if file.is_file():
-            run.progress.note("Going on with the selection that the interrupted run has chosen.")
+            run.progress.note("Using the selection that the interrupted run has chosen.")
             chosen = load_selection(file)
         else:
             folder.mkdir(exist_ok=True)

@@ -54,6 +54,7 @@ class ExampleOptions:
         engine: what fills a trace: ``transformers`` (every statistic), ``vllm`` (coalitions and counts; for models of
             several GPUs), or one that another package registers.
         engine_args: further arguments of the engine, for vLLM those of ``vllm.LLM`` such as ``tensor_parallel_size``.
+        replacement: run the router's next choice as well, one more expert for every token, for scorer ``replacement``.
 
     Raises:
         UsageError: for an unknown engine, for arguments of one that takes none, and for one that ``stream`` excludes.
@@ -68,6 +69,7 @@ class ExampleOptions:
     stream: bool | None = None
     engine: str = "transformers"
     engine_args: Mapping[str, Any] = field(default_factory=dict)
+    replacement: bool = True
 
     def __post_init__(self) -> None:
         check_engine(self.engine, self.engine_args)
@@ -230,6 +232,7 @@ class ModelSession:
             dtype=self.options.dtype,
             arguments=self.options.engine_args,
             progress=self.progress,
+            replacement=self.options.replacement,
         )
         return self._chosen_engine(folder).open(work).fill(folder)
 

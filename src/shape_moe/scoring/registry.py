@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from shape_moe.registry import Registry
 from shape_moe.tracing.trace import SegmentWeights, Trace
 
-_BUILT_IN = ("shape", "contribution", "frequency", "gating", "reap", "ean", "easy_ep", "random")
+_BUILT_IN = ("shape", "contribution", "replacement", "frequency", "gating", "reap", "ean", "easy_ep", "random")
 
 
 @dataclass(frozen=True)

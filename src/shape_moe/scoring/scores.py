@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from html import escape
 from os import PathLike
 from pathlib import Path
 
@@ -53,6 +54,16 @@ class Scores:
         """Routed experts per layer."""
         return int(self.values.shape[1])
 
+    def __repr__(self) -> str:
+        return f"Scores({self.scorer!r}: {len(self.layers)} layers of {self.num_experts} experts)"
+
+    def to_frame(self) -> pl.DataFrame:
+        """The same as :meth:`table`, under the name that data frames go by."""
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(repr(self))}</p>{self.table()._repr_html_()}"  # notebooks' own hook
+
     def table(self) -> pl.DataFrame:
         """The scores as a table with the columns :data:`COLUMNS`, best first within a layer."""
         layer = np.repeat(self.layers, self.num_experts)
@@ -83,8 +94,11 @@ def score_trace(trace: Trace, scorer: str = "shape", options: ScoreOptions | Non
     if large:
         raise UsageError(f"Scorer {scorer!r} needs {', '.join(large)}, which was left out of this trace.")
     if missing:
+        what = f"Scorer {scorer!r} needs {', '.join(missing)}, which"
+        if trace.info.engine == "transformers":
+            raise UsageError(f"{what} this trace, made by an older version, does not hold: trace the model anew.")
         raise UsageError(
-            f"Scorer {scorer!r} needs {', '.join(missing)}, which a trace made by {trace.info.engine} does not hold; "
+            f"{what} a trace made by {trace.info.engine} does not hold; "
             "use scorer 'shape' or 'frequency', or trace the model with Transformers."
         )
     activations = trace.sums("tokens", options.weights)

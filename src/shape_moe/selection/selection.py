@@ -6,9 +6,10 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from html import escape
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,11 @@ from shape_moe.documents import MOST_EXPERTS, as_shape
 from shape_moe.errors import CheckpointError, UsageError
 from shape_moe.json_file import read_json
 from shape_moe.selection.method import Method, Routing, check_routing
+from shape_moe.units import counted, readable_share
 from shape_moe.workspace import write_text
+
+if TYPE_CHECKING:
+    import polars as pl
 
 FORMAT_VERSION = 1
 
@@ -118,6 +123,30 @@ class Selection:
         """sha256 over what a model with this selection computes: the kept experts and the routing."""
         content = json.dumps([self.routing, sorted(self.layers.items())])
         return hashlib.sha256(content.encode()).hexdigest()
+
+    def __repr__(self) -> str:
+        return (
+            f"Selection({str(self.method)!r}: keeps {self.kept:,} of {counted(self.total, 'expert')} "
+            f"({readable_share(self.keep)}) in {counted(len(self.layers), 'layer')})"
+        )
+
+    def to_frame(self) -> pl.DataFrame:
+        """One row per layer: how many experts it keeps, of how many, the share of its value kept, and their ids."""
+        import polars as pl
+
+        return pl.DataFrame(
+            {
+                "layer": list(self.layers),
+                "kept": [len(ids) for ids in self.layers.values()],
+                "of": [self.num_experts] * len(self.layers),
+                "share of value kept": [self.mass_kept.get(layer) for layer in self.layers],
+                "experts": list(self.layers.values()),
+            },
+            schema_overrides={"share of value kept": pl.Float64},
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(repr(self))}</p>{self.to_frame()._repr_html_()}"  # notebooks' own hook
 
     def mask(self) -> NDArray[np.bool_]:
         """Bool [L, E], True for kept; rows follow ``layers``."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from shape_moe.tracing.replacement import output_change
 from shape_moe.tracing.statistics import statistic
 
 if TYPE_CHECKING:
@@ -69,6 +70,29 @@ def contribution(seen: Observed) -> torch.Tensor:
 def contribution_relative(seen: Observed) -> torch.Tensor:
     """The same relative to the residual stream; 0 where that is 0."""
     return seen.contribution_products.sum(2) * seen.residual_square_inverse[:, None]
+
+
+@statistic(
+    "replacement",
+    per="slot",
+    meaning="|sum_B g' E - y|^2 / |h|^2, B = A without i, with the next choice",
+    next_choice=True,
+)
+def replacement(seen: Observed) -> torch.Tensor:
+    """What becomes of the routed output when the router takes its next choice; see tracing/replacement.py."""
+    return output_change(seen, "survivors")
+
+
+@statistic(
+    "replacement_trained",
+    per="slot",
+    meaning="the same with gate weights of the size that the model was trained with",
+    next_choice=True,
+    gate_scale=True,
+)
+def replacement_trained(seen: Observed) -> torch.Tensor:
+    """The same, where weights do not grow by what was removed."""
+    return output_change(seen, "trained")
 
 
 @statistic("largest_norm", per="slot", reduction="max", meaning="|E_i|")

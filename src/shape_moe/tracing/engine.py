@@ -67,6 +67,7 @@ class Work:
         dtype: in which dtype the model runs, ``auto`` for the checkpoint's.
         arguments: further arguments of the engine.
         progress: where to show progress.
+        replacement: whether to run the router's next choice for every token, and record what needs it.
     """
 
     snapshot: Snapshot | None
@@ -79,6 +80,7 @@ class Work:
     dtype: str
     arguments: Mapping[str, Any]
     progress: Progress
+    replacement: bool = True
 
 
 @dataclass(frozen=True)

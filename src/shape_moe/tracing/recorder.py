@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,9 +14,11 @@ from shape_moe.errors import ShapeMoeError, first_line
 from shape_moe.tracing.classes import NO_CLASS
 from shape_moe.tracing.coalitions import CoalitionTable, merge_tables, tabulate
 from shape_moe.tracing.observed import Observed
+from shape_moe.tracing.replacement import NextChoice, WiderChoice, next_ids_and_weights
 from shape_moe.tracing.statistics import HALVES, Per, Reduction, Statistic, statistics
 
 if TYPE_CHECKING:
+    from shape_moe.architectures.moe_config import MoeConfig
     from shape_moe.calibration.batches import Batch
     from shape_moe.tracing.stored_statistics import Array
 
@@ -94,9 +96,7 @@ class LayerRecorder:
 
     Args:
         layer: decoder-layer index, for messages.
-        num_experts: routed experts.
-        residual_scale: the family's factor on the block's output.
-        router_scores: how router logits become probabilities.
+        moe: facts about the routed experts.
         recorded: the statistics to record, None for all that are installed.
         classes: how many classes of examples there are.
     """
@@ -104,22 +104,21 @@ class LayerRecorder:
     def __init__(
         self,
         layer: int,
-        num_experts: int,
-        residual_scale: float,
-        router_scores: Literal["softmax", "sigmoid"],
+        moe: MoeConfig,
         recorded: Sequence[Statistic] | None = None,
         classes: int = 1,
     ) -> None:
         self._kinds = (classes, len(CELLS))
         self._cells_in_all = classes * len(CELLS) * FOLDS
         self._halves_in_all = classes * len(CELLS) * HALVES
-        self.layer, self.num_experts = layer, num_experts
-        self.scale, self.router_scores = residual_scale, router_scores
+        self.layer, self.moe, self.num_experts = layer, moe, moe.num_experts
         self.recorded = tuple(statistics().values() if recorded is None else recorded)
+        self.wants_next = moe.has_next_choice and any(s.next_choice for s in self.recorded)
         self.context: BatchContext | None = None
         self.residual: torch.Tensor | None = None
         self.normed: torch.Tensor | None = None
         self.router_logits: torch.Tensor | None = None
+        self.wider: WiderChoice | None = None
         self.calls = 0
         self._checked = False
         self._sums: dict[str, torch.Tensor] = {}
@@ -161,7 +160,14 @@ class LayerRecorder:
         return self._sums
 
     @torch.no_grad()
-    def add(self, hidden: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, outputs: torch.Tensor) -> None:
+    def add(
+        self,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        gates: torch.Tensor,
+        outputs: torch.Tensor,
+        run: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
         """Add one call of the experts module.
 
         Args:
@@ -169,6 +175,7 @@ class LayerRecorder:
             ids: experts of every token [T, k].
             gates: gate weights as received [T, k].
             outputs: expert outputs before weighting [T, k, H].
+            run: gives the outputs of other experts, from ids [T, 1] to [T, 1, H].
 
         Raises:
             ShapeMoeError: when the batch's segments do not fit, when the residual stream is not the one that feeds
@@ -177,16 +184,19 @@ class LayerRecorder:
         context, residual, logits = self._check_call(hidden)
         sums = self._accumulators(outputs.device)
         places = context.on(sums["slot"].device)
+        ids, g = ids.to(places.cells.device, torch.int64), gates.to(places.cells.device, torch.float64)
         seen = Observed(
             h=residual,
-            ids=ids.to(places.cells.device, torch.int64),
-            g=gates.to(places.cells.device, torch.float64),
+            ids=ids,
+            g=g,
             outputs=outputs,
             router_logits=logits,
             segments=places.segments,
             folds=places.folds,
-            residual_scale=self.scale,
-            router_scores=self.router_scores,
+            residual_scale=self.moe.residual_scale,
+            router_scores=self.moe.family.router_scores,
+            renormalises=self.moe.renormalises,
+            next=self._next(ids, g, run) if self.wants_next else None,
         )
         self._add_slots(seen, places, sums)
         self._add_tokens(seen, places, sums)
@@ -194,6 +204,14 @@ class LayerRecorder:
         finite = torch.isfinite(seen.output_square).all()
         self._finite = finite if self._finite is None else self._finite & finite
         self._ids.append(seen.ids.to(torch.int16))
+
+    def _next(self, ids: torch.Tensor, g: torch.Tensor, run: Callable[[torch.Tensor], torch.Tensor]) -> NextChoice:
+        """The router's next choice, run in a call of its own: the model's own call stays as it is, bit for bit."""
+        wider, self.wider = self.wider, None
+        assert wider is not None, "the router has run"
+        chosen, weights = next_ids_and_weights(ids, g, wider, renormalises=self.moe.renormalises)
+        outputs = run(chosen.unsqueeze(1).to(wider.ids.device)).squeeze(1)
+        return NextChoice(outputs, weights)
 
     def _add_slots(self, seen: Observed, places: _Places, sums: dict[str, torch.Tensor]) -> None:
         index = (places.cells.unsqueeze(1) * self.num_experts + seen.ids).flatten()

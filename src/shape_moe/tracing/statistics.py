@@ -90,6 +90,9 @@ class Statistic:
         meaning: what is summed (or maximised) over tokens, in the words of docs/method.md.
         function: the terms of the tokens that one call shows, of the shape that ``per`` says.
         whole: whether it counts, and is kept as whole numbers.
+        next_choice: whether it looks at :attr:`Observed.next`, which costs one more expert per token.
+        gate_scale: whether it is recorded only where routers do not renormalise, so that it matters whether the weights
+            of the experts that stay grow by what was removed.
     """
 
     name: str
@@ -98,6 +101,8 @@ class Statistic:
     meaning: str
     function: Callable[[Observed], torch.Tensor]
     whole: bool = False
+    next_choice: bool = False
+    gate_scale: bool = False
 
     @property
     def layout(self) -> Layout:
@@ -111,7 +116,14 @@ _STATISTICS: Registry[Statistic] = Registry(
 
 
 def statistic(
-    name: str, *, per: Per, meaning: str, reduction: Reduction = "sum", whole: bool = False
+    name: str,
+    *,
+    per: Per,
+    meaning: str,
+    reduction: Reduction = "sum",
+    whole: bool = False,
+    next_choice: bool = False,
+    gate_scale: bool = False,
 ) -> Callable[[Callable[[Observed], torch.Tensor]], Callable[[Observed], torch.Tensor]]:
     """Register a function as a statistic; see :class:`Statistic` for the arguments.
 
@@ -124,7 +136,8 @@ def statistic(
         raise UsageError(f"Statistic {name!r}: a maximum is taken per slot.")
 
     def add(function: Callable[[Observed], torch.Tensor]) -> Callable[[Observed], torch.Tensor]:
-        _STATISTICS.add(name, Statistic(name, per, reduction, meaning, function, whole), function)
+        entry = Statistic(name, per, reduction, meaning, function, whole, next_choice, gate_scale)
+        _STATISTICS.add(name, entry, function)
         return function
 
     return add

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from html import escape
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from shape_moe.architectures.moe_config import RouterFacts
@@ -24,7 +26,7 @@ from shape_moe.tracing.coalitions import CoalitionTable, merge_tables, read_tabl
 from shape_moe.tracing.statistics import AXES, MOST_CLASSES, Layout, get_statistic
 from shape_moe.tracing.stored_statistics import Array, PartOf, StoredStatistics
 from shape_moe.tracing.trace_format_1 import FormatOneStatistics, todays_layouts
-from shape_moe.units import capitalised
+from shape_moe.units import capitalised, counted
 from shape_moe.workspace import write_text
 
 FORMAT_VERSION = 2
@@ -215,6 +217,30 @@ class Trace:
     def merge(traces: Sequence[Trace], weights: Sequence[float] | None = None, *, pool: bool = False) -> Trace:
         """Put traces of one model together, see :func:`merge_traces`."""
         return merge_traces(traces, weights, pool=pool)
+
+    def __repr__(self) -> str:
+        info = self.info
+        tokens = sum(info.tokens.values())
+        return (
+            f"Trace({info.model!r}: {len(info.layers)} layers of {info.num_experts} experts, {info.top_k} per token; "
+            f"{counted(info.examples, 'example')}, {counted(tokens, 'token')})"
+        )
+
+    def to_frame(self) -> pl.DataFrame:
+        """One row per (layer, expert), one column per statistic of single experts.
+
+        What it shows is the sum (or the largest value) over the whole trace, every token counted alike.
+        """
+        layers, experts = self.info.layers, self.info.num_experts
+        columns: dict[str, Array] = {
+            "layer": np.repeat(np.asarray(layers), experts),
+            "expert": np.tile(np.arange(experts), len(layers)),
+        }
+        names = [name for name in self.statistics if self.layout(name).axes == "expert"]
+        return pl.DataFrame({**columns, **{name: self.sums(name).ravel() for name in names}})
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(repr(self))}</p>{self.to_frame()._repr_html_()}"  # notebooks' own hook
 
     def save(self, folder: Path) -> None:
         """Write the trace into an existing or new folder."""

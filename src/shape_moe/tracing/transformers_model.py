@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from shape_moe.architectures.sites import MoeSite, find_sites, live_moe_config
 from shape_moe.errors import ShapeMoeError, first_line
 from shape_moe.tracing.classes import NO_CLASS
 from shape_moe.tracing.experts import (
+    GROUPED_DTYPES,
     RECORDER_ATTRIBUTE,
     TRACED_GROUPED,
     expert_outputs,
@@ -21,6 +23,7 @@ from shape_moe.tracing.experts import (
     register_traced_experts,
 )
 from shape_moe.tracing.recorder import BatchContext, LayerRecorder
+from shape_moe.tracing.replacement import wider_choice
 from shape_moe.tracing.statistics import Statistic, fitting, statistics
 
 if TYPE_CHECKING:
@@ -55,14 +58,16 @@ class ModelTracer:
         self.moe = live_moe_config(model)
         self.sites = find_sites(model)
         wanted = tuple(statistics().values() if recorded is None else recorded)
+        wanted = tuple(s for s in wanted if self.moe.has_gate_scale or not s.gate_scale)
         self.recorded, self.left_out = fitting(wanted, len(self.sites), len(self.classes), self.moe.num_experts)
+        top_k = self.moe.family.router_top_k
+        if not all(hasattr(site.router, top_k) for site in self.sites):
+            self._leave_out_next_choice(f"the routers of {type(model).__name__} have no attribute {top_k}")
         self.implementation = "grouped_mm" if _can_choose_experts(model) else "eager"
         self.recorders = [
             LayerRecorder(
                 site.layer,
-                self.moe.num_experts,
-                self.moe.residual_scale,
-                self.moe.family.router_scores,
+                self.moe,
                 self.recorded,
                 len(self.classes),
             )
@@ -70,6 +75,10 @@ class ModelTracer:
         ]
         self.batches = 0
         self._failed = False
+
+    def _leave_out_next_choice(self, reason: str) -> None:
+        self.left_out |= {s.name: reason for s in self.recorded if s.next_choice}
+        self.recorded = tuple(s for s in self.recorded if not s.next_choice)
 
     @property
     def dtype(self) -> str:
@@ -90,6 +99,7 @@ class ModelTracer:
                 register_traced_experts()
                 self.model.set_experts_implementation(TRACED_GROUPED)
             else:
+                self.model.set_experts_implementation("eager")
                 hooks += [site.experts.register_forward_pre_hook(_replay) for site in self.sites]
             self.model.eval()
             yield self
@@ -211,6 +221,8 @@ class ModelTracer:
 
 
 def _can_choose_experts(model: PreTrainedModel) -> bool:
+    if model.dtype not in GROUPED_DTYPES:
+        return False
     try:
         return bool(model._grouped_mm_can_dispatch())  # noqa: SLF001  # Transformers offers no public name
     except (ValueError, ImportError):
@@ -221,7 +233,7 @@ def _hook(site: MoeSite, recorder: LayerRecorder) -> list[Any]:
     def keep_residual(_module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         recorder.residual, recorder.normed = args[0], output
 
-    def keep_router(_module: torch.nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+    def keep_router(router: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not isinstance(output, tuple) or len(output) != 3:
             raise ShapeMoeError(
                 f"Layer {recorder.layer}: the router does not return (logits, weights, ids); "
@@ -229,10 +241,12 @@ def _hook(site: MoeSite, recorder: LayerRecorder) -> list[Any]:
             )
         if recorder.recording:
             recorder.router_logits = output[0]
+            if recorder.wants_next:
+                recorder.wider = wider_choice(router, recorder.moe.family.router_top_k, args, kwargs)
 
     return [
         site.residual_norm.register_forward_hook(keep_residual),
-        site.router.register_forward_hook(keep_router),
+        site.router.register_forward_hook(keep_router, with_kwargs=True),
     ]
 
 
@@ -241,4 +255,5 @@ def _replay(module: torch.nn.Module, args: tuple[torch.Tensor, torch.Tensor, tor
     recorder = recorder_of(module)
     if recorder.recording:
         with torch.no_grad():
-            recorder.add(hidden, ids, gates, expert_outputs(module, hidden, ids))
+            run = partial(expert_outputs, module, hidden)
+            recorder.add(hidden, ids, gates, run(ids), run)

@@ -16,7 +16,9 @@ from shape_moe.errors import CheckpointError, DataError, ShapeMoeError, first_li
 from shape_moe.interrupts import DeferredInterrupt
 from shape_moe.tracing.classes import classes_of
 from shape_moe.tracing.engine import Work, register
+from shape_moe.tracing.statistics import statistics
 from shape_moe.tracing.trace import Trace
+from shape_moe.units import counted
 from shape_moe.workspace import write_json
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 UNFINISHED = "so-far"
 """Names of what an unfinished trace keeps in its folder begin so."""
+NO_REPLACEMENT = "it was not asked for (--no-replacement)"
 _SAVE_SECONDS = 120.0
 _STATE = "state.safetensors"
 
@@ -60,6 +63,8 @@ class WholeModel:
         pad_id = pad_token_id(tracer.model, work.examples.tokeniser)
         todo = list(batches(examples, work.examples.options.batch_size, pad_id))[done:]
         tokens = sum(len(example.tokens) for batch in todo for example in batch.examples)
+        if done:
+            work.progress.note(f"{done:,} of {counted(done + len(todo), 'batch', 'batches')} already done.")
         saved = time.monotonic()
         with work.progress.phase("Tracing", tokens, "token") as advance, tracer.attached(), self._stop() as stop:
             for number, batch in enumerate(todo, start=done + 1):
@@ -142,7 +147,10 @@ def tracer_for(work: Work, model: PreTrainedModel, examples: Sequence[Example]) 
     """What records a model over these examples, by their classes."""
     from shape_moe.tracing.transformers_model import ModelTracer
 
-    tracer = ModelTracer(model, classes=classes_of(examples))
+    recorded = [s for s in statistics().values() if work.replacement or not s.next_choice]
+    tracer = ModelTracer(model, recorded, classes_of(examples))
+    if not work.replacement:
+        tracer.left_out["replacement"] = NO_REPLACEMENT
     for name, reason in tracer.left_out.items():
         work.progress.note(f"The trace is made without {name}: {reason}.")
     return tracer
