@@ -372,7 +372,7 @@ def _silent(outcomes: Sequence[Outcome], fall: Fall) -> str:
 
 
 def _seems_damaged(fall: Fall) -> bool:
-    """Whether more than 10 points were lost, surely or of examples that are too few to be sure: two of them at least."""
+    """Whether more than 10 points were lost, surely or of examples too few to be sure: two of them at least."""
     if fall.figure == CALLS:
         return False
     few = fall.examples < FEWEST_SAFE and round(fall.fall.value * fall.examples, 6) >= FEWEST_LOST
