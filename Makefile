@@ -6,8 +6,8 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 LLAMA_VENV ?= .venv-llama-cpp
 
-.PHONY: help install dev python browser demo demo-from-wheel test test-long test-vllm test-vllm-full test-gguf mutants lint format \
-	docs benchmarks benchmarks-vllm clean
+.PHONY: help install dev python browser demo demo-from-wheel test test-long test-vllm test-vllm-full test-gguf test-mlx \
+	mutants lint format docs benchmarks benchmarks-vllm clean
 
 help:
 	@echo "make demo            prune the embedded model and show what is left (about a minute)"
@@ -18,6 +18,7 @@ help:
 	@echo "make browser         install Chromium for the tests of the HTML report (Debian, root)"
 	@echo "make test-vllm       run the tests that need a real vLLM, in a virtual environment of its own (CPU)"
 	@echo "make test-gguf       ask llama.cpp itself about pruned GGUF files, in a virtual environment of its own (CPU)"
+	@echo "make test-mlx        run the tests that need MLX (its build for processors; Linux or macOS)"
 	@echo "make lint            ruff (format and rules) and mypy"
 	@echo "make format          apply ruff's format and fixes"
 	@echo "make docs            write the pages that the code makes (the reference of the command)"
@@ -113,6 +114,11 @@ $(LLAMA_VENV)/installed: constraints.txt | python
 test-gguf: dev $(LLAMA_VENV)/installed
 	HF_HUB_OFFLINE=1 SHAPE_MOE_LLAMA_CPP=$(CURDIR)/$(LLAMA_VENV)/bin/python $(BIN)/python -m pytest -n 2 \
 		tests/llama_cpp tests/pruning/test_gguf_slices.py
+
+# MLX quantises models and loads what was pruned; its wheels for processors are put beside the environment.
+test-mlx: dev
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/mlx mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2
+	PYTHONPATH=build/mlx HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/architectures/test_mlx.py
 
 lint: dev
 	$(BIN)/ruff format --check .

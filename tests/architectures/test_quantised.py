@@ -175,6 +175,8 @@ def changed(folder, settings, tmp_path, edit=lambda tensors: None):
         ("gptq", {"checkpoint_format": "marlin"}, "GPTQ 4-bit, groups of 8 in the checkpoint format 'marlin'"),
         ("gptq", {"bits": 5}, "GPTQ 5-bit, groups of 8 has another width"),
         ("compressed_int8", {"config_groups": {}}, "compressed-tensors without a table config_groups"),
+        ("compressed_int4", {"format": "marlin-24"}, "compressed-tensors int4 (marlin-24) in the format 'marlin-24'"),
+        ("gptq", {"pack_dtype": "int16"}, "GPTQ 4-bit, groups of 8 packed into int16"),
         ("modelopt_fp8", {"quant_algo": "W4A8_AWQ"}, "modelopt W4A8_AWQ is not understood; FP8 and NVFP4 are"),
         ("gptq", {"quant_method": "hqq"}, "hqq is not known here; known are awq, bitsandbytes, "),
     ],

@@ -241,7 +241,7 @@ def test_keep_rates(call, embedded, traced, tmp_path) -> None:
 def test_contradictions(call, embedded, traced, data, tmp_path) -> None:
     base = ("prune", embedded, "-o", tmp_path / "out", "--keep", "0.6")
     refused(call(*base), 2, "Calibration data is missing: give --data")
-    refused(call(*base, "--trace", traced, "--data", data), 2, "--trace has decided that already: leave --data out")
+    refused(call(*base, "--trace", traced, "--data", data, "--no-judge"), 2, "already: leave --data out")
     refused(call(*base, "--trace", traced, "--map", "prompt=q", "--no-template"), 2, "leave --map, --no-template out")
     refused(call(*base, "--trace", traced, "--fit", "1GiB"), 2, "--keep and --fit exclude each other")
     call("select", traced, "--keep", "0.6", "-o", tmp_path / "s.json", "-q")

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
+import torch
+from gguf.constants import GGMLQuantizationType
 
+from shape_moe.architectures.fingerprint import fingerprint
+from shape_moe.architectures.gguf_file import read_gguf
 from shape_moe.architectures.loading import load_tokenizer
+from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.records import DataOptions
-from shape_moe.errors import CheckpointError, UnsupportedModelError, UsageError
+from shape_moe.errors import CheckpointError, FingerprintError, UnsupportedModelError, UsageError
 from shape_moe.jobs.inspect import inspect_model
 from shape_moe.jobs.judgement import JudgementOptions
 from shape_moe.jobs.prune import PruneOptions, prune
 from shape_moe.jobs.select import select
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import trace
+from shape_moe.jobs.verify import verify
 from shape_moe.scoring.scores import score_trace
 from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions
+from shape_moe.selection.selection import open_selection
 from support.data import write_lines
 from support.gguf_files import TEMPLATE, chats, gguf_model, metadata_of, save_gguf, to_gguf, write_gguf
+from support.selections import random_selection
 from support.tiny_models import save_model
 
 
@@ -150,3 +160,73 @@ def test_an_interrupted_job_leaves_no_file_and_goes_on(file: Path, data: str, tm
     other = prune(file, tmp_path / "b.gguf", options, data=data, keep=0.75)
     assert result.path.read_bytes() == other.path.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "a.shape", "b.gguf", "b.shape"]
+
+
+def test_a_pruned_file_is_verified(file: Path, data: str, tmp_path: Path) -> None:
+    out = prune(file, tmp_path / "a.gguf", PruneOptions(device="cpu", judgement=None), data=data, keep=0.75).path
+    checks = {check.name: check for check in verify(out, original=file, device="cpu")}
+    assert list(checks) == ["files", "selection and metadata", "tokenizer", "original", "canary"]
+    assert all(check.passed for check in checks.values()), checks
+    assert "36 of 48 experts, 12 in every layer" in checks["selection and metadata"].detail
+    moved = tmp_path / "elsewhere.gguf"
+    moved.write_bytes(out.read_bytes())
+    assert [check.passed for check in verify(moved, original=file, device="cpu")] == [True, True, True, True, None]
+    content = bytearray(out.read_bytes())
+    content[-1] ^= 1
+    moved.write_bytes(content)
+    assert [check.passed for check in verify(moved, original=file, device="cpu")] == [False, True, True, False, None]
+    renamed = out.read_bytes().replace(b"pruned to 12 of 16", b"pruned to 12 of 99")
+    moved.write_bytes(renamed)
+    assert [check.passed for check in verify(moved, original=file, device="cpu")] == [True, True, True, False, None]
+    out.write_bytes(renamed)
+    assert [check.passed for check in verify(out, device="cpu")] == [False, True, True, True]
+    with pytest.raises(CheckpointError, match="not written by shape-moe"):
+        verify(file)
+    with pytest.raises(UsageError, match="leave --endpoint out"):
+        verify(out, endpoint="http://localhost:1")
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("qwen3_moe", "float32"), ("mixtral", "bfloat16"), ("gpt_oss", "float32")]
+)
+def test_what_was_made_from_the_folder_fits_the_file(family: str, dtype: str, data: str, tmp_path: Path) -> None:
+    live = gguf_model(family, dtype=getattr(torch, dtype))
+    folder, file = save_model(live, tmp_path / "model"), save_gguf(live, tmp_path / "m.gguf")
+    load_tokenizer(file).save_pretrained(folder)
+    trace(folder, example_options(data), tmp_path / "t")
+    method = Method("reap", "uniform", "reroute", "stock")
+    chosen = select(tmp_path / "t", SelectOptions(keep=0.5, method=method))
+    options = PruneOptions(device="cpu", judgement=None)
+    result = prune(file, tmp_path / "a.gguf", options, selection=chosen)
+    assert result.selection.layers == chosen.layers
+    assert family != "mixtral" or any("router rows" in note and note.endswith("are equal.") for note in result.notes), (
+        result.notes
+    )
+    by_trace = PruneOptions(SelectOptions(keep=0.5, method=method), device="cpu", judgement=None)
+    assert prune(file, tmp_path / "b.gguf", by_trace, trace=tmp_path / "t").selection.layers == chosen.layers
+
+
+def test_routers_that_were_rounded_are_close_and_others_are_refused(data: str, tmp_path: Path) -> None:
+    live = gguf_model("qwen3_moe")
+    folder = save_model(live, tmp_path / "model")
+    tensors, metadata = to_gguf(live), metadata_of(live.config)
+    routers = [name for name in tensors if "ffn_gate_inp" in name]
+    half = {name: gguf.quants.quantize(tensors[name], GGMLQuantizationType.F16) for name in routers}
+    rounded = write_gguf(tmp_path / "f16.gguf", "qwen3moe", metadata, {**tensors, **half})
+    assert read_gguf(rounded).tensors[routers[0]].type_name == "F16"
+    whole = open_snapshot(folder)
+    chosen = replace(random_selection(whole, "reroute", "equal"), fingerprint=fingerprint(whole), model=str(folder))
+    told = open_selection(chosen, open_snapshot(rounded)).warnings[-1]
+    assert float(told.split("within ")[1].split()[0]) == pytest.approx(2.0**-11, rel=0.2)
+    other = {**tensors, routers[1]: tensors[routers[1]] * np.float32(1.001)}
+    tuned = open_snapshot(write_gguf(tmp_path / "tuned.gguf", "qwen3moe", metadata, other))
+    with pytest.raises(FingerprintError, match=r"another model.*differ by 1\.0e-03.*layer 1"):
+        open_selection(chosen, tuned)
+    with pytest.raises(FingerprintError, match="cannot be opened"):
+        open_selection(replace(chosen, model=str(tmp_path / "gone")), tuned)
+    with pytest.raises(FingerprintError, match="layers or experts differ"):
+        another = save_gguf(gguf_model("qwen3_moe", num_experts=32), tmp_path / "b.gguf")
+        open_selection(chosen, open_snapshot(another))
+    save_model(gguf_model("qwen3_moe", seed=1), folder)
+    with pytest.raises(FingerprintError, match="have changed since"):
+        open_selection(chosen, tuned)

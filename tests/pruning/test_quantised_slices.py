@@ -50,7 +50,7 @@ def test_a_slice_is_the_slice_of_the_plain_tensors(quantised, tmp_path, name, ro
     selection = random_selection(source, routing, counts)
     target = "ragged" if counts == "ragged" else "stock"
     (tmp_path / "out").mkdir()
-    writer_for(target).write(source, selection, tmp_path / "out", SILENT)
+    writer_for(source, target).write(source, selection, tmp_path / "out", SILENT)
     pruned = open_snapshot(tmp_path / "out")
     expected = {}
     for key, tensor in source.plain.items():
@@ -78,7 +78,7 @@ def test_transformers_itself_loads_slices_of_what_it_reads(tmp_path, save, setti
     source = open_snapshot(save(tmp_path / "model"))
     selection = random_selection(source, "reroute", "equal")
     (tmp_path / "out").mkdir()
-    writer_for("stock").write(source, selection, tmp_path / "out", SILENT)
+    writer_for(source, "stock").write(source, selection, tmp_path / "out", SILENT)
     options = {"quantization_config": settings, "dtype": torch.bfloat16, "output_loading_info": True}
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options)
     assert not info["missing_keys"]

@@ -114,7 +114,7 @@ def pack_fp8(suffix: str, block: tuple[int, int] | None) -> Packer:
         scales = scales_of(grid, generator, 0.002).float()
         plain = matrix(shape, lambda o, i, q, s: q[o][i] * s[o // sides[0]][i // sides[1]], weight.float(), scales)
         stored = scales.reshape(()) if suffix == "_scale" else scales
-        return {".weight": weight, f".weight{suffix.replace('_row', '_scale')}": stored}, plain
+        return {".weight": weight, f".weight{suffix if suffix.startswith('_scale') else '_scale'}": stored}, plain
 
     return pack
 
@@ -133,6 +133,14 @@ def pack_mlx(bits: int) -> Packer:
 
 
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def pack_mxfp4_rows(shape: tuple[int, int], generator: torch.Generator) -> tuple[Parts, torch.Tensor]:
+    """As compressed-tensors lays MXFP4 out: groups of 32 along the inputs that share a power of two."""
+    codes, scales = draw(16, shape, generator), draw(125, (shape[0], shape[1] // 32), generator, low=121)
+    plain = matrix(shape, lambda o, i, q, s: FP4[q[o][i]] * 2.0 ** (s[o][i // 32] - 127), codes, scales)
+    stored = (codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8)
+    return {".weight_packed": stored, ".weight_scale": scales.to(torch.uint8)}, plain
 
 
 def pack_nvfp4(weight: str, scale: str, whole: str, *, inverse: bool) -> Packer:
@@ -264,6 +272,13 @@ METHODS: dict[str, Method] = {
     "compressed_nvfp4": Method(
         compressed("nvfp4-pack-quantized", _FP4),
         pack_nvfp4(".weight_packed", ".weight_scale", ".weight_global_scale", inverse=True),
+    ),
+    "compressed_fp8_block": Method(
+        compressed("float-quantized", {**_FP8, "strategy": "block", "block_structure": [16, 16]}),
+        pack_fp8("_block", (16, 16)),
+    ),
+    "compressed_mxfp4": Method(
+        compressed("mxfp4-pack-quantized", {**_FP4, "strategy": "group", "group_size": 32}), pack_mxfp4_rows
     ),
     "modelopt_fp8": Method({"quant_method": "modelopt", "quant_algo": "FP8"}, pack_fp8("_scale", None)),
     "modelopt_nvfp4": Method(

@@ -22,6 +22,17 @@ def host_memory(root: Path = _SYSTEM) -> int:
     return max(0, min([int(psutil.virtual_memory().available), *_left_in_groups(root), *_left_of_limits()]))
 
 
+def give_back_free_memory() -> None:
+    """Give back what the allocator keeps for later, where it can be told to (glibc)."""
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def _left_of_limits() -> Iterator[int]:
     """What ``ulimit -v`` and ``ulimit -d`` leave."""
     if sys.platform == "win32":

@@ -69,7 +69,7 @@ def _show(console: Console, found: Inspection) -> None:
     dtypes = ", ".join(f"{dtype} {readable_size(count)}" for dtype, count in size.dtypes.items())
     share = size.experts / size.total
     if (quantisation := found.snapshot.quantisation) is not None:
-        why = f", which {quantisation.refusal}" if quantisation.refusal else ""
+        why = f"; not dequantised here: {quantisation.label} {quantisation.refusal}" if quantisation.refusal else ""
         console.print(f"Quantised: {escape(quantisation.label + why)}")
     console.print(f"{readable_size(size.total)} on disk ({dtypes}), {share:.1%} of it routed experts")
     console.print()

@@ -27,6 +27,7 @@ from shape_moe.cli.flags import (
     OutputFlags,
     RevisionFlag,
     SeedFlag,
+    StreamFlag,
 )
 from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags
 from shape_moe.cli.select import notes_on
@@ -104,13 +105,21 @@ def prune(
     seed: SeedFlag,
     force: ForceFlag,
     output: OutputFlags,
+    stream: StreamFlag,
     keep: Annotated[
         float | None,
         share_option("--keep", "60%", help="Share of the routed experts to keep, over all layers, such as 60% or 0.6."),
     ] = None,
-    trace: Annotated[Path | None, typer.Option(help="Start from this trace instead of tracing --data.")] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Start from this trace instead of tracing --data; what --data gives then only judges."),
+    ] = None,
     selection: Annotated[
-        Path | None, typer.Option(help="Start from this selection: nothing is left to trace or to choose.")
+        Path | None,
+        typer.Option(
+            help="Start from this selection: nothing is left to trace or to choose, and --data gives examples to "
+            "judge by."
+        ),
     ] = None,
     preset: Annotated[
         str | None,
@@ -159,7 +168,7 @@ def prune(
         raise UsageError(
             f"{named} has no effect without --scorer auto, --max-kl or --max-drop: only these judge candidates."
         )
-    _refuse_ignored(data, *typed, judged_by, trace, selection, chooses=choice is not None)
+    _refuse_ignored(data, *typed, judged_by, trace, selection, chooses=choice is not None, judge=not no_judge)
     if preset == "paper":
         score = replace(score, pool_classes=True)
     most = memory.most_keep(model, hub.revision)
@@ -173,7 +182,8 @@ def prune(
     if selection is not None:
         _check_target(select.target, load_selection(selection))
     samples = PAPER_SAMPLES if choice is None else DEFAULT_SAMPLES
-    reads_data = (trace is None and selection is None) or (choice is not None and data.data)
+    made = trace is not None or selection is not None
+    reads_data = not made or data.data
     asked = 1.0 if limit is not None else keep
     options = PruneOptions(
         select=select.options(asked, score, seed.seed) if asked is not None else None,
@@ -181,8 +191,11 @@ def prune(
         device=run.device,
         dtype=run.dtype,
         trust_remote_code=run.trust_remote_code,
+        stream=stream.stream,
         choice=choice,
-        judgement=_judgement(limit, require, judge_minutes, judge=not no_judge, general=not no_general),
+        judgement=_judgement(
+            limit, require, judge_minutes, data.samples if made else None, judge=not no_judge, general=not no_general
+        ),
         check_logits=not no_logits,
         force=force.force,
     )
@@ -199,7 +212,7 @@ def prune(
 
 
 def _judgement(
-    limit: Limit | None, require: str | None, minutes: float, *, judge: bool, general: bool
+    limit: Limit | None, require: str | None, minutes: float, examples: int | None, *, judge: bool, general: bool
 ) -> JudgementOptions | None:
     """How the pruned model is judged."""
     if not judge:
@@ -208,7 +221,8 @@ def _judgement(
             raise UsageError(f"{joined(needing)} needs the judgement: leave --no-judge out.")
         return None
     drop = limit.value if limit is not None and limit.kind == "max_drop" else MAX_DROP
-    return JudgementOptions(max_drop=drop, require=require, general=general, minutes=minutes)
+    options = JudgementOptions(max_drop=drop, require=require, general=general, minutes=minutes)
+    return options if examples is None else replace(options, examples=examples)
 
 
 def _choice(
@@ -260,10 +274,12 @@ def _refuse_ignored(
     selection: Path | None,
     *,
     chooses: bool,
+    judge: bool,
 ) -> None:
     """Refuse options that would change nothing, because a trace or a selection has decided already.
 
-    With a trace and candidates to judge (``chooses``), the data options say where held-out examples come from.
+    With a trace and candidates to judge (``chooses``), the data options say where held-out examples come from; where
+    the result is judged (``judge``), which examples it is judged by.
     """
     if trace is not None and selection is not None:
         raise UsageError("--trace and --selection exclude each other; give one of them.")
@@ -273,7 +289,7 @@ def _refuse_ignored(
         data.refuse_unread(judged_by.held_out)
         return
     decided = "--selection" if selection is not None else "--trace"
-    ignored = changed_flags(data)
+    ignored = [] if data.data and judge else changed_flags(data)
     if selection is not None:
         ignored += changed_flags(score) + [name for name in changed_flags(select) if name != "--target"]
     if ignored:

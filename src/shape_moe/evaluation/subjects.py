@@ -9,6 +9,7 @@ from pathlib import Path
 
 from shape_moe.architectures.fingerprint import check_fingerprint, fingerprint
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
+from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.errors import CheckpointError, UsageError
 from shape_moe.scoring.scores import Scores, score_trace
 from shape_moe.selection.agreement import scoring_of
@@ -31,6 +32,13 @@ class Candidate:
     snapshot: Snapshot | None
     selection: Selection | None
     trace: Trace | None
+
+    @property
+    def seen(self) -> SeenPrompts:
+        """The prompts that it was made from, as far as its trace or its selection names them."""
+        if self.trace is not None:
+            return SeenPrompts.of_source(self.trace.info.source)
+        return SeenPrompts.of_salts(self.selection.seen if self.selection is not None else None)
 
 
 def open_candidate(given: str | PathLike[str] | Selection, dense: Snapshot, trace: Trace | None = None) -> Candidate:

@@ -44,5 +44,6 @@ def commands_after(facts: CardFacts, path: Path) -> list[str]:
         path: its folder.
     """
     data = calibration_options(facts.trace.info) if facts.trace is not None else None
-    following = next_commands(facts.model, str(path), facts.verdict, selection=facts.selection, data=data)
+    keep, method = facts.selection.keep, facts.selection.method
+    following = next_commands(facts.model, str(path), facts.verdict, keep=keep, method=method, data=data)
     return [*following, f"shape-moe report {shlex.quote(str(path))} -o report.html"]

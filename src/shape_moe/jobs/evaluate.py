@@ -13,7 +13,6 @@ from shape_moe.architectures.sizes import measure
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.reading import load_records
 from shape_moe.calibration.records import DataOptions, Record
-from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.calibration.sources import Data
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.evaluation.bench import Bench
@@ -185,7 +184,7 @@ class _Run:
 
     def _warn_of_overlap(self, records: list[Any], data: DataOptions) -> None:
         for entry in self.candidates:
-            seen = SeenPrompts.of_source(entry.trace.info.source).count(records) if entry.trace else 0
+            seen = entry.seen.count(records)
             if seen:
                 self.notes.append(
                     f"{seen} of {len(records)} examples of {data.name} were used to calibrate {entry.name}: its "
@@ -330,12 +329,7 @@ class _Run:
     def _ask(self, found: Evaluated, model: PreTrainedModel, entry: Candidate) -> Replies:
         if self.questions is None:
             return Replies()
-        return self.questions.ask(model, found.name, self._seen(entry))
-
-    @staticmethod
-    def _seen(entry: Candidate) -> SeenPrompts:
-        """The prompts that a model was calibrated with, as far as they are known."""
-        return SeenPrompts.of_source(entry.trace.info.source) if entry.trace is not None else SeenPrompts()
+        return self.questions.ask(model, found.name, entry.seen)
 
     def _judge(self, found: Evaluated, subject: Selection | PreTrainedModel, replies: Replies) -> None:
         """Figures and verdict over the held-out examples, where there are such."""
@@ -356,7 +350,7 @@ class _Run:
     def _verdict(self, found: Evaluated, sums: TeacherForced, made: Generated | None, replies: Replies) -> Verdict:
         """The verdict over the examples that the model was not made from."""
         bench, generation = self.benches[TASK], self.options.generation
-        seen = self._seen(next(entry for entry in self.candidates if entry.name == found.name))
+        seen = next(entry.seen for entry in self.candidates if entry.name == found.name)
         left_out = {i for i, record in enumerate(self.asked) if record in seen}
         theirs = bench.dense_answers
         return conclude(

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from shape_moe.architectures.snapshot import Snapshot
-from shape_moe.calibration.example_maker import options_of
 from shape_moe.calibration.parts import FEWEST, MOST, Parts, three_parts
 from shape_moe.calibration.reading import load, load_records
-from shape_moe.calibration.records import DataOptions, Record
+from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.seen_prompts import SeenPrompts
-from shape_moe.errors import DataError, UsageError
+from shape_moe.errors import UsageError
 from shape_moe.evaluation.bench import Bench
 from shape_moe.evaluation.conclusion import conclude
 from shape_moe.evaluation.forgotten import Forgotten, general_records
@@ -20,16 +18,15 @@ from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.outcomes import FREE_ANSWERS
 from shape_moe.evaluation.questions import Questions
 from shape_moe.evaluation.verdict import MAX_DROP, Verdict, check_max_drop, check_requirement, not_measured
-from shape_moe.jobs.held_out import fresh_records, held_out_set
+from shape_moe.jobs.held_out import held_out_set
 from shape_moe.jobs.judging_plan import MINUTES, check_minutes, plan_judging
-from shape_moe.jobs.session import ExampleOptions, ModelSession
+from shape_moe.jobs.session import ModelSession
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.masks import masked
 from shape_moe.selection.selection import Selection
-from shape_moe.tracing.trace import Trace
 from shape_moe.units import capitalised
 
-_ADVICE = "Judge it by examples that it was not made from: shape-moe evaluate MODEL DIR --data FILE."
+ADVICE = "Judge it by examples that it was not made from: shape-moe evaluate MODEL DIR --data FILE."
 
 
 @dataclass(frozen=True)
@@ -126,44 +123,6 @@ def set_aside(
     )
 
 
-def unseen_parts(
-    data: DataOptions, trace: Trace | None, chosen_by: Sequence[Record], options: JudgementOptions
-) -> Parts:
-    """Records of a source that nothing has seen, to report by; none, with the reason, where there are none.
-
-    Args:
-        data: the source.
-        trace: what was calibrated on.
-        chosen_by: records that something was chosen by.
-        options: how many to report by.
-    """
-    seen = SeenPrompts.of_source(trace.info.source) if trace is not None else SeenPrompts(complete=False)
-    if not seen.complete:
-        return Parts([], [], [], {"": "the trace does not name its prompts"}, "")
-    both = SeenPrompts((*seen.parts, *SeenPrompts.of_records(chosen_by).parts))
-    try:
-        records, _ = fresh_records(data, both, options.examples)
-    except DataError as error:
-        return Parts([], [], [], {"": str(error).rstrip(".")}, "")
-    return three_parts([], records, calibration=0, most=options.examples, give_up=False, seed=data.seed)
-
-
-def session_of_trace(
-    snapshot: Snapshot, trace: Trace, device: str, dtype: str, progress: Progress
-) -> ModelSession | None:
-    """The full model, reading examples as for a trace; None where the trace does not say where they are."""
-    source = trace.info.source
-    if not source.get("data") or not source.get("prompts"):
-        return None
-    data, tokens, answers = options_of(source)
-    data = replace(data, stratify=source.get("stratify"), label=source.get("label"))
-    read = ExampleOptions(data, tokens, answers, device=device, dtype=dtype)
-    try:
-        return ModelSession.open(snapshot, read, None, progress, load_records(replace(data, samples=1)))
-    except DataError:  # the examples may be gone since
-        return None
-
-
 def judge_selection(
     session: ModelSession,
     parts: Parts,
@@ -171,6 +130,7 @@ def judge_selection(
     selection: Selection,
     options: JudgementOptions,
     seen: SeenPrompts | None = None,
+    remarks: Sequence[str] = (),
 ) -> Judgement:
     """Judge a selection as a mask on the dense model, beside that.
 
@@ -181,8 +141,9 @@ def judge_selection(
         selection: what the written model keeps.
         options: see :class:`JudgementOptions`.
         seen: the prompts that it was calibrated with, None where they are not known.
+        remarks: what else a reader should know.
     """
-    reasons = [f"{group}: {why}" if group else why for group, why in parts.unmeasured.items()]
+    reasons = why_parts_unmeasured(parts)
     if not parts.report:
         return no_judgement(f"{capitalised('; '.join(reasons))}.", options)
     progress = session.progress
@@ -192,7 +153,7 @@ def judge_selection(
         session, maker, answers=options.answers, calls=options.answers, general=general, minutes=options.minutes
     )
     progress.note(f"{plan.sentence}; --no-judge leaves it out.")
-    notes = [*(f"Not measured: {reason}." for reason in reasons), f"{parts.sentence}."]
+    notes = [*(f"Not measured: {reason}." for reason in reasons), f"{parts.sentence}.", *remarks]
     notes += [plan.note] if plan.note else []
     held_out = held_out_set(session, plan.maker, "the judgement")
     by_index = {record.index: record for record in parts.report}
@@ -239,6 +200,11 @@ def _blamed_on_pooling(verdict: Verdict, selection: Selection) -> str | None:
     )
 
 
+def why_parts_unmeasured(parts: Parts) -> list[str]:
+    """Why classes have no records to report by, each by its name where it has one."""
+    return [f"{group}: {why}" if group else why for group, why in parts.unmeasured.items()]
+
+
 def no_judgement(reason: str, options: JudgementOptions) -> Judgement:
     """The judgement where nothing could be measured."""
-    return Judgement(not_measured(reason, _ADVICE, max_drop=options.max_drop))
+    return Judgement(not_measured(reason, ADVICE, max_drop=options.max_drop))

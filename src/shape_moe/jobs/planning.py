@@ -18,6 +18,7 @@ from shape_moe.jobs.held_out import fresh_records
 from shape_moe.jobs.judgement import JudgementOptions, set_aside
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options
 from shape_moe.progress import Progress
+from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import Trace
 
 
@@ -43,6 +44,11 @@ class SearchPlan:
     def data(self) -> DataOptions:
         """Where the held-out records come from."""
         return self.held_out.data
+
+    def told(self, selection: Selection) -> Selection:
+        """A selection that was chosen by the held-out examples, which then never report on it."""
+        seen = SeenPrompts.of_salts(selection.seen)
+        return replace(selection, seen=seen.with_records(self.held_out.records).by_salt())
 
     def held_out_job(self) -> list[Any]:
         """What decides the held-out examples, for a job file: their content, and which of the source they are."""

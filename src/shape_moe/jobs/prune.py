@@ -11,13 +11,13 @@ from typing import Any
 
 from shape_moe.architectures.fingerprint import fingerprint, layout_fingerprint
 from shape_moe.architectures.gguf_model import GgufModel
+from shape_moe.architectures.layered_model import why_not_layered
 from shape_moe.architectures.loading import free_memory, release_memory
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.parts import Parts
 from shape_moe.calibration.records import DataOptions
-from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.calibration.sources import Data
-from shape_moe.errors import ShapeMoeError, UsageError
+from shape_moe.errors import DataError, ShapeMoeError, UsageError
 from shape_moe.jobs.auto import ChoiceOptions, auto_select, methods_to_try
 from shape_moe.jobs.closing import card_facts, commands_after
 from shape_moe.jobs.judgement import (
@@ -25,15 +25,24 @@ from shape_moe.jobs.judgement import (
     JudgementOptions,
     judge_selection,
     no_judgement,
-    session_of_trace,
     set_aside,
+)
+from shape_moe.jobs.judging_examples import (
+    OTHERS,
+    Unseen,
+    examples_given,
+    examples_of_trace,
+    seen_by,
+    session_for,
     unseen_parts,
 )
+from shape_moe.jobs.layered_judgement import judge_layer_by_layer
 from shape_moe.jobs.planning import SearchPlan, held_out_tracing, plan_search
 from shape_moe.jobs.pruned_place import PrunedPlace, place_of
 from shape_moe.jobs.select import as_select_options, check_options
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options, load_original
 from shape_moe.jobs.trace import kept_trace, open_trace
+from shape_moe.jobs.way import check_whole
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import Canary, CanaryResult
 from shape_moe.pruning.compare import file_hash
@@ -63,11 +72,13 @@ class PruneOptions:
 
     Attributes:
         select: how experts are chosen; None when a finished selection is given.
-        trace: the calibration set and how to trace; None when a trace or a selection is given. Its device and dtype
-            are overruled by those below.
+        trace: the calibration set and how to trace; None when a trace or a selection is given. Its device, dtype
+            and stream are overruled by those below.
         device: where to trace and to compare logits.
         dtype: in which dtype.
         trust_remote_code: run the code that comes with the original instead of Transformers' own, where there is some.
+        stream: trace and judge layer by layer (True), or with the whole model in memory (False); None decides by free
+            memory.
         choice: how candidates are judged where scorer or keep rate are left to the tool, None where they are not.
         judgement: how the pruned model is judged, None for not at all.
         check_logits: compare the pruned model's logits with the masked original's, where both fit in memory.
@@ -79,6 +90,7 @@ class PruneOptions:
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
+    stream: bool | None = None
     choice: ChoiceOptions | None = None
     judgement: JudgementOptions | None = field(default_factory=JudgementOptions)
     check_logits: bool = True
@@ -131,6 +143,7 @@ class _Run:
         plan: which examples calibrate and which judge candidates, where those are to be judged.
         parts: the examples told apart, where nothing is chosen by some of them.
         session: what traces the calibration set, where that is given.
+        judge: what reads examples that only judge, where such are given.
         notes: what the user should know.
     """
 
@@ -142,6 +155,7 @@ class _Run:
     plan: SearchPlan | None = None
     parts: Parts | None = None
     session: ModelSession | None = None
+    judge: ModelSession | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -224,6 +238,8 @@ def _open_inputs(
     run.plan = _plan_choice(snapshot, options, run.trace, run.progress)
     if run.plan is not None:
         run.session = run.plan.session
+    elif options.trace is not None and (trace is not None or selection is not None):
+        run.judge = session_for(options.trace, snapshot, run.progress)
     elif options.trace is not None:
         records = None
         if options.judgement is not None:
@@ -285,10 +301,12 @@ def _check_request(
     if options.choice is not None:
         if selection is not None or (options.trace is None and trace is None):
             raise UsageError("Scorer auto and limits choose on held-out examples: give data (--data) or a trace.")
-    elif sum(given is not None for given in (options.trace, trace, selection)) != 1:
-        raise UsageError(
-            "Give exactly one of: calibration data (--data), a trace (--trace), a selection (--selection)."
-        )
+    elif sum(given is not None for given in (trace, selection)) > 1:
+        raise UsageError("--trace and --selection exclude each other; give one of them.")
+    elif options.trace is None and trace is None and selection is None:
+        raise UsageError("Give calibration data (--data), a trace (--trace) or a selection (--selection).")
+    elif options.trace is not None and options.judgement is None and (trace is not None or selection is not None):
+        raise UsageError("Beside a trace or a selection, data (--data) only judge: leave them out without judgement.")
     if (options.select is None) != (selection is not None):
         raise UsageError("Give a keep rate (--keep or --fit) with data or a trace, and none with a selection.")
 
@@ -307,7 +325,9 @@ def _complete_options(
     if options.select is None and options.choice is not None and options.choice.limit is not None:
         options = replace(options, select=as_select_options(1.0))  # the limit decides how many are kept
     if options.trace is not None:
-        options = replace(options, trace=replace(options.trace, device=options.device, dtype=options.dtype))
+        options = replace(
+            options, trace=replace(options.trace, device=options.device, dtype=options.dtype, stream=options.stream)
+        )
     return options
 
 
@@ -320,7 +340,8 @@ def _plan_choice(
         return None
     seed = select.scoring.seed
     tracing = held_out_tracing(options.trace, trace, choice.held_out, seed)
-    tracing = replace(tracing, device=options.device, dtype=options.dtype)
+    tracing = replace(tracing, device=options.device, dtype=options.dtype, stream=options.stream)
+    check_whole(snapshot, tracing)
     plan = plan_search(
         snapshot,
         tracing,
@@ -406,28 +427,50 @@ def _judged(run: _Run, selection: Selection) -> Judgement:
     """What pruning did to the model, while the full model is (or can be) loaded."""
     options, device, dtype = run.options.judgement, run.options.device, run.options.dtype
     assert options is not None
-    if run.session is None:
+    if run.session is None and run.judge is None:
         reason = why_no_logits(run.snapshot, device, dtype)
-        if reason:
+        if reason and why_not_layered(run.snapshot):
             return no_judgement(f"{capitalised(reason)}.", options)
-        run.session = session_of_trace(run.snapshot, run.trace, device, dtype, run.progress) if run.trace else None
-    if run.session is None:
-        return no_judgement("There are no examples that the model was not made from.", options)
-    parts, data, chosen_by = run.parts, run.session.options.data, []
-    if run.plan is not None:
-        parts, data, chosen_by = run.plan.parts, run.plan.data, run.plan.held_out.records
-    if parts is None:
-        parts = unseen_parts(data, run.trace, chosen_by, options)
-    seen = SeenPrompts.of_source(run.trace.info.source) if run.trace is not None else None
-    return judge_selection(run.session, parts, data, selection, options, seen)
+    try:
+        found = _unseen(run, selection, options)
+    except DataError as error:
+        return no_judgement(str(error), options)
+    run.session = found.session
+    notes = [found.note] if found.note else []
+    if found.session.reads_layers:
+        return judge_layer_by_layer(found.session, found.parts, found.data, selection, options, notes)
+    seen = seen_by(run.trace, selection)
+    return judge_selection(found.session, found.parts, found.data, selection, options, seen, notes)
+
+
+def _unseen(run: _Run, selection: Selection, options: JudgementOptions) -> Unseen:
+    """The examples that the model is judged by.
+
+    Raises:
+        DataError: saying why there are none.
+    """
+    seen, session = seen_by(run.trace, selection), run.session
+    if run.judge is not None:
+        return examples_given(run.judge, seen, options)
+    if run.plan is not None and session is not None:
+        data, chosen_by = run.plan.data, run.plan.held_out.records
+        return Unseen(session, data, run.plan.parts or unseen_parts([data], seen, chosen_by, options))
+    if session is not None and run.parts is not None:
+        return Unseen(session, session.options.data, run.parts)
+    if run.trace is None:
+        raise DataError(f"There are no examples that the model was not made from. {OTHERS}.")
+    where = {"device": run.options.device, "dtype": run.options.dtype, "stream": run.options.stream}
+    return examples_of_trace(run.snapshot, run.trace, options, where, run.progress)
 
 
 def _canary(run: _Run, selection: Selection) -> tuple[Canary | None, str | None]:
     """The masked original's answers, while the full model is (or can be) loaded; else None, and why."""
-    options, session = run.options, run.session
+    options, session = run.options, run.session or run.judge
     reason = None if options.check_logits else "--no-logits was given"
     if reason is None and session is None:
         reason = why_no_logits(run.snapshot, options.device, options.dtype)
+    if reason is None and session is not None and session.reads_layers:
+        reason = why_no_logits(run.snapshot, options.device, options.dtype) or "--stream was given"
     if reason is not None:
         run.notes.append(f"Logits were not compared: {reason}.")
         return None, reason

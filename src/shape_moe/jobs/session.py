@@ -23,7 +23,7 @@ from shape_moe.calibration.records import DataOptions, Record
 from shape_moe.calibration.responses import generate_answers
 from shape_moe.calibration.sources import Data
 from shape_moe.errors import ShapeMoeError, UsageError
-from shape_moe.jobs.way import WAYS, check_answers_fit, check_live, check_way, choose_way
+from shape_moe.jobs.way import STREAM, WAYS, check_answers_fit, check_live, check_way, choose_way
 from shape_moe.made_with import versions
 from shape_moe.progress import Progress
 from shape_moe.traced_files import traced_files
@@ -251,6 +251,13 @@ class ModelSession:
         if way.reason is not None:
             self.progress.note(way.reason)
         return get_engine(way.engine)
+
+    @property
+    def reads_layers(self) -> bool:
+        """Whether the model is read layer by layer, as was asked for or because it does not fit into memory."""
+        if self.engine.name not in WAYS or self.snapshot is None:
+            return False
+        return choose_way(self.snapshot, self.options, None, loaded=self._model is not None).engine == STREAM
 
     def answerer(self) -> Answerer:
         """What lets the model answer prompts.

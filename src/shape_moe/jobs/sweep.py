@@ -152,7 +152,7 @@ def sweep(
     }
     with Workspace(out, job, force=force, inputs=inputs) as work:
         result = _swept(snapshot, options, plan, progress, work.path)
-        _write(result, work.path)
+        _write(result, plan, work.path)
         work.complete()
     return result
 
@@ -189,10 +189,10 @@ def _swept(
         return SweepResult(swept.to_document(), advice, limit)
 
 
-def _write(result: SweepResult, folder: Path) -> None:
+def _write(result: SweepResult, plan: SearchPlan, folder: Path) -> None:
     """Write the answer, and remove what only an unfinished sweep needs."""
     write_json(folder / SWEEP_FILE, result.document)
     if result.chosen is not None:
-        result.chosen.selection.save(folder / "recommended.json")
+        plan.told(result.chosen.selection).save(folder / "recommended.json")
     for name in (POINTS_FILE, ANSWERS_FILE):
         (folder / name).unlink(missing_ok=True)

@@ -8,7 +8,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shape_moe.architectures.fingerprint import UNVERIFIED, check_fingerprint, fingerprint, layout_fingerprint
+from shape_moe.architectures.fingerprint import UNVERIFIED, layout_fingerprint
+from shape_moe.architectures.same_routers import check_same_model
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.example_maker import ANSWERS_FILE
 from shape_moe.calibration.records import DataOptions
@@ -104,7 +105,11 @@ def open_trace(given: str | PathLike[str], snapshot: Snapshot, progress: Progres
         CheckpointError: when it cannot be read.
     """
     found = load_trace(given)
-    check_fingerprint(found.info.fingerprint, fingerprint(snapshot), f"The trace {given}", force=force)
+    info = found.info
+    told = check_same_model(info.fingerprint, info.model, snapshot, f"The trace {given}", force=force)
+    if told is not None:
+        progress.note(told)
+        return found
     if found.info.layout_fingerprint not in (UNVERIFIED, layout_fingerprint(snapshot)):
         progress.note("The trace was made from another copy of this model (other names, dtypes or shapes of tensors).")
     _check_weights(found, f"The trace {given}", snapshot, progress, force=force)

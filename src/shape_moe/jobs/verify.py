@@ -8,11 +8,13 @@ from os import PathLike
 from pathlib import Path
 
 from shape_moe.architectures.fingerprint import check_fingerprint, fingerprint
+from shape_moe.architectures.gguf_file import is_gguf
 from shape_moe.architectures.loading import load_model, load_tokenizer, loaded_bytes, why_not_loadable
 from shape_moe.architectures.moe_config import PRUNING_KEY, MoeConfig, read_moe_config
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.architectures.tensor_names import tensor_role
 from shape_moe.errors import CheckpointError, ShapeMoeError, UsageError, first_line
+from shape_moe.jobs.verify_gguf import gguf_checks
 from shape_moe.openai_server import OpenAIServer
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import CanaryResult, compare_canary, load_canary
@@ -58,7 +60,7 @@ def verify(
     """Check a pruned checkpoint.
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint, or a pruned GGUF file.
         original: the model that it was made from; compares every tensor with its slice once more.
         revision: branch, tag or commit of the original, where it is on the hub.
         endpoint: address of an OpenAI-compatible server that serves the checkpoint; the canary is asked there instead
@@ -78,6 +80,9 @@ def verify(
     path = Path(folder)
     if revision is not None and original is None:
         raise UsageError("--revision says which version of --original is meant: name the original, or leave it out.")
+    if is_gguf(path):
+        found = gguf_checks(path, original, endpoint, device, dtype, progress)
+        return [_guard(name, check) for name, check in found.items()]
     if not (path / "shape" / "manifest.json").is_file():
         raise CheckpointError(f"{path} is not a checkpoint written by shape-moe: it has no shape/manifest.json.")
     checks = [_guard("files", lambda: check_files(path, progress))]

@@ -82,6 +82,20 @@ def choose_way(snapshot: Snapshot, options: ExampleOptions, folder: Path | None,
     return Way(STREAM, f"The model is read layer by layer: {sizes} (--no-stream tries to hold it whole).")
 
 
+def check_whole(snapshot: Snapshot, options: ExampleOptions) -> None:
+    """Refuse to judge candidates of a model that is read layer by layer.
+
+    Raises:
+        UsageError: saying what to name instead.
+    """
+    if options.engine in WAYS and choose_way(snapshot, options, None, loaded=False).engine == STREAM:
+        needed, free = readable_size(_needed(snapshot, options)), readable_size(free_memory(options.device))
+        raise UsageError(
+            f"Candidates are judged with the whole model in memory, which takes {needed} ({free} are free); name a "
+            "scorer and a keep rate (--scorer shape --keep 0.8) to prune layer by layer."
+        )
+
+
 def check_answers_fit(snapshot: Snapshot, options: ExampleOptions, prompts: int) -> None:
     """Refuse to let a model answer that does not fit into memory.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from shape_moe.architectures.fingerprint import origin
-from shape_moe.architectures.gguf_file import STRING, Entry, make_entry, make_header, read_gguf
+from shape_moe.architectures.gguf_file import STRING, Entry, GgufHeader, make_entry, make_header, read_gguf
 from shape_moe.architectures.gguf_model import GgufModel
 from shape_moe.architectures.safetensors_file import TensorSlot
 from shape_moe.errors import CheckpointError, UsageError
@@ -203,11 +203,39 @@ def compare_gguf(plan: GgufPlan, file: Path, advance: Advance = lambda _: None) 
     return whole.hexdigest()
 
 
+def compare_with_original(plan: GgufPlan, written: GgufHeader, advance: Advance = lambda _: None) -> None:
+    """Compare a file with what a plan makes of the original; what the file says of its making apart.
+
+    Raises:
+        CheckpointError: naming the first entry or tensor that differs.
+    """
+    expected = {entry.key: entry for entry in plan.entries if entry.key not in OWN_KEYS}
+    found = {key: entry for key, entry in written.entries.items() if key not in OWN_KEYS}
+    for key in {**expected, **found}:
+        if key not in found or key not in expected or found[key].raw != expected[key].raw:
+            raise CheckpointError(f"{written.file}: the entry {key} is not what pruning makes of the original's.")
+    if [tensor.name for tensor in plan.tensors] != list(written.tensors):
+        raise CheckpointError(f"{written.file} does not hold the tensors that it should.")
+    with written.file.open("rb") as stream:
+        for chunk in _chunks(plan.tensors):
+            tensor = written.tensors[chunk.tensor.name]
+            if (tensor.type_name, tensor.shape) != (chunk.tensor.source.dtype, chunk.tensor.shape):
+                raise CheckpointError(f"{written.file}: tensor {tensor.name} has another shape or type than it should.")
+            if os.pread(stream.fileno(), len(chunk.content), tensor.start + chunk.offset) != chunk.content:
+                raise CheckpointError(f"{written.file}: tensor {tensor.name} differs from the original.")
+            advance(len(chunk.content))
+
+
 @dataclass(frozen=True)
 class _Chunk:
     tensor: SlicedTensor
     content: bytes
-    last: bool
+    offset: int
+
+    @property
+    def last(self) -> bool:
+        """Whether it is the tensor's last."""
+        return self.offset + len(self.content) == self.tensor.size
 
 
 def _chunks(tensors: Sequence[SlicedTensor]) -> Iterator[_Chunk]:
@@ -218,15 +246,15 @@ def _chunks(tensors: Sequence[SlicedTensor]) -> Iterator[_Chunk]:
             file = tensor.source.file
             if file not in opened:
                 opened[file] = stack.enter_context(file.open("rb"))
-            left = tensor.size
+            position = 0
             for start, size in tensor.ranges:
                 for offset in range(0, size, _CHUNK):
                     wanted = min(_CHUNK, size - offset)
                     content = os.pread(opened[file].fileno(), wanted, start + offset)
                     if len(content) != wanted:
                         raise CheckpointError(f"{file} became shorter while it was read.")
-                    left -= wanted
-                    yield _Chunk(tensor, content, left == 0)
+                    yield _Chunk(tensor, content, position)
+                    position += wanted
 
 
 def tensors_digest(slots: Sequence[TensorSlot]) -> str:
@@ -235,8 +263,3 @@ def tensors_digest(slots: Sequence[TensorSlot]) -> str:
     for chunk in _chunks([SlicedTensor(slot.name, slot.shape, slot, ((slot.start, slot.size),)) for slot in slots]):
         digest.update(chunk.content)
     return f"sha256:{digest.hexdigest()}"
-
-
-def is_pruned(metadata: Mapping[str, Any]) -> bool:
-    """Whether a file was written here, by its metadata."""
-    return SELECTION_KEY in metadata

@@ -33,7 +33,9 @@ def facts(material: Material) -> list[tuple[str, Facts]]:
 def _model(material: Material) -> Facts:
     info, selection = material.trace.info if material.trace else None, material.selection
     known = info or selection
-    prints = [info.fingerprint if info else None, selection.fingerprint if selection else None]
+    sources = (info, selection, material.sweep, material.evaluation)
+    prints = [source.fingerprint for source in sources if source is not None]
+    fingerprint = next((text for text in prints if text), "unknown" if prints or material.scores else "")
     layers = material.layers
     experts = known.num_experts if known else material.scores.num_experts if material.scores else None
     return [
@@ -43,7 +45,7 @@ def _model(material: Material) -> Facts:
         ("MoE layers", f"{len(layers)} ({_spans(layers)})" if layers else ""),
         ("Experts per layer", str(experts) if experts else ""),
         ("Experts per token", str(known.top_k) if known and known.top_k else ""),
-        ("Fingerprint", next((text for text in prints if text), "unknown")),
+        ("Fingerprint", fingerprint),
     ]
 
 
@@ -100,6 +102,10 @@ def _measurements(material: Material) -> Facts:
     found = [("Sweep", sweep.split), ("Sweep's seed", sweep.made_with.seed)] if sweep is not None else []
     if evaluation is not None:
         found += [("Evaluation", evaluation.data), ("Evaluation's seed", evaluation.made_with.seed)]
+    if material.experiment is not None:
+        found.append(("Experiment's seed", material.experiment["config"]["seed"]))
+    if material.demo is not None:
+        found.append(("Demonstration's seed", material.demo.get("seed")))
     return [(name, str(value)) for name, value in found if value is not None]
 
 
@@ -110,6 +116,7 @@ def _versions(material: Material) -> Facts:
         "Sweep": material.sweep.made_with.versions if material.sweep else {},
         "Evaluation": material.evaluation.made_with.versions if material.evaluation else {},
     }
+    made["Experiment"] = (material.experiment or {}).get("versions") or {}
     return found + [(name, ", ".join(f"{k} {v}" for k, v in versions.items())) for name, versions in made.items()]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.architectures.moe_config import RouterFacts
+from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.errors import UsageError
 from shape_moe.scoring.registry import ScoreOptions, get_scorer
 from shape_moe.scoring.scores import Scores, score_trace
@@ -185,6 +186,7 @@ class TraceSelector:
             near_ties=self._near_ties(picker, scores, mask),
             options={"prompt": weights.prompt, "response": weights.response, "seed": self.scoring.seed},
             warnings=tuple(warnings),
+            seen=SeenPrompts.of_source(info.source).by_salt(),
         )
 
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shape_moe.architectures.fingerprint import check_fingerprint, fingerprint
+from shape_moe.architectures.fingerprint import fingerprint
 from shape_moe.architectures.moe_config import MoeConfig
+from shape_moe.architectures.same_routers import check_same_model
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.documents import MOST_EXPERTS, as_shape
 from shape_moe.errors import CheckpointError, UsageError
@@ -56,6 +57,8 @@ class Selection:
         options: segment weights and seed used for scoring.
         warnings: what a user should know before pruning.
         choice: what was tried before this was chosen, where scorer or keep rate were left to the tool.
+        seen: salted hashes of the prompts that it was made from, by their salt (see
+            :class:`shape_moe.calibration.seen_prompts.SeenPrompts`); None where they are not known.
     """
 
     fingerprint: str | None
@@ -76,6 +79,7 @@ class Selection:
     options: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     choice: dict[str, Any] | None = None
+    seen: dict[str, list[str]] | None = field(default=None, compare=False)  # every trace has a salt of its own
 
     @property
     def kept(self) -> int:
@@ -198,7 +202,21 @@ def load_selection(path: str | PathLike[str]) -> Selection:
     """
     file = Path(path)
     file = file / "shape" / "selection.json" if file.is_dir() else file
-    document = read_json(file)
+    return selection_of(read_json(file), file)
+
+
+def selection_of(document: Any, file: Path) -> Selection:
+    """A selection out of its document.
+
+    Args:
+        document: the content of a selection file.
+        file: where it is from, for messages.
+
+    Raises:
+        CheckpointError: when it is damaged or written by a newer version.
+    """
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{file} holds no selection.")
     if document.pop("format_version", None) != FORMAT_VERSION:
         raise CheckpointError(f"{file} is not a selection, or was written in another format version.")
     document.pop("keep_met", None)
@@ -225,7 +243,9 @@ def open_selection(given: str | PathLike[str] | Selection, snapshot: Snapshot, *
     chosen = given if isinstance(given, Selection) else load_selection(given)
     if chosen.fingerprint is not None:
         name = "The selection" if isinstance(given, Selection) else f"The selection {given}"
-        check_fingerprint(chosen.fingerprint, fingerprint(snapshot), name, force=force)
+        told = check_same_model(chosen.fingerprint, chosen.model, snapshot, name, force=force)
+        if told is not None:
+            chosen = replace(chosen, warnings=(*chosen.warnings, told))
     return chosen
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from shape_moe.architectures.quantised.bits import packed_count, unpacked
+from shape_moe.architectures.quantised.bits import packed_count
 from shape_moe.architectures.quantised.method import Config, Quantisation, refused, register, settings_of
 from shape_moe.architectures.quantised.plain import PlainTensor, Values, grouped, with_the_rest
 from shape_moe.architectures.safetensors_file import TensorSlot
@@ -67,5 +67,8 @@ def _dequantise(values: Values) -> torch.Tensor:
 
 
 def _in_order(words: torch.Tensor) -> torch.Tensor:
-    stored = unpacked(words, _BITS)
-    return stored.reshape(*words.shape, len(_PLACES))[..., list(_PLACES)].reshape(stored.shape)
+    import torch
+
+    shifts = torch.tensor([_BITS * place for place in _PLACES], dtype=torch.int32)
+    numbers: torch.Tensor = ((words[..., None] >> shifts) & (2**_BITS - 1)).flatten(-2)
+    return numbers

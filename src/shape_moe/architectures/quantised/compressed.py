@@ -24,7 +24,15 @@ if TYPE_CHECKING:
 _LIBRARY = "compressed_tensors"
 _SCALE, _PACKED, _WHOLE = ".weight_scale", ".weight_packed", ".weight"
 _ZEROS, _GLOBAL, _SHAPE, _ORDER = ".weight_zero_point", ".weight_global_scale", ".weight_shape", ".weight_g_idx"
-_ASIDE = (".input_scale", ".input_global_scale", ".input_zero_point")
+_FORMATS = (
+    "pack-quantized",
+    "int-quantized",
+    "float-quantized",
+    "naive-quantized",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+)
+_ASIDE = (".input_scale", ".output_scale", ".input_global_scale", ".input_zero_point")
 _FLOATS = ("weight_scale", "weight_global_scale")
 
 
@@ -42,6 +50,9 @@ def open_compressed(config: Config) -> Quantisation:
     schemes = [_Scheme(group, settings.get("format")) for group in groups.values()]
     label = "compressed-tensors " + ", ".join(dict.fromkeys(scheme.label for scheme in schemes))
     why = None
+    unknown = [scheme.form for scheme in schemes if scheme.form not in _FORMATS]
+    if unknown:
+        return refused(label, f"in the format {unknown[0]!r} is not understood; {', '.join(_FORMATS)} are")
     if find_spec(_LIBRARY) is None:
         why = "is dequantised by its own library, which is not installed: pip install 'shape-moe[quantised]'"
     elif settings.get("sparsity_config") and settings["sparsity_config"].get("format", "dense") != "dense":

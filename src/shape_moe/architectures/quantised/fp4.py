@@ -14,8 +14,14 @@ def unpacked_fp4(blocks: torch.Tensor) -> torch.Tensor:
     """The values of bytes ``[..., B]``, the lower half of a byte first: float32 ``[..., 2B]``."""
     import torch
 
+    return fp4_values(torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2))
+
+
+def fp4_values(codes: torch.Tensor) -> torch.Tensor:
+    """The values of codes from 0 to 15: float32."""
+    import torch
+
     table = torch.tensor([*_MAGNITUDES, *(-value for value in _MAGNITUDES)], dtype=torch.float32)
-    codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)
     return table[codes.to(torch.int32)]
 
 

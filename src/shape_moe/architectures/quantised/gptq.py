@@ -39,6 +39,8 @@ def open_gptq(config: Config) -> Quantisation:
         return refused(
             label, f"in the checkpoint format {form!r} is laid out for one kernel; gptq and gptq_v2 are read"
         )
+    if settings.get("pack_dtype", "int32") != "int32":
+        return refused(label, f"packed into {settings['pack_dtype']} is not understood; int32 is")
     if settings.get("dynamic"):
         label += ", with rules of its own for some modules"
     return Quantisation(label, partial(_plain, bits=bits, offset=_OFFSETS[form], group=group))
@@ -77,4 +79,8 @@ def _dequantise(values: Values, *, bits: int, offset: int, group: int) -> torch.
     if index.ndim != 1 or len(index) != inputs:
         raise ValueError("g_idx does not give a group for every input")
     zeros, scales = zeros[..., :outputs].transpose(-1, -2), scales.transpose(-1, -2)
+    groups = scales.shape[-1]
+    if inputs % groups == 0 and torch.equal(index, torch.arange(inputs) // (inputs // groups)):  # no gathering
+        stacked = weight.reshape(*weight.shape[:-1], groups, -1)
+        return ((stacked - zeros[..., None]) * scales[..., None]).flatten(-2)
     return (weight - zeros[..., index]) * scales[..., index]

@@ -95,6 +95,32 @@ class PlainTensor:
             ) from error
 
 
+def joined(
+    name: str,
+    shape: tuple[int, ...],
+    tensors: Mapping[str, PlainTensor],
+    combine: Callable[[Values], torch.Tensor],
+) -> PlainTensor:
+    """A tensor of the plain model that is put together from others.
+
+    Args:
+        name: its name.
+        shape: its shape.
+        tensors: the others, by what they are to ``combine``.
+        combine: gives its values from theirs, float32.
+    """
+    parts = {f"{key} {part}": slot for key, tensor in tensors.items() for part, slot in tensor.parts.items()}
+
+    def compute(values: Values) -> torch.Tensor:
+        found = {}
+        for key, tensor in tensors.items():
+            own = {part: values[f"{key} {part}"] for part in tensor.parts}
+            found[key] = own[STORED].float() if tensor.compute is None else tensor.compute(own)
+        return combine(found)
+
+    return PlainTensor(name, parts, shape, compute)
+
+
 def grouped(
     tensors: Mapping[str, TensorSlot], root: str, needed: Iterable[str] = (), optional: Iterable[str] = ()
 ) -> dict[str, dict[str, TensorSlot]]:
