@@ -170,7 +170,7 @@ class Snapshot:
     @cached_property
     def quantisation(self) -> Quantisation | None:
         """How the weights are quantised, None where they are not."""
-        return find_quantisation(self.config)
+        return find_quantisation(self.config, self.path)
 
     @property
     def forms(self) -> frozenset[Form]:
