@@ -68,14 +68,18 @@ class GgufModel(Snapshot):
         return frozenset(("raw",) if self.why_not_dequantised is not None else ("raw", "dequantised"))
 
     @cached_property
-    def why_not_dequantised(self) -> str | None:
-        """What of the tensors cannot be dequantised, None where everything can."""
+    def unreadable(self) -> tuple[str, ...]:
+        """Types of tensors that the ``gguf`` package cannot dequantise."""
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import _type_traits
 
         able = {"F32", "F16", *(kind.name for kind in _type_traits if isinstance(kind, GGMLQuantizationType))}
-        unable = sorted({slot.dtype for slot in self.tensors.values()} - able)
-        return f"the gguf package cannot dequantise {', '.join(unable)}" if unable else None
+        return tuple(sorted({slot.dtype for slot in self.tensors.values()} - able))
+
+    @property
+    def why_not_dequantised(self) -> str | None:
+        """What of the tensors cannot be dequantised, None where everything can."""
+        return f"the gguf package cannot dequantise {', '.join(self.unreadable)}" if self.unreadable else None
 
     def values(self, slot: TensorSlot, form: Form = "raw") -> torch.Tensor:
         """The values of a tensor, or of a row of it.
@@ -95,7 +99,7 @@ class GgufModel(Snapshot):
             raise CheckpointError(f"{slot.file} became shorter while it was read.")
         if form == "raw":
             return torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        if form not in self.forms:
+        if slot.dtype in self.unreadable:
             raise UnsupportedModelError(f"{self.name}: {self.why_not_dequantised}.")
         return torch.from_numpy(self._in_order(slot.name, _dequantised(content, slot)))
 

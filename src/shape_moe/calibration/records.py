@@ -144,7 +144,7 @@ class DataOptions:
         """The class of each source's records: its short name where there are several sources, else None."""
         if not self.also:
             return (None,)
-        short = [_short(source) for source in self.sources]
+        short = [short_name(source) for source in self.sources]
         return tuple(
             name if short.count(name) == 1 else source for name, source in zip(short, self.sources, strict=True)
         )
@@ -185,7 +185,7 @@ def _said(message: Message) -> str:
     return str(message["content"] or "") + (json.dumps(calls, sort_keys=True) if calls else "")
 
 
-def _short(source: str) -> str:
+def short_name(source: str) -> str:
     """A source's name without folder, suffix and revision."""
     name = PurePath(source.removeprefix(PREFIX)).name
     return (

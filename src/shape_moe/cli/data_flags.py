@@ -27,6 +27,26 @@ _HELD_OUT_READING = ("--split", "--subset", "--map", "--format", "--skip-bad")
 
 
 @dataclass
+class KeepAlsoFlag:
+    """General skills to keep."""
+
+    keep_also: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GROUP",
+            help="Calibrate with general prompts of this group as well, as a class of its own, answered by the model "
+            "itself: arithmetic, code, json, languages (or one of them), refusals, small-talk or knowledge. Repeat it "
+            "for several.",
+            rich_help_panel=DATA_PANEL,
+        ),
+    ] = None
+
+    def groups(self) -> tuple[str, ...]:
+        """The groups."""
+        return tuple(self.keep_also or ())
+
+
+@dataclass
 class DataFlags:
     """The calibration set, and how it becomes tokens."""
 

@@ -15,7 +15,7 @@ from shape_moe.architectures.gguf_file import is_gguf
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.choice_flags import ScoreFlags, SelectFlags
 from shape_moe.cli.console import plain_table, show_commands
-from shape_moe.cli.data_flags import DataFlags
+from shape_moe.cli.data_flags import DataFlags, KeepAlsoFlag
 from shape_moe.cli.estimates import kl, points
 from shape_moe.cli.flag_groups import changed_flags
 from shape_moe.cli.flags import (
@@ -94,6 +94,7 @@ def prune(
         ),
     ],
     data: DataFlags,
+    general: KeepAlsoFlag,
     select: SelectFlags,
     score: ScoreFlags,
     limits: LimitFlags,
@@ -156,8 +157,8 @@ def prune(
         raise UsageError(f"There is no preset {preset!r}; there is paper.")
     typed = (select, score)
     select, score = select.spelled_out(score)
-    if select.target is None and selection is None and is_gguf(Path(model)):
-        select = replace(select, target="stock", allow_rounding=True)  # llama.cpp loads nothing else
+    if selection is None and is_gguf(Path(model)):  # llama.cpp loads equal counts only
+        select = replace(select, target=select.target or "stock", allow_rounding=True)
     limit = limits.limit()
     _check_rate_options(keep, memory.fit, selection, limit)
     choice = None
@@ -168,7 +169,8 @@ def prune(
         raise UsageError(
             f"{named} has no effect without --scorer auto, --max-kl or --max-drop: only these judge candidates."
         )
-    _refuse_ignored(data, *typed, judged_by, trace, selection, chooses=choice is not None, judge=not no_judge)
+    given = (data, general, *typed, judged_by)
+    _refuse_ignored(*given, trace, selection, chooses=choice is not None, judge=not no_judge)
     if preset == "paper":
         score = replace(score, pool_classes=True)
     most = memory.most_keep(model, hub.revision)
@@ -187,7 +189,7 @@ def prune(
     asked = 1.0 if limit is not None else keep
     options = PruneOptions(
         select=select.options(asked, score, seed.seed) if asked is not None else None,
-        trace=data.options(run, seed.seed, samples) if reads_data else None,
+        trace=replace(data.options(run, seed.seed, samples), keep_also=general.groups()) if reads_data else None,
         device=run.device,
         dtype=run.dtype,
         trust_remote_code=run.trust_remote_code,
@@ -267,6 +269,7 @@ def _check_target(target: str | None, selection: Selection) -> None:
 
 def _refuse_ignored(
     data: DataFlags,
+    general: KeepAlsoFlag,
     select: SelectFlags,
     score: ScoreFlags,
     judged_by: HeldOutFlags,
@@ -285,6 +288,8 @@ def _refuse_ignored(
         raise UsageError("--trace and --selection exclude each other; give one of them.")
     if trace is None and selection is None:
         return
+    if general.keep_also:
+        raise UsageError("--keep-also has no effect on a finished trace or selection: give it to shape-moe trace.")
     if chooses and selection is None:
         data.refuse_unread(judged_by.held_out)
         return

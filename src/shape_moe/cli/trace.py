@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import shape_moe
-from shape_moe.cli.data_flags import DataFlags
+from shape_moe.cli.data_flags import DataFlags, KeepAlsoFlag
 from shape_moe.cli.flags import (
     RUN_PANEL,
     ForceFlag,
@@ -49,6 +49,7 @@ def trace(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--output", "-o", metavar="TRACE", help="Folder for the trace.")],
     data: DataFlags,
+    general: KeepAlsoFlag,
     hub: RevisionFlag,
     run: LoadFlags,
     seed: SeedFlag,
@@ -76,6 +77,7 @@ def trace(
     options = replace(
         data.options(run, seed.seed, DEFAULT_SAMPLES),
         stream=stream.stream,
+        keep_also=general.groups(),
         engine=engine,
         engine_args=parse_values(engine_arg, "--engine-arg"),
     )

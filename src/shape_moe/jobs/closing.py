@@ -20,6 +20,7 @@ def card_facts(
     trace: Trace | None,
     left_out: tuple[str, ...],
     judgement: Judgement | None,
+    file: Path | None = None,
 ) -> CardFacts:
     """What the model card tells.
 
@@ -30,10 +31,12 @@ def card_facts(
         trace: what it was calibrated with, None where that is not known.
         left_out: what the original has and the pruned model has not, beside experts; sentences.
         judgement: what pruning did, None where it was not judged.
+        file: the GGUF file that is written, None for a folder.
     """
     verdict = judgement.verdict if judgement is not None else None
     forgotten = judgement.forgotten.lines() if judgement is not None and judgement.forgotten is not None else ()
-    return CardFacts(model, *sizes, selection, selection.target, trace, left_out, verdict, tuple(forgotten))
+    named = file.name if file is not None else None
+    return CardFacts(model, *sizes, selection, selection.target, trace, left_out, verdict, tuple(forgotten), named)
 
 
 def commands_after(facts: CardFacts, path: Path) -> list[str]:

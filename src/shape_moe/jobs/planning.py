@@ -120,7 +120,7 @@ def plan_search(
     if trace is not None:
         known = _prompts_of(trace, progress, others=held_out is not None)
         records, seen = fresh_records(source, known, samples)
-        session = ModelSession.open(snapshot, replace(tracing, data=source), None, progress, records)
+        session = ModelSession.open(snapshot, replace(tracing, data=source, keep_also=()), None, progress, records)
         judged = session.calibrator
     else:
         calibration = load_records(tracing.data, progress)

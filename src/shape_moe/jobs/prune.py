@@ -265,7 +265,7 @@ def _carry_out(run: _Run, work: Workspace, place: PrunedPlace) -> PruneResult:
         canary.save(artifacts / "canary.json")
         logits = check_logits(canary, written.path, run.options.device, run.options.dtype, run.progress)
     before, after = run.snapshot.total_bytes, written.size
-    facts = card_facts(run.snapshot.name, (before, after), selection, run.trace, left_out, judgement)
+    facts = card_facts(run.snapshot.name, (before, after), selection, run.trace, left_out, judgement, place.file)
     write_card(work.path, facts)
     if judgement is not None:
         write_json(artifacts / "judgement.json", judgement.to_document())

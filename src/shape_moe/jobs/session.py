@@ -23,6 +23,8 @@ from shape_moe.calibration.records import DataOptions, Record
 from shape_moe.calibration.responses import generate_answers
 from shape_moe.calibration.sources import Data
 from shape_moe.errors import ShapeMoeError, UsageError
+from shape_moe.evaluation.forgotten import group_names
+from shape_moe.jobs.keep_also import with_general
 from shape_moe.jobs.way import STREAM, WAYS, check_answers_fit, check_live, check_way, choose_way
 from shape_moe.made_with import versions
 from shape_moe.progress import Progress
@@ -54,6 +56,8 @@ class ExampleOptions:
         engine: what fills a trace: ``transformers`` (every statistic), ``vllm`` (coalitions and counts; for models of
             several GPUs), or one that another package registers.
         engine_args: further arguments of the engine, for vLLM those of ``vllm.LLM`` such as ``tensor_parallel_size``.
+        keep_also: groups of general prompts (see :mod:`shape_moe.evaluation.forgotten`) to calibrate with as well, each
+            a class of its own; the model answers them.
         replacement: run the router's next choice as well, one more expert for every token, for scorer ``replacement``.
 
     Raises:
@@ -70,9 +74,11 @@ class ExampleOptions:
     engine: str = "transformers"
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     replacement: bool = True
+    keep_also: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_engine(self.engine, self.engine_args)
+        object.__setattr__(self, "keep_also", group_names(self.keep_also))
         check_way(self.engine, self.stream)
         if self.answers.skip_bad and not self.data.skip_bad:
             object.__setattr__(self, "data", replace(self.data, skip_bad=True))
@@ -123,7 +129,7 @@ class ModelSession:
         loaded = load(options.data, progress) if records is None else None
         self._files = traced_files(snapshot.path) if snapshot else None
         skipped = loaded.skipped if loaded else {}
-        found = loaded.records if loaded else records or []
+        found = with_general(loaded.records if loaded else records or [], options.keep_also, options.data)
         check_classes({record.group or NO_CLASS for record in found})
         self.calibrator = ExampleMaker(found, tokeniser, options.data, options.answers, progress, skipped)
 

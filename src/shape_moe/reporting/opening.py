@@ -154,7 +154,7 @@ def next_commands(
 
     Args:
         model: the original.
-        pruned: the pruned checkpoint's folder.
+        pruned: the pruned checkpoint's folder or GGUF file.
         verdict: what pruning did, None where it was not judged.
         keep: its keep rate.
         method: how it was made.
@@ -164,7 +164,9 @@ def next_commands(
     if verdict is not None and verdict.word in {Word.LOSS, Word.DAMAGED}:
         more, source = next_keep_rate(keep), data or "--data TASK.jsonl"
         how = f"--keep {more:.4g} --method {shlex.quote(str(method))}"
-        return [f"shape-moe prune {original} {source} {how} -o {shlex.quote(pruned + '-larger')}"] if more < 1 else []
+        stem, gguf = (pruned.removesuffix(".gguf"), ".gguf") if pruned.endswith(".gguf") else (pruned, "")
+        larger = shlex.quote(f"{stem}-larger{gguf}")
+        return [f"shape-moe prune {original} {source} {how} -o {larger}"] if more < 1 else []
     if verdict is not None and verdict.word is Word.SAFE:
         return []
     return [f"shape-moe evaluate {original} {smaller_one} --data HELD_OUT.jsonl -o evaluation.json"]
