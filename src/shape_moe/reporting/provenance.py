@@ -126,17 +126,28 @@ def _sources(info: TraceInfo) -> list[Mapping[str, Any]]:
 
 def commands(material: Material) -> list[str]:
     """Shell commands that make the artifacts of this report again."""
-    found: list[str] = []
-    model = material.model_word
-    if material.trace is not None:
-        found += _trace_commands(material.trace.info, model)
+    model, sweep = material.model_word, material.sweep
+    traced = _trace_commands(material.trace.info, model) if material.trace is not None else []
+    measured = [result.made_with.command for result in (sweep, material.evaluation) if result is not None]
+    if sweep is not None and sweep.made_with.command and sweep.recommends(material.selection):
+        swept = sweep.made_with.command
+        place = shlex.quote(f"{_value_of(swept, '-o') or 'SWEEP'}/recommended.json")
+        if (trace := _value_of(swept, "--trace")) is not None:
+            traced = [command.replace(" -o trace", f" -o {shlex.quote(trace)}") for command in traced]
+        return [*traced, swept, f"shape-moe prune {model} --selection {place} -o pruned", *filter(None, measured[1:])]
+    found = traced
     if material.selection is not None:
         source = "trace" if material.trace is not None else "values.csv"
         select = _select_command(material.selection, source)
         if select:
             found += [select, f"shape-moe prune {model} --selection selection.json -o pruned"]
-    measured = [result.made_with.command for result in (material.sweep, material.evaluation) if result is not None]
     return [*found, *(command for command in measured if command)]
+
+
+def _value_of(command: str, option: str) -> str | None:
+    """What an option of a command was given, None where it was not."""
+    words = shlex.split(command)
+    return words[words.index(option) + 1] if option in words[:-1] else None
 
 
 def calibration_options(info: TraceInfo) -> str | None:
