@@ -119,7 +119,7 @@ def test_values_are_weighted_as_the_selection_was(traced) -> None:
     (traced / "t").mkdir()
     trace.save(traced / "t")
     from shape_moe.scoring.registry import ScoreOptions
-    from shape_moe.tracing.trace import SegmentWeights
+    from shape_moe.tracing.token_weights import SegmentWeights
 
     scoring = ScoreOptions(SegmentWeights(0.25, 2.0), seed=7)
     selection = select_from_trace(trace, SelectOptions(keep=0.5, method=Method("random"), scoring=scoring))

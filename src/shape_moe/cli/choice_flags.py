@@ -13,7 +13,7 @@ from shape_moe.errors import UsageError
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions
-from shape_moe.tracing.trace import SegmentWeights
+from shape_moe.tracing.token_weights import token_weights
 
 CHOICE_PANEL = "Choosing experts"
 
@@ -23,11 +23,33 @@ class WeightFlags:
     """What counts when experts are valued."""
 
     prompt_weight: Annotated[
-        float, typer.Option(help="How much a prompt token counts.", rich_help_panel=CHOICE_PANEL)
-    ] = 1.0
+        float | None,
+        typer.Option(
+            help="How much a prompt token counts. Default: as the scorer has it; 1 beside --response-weight.",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = None
     response_weight: Annotated[
-        float, typer.Option(help="How much a response token counts.", rich_help_panel=CHOICE_PANEL)
-    ] = 1.0
+        float | None,
+        typer.Option(
+            help="How much a response token counts. Default: as the scorer has it; 1 beside --prompt-weight.",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = None
+    predicting_weight: Annotated[
+        float | None,
+        typer.Option(
+            help="How much a token counts whose next token belongs to the response. Scorers contribution and "
+            "replacement use 1, and 0.25 for all others; the published ones count all tokens alike.",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = None
+    other_weight: Annotated[
+        float | None,
+        typer.Option(
+            help="How much every other token counts; goes with --predicting-weight.", rich_help_panel=CHOICE_PANEL
+        ),
+    ] = None
     pool_classes: Annotated[
         bool,
         typer.Option(
@@ -39,7 +61,14 @@ class WeightFlags:
 
     def options(self, seed: int) -> ScoreOptions:
         """The scoring options that these flags describe."""
-        weights = SegmentWeights(self.prompt_weight, self.response_weight)
+        weights = token_weights(
+            {
+                "prompt": self.prompt_weight,
+                "response": self.response_weight,
+                "predicting": self.predicting_weight,
+                "other": self.other_weight,
+            }
+        )
         return ScoreOptions(weights, seed, pool_classes=self.pool_classes)
 
 
