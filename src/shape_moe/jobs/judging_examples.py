@@ -84,7 +84,9 @@ def _reading(trace: Trace) -> list[ExampleOptions]:
             raise DataError(f"The trace was made from records in memory. {OTHERS}.")
         if not source.get("data"):
             raise DataError(f"The trace does not say where its examples are. {OTHERS}.")
-        read = ExampleOptions(*options_of(source))
+        data, tokens, answers = options_of(source)
+        data = replace(data, stratify=source.get("stratify"), label=source.get("label"))
+        read = ExampleOptions(data, tokens, answers)
         if read not in found:
             found.append(read)
     return found
