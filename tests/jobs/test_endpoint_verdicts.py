@@ -116,7 +116,7 @@ def test_the_command_says_its_verdict_and_ends_by_it(data, tmp_path, capsys) -> 
         assert run(command(one, other, data, "--no-general", "--require", "no-loss", "--json")) == 3
         said = capsys.readouterr()
         assert json.loads(said.out)["models"][1]["verdict"]["verdict"] == "damaged"
-        assert "Not what --require no-loss asks for: small." in said.err
+        assert "Does not meet --require no-loss: small." in said.err
         assert run(command(one, other, data, "--require", "perfect")) == 2
         assert "safe or no-loss" in capsys.readouterr().err
 

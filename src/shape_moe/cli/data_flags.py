@@ -155,7 +155,10 @@ class DataFlags:
         ),
     ] = None
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave failing records out, and count them.", rich_help_panel=DATA_PANEL)
+        bool,
+        typer.Option(
+            "--skip-bad", help="Leave out records that cannot be used, and count them.", rich_help_panel=DATA_PANEL
+        ),
     ] = False
     batch_size: Annotated[int, typer.Option(help="Examples per forward pass.", rich_help_panel=RUN_PANEL)] = 8
     no_replacement: Annotated[

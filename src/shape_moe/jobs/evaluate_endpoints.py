@@ -234,7 +234,7 @@ class _Run:
         left_out = {i for i, record in enumerate(self.records) if self.seen is not None and record in self.seen}
         notes = [truncation(pruned, self.options.top_logprobs)]
         if self.seen is None:
-            notes.append("Whether calibration has seen the examples is not known without its trace (--trace).")
+            notes.append("Without its trace (--trace) it is not known whether calibration has seen these examples.")
         return conclude_over(
             [record.group for record in self.records],
             theirs,
