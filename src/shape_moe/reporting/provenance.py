@@ -12,6 +12,7 @@ from shape_moe.calibration.example_maker import SPLIT_KEY, AnswerOptions
 from shape_moe.calibration.presets import PREFIX
 from shape_moe.reporting.figures.figure import percent, sentence
 from shape_moe.reporting.material import Material
+from shape_moe.selection.agreement import scoring_of
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import TraceInfo
 from shape_moe.units import readable_share
@@ -224,8 +225,8 @@ def _select_command(selection: Selection, source: str) -> str:
 
 
 def _scoring_options(selection: Selection) -> Facts:
-    weights = {name: selection.options.get(name, 1.0) for name in ("prompt", "response")}
-    options = [(f"--{name}-weight", f"{weight:g}") for name, weight in weights.items() if weight != 1]
+    weights = scoring_of(selection).weights
+    options = [(f"--{name}-weight", f"{weight:g}") for name, weight in weights.flags.items()] if weights else []
     seed = selection.options.get("seed", 0)
     return [("--scorer", selection.scorer), *options, *([("--seed", f"{seed:g}")] if seed else [])]
 
