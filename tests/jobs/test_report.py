@@ -236,7 +236,7 @@ def test_a_selection_and_an_evaluation_are_sources_by_any_name(traced) -> None:
     with pytest.raises(UsageError, match="is an evaluation already: leave --evaluation out"):
         shape_moe.report(traced / "figures.json", traced / "x.html", evaluation=traced / "figures.json")
     (traced / "other.json").write_text("{}")
-    with pytest.raises(UsageError, match="is no output of shape-moe that a report can show"):
+    with pytest.raises(UsageError, match="is not something that shape-moe wrote and a report can show"):
         shape_moe.report(traced / "other.json", traced / "x.html")
 
 
