@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ from shape_moe.cli.flag_groups import changed_flags
 from shape_moe.cli.values import parse_layers, parse_protect, parse_routing, share_option
 from shape_moe.errors import UsageError
 from shape_moe.scoring.registry import ScoreOptions
+from shape_moe.selection.layer_curves import LayerCurves, load_curves
 from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions
 from shape_moe.tracing.token_weights import token_weights
@@ -99,7 +101,9 @@ class SelectFlags:
     rule: Annotated[
         str | None,
         typer.Option(
-            help="How layers share the budget: coverage (the default), uniform, global.", rich_help_panel=CHOICE_PANEL
+            help="How layers share the budget: coverage (the default), uniform, global, or measured, which goes by "
+            "what each layer's cut costs (--curves).",
+            rich_help_panel=CHOICE_PANEL,
         ),
     ] = None
     routing: Annotated[
@@ -114,6 +118,14 @@ class SelectFlags:
         str | None,
         typer.Option(
             help="ragged (counts differ per layer; the default) or stock (equal counts: loads anywhere).",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = None
+    curves: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CURVES",
+            help="Layer curves from shape-moe measure, for rule measured; prune makes them where they are left out.",
             rich_help_panel=CHOICE_PANEL,
         ),
     ] = None
@@ -178,4 +190,10 @@ class SelectFlags:
             protect=parse_protect(self.protect),
             multiple_of=self.multiple_of,
             allow_rounding=self.allow_rounding,
+            curves=None if self.curves is None else self._curves(self.curves),
         )
+
+    def _curves(self, file: Path) -> LayerCurves:
+        if self.rule != "measured":
+            raise UsageError("--curves goes with --rule measured.")
+        return load_curves(file)

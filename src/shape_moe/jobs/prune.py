@@ -35,6 +35,7 @@ from shape_moe.jobs.judging_examples import (
     session_for,
     unseen_parts,
 )
+from shape_moe.jobs.measure import measured_curves
 from shape_moe.jobs.planning import SearchPlan, held_out_tracing, plan_search
 from shape_moe.jobs.pruned_place import PrunedPlace, place_of
 from shape_moe.jobs.select import as_select_options, check_options
@@ -48,7 +49,7 @@ from shape_moe.pruning.writers import Writer, what_is_left_out, writer_for
 from shape_moe.reporting.model_card import write_card
 from shape_moe.reporting.opening import Opening
 from shape_moe.selection.method import PUBLISHED_SAMPLES, Method
-from shape_moe.selection.rules import budget_for
+from shape_moe.selection.rules import budget_for, get_rule
 from shape_moe.selection.select import SelectOptions, select_from_trace
 from shape_moe.selection.selection import Selection, completed, load_selection, open_selection
 from shape_moe.serving.manifest import write_manifest
@@ -301,6 +302,12 @@ def _check_request(
         raise UsageError("Give calibration data (--data), a trace (--trace) or a selection (--selection).")
     elif options.trace is not None and options.judgement is None and (trace is not None or selection is not None):
         raise UsageError("Beside a trace or a selection, data (--data) only judge: leave them out without judgement.")
+    asked = options.select
+    if asked is not None and get_rule(asked.method.rule).by_curves and asked.curves is None and options.trace is None:
+        raise UsageError(
+            f"Rule {asked.method.rule} needs layer curves: make them with `shape-moe measure` and give them by "
+            "--curves, or start from --data, whose examples are then measured."
+        )
     if (options.select is None) != (selection is not None):
         raise UsageError("Give a keep rate (--keep or --fit) with data or a trace, and none with a selection.")
 
@@ -411,7 +418,13 @@ def _selected(run: _Run, work: Path) -> Selection:
         shutil.rmtree(folder, ignore_errors=True)
         run.progress.note(f"Chosen: {chosen.choice['reason'] if chosen.choice else ''}")
         return chosen
-    return select_from_trace(run.trace, run.options.select)
+    asked = run.options.select
+    if get_rule(asked.method.rule).by_curves and asked.curves is None:
+        assert run.session is not None, "checked before"
+        curves = measured_curves(run.session, run.trace, asked.method, asked.scoring, run.progress)
+        curves.save(work / "shape" / "curves.json")
+        asked = replace(asked, curves=curves)
+    return select_from_trace(run.trace, asked)
 
 
 def _judged(run: _Run, selection: Selection) -> Judgement:
