@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from shape_moe.units import (
     counted,
+    kl_at_most,
     readable_kl,
     readable_points,
     readable_share,
@@ -81,3 +82,10 @@ def test_a_divergence_has_two_digits_and_no_zero_that_is_none(nats: float) -> No
     else:
         assert float(shown) == pytest.approx(nats, rel=0.06)
         assert len(shown.replace(".", "").lstrip("0").rstrip("0")) <= 2 or nats >= 10
+
+
+@given(st.floats(0, 1e4))
+def test_a_bound_on_a_divergence_still_holds_as_it_is_shown(nats: float) -> None:
+    shown = float(kl_at_most(nats))
+    assert shown >= nats * (1 - 1e-9)
+    assert shown <= max(0.001, 1.11 * nats)

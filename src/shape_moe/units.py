@@ -85,6 +85,14 @@ def readable_kl(nats: float) -> str:
     return "< 0.001" if nats < 0.001 else f"{nats:.2g}" if nats < 10 else f"{nats:.0f}"
 
 
+def kl_at_most(nats: float) -> str:
+    """A bound on a divergence in nats, rounded up to two digits, so that it still holds."""
+    if nats < 0.001:
+        return "0.001"
+    step = 10.0 ** (floor(log10(nats)) - 1)
+    return readable_kl(ceil(nats / step * (1 - 1e-12)) * step)
+
+
 def kl_at_least(nats: float) -> str:
     """A divergence in nats of which only a lower bound is known, rounded down so that it still holds."""
     if nats < 0.001:

@@ -60,6 +60,7 @@ FAMILIES = {
     "olmoe": {},
     "mixtral": {},
     "glm4_moe": {"moe_intermediate_size": 64},
+    "deepseek_v2": {"moe_intermediate_size": 64},
     "gpt_oss": {},
 }
 
@@ -78,7 +79,7 @@ def test_mlx_made_it_and_answers_alike_whole_and_pruned(family, tmp_path, embedd
     )
     original = save(tmp_path / "original", **SIZES, **FAMILIES[family])
     AutoTokenizer.from_pretrained(embedded).save_pretrained(original)
-    as_mlx_reads_it(original / "config.json")
+    as_mlx_reads_it(original / "config.json", yarn=family == "deepseek_v2")
     options = {"quantize": True, "q_group_size": 32, "q_bits": 4, "dtype": "float32"}
     mlx_lm.convert(str(original), str(tmp_path / "mlx"), **options)
     source, tokens = open_snapshot(tmp_path / "mlx"), random_tokens(2, 12)
@@ -92,11 +93,14 @@ def test_mlx_made_it_and_answers_alike_whole_and_pruned(family, tmp_path, embedd
         assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def as_mlx_reads_it(file: Path) -> None:
-    """Write the settings of rotary embeddings where MLX looks for them."""
+def as_mlx_reads_it(file: Path, *, yarn: bool) -> None:
+    """Write the settings of rotary embeddings where MLX looks for them; its DeepSeek wants to have some of YaRN."""
     config = json.loads(file.read_text())
-    rotary = {"rope_type": "default", "rope_theta": config["rope_parameters"]["rope_theta"]}
-    entries = {"rope_parameters": rotary, "rope_theta": rotary["rope_theta"], "rope_scaling": None}
+    theta = config["rope_parameters"]["rope_theta"]
+    scaling = {"type": "yarn", "factor": 1.0, "mscale_all_dim": 0, "original_max_position_embeddings": 128}
+    rotary = {**scaling, "rope_type": "yarn"} if yarn else {"rope_type": "default"}
+    entries = {"rope_theta": theta, "rope_scaling": scaling if yarn else None}
+    entries["rope_parameters"] = {**rotary, "rope_theta": theta}
     defaults = {"partial_rotary_factor": 1.0, "rms_norm_eps": 1e-6}
     if "num_local_experts" in config:
         defaults["num_experts"] = config["num_local_experts"]

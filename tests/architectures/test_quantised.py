@@ -190,6 +190,28 @@ def test_what_cannot_be_dequantised_is_refused_by_its_name(quantised, tmp_path, 
     assert measure(source).total == source.total_bytes  # what is stored can be looked at all the same
 
 
+@pytest.mark.parametrize(
+    ("name", "file", "settings"),
+    [
+        ("gptq_3", "quantize_config.json", {"bits": 3, "group_size": 8, "desc_act": True, "sym": False}),
+        ("awq", "quant_config.json", {"zero_point": True, "q_group_size": 8, "w_bit": 4, "version": "GEMM"}),
+        ("modelopt_nvfp4", "hf_quant_config.json", {"quantization": {"quant_algo": "NVFP4", "group_size": 16}}),
+    ],
+)
+def test_settings_in_a_file_of_their_own(quantised, tmp_path, name, file, settings) -> None:
+    folder, plain = quantised(name)
+    folder = shutil.copytree(folder, tmp_path / "model")
+    label = open_snapshot(folder).quantisation.label
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert open_snapshot(folder).quantisation is None
+    (folder / file).write_text(json.dumps(settings))
+    source = open_snapshot(folder)
+    assert source.quantisation.label == label
+    assert all(torch.equal(tensor.values(), plain[key]) for key, tensor in source.plain.items())
+
+
 def test_a_missing_part_is_named(quantised, tmp_path) -> None:
     key = "model.layers.2.mlp.experts.0.up_proj"
     source = changed(quantised("gptq")[0], {}, tmp_path, lambda tensors: tensors.pop(f"{key}.qzeros"))

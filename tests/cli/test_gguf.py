@@ -50,3 +50,24 @@ def test_places_that_are_taken_or_do_not_fit(file: Path, data: str, tmp_path: Pa
     refused(call(*start, tmp_path / "r.gguf", "--target", "ragged"), 2, "--target stock")
     assert call(*start, tmp_path / "taken.gguf", "--force")[0] == 0
     assert inspect_model(tmp_path / "taken.gguf").size.num_experts == 36
+
+
+def test_a_pruned_file_is_verified_evaluated_and_reported(file: Path, data: str, tmp_path: Path, call) -> None:
+    out, page = tmp_path / "small.gguf", tmp_path / "report.html"
+    run = ("--device", "cpu")
+    assert call("prune", file, "--data", data, "--keep", "75%", "-o", out, "--no-general", *run)[0] == 0
+    assert call("verify", out, "--original", file, *run)[0] == 0
+    code, said, notes = call(
+        "evaluate", file, out, "--data", data, "--samples", "8", "-o", tmp_path / "e.json", "--no-footprint", *run
+    )
+    assert code == 0, notes
+    assert "small.gguf" in said
+    assert call("report", out, "-o", page)[0] == 0
+    assert "small.gguf" in page.read_text()
+    assert call("report", tmp_path / "small.shape", "-o", tmp_path / "again.html")[0] == 0
+    card = (tmp_path / "small.shape" / "README.md").read_text()
+    assert "library_name: gguf" in card
+    assert "llama-server -m" in card
+    assert "from_pretrained" not in card
+    (tmp_path / "small.shape").rename(tmp_path / "gone")
+    refused(call("report", out, "-o", tmp_path / "x.html"), 2, "which pruning left beside it")

@@ -170,3 +170,15 @@ def test_the_demo_shows_a_table(capsys) -> None:
     assert "The embedded model (4 layers of 32 experts) traced on words, rule uniform" in out
     for word in ("dense", "shape, inverted", "random", "contribution", "MiB", "other tasks"):
         assert word in out
+
+
+def test_the_demo_ends_in_ten_lines_and_recommends_what_it_shows(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("shape_moe.demo.run.scorers", lambda: {"shape": None, "contribution": None})
+    assert run(["demo", "--task", "addition", "--keep", "0.6", "--keep", "0.4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 10
+    assert lines[1].split()[:4] == ["dense", "model", "100", "%"]
+    headline = next(line for line in lines if "% smaller (" in line)
+    assert "the embedded model (4 layers of 32 experts) still does addition" in headline
+    assert headline.endswith("by the scorer contribution.")  # the published one keeps four fifths of the task here
+    assert "--scorer contribution" in lines[-1]

@@ -110,7 +110,7 @@ def test_scorers_that_are_not_here_are_named(traced) -> None:
     selection = shape_moe.load_selection(traced / "selection.json")
     shape_moe.report(traced / "trace", traced / "r.html", selection=replace(selection, scorer="theirs"))
     text = words(traced / "r.html")
-    assert "made by &#39;theirs&#39;, which is no scorer of this installation" in text
+    assert "made by &#39;theirs&#39;, which is not a scorer of this installation" in text
     assert text.index('class="warnings"') < text.index("theirs&#39;, which")
 
 
@@ -158,7 +158,7 @@ def test_sources_that_are_none(traced, tmp_path) -> None:
     for source, message in (
         (tmp_path / "nowhere", "There is no folder or file"),
         (tmp_path / "none.csv", "There is no file"),
-        (tmp_path, "is no output of shape-moe that a report can show"),
+        (tmp_path, "is not something that shape-moe wrote and a report can show"),
     ):
         with pytest.raises(UsageError, match=message):
             shape_moe.report(source, tmp_path / "r.html")
@@ -224,3 +224,49 @@ def test_a_scorer_that_cannot_value_the_trace_says_what_it_needs(traced) -> None
     with pytest.raises(UsageError, match="'contribution' needs .* does not hold"):
         shape_moe.report(traced / "trace", traced / "r.html", selection=selection)
     assert not (traced / "r.html").exists()
+
+
+def test_a_selection_and_an_evaluation_are_sources_by_any_name(traced) -> None:
+    assert shape_moe.report(traced / "selection.json", traced / "s.html").sections == ("layers", "values", "provenance")
+    write_evaluation(traced / "e")
+    (traced / "e" / "evaluation.json").rename(traced / "figures.json")
+    result = shape_moe.report(traced / "figures.json", traced / "e.html")
+    assert result.sections == ("sizes", "quality", "footprint", "provenance")
+    assert "Qwen/Qwen3-30B-A3B beside 2 pruned models" in words(result.path)
+    with pytest.raises(UsageError, match="is an evaluation already: leave --evaluation out"):
+        shape_moe.report(traced / "figures.json", traced / "x.html", evaluation=traced / "figures.json")
+    (traced / "other.json").write_text("{}")
+    with pytest.raises(UsageError, match="is no output of shape-moe that a report can show"):
+        shape_moe.report(traced / "other.json", traced / "x.html")
+
+
+def test_sources_of_one_model_are_shown_together_and_others_one_after_the_other(traced) -> None:
+    print_of = routing_trace().info.fingerprint
+    write_sweep(traced / "sweep", total=64, keeps=(0.8, 0.5), dense_bytes=8 * 2**30, fingerprint=print_of)
+    write_evaluation(traced / "e", fingerprint=print_of)
+    parts = [traced / "e", traced / "sweep", traced / "trace", traced / "selection.json"]
+    together = shape_moe.report(parts, traced / "t.html")
+    single = ("sweep", "quality", "footprint", "layers", "values", "agreement", "coverage", "coalitions", "provenance")
+    assert together.sections == single
+    assert shape_moe.report([*parts, traced / "trace"], traced / "u.html").sections == single  # named twice
+    write_evaluation(traced / "f", fingerprint="sha256:" + "f" * 64, model="another/model")
+    apart = shape_moe.report([*parts, traced / "f"], traced / "v.html")
+    assert apart.sections == (*single, "sizes-2", "quality-2", "footprint-2", "provenance-2")
+    text = words(apart.path)
+    assert "2 results on synthetic, another/model" in text
+    assert text.count('class="story ') == 5
+    with pytest.raises(UsageError, match="at least one source"):
+        shape_moe.report([], traced / "x.html")
+
+
+def test_two_checkpoints_have_a_chapter_each(checkpoint, tmp_path) -> None:
+    snapshot = open_snapshot(checkpoint("olmoe"))
+    for place in (1, 2):
+        selection = random_selection(snapshot, "drop", "ragged")
+        shape_moe.prune(snapshot.path, tmp_path / f"p{place}", QUICKLY, selection=selection)
+    result = shape_moe.report([tmp_path / "p1", tmp_path / "p2"], tmp_path / "r.html")
+    assert result.sections == ("layers", "values", "provenance", "layers-2", "values-2", "provenance-2")
+    text = words(result.path)
+    assert text.count("Method: ") == 2
+    ids = [part.split('"')[0] for part in text.split(' id="')[1:]]
+    assert len(ids) == len(set(ids))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config, Mxfp4Config
 
 from shape_moe.architectures.loading import load_model
@@ -21,8 +24,9 @@ from shape_moe.pruning.writers import writer_for
 from support.data import write_lines
 from support.fp8 import save_fp8_model
 from support.mxfp4 import save_mxfp4_model
-from support.quantised import METHODS, save_plain, save_quantised
+from support.quantised import METHODS, SIZES, pack_fp8, save_plain, save_quantised
 from support.selections import random_selection
+from support.tiny_models import make_model, save_model
 
 RUN_WHOLE = ("fp8_block", "awq", "gptq_act", "compressed_int4", "modelopt_nvfp4", "bitsandbytes", "mlx_4")
 """One checkpoint of each module goes the whole way; the others differ in what single tensors stand for."""
@@ -109,3 +113,31 @@ def test_traces_and_answers_are_those_of_the_plain_model(quantised, tmp_path, na
     checks = verify(tmp_path / "out", original=folder, device="cpu", dtype="float32")
     assert [check.detail for check in checks if not check.passed] == []
     assert inspect_model(folder).snapshot.quantisation.label == source.quantisation.label
+
+
+@pytest.mark.parametrize("scale", ["_scale_inv", "_scale"])
+def test_stacked_fp8_experts(tmp_path, scale) -> None:
+    """All experts of a layer in one tensor, as Transformers keeps them: one scale per block, or one per expert."""
+    folder, generator = tmp_path / "model", torch.Generator().manual_seed(0)
+    save_model(make_model("qwen3_moe", **SIZES), folder, save_original_format=False)
+    tensors, expected = load_file(folder / "model.safetensors"), {}
+    for key in [key for key in tensors if ".experts." in key]:
+        pack = pack_fp8(scale, (24, 20) if scale == "_scale_inv" else None)
+        made = [pack(tuple(tensors[key].shape[1:]), generator) for _ in range(SIZES["num_experts"])]
+        parts = {part: torch.stack([parts[part] for parts, _ in made]) for part in made[0][0]}
+        tensors |= {key + part.removeprefix(".weight"): stack for part, stack in parts.items()}
+        expected[key] = torch.stack([plain for _, plain in made])
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    settings = {"quant_method": "fp8", "weight_block_size": [24, 20] if scale == "_scale_inv" else None}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    source = open_snapshot(folder)
+    assert all(torch.equal(source.plain[key].values(), values) for key, values in expected.items())
+    state = load_model(source, device="cpu", dtype="float32").state_dict()
+    assert all(torch.equal(state[key], values) for key, values in expected.items())
+    selection = random_selection(source, "drop", "ragged")
+    (tmp_path / "out").mkdir()
+    writer_for(source, "ragged").write(source, selection, tmp_path / "out", SILENT)
+    pruned = open_snapshot(tmp_path / "out").plain
+    for key, values in expected.items():
+        assert torch.equal(pruned[key].values(), values[selection.layers[source.role(key).layer]])

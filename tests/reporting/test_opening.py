@@ -69,9 +69,9 @@ def verdict(word: Word) -> Verdict:
 
 
 def test_what_to_type_next_depends_on_the_verdict() -> None:
-    selection = selected(Method("reap", "global", "reroute"))
+    method = Method("reap", "global", "reroute")
     words = {
-        word: next_commands("./my model", "out dir", verdict(word), selection=selection, data="--data 'a b.jsonl'")
+        word: next_commands("./my model", "out dir", verdict(word), keep=0.5, method=method, data="--data 'a b.jsonl'")
         for word in Word
     }
     judge = ["shape-moe", "evaluate", "./my model", "out dir", "--data", "HELD_OUT.jsonl", "-o", "evaluation.json"]
@@ -81,10 +81,10 @@ def test_what_to_type_next_depends_on_the_verdict() -> None:
     assert words[Word.LOSS] == words[Word.DAMAGED]
     (again,) = words[Word.DAMAGED]
     assert shlex.split(again) == [
-        *("shape-moe", "prune", "./my model", "--data", "a b.jsonl", "--keep", "0.6", "--scorer", "reap"),
-        *("--rule", "global", "--routing", "reroute", "--target", "ragged", "-o", "out dir-larger"),
+        *("shape-moe", "prune", "./my model", "--data", "a b.jsonl", "--keep", "0.6"),
+        *("--method", "reap/global, reroute", "-o", "out dir-larger"),
     ]
-    assert next_commands("m", "d", None, selection=selection)[0].startswith("shape-moe evaluate m d ")
+    assert next_commands("m", "d", None, keep=0.5, method=method)[0].startswith("shape-moe evaluate m d ")
 
 
 @pytest.mark.parametrize(

@@ -68,14 +68,18 @@ class GgufModel(Snapshot):
         return frozenset(("raw",) if self.why_not_dequantised is not None else ("raw", "dequantised"))
 
     @cached_property
-    def why_not_dequantised(self) -> str | None:
-        """What of the tensors cannot be dequantised, None where everything can."""
+    def unreadable(self) -> tuple[str, ...]:
+        """Types of tensors that the ``gguf`` package cannot dequantise."""
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import _type_traits
 
         able = {"F32", "F16", *(kind.name for kind in _type_traits if isinstance(kind, GGMLQuantizationType))}
-        unable = sorted({slot.dtype for slot in self.tensors.values()} - able)
-        return f"the gguf package cannot dequantise {', '.join(unable)}" if unable else None
+        return tuple(sorted({slot.dtype for slot in self.tensors.values()} - able))
+
+    @property
+    def why_not_dequantised(self) -> str | None:
+        """What of the tensors cannot be dequantised, None where everything can."""
+        return f"the gguf package cannot dequantise {', '.join(self.unreadable)}" if self.unreadable else None
 
     def values(self, slot: TensorSlot, form: Form = "raw") -> torch.Tensor:
         """The values of a tensor, or of a row of it.
@@ -95,7 +99,7 @@ class GgufModel(Snapshot):
             raise CheckpointError(f"{slot.file} became shorter while it was read.")
         if form == "raw":
             return torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        if form not in self.forms:
+        if slot.dtype in self.unreadable:
             raise UnsupportedModelError(f"{self.name}: {self.why_not_dequantised}.")
         return torch.from_numpy(self._in_order(slot.name, _dequantised(content, slot)))
 
@@ -201,7 +205,7 @@ class GgufModel(Snapshot):
         bias = live.endswith("_bias")
         if "gate_up_proj" in live and "gate_up_proj" not in found:
             if found.keys() != {"gate_proj", "up_proj"}:
-                raise CheckpointError(f"{self.name}: {live} lacks its gate or up part: the file is no whole model.")
+                raise CheckpointError(f"{self.name}: {live} lacks its gate or up part: the file is not a whole model.")
             pair, rows = [found["gate_proj"], found["up_proj"]], -1 if bias else -2
             interleaved = torch.stack(pair, dim=rows).flatten(rows - 1, rows)
             values = interleaved if transposed else torch.cat(pair, dim=rows)
@@ -212,7 +216,7 @@ class GgufModel(Snapshot):
         import torch
 
         if found.keys() != {"k_b_proj", "v_b_proj"}:
-            raise CheckpointError(f"{self.name}: {live} lacks a part: the file is no whole model.")
+            raise CheckpointError(f"{self.name}: {live} lacks a part: the file is not a whole model.")
         heads, rank = self.config["num_attention_heads"], self.config["kv_lora_rank"]
         keys = found["k_b_proj"].reshape(heads, rank, -1).transpose(1, 2)
         values = found["v_b_proj"].reshape(heads, -1, rank)

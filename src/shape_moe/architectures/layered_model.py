@@ -11,12 +11,14 @@ batches of examples, and what is to be compared with them.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from shape_moe.architectures.host_memory import give_back_free_memory
 from shape_moe.architectures.layer_reader import WeightReader
 from shape_moe.architectures.loaded import check_loaded, kind_left_aside
 from shape_moe.architectures.loading import DTYPES, LOADING_ERRORS, computing_device, quietly
@@ -67,6 +69,7 @@ class LayeredModel:
         if (reason := why_not_layered(snapshot)) is not None:
             raise UnsupportedModelError(f"{snapshot.name} cannot be read layer by layer: {reason}.")
         self.snapshot, self.device = snapshot, computing_device(device)
+        _keep_no_kernels()
         self.model, info = _without_weights(snapshot, dtype)
         self._reader = WeightReader(snapshot, self.model.dtype)
         left = check_loaded(snapshot, self.model, info)
@@ -135,6 +138,7 @@ class LayeredModel:
                 finally:
                     self._current = None
                     self._drop(self._names[index])
+                    give_back_free_memory()
 
     def advance(self, hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, H] after the layer that is in memory, on the device that computes.
@@ -156,15 +160,26 @@ class LayeredModel:
         with self._in_memory(self._exit):
             yield
 
-    def logits(self, hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Logits [B, T, V] of hidden states that have left the last decoder layer."""
+    def logits(
+        self, hidden: torch.Tensor, attention_mask: torch.Tensor, columns: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits [B, T, V] of hidden states that have left the last decoder layer.
+
+        Args:
+            hidden: the states.
+            attention_mask: int64 [B, T], 1 on tokens.
+            columns: the positions that are wanted, None for all.
+        """
         import torch
 
         self._entering = hidden.to(self.device)
         try:
             with torch.no_grad():
                 output = self.model(
-                    inputs_embeds=self._entering, attention_mask=attention_mask.to(self.device), use_cache=False
+                    inputs_embeds=self._entering,
+                    attention_mask=attention_mask.to(self.device),
+                    logits_to_keep=0 if columns is None else columns.to(self.device),
+                    use_cache=False,
                 )
         finally:
             self._entering = None
@@ -254,6 +269,15 @@ def why_not_layered(snapshot: Snapshot) -> str | None:
     return why_not_observable(snapshot)
 
 
+def _keep_no_kernels() -> None:
+    """Keep the CPU's kernels for matrix products from being kept: every number of tokens that an expert gets makes one.
+
+    Hundreds of megabytes are saved so, and no time is lost. It is read when the first of them is made, and changes
+    nothing after that.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
+
+
 def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and buffers with their names, tied ones under each of theirs."""
     yield from module.named_parameters(remove_duplicate=False)
@@ -320,6 +344,7 @@ def _without_weights(snapshot: Snapshot, dtype: str) -> tuple[PreTrainedModel, M
     """The model with all weights of the checkpoint on the meta device and its buffers real, and its loading info."""
     import torch
     import transformers
+    from transformers import GenerationConfig
 
     shapes = {name: _Shape.of(tensor) for name, tensor in snapshot.plain.items()}
     try:
@@ -336,6 +361,8 @@ def _without_weights(snapshot: Snapshot, dtype: str) -> tuple[PreTrainedModel, M
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
+            if (snapshot.path / "generation_config.json").is_file():
+                found[0].generation_config = GenerationConfig.from_pretrained(snapshot.path)
     except LOADING_ERRORS as error:
         raise CheckpointError(f"Transformers could not build {snapshot.name}: {first_line(error)}") from error
     return found

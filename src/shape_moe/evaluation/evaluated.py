@@ -152,7 +152,7 @@ class Evaluation:
         """What is wrong with free answers, of every model on every set."""
         sources = {TASK: self.data, ALSO: self.also}
         return tuple(
-            f"{model.name} on {sources.get(name) or name}: {complaint}."
+            f"{model.name}, {sources.get(name) or name}: {complaint}."
             for model in self.models
             for name, measured in model.sets.items()
             for complaint in (measured.health.complaints if measured.health is not None else ())

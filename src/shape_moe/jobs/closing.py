@@ -20,6 +20,7 @@ def card_facts(
     trace: Trace | None,
     left_out: tuple[str, ...],
     judgement: Judgement | None,
+    file: Path | None = None,
 ) -> CardFacts:
     """What the model card tells.
 
@@ -30,10 +31,12 @@ def card_facts(
         trace: what it was calibrated with, None where that is not known.
         left_out: what the original has and the pruned model has not, beside experts; sentences.
         judgement: what pruning did, None where it was not judged.
+        file: the GGUF file that is written, None for a folder.
     """
     verdict = judgement.verdict if judgement is not None else None
     forgotten = judgement.forgotten.lines() if judgement is not None and judgement.forgotten is not None else ()
-    return CardFacts(model, *sizes, selection, selection.target, trace, left_out, verdict, tuple(forgotten))
+    named = file.name if file is not None else None
+    return CardFacts(model, *sizes, selection, selection.target, trace, left_out, verdict, tuple(forgotten), named)
 
 
 def commands_after(facts: CardFacts, path: Path) -> list[str]:
@@ -44,5 +47,6 @@ def commands_after(facts: CardFacts, path: Path) -> list[str]:
         path: its folder.
     """
     data = calibration_options(facts.trace.info) if facts.trace is not None else None
-    following = next_commands(facts.model, str(path), facts.verdict, selection=facts.selection, data=data)
+    keep, method = facts.selection.keep, facts.selection.method
+    following = next_commands(facts.model, str(path), facts.verdict, keep=keep, method=method, data=data)
     return [*following, f"shape-moe report {shlex.quote(str(path))} -o report.html"]

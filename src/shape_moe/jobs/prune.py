@@ -11,6 +11,7 @@ from typing import Any
 
 from shape_moe.architectures.fingerprint import fingerprint, layout_fingerprint
 from shape_moe.architectures.gguf_model import GgufModel
+from shape_moe.architectures.layered_model import why_not_layered
 from shape_moe.architectures.loading import free_memory, release_memory
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.parts import Parts
@@ -35,12 +36,14 @@ from shape_moe.jobs.judging_examples import (
     session_for,
     unseen_parts,
 )
+from shape_moe.jobs.layered_judgement import judge_layer_by_layer
 from shape_moe.jobs.measure import measured_curves
 from shape_moe.jobs.planning import SearchPlan, held_out_tracing, plan_search
 from shape_moe.jobs.pruned_place import PrunedPlace, place_of
 from shape_moe.jobs.select import as_select_options, check_options
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options, load_original
 from shape_moe.jobs.trace import kept_trace, open_trace
+from shape_moe.jobs.way import check_whole
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import Canary, CanaryResult
 from shape_moe.pruning.compare import file_hash
@@ -48,6 +51,7 @@ from shape_moe.pruning.logits import check_logits, masked_answers, why_no_logits
 from shape_moe.pruning.writers import Writer, what_is_left_out, writer_for
 from shape_moe.reporting.model_card import write_card
 from shape_moe.reporting.opening import Opening
+from shape_moe.selection.layer_curves import load_curves
 from shape_moe.selection.method import PUBLISHED_SAMPLES, Method
 from shape_moe.selection.rules import budget_for, get_rule
 from shape_moe.selection.select import SelectOptions, select_from_trace
@@ -70,11 +74,13 @@ class PruneOptions:
 
     Attributes:
         select: how experts are chosen; None when a finished selection is given.
-        trace: the calibration set and how to trace; None when a trace or a selection is given. Its device and dtype
-            are overruled by those below.
+        trace: the calibration set and how to trace; None when a trace or a selection is given. Its device, dtype
+            and stream are overruled by those below.
         device: where to trace and to compare logits.
         dtype: in which dtype.
         trust_remote_code: run the code that comes with the original instead of Transformers' own, where there is some.
+        stream: trace and judge layer by layer (True), or with the whole model in memory (False); None decides by free
+            memory.
         choice: how candidates are judged where scorer or keep rate are left to the tool, None where they are not.
         judgement: how the pruned model is judged, None for not at all.
         check_logits: compare the pruned model's logits with the masked original's, where both fit in memory.
@@ -86,6 +92,7 @@ class PruneOptions:
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
+    stream: bool | None = None
     choice: ChoiceOptions | None = None
     judgement: JudgementOptions | None = field(default_factory=JudgementOptions)
     check_logits: bool = True
@@ -238,7 +245,7 @@ def _open_inputs(
     elif options.trace is not None:
         records = None
         if options.judgement is not None:
-            run.parts = set_aside(options.trace.data, options.judgement, give_up=False)
+            run.parts = set_aside(options.trace.data, options.judgement, give_up=False, progress=run.progress)
             records = run.parts.calibration
         run.session = ModelSession.open(snapshot, options.trace, None, run.progress, records)
 
@@ -260,7 +267,7 @@ def _carry_out(run: _Run, work: Workspace, place: PrunedPlace) -> PruneResult:
         canary.save(artifacts / "canary.json")
         logits = check_logits(canary, written.path, run.options.device, run.options.dtype, run.progress)
     before, after = run.snapshot.total_bytes, written.size
-    facts = card_facts(run.snapshot.name, (before, after), selection, run.trace, left_out, judgement)
+    facts = card_facts(run.snapshot.name, (before, after), selection, run.trace, left_out, judgement, place.file)
     write_card(work.path, facts)
     if judgement is not None:
         write_json(artifacts / "judgement.json", judgement.to_document())
@@ -326,7 +333,9 @@ def _complete_options(
     if options.select is None and options.choice is not None and options.choice.limit is not None:
         options = replace(options, select=as_select_options(1.0))  # the limit decides how many are kept
     if options.trace is not None:
-        options = replace(options, trace=replace(options.trace, device=options.device, dtype=options.dtype))
+        options = replace(
+            options, trace=replace(options.trace, device=options.device, dtype=options.dtype, stream=options.stream)
+        )
     return options
 
 
@@ -339,7 +348,8 @@ def _plan_choice(
         return None
     seed = select.scoring.seed
     tracing = held_out_tracing(options.trace, trace, choice.held_out, seed)
-    tracing = replace(tracing, device=options.device, dtype=options.dtype)
+    tracing = replace(tracing, device=options.device, dtype=options.dtype, stream=options.stream)
+    check_whole(snapshot, tracing)
     plan = plan_search(
         snapshot,
         tracing,
@@ -421,9 +431,10 @@ def _selected(run: _Run, work: Path) -> Selection:
     asked = run.options.select
     if get_rule(asked.method.rule).by_curves and asked.curves is None:
         assert run.session is not None, "checked before"
-        curves = measured_curves(run.session, run.trace, asked.method, asked.scoring, run.progress)
-        curves.save(work / "shape" / "curves.json")
-        asked = replace(asked, curves=curves)
+        file = work / "shape" / "curves.json"
+        if not file.is_file():
+            measured_curves(run.session, run.trace, asked.method, asked.scoring, run.progress).save(file)
+        asked = replace(asked, curves=load_curves(file))
     return select_from_trace(run.trace, asked)
 
 
@@ -431,14 +442,18 @@ def _judged(run: _Run, selection: Selection) -> Judgement:
     """What pruning did to the model, while the full model is (or can be) loaded."""
     options, device, dtype = run.options.judgement, run.options.device, run.options.dtype
     assert options is not None
-    if run.session is None and run.judge is None and (reason := why_no_logits(run.snapshot, device, dtype)):
-        return no_judgement(f"{capitalised(reason)}.", options)
+    if run.session is None and run.judge is None:
+        reason = why_no_logits(run.snapshot, device, dtype)
+        if reason and why_not_layered(run.snapshot):
+            return no_judgement(f"{capitalised(reason)}.", options)
     try:
         found = _unseen(run, selection, options)
     except DataError as error:
         return no_judgement(str(error), options)
     run.session = found.session
     notes = [found.note] if found.note else []
+    if found.session.reads_layers:
+        return judge_layer_by_layer(found.session, found.parts, found.data, selection, options, notes)
     seen = seen_by(run.trace, selection)
     return judge_selection(found.session, found.parts, found.data, selection, options, seen, notes)
 
@@ -459,7 +474,8 @@ def _unseen(run: _Run, selection: Selection, options: JudgementOptions) -> Unsee
         return Unseen(session, session.options.data, run.parts)
     if run.trace is None:
         raise DataError(f"There are no examples that the model was not made from. {OTHERS}.")
-    return examples_of_trace(run.snapshot, run.trace, options, run.options.device, run.options.dtype, run.progress)
+    where = {"device": run.options.device, "dtype": run.options.dtype, "stream": run.options.stream}
+    return examples_of_trace(run.snapshot, run.trace, options, where, run.progress)
 
 
 def _canary(run: _Run, selection: Selection) -> tuple[Canary | None, str | None]:
@@ -468,6 +484,8 @@ def _canary(run: _Run, selection: Selection) -> tuple[Canary | None, str | None]
     reason = None if options.check_logits else "--no-logits was given"
     if reason is None and session is None:
         reason = why_no_logits(run.snapshot, options.device, options.dtype)
+    if reason is None and session is not None and session.reads_layers:
+        reason = why_no_logits(run.snapshot, options.device, options.dtype) or "--stream was given"
     if reason is not None:
         run.notes.append(f"Logits were not compared: {reason}.")
         return None, reason

@@ -89,6 +89,12 @@ def place_of(model: str | PathLike[str], out: str | PathLike[str]) -> PrunedPlac
     return PrunedPlace(path)
 
 
+def file_beside(folder: Path) -> Path | None:
+    """The pruned GGUF file that a folder lies beside, None where there is none."""
+    file = folder.with_name(folder.name.removesuffix(_BESIDE) + _SUFFIX)
+    return file if folder.name.endswith(_BESIDE) and is_gguf(file) else None
+
+
 def beside(file: Path) -> Path:
     """The folder that holds what a pruned GGUF file was made by."""
     return file.with_name(file.stem + _BESIDE)

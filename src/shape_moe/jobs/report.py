@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shape_moe.architectures.fingerprint import check_fingerprint
+from shape_moe.architectures.gguf_file import is_gguf
 from shape_moe.architectures.moe_config import find_family
 from shape_moe.architectures.sizes import measure
 from shape_moe.architectures.snapshot import Snapshot, open_headers, open_snapshot
@@ -21,6 +22,7 @@ from shape_moe.evaluation.forgotten import Forgotten
 from shape_moe.evaluation.result_file import read_result
 from shape_moe.evaluation.swept import read_sweep
 from shape_moe.evaluation.verdict import Verdict
+from shape_moe.jobs.pruned_place import beside
 from shape_moe.jobs.report_sources import Found, Place, find_all, find_source
 from shape_moe.json_file import read_json
 from shape_moe.progress import SILENT, Progress
@@ -115,7 +117,8 @@ def _document(file: Path, verb: str, *keys: str) -> dict[str, Any]:
 
 def _judgement(checkpoint: Path | None) -> tuple[Verdict | None, Forgotten | None]:
     """What the job that wrote a checkpoint says of it."""
-    file = checkpoint / "shape" / "judgement.json" if checkpoint is not None else None
+    folder = beside(checkpoint) if checkpoint is not None and is_gguf(checkpoint) else checkpoint
+    file = folder / "shape" / "judgement.json" if folder is not None else None
     if file is None or not file.is_file():
         return None, None
     try:
@@ -193,7 +196,7 @@ def _values(
     wanted, remarks = selection.scorer if selection is not None else usual, []
     if wanted not in scorers():
         remarks.append(
-            f"The selection was made by {wanted!r}, which is no scorer of this installation: the values shown are "
+            f"The selection was made by {wanted!r}, which is not a scorer of this installation: the values shown are "
             f"those of the scorer {usual}."
         )
         wanted = usual

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
 
+from shape_moe.architectures.gguf_file import is_gguf
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.evaluated import EVALUATION_FILE
 from shape_moe.evaluation.swept import SWEEP_FILE
+from shape_moe.jobs.pruned_place import beside, file_beside
 from shape_moe.jobs.select import is_table
 from shape_moe.json_file import read_json
 from shape_moe.selection.selection import Selection
@@ -23,8 +25,8 @@ _RESULTS = {
 }
 """Files of results by the verb that writes them; a folder is what the first of them says."""
 _SHOWN = (
-    "Give a pruned checkpoint's folder, a trace's folder, a selection (.json), a table of values (.csv), or the folder "
-    "or file of a sweep, an evaluation, an experiment or a demo."
+    "Give a pruned checkpoint's folder or GGUF file, a trace's folder, a selection (.json), a table of values (.csv), "
+    "or the folder or file of a sweep, an evaluation, an experiment or a demo."
 )
 
 
@@ -154,16 +156,31 @@ def find_source(source: Path, selection: Place | Selection | None = None, sweep:
             raise UsageError(f"{source} is a pruned checkpoint and holds its selection: leave --selection out.")
         trace = source / "shape" / "trace"
         lies = trace if trace.is_dir() else None
-        return Found(str(source), lies, selection=chosen, sweep=given, checkpoint=source, beside=_BESIDE)
+        weights: Path | None = source if (source / "config.json").is_file() else file_beside(source)
+        return Found(str(source), lies, selection=chosen, sweep=given, checkpoint=weights, beside=_BESIDE)
     if not source.exists():
         raise UsageError(f"There is no folder or file {source}.")
-    raise UsageError(f"{source} is no output of shape-moe that a report can show. {_SHOWN}")
+    raise UsageError(f"{source} is not something that shape-moe wrote and a report can show. {_SHOWN}")
+
+
+def _of_gguf(file: Path, selection: Place | Selection | None, sweep: Path | None) -> Found:
+    """What lies beside a pruned GGUF file.
+
+    Raises:
+        UsageError: when that is not there.
+    """
+    folder = beside(file)
+    if not (folder / "shape" / "selection.json").is_file():
+        raise UsageError(f"A report on {file} is made from the folder {folder}, which pruning left beside it.")
+    return replace(find_source(folder, selection, sweep), source=str(file), checkpoint=file)
 
 
 def _of_file(file: Path, selection: Place | Selection | None, sweep: Path | None) -> Found:
-    """What a file of JSON is, by its content."""
+    """What a file of JSON is, by its content, or what lies beside a GGUF file."""
+    if is_gguf(file):
+        return _of_gguf(file, selection, sweep)
     if file.suffix.lower() != ".json":
-        raise UsageError(f"{file} is no output of shape-moe that a report can show. {_SHOWN}")
+        raise UsageError(f"{file} is not something that shape-moe wrote and a report can show. {_SHOWN}")
     document = read_json(file)
     verb = document.get("verb")
     if verb in _RESULTS.values():
@@ -178,7 +195,7 @@ def _of_file(file: Path, selection: Place | Selection | None, sweep: Path | None
         return find_source(found, selection, sweep)
     if file.name == "trace.json":
         return find_source(file.parent, selection, sweep)
-    raise UsageError(f"{file} is no output of shape-moe that a report can show. {_SHOWN}")
+    raise UsageError(f"{file} is not something that shape-moe wrote and a report can show. {_SHOWN}")
 
 
 def _belongs_to_checkpoint(file: Path) -> Path | None:

@@ -23,10 +23,11 @@ from shape_moe.pruning.gguf_slices import (
     ORIGINAL_KEY,
     SELECTION_KEY,
     compare_with_original,
+    embedded_selection,
     plan_gguf,
     tensors_digest,
 )
-from shape_moe.selection.selection import Selection, selection_of
+from shape_moe.selection.selection import Selection
 from shape_moe.serving.manifest import MANIFEST, read_manifest
 
 Outcome = tuple[bool | None, str]
@@ -40,9 +41,10 @@ def open_pruned(file: Path) -> tuple[GgufModel, Selection]:
         CheckpointError: when it was not written by this tool, or its metadata are damaged.
     """
     model = open_snapshot(file)
-    if not isinstance(model, GgufModel) or not isinstance(model.metadata.get(SELECTION_KEY), str):
+    selection = embedded_selection(model) if isinstance(model, GgufModel) else None
+    if not isinstance(model, GgufModel) or selection is None:
         raise CheckpointError(f"{file} was not written by shape-moe: its metadata hold no {SELECTION_KEY}.")
-    return model, selection_of(parse_json(model.metadata[SELECTION_KEY], f"{SELECTION_KEY} of {file}"), file)
+    return model, selection
 
 
 def gguf_checks(

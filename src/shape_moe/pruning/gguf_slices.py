@@ -21,9 +21,10 @@ from shape_moe.architectures.gguf_file import STRING, Entry, GgufHeader, make_en
 from shape_moe.architectures.gguf_model import GgufModel
 from shape_moe.architectures.safetensors_file import TensorSlot
 from shape_moe.errors import CheckpointError, UsageError
+from shape_moe.json_file import parse_json
 from shape_moe.pruning.checkpoint import SlicedTensor, check_fits, slice_tensor
 from shape_moe.pruning.kept import Keeping
-from shape_moe.selection.selection import Selection
+from shape_moe.selection.selection import Selection, selection_of
 
 MODEL_FILE = "model.gguf"
 """What the file is called while its job is under way."""
@@ -255,6 +256,18 @@ def _chunks(tensors: Sequence[SlicedTensor]) -> Iterator[_Chunk]:
                         raise CheckpointError(f"{file} became shorter while it was read.")
                     yield _Chunk(tensor, content, position)
                     position += wanted
+
+
+def embedded_selection(model: GgufModel) -> Selection | None:
+    """The selection in the metadata of a file that was pruned here, None in others.
+
+    Raises:
+        CheckpointError: when it is damaged.
+    """
+    text = model.metadata.get(SELECTION_KEY)
+    if not isinstance(text, str):
+        return None
+    return selection_of(parse_json(text, f"{SELECTION_KEY} of {model.path}"), model.path)
 
 
 def tensors_digest(slots: Sequence[TensorSlot]) -> str:

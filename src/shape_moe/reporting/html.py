@@ -20,7 +20,7 @@ from shape_moe.reporting import provenance, summary
 from shape_moe.reporting.figures.figure import Section
 from shape_moe.reporting.material import Material
 from shape_moe.reporting.sections import COSTS, Missing, sections
-from shape_moe.reporting.story import stories
+from shape_moe.reporting.story import Story, stories
 from shape_moe.reporting.theme import DARK, LIGHT, css_variables
 from shape_moe.text import printable
 
@@ -125,13 +125,21 @@ def render_report(materials: Material | Sequence[Material]) -> tuple[str, list[s
             data=Markup(embedded_json(specs)),  # noqa: S704 -- cannot end its element, see there
             headline=summary.headline(one) if one else summary.joint_headline(given),
             subline=summary.subline(one) if one else summary.joint_subline(given),
-            stories=[story for material in given for story in stories(material)],
+            stories=[story for material in given for story in _told(material, alone=one is not None)],
             warnings=list(dict.fromkeys(text for material in given for text in summary.warnings(material))),
             chapters=[chapter.content() for chapter in chapters],
             version=version("shape-moe"),
         )
     )
     return page, [name for c in chapters for name in (*(s.name for s in c.sections), f"provenance{c.suffix}")]
+
+
+def _told(material: Material, *, alone: bool) -> list[Story]:
+    """The stories of one model; the first says how the model was made where the page's first line does not."""
+    found = stories(material)
+    if alone or material.opening is None or not found:
+        return found
+    return [replace(found[0], method=material.opening.method), *found[1:]]
 
 
 def embedded_json(content: Any) -> str:

@@ -94,6 +94,11 @@ class Material:
         """The model's name for a heading, see :func:`~shape_moe.reporting.opening.short_name`; else the source's."""
         return short_name(self.model or f"./{self.source}")
 
+    @property
+    def pruned_name(self) -> str:
+        """What the pruned model is called: the checkpoint's folder, where there is one."""
+        return short_name(f"./{self.source}") if self.checkpoint else f"{self.model_name}, pruned"
+
     @cached_property
     def opening(self) -> Opening | None:
         """The lines that the report opens with; None where nothing was selected."""

@@ -34,6 +34,7 @@ class CardFacts:
         left_out: what the original has and this checkpoint has not, beside experts; sentences.
         verdict: what pruning did to the model, None where it was not judged.
         forgotten: what it did to general prompts, line by line; empty where they were not asked.
+        file: name of the GGUF file, None for a folder.
     """
 
     model: str
@@ -45,6 +46,7 @@ class CardFacts:
     left_out: tuple[str, ...] = ()
     verdict: Verdict | None = None
     forgotten: tuple[str, ...] = ()
+    file: str | None = None
 
     @property
     def opening(self) -> Opening:
@@ -91,6 +93,7 @@ def render_card(facts: CardFacts) -> str:
         bytes_after=facts.bytes_after,
         trace=facts.trace.info if facts.trace else None,
         target=facts.target,
+        file=facts.file,
         left_out=facts.left_out,
         method=facts.opening.method,
         smaller=facts.opening.size,

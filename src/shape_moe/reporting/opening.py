@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
@@ -150,37 +149,28 @@ class Opening:
 
 
 def next_commands(
-    model: str, pruned: str, verdict: Verdict | None, *, selection: Selection, data: str | None = None
+    model: str, pruned: str, verdict: Verdict | None, *, keep: float, method: Method, data: str | None = None
 ) -> list[str]:
     """What to type next, for what the verdict says.
 
     Args:
         model: the original.
-        pruned: the pruned checkpoint's folder.
+        pruned: the pruned checkpoint's folder or GGUF file.
         verdict: what pruning did, None where it was not judged.
-        selection: what it keeps.
+        keep: its keep rate.
+        method: how it was made.
         data: the options that name the calibration examples again, None where they are not known.
     """
     original, smaller_one = shlex.quote(model), shlex.quote(pruned)
     if verdict is not None and verdict.word in {Word.LOSS, Word.DAMAGED}:
-        more = next_keep_rate(selection.keep)
-        method = _method_options(selection.method)
-        source = data or "--data TASK.jsonl"
-        again = f"shape-moe prune {original} {source} --keep {more:.4g} {method} -o {shlex.quote(pruned + '-larger')}"
-        return [again] if more < 1 else []
+        more, source = next_keep_rate(keep), data or "--data TASK.jsonl"
+        how = f"--keep {more:.4g} --method {shlex.quote(str(method))}"
+        stem, gguf = (pruned.removesuffix(".gguf"), ".gguf") if pruned.endswith(".gguf") else (pruned, "")
+        larger = shlex.quote(f"{stem}-larger{gguf}")
+        return [f"shape-moe prune {original} {source} {how} -o {larger}"] if more < 1 else []
     if verdict is not None and verdict.word is Word.SAFE:
         return []
     return [f"shape-moe evaluate {original} {smaller_one} --data HELD_OUT.jsonl -o evaluation.json"]
-
-
-def _method_options(method: Method) -> str:
-    options: Mapping[str, str] = {
-        "--scorer": method.scorer,
-        "--rule": method.rule,
-        "--routing": method.routing,
-        "--target": method.target,
-    }
-    return " ".join(f"{name} {shlex.quote(value)}" for name, value in options.items())
 
 
 def next_keep_rate(keep: float) -> float:

@@ -34,7 +34,9 @@ def facts(material: Material) -> list[tuple[str, Facts]]:
 def _model(material: Material) -> Facts:
     info, selection = material.trace.info if material.trace else None, material.selection
     known = info or selection
-    prints = [info.fingerprint if info else None, selection.fingerprint if selection else None]
+    sources = (info, selection, material.sweep, material.evaluation)
+    prints = [source.fingerprint for source in sources if source is not None]
+    fingerprint = next((text for text in prints if text), "unknown" if prints or material.scores else "")
     layers = material.layers
     experts = known.num_experts if known else material.scores.num_experts if material.scores else None
     return [
@@ -44,7 +46,7 @@ def _model(material: Material) -> Facts:
         ("MoE layers", f"{len(layers)} ({_spans(layers)})" if layers else ""),
         ("Experts per layer", str(experts) if experts else ""),
         ("Experts per token", str(known.top_k) if known and known.top_k else ""),
-        ("Fingerprint", next((text for text in prints if text), "unknown")),
+        ("Fingerprint", fingerprint),
     ]
 
 
@@ -101,6 +103,10 @@ def _measurements(material: Material) -> Facts:
     found = [("Sweep", sweep.split), ("Sweep's seed", sweep.made_with.seed)] if sweep is not None else []
     if evaluation is not None:
         found += [("Evaluation", evaluation.data), ("Evaluation's seed", evaluation.made_with.seed)]
+    if material.experiment is not None:
+        found.append(("Experiment's seed", material.experiment["config"]["seed"]))
+    if material.demo is not None:
+        found.append(("Demonstration's seed", material.demo.get("seed")))
     return [(name, str(value)) for name, value in found if value is not None]
 
 
@@ -111,6 +117,7 @@ def _versions(material: Material) -> Facts:
         "Sweep": material.sweep.made_with.versions if material.sweep else {},
         "Evaluation": material.evaluation.made_with.versions if material.evaluation else {},
     }
+    made["Experiment"] = (material.experiment or {}).get("versions") or {}
     return found + [(name, ", ".join(f"{k} {v}" for k, v in versions.items())) for name, versions in made.items()]
 
 
@@ -120,17 +127,28 @@ def _sources(info: TraceInfo) -> list[Mapping[str, Any]]:
 
 def commands(material: Material) -> list[str]:
     """Shell commands that make the artifacts of this report again."""
-    found: list[str] = []
-    model = material.model_word
-    if material.trace is not None:
-        found += _trace_commands(material.trace.info, model)
+    model, sweep = material.model_word, material.sweep
+    traced = _trace_commands(material.trace.info, model) if material.trace is not None else []
+    measured = [result.made_with.command for result in (sweep, material.evaluation) if result is not None]
+    if sweep is not None and sweep.made_with.command and sweep.recommends(material.selection):
+        swept = sweep.made_with.command
+        place = shlex.quote(f"{_value_of(swept, '-o') or 'SWEEP'}/recommended.json")
+        if (trace := _value_of(swept, "--trace")) is not None:
+            traced = [command.replace(" -o trace", f" -o {shlex.quote(trace)}") for command in traced]
+        return [*traced, swept, f"shape-moe prune {model} --selection {place} -o pruned", *filter(None, measured[1:])]
+    found = traced
     if material.selection is not None:
         source = "trace" if material.trace is not None else "values.csv"
         select = _select_command(material.selection, source)
         if select:
             found += [select, f"shape-moe prune {model} --selection selection.json -o pruned"]
-    measured = [result.made_with.command for result in (material.sweep, material.evaluation) if result is not None]
     return [*found, *(command for command in measured if command)]
+
+
+def _value_of(command: str, option: str) -> str | None:
+    """What an option of a command was given, None where it was not."""
+    words = shlex.split(command)
+    return words[words.index(option) + 1] if option in words[:-1] else None
 
 
 def calibration_options(info: TraceInfo) -> str | None:

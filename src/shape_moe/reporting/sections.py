@@ -34,7 +34,7 @@ from shape_moe.reporting.material import Material
 from shape_moe.selection.agreement import kept_by_scorer
 from shape_moe.selection.selection import Selection
 from shape_moe.text import one_line
-from shape_moe.units import readable_kl, readable_share, readable_size
+from shape_moe.units import capitalised, kl_at_least, readable_kl, readable_share, readable_size
 
 _SHOWN = 100
 """Characters of an answer that are shown."""
@@ -71,7 +71,15 @@ def sections(material: Material) -> tuple[list[Section], list[Missing]]:
             found.append(built)
         elif built is not None:
             missing.append(built)
-    return found, [] if material.experiment is not None else missing
+    return found, [] if material.experiment is not None else _together(missing)
+
+
+def _together(missing: list[Missing]) -> list[Missing]:
+    """What the same commands add, as one."""
+    titles: dict[tuple[str, ...], list[str]] = {}
+    for entry in missing:
+        titles.setdefault(entry.commands, []).append(entry.title)
+    return [Missing(capitalised(", ".join(names).lower()), commands) for commands, names in titles.items()]
 
 
 def _trace_commands(material: Material) -> tuple[str, str]:
@@ -103,7 +111,8 @@ def _values(material: Material) -> Section | Missing:
 def _layers(material: Material) -> Section | Missing:
     selection, mass = material.selection, material.kept_mass
     if selection is None or mass is None:
-        select = f"shape-moe select {shlex.quote(material.source)} --keep 0.8 -o selection.json"
+        source = material.source if material.trace is not None or material.scores is not None else "TRACE"
+        select = f"shape-moe select {shlex.quote(source)} --keep 0.8 -o selection.json"
         return Missing("What every layer keeps", (select, _report_command(material, "--selection selection.json")))
     lead = (
         "Bars show how many experts every layer keeps, diamonds above them how much of the layer's value these hold: a "
@@ -260,17 +269,18 @@ def _forgotten(material: Material) -> Section | None:
         return None
     tables, notes = [], []
     for name, forgotten in found:
+        kl = kl_at_least if forgotten.kl_is_bound else readable_kl
         rows = tuple(
-            (group.name, f"{group.prompts}", readable_kl(group.kl), *(f"{count}" for count in group.loops))
+            (group.name, f"{group.prompts}", kl(group.kl), *(f"{count}" for count in group.loops))
             for group in forgotten.groups
         )
         headings = ("Group", "Prompts", "KL to dense", "Dense loops", "Pruned loops")
         tables.append(Table(f"{name}: general prompts, worst group first", headings, rows))
         if forgotten.groups:
             worst = forgotten.groups[0]
-            texts = (worst.worst.prompt, worst.worst.dense or "(nothing)", worst.worst.pruned or "(nothing)")
-            prompt, dense, pruned = (one_line(text)[:_SHOWN] for text in texts)
-            notes.append(f"{name}, {worst.name}, for example: {prompt} Dense: {dense} Pruned: {pruned}")
+            asked = {"Prompt": worst.worst.prompt, "Dense model": worst.worst.dense, "Pruned model": worst.worst.pruned}
+            notes.append(f"{name}, for example {worst.name}:")
+            notes += [f"{who}: {one_line(text)[:_SHOWN] or '(nothing)'}" for who, text in asked.items()]
     lead = (
         "Short prompts of many kinds that have nothing to do with the task, answered by both models. Skills that the "
         "task does not use are expected to fade; this decides no verdict."
@@ -297,7 +307,8 @@ def _quality(material: Material) -> Section | Missing:
 def _footprint(material: Material) -> Section | Missing:
     evaluation = material.evaluation
     if evaluation is None or not any(model.footprint for model in evaluation.models):
-        return Missing("Memory and speed", _evaluate_commands(material))
+        measured, shown = _evaluate_commands(material)
+        return Missing("Memory and speed", (f"{measured} --footprint", shown))
     devices = list(dict.fromkeys(model.footprint.device for model in evaluation.models if model.footprint))
     lead = (
         "Bars compare what the models take and how fast they are on the same machine; the grey bar is the dense model."

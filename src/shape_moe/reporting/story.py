@@ -17,8 +17,18 @@ from shape_moe.reporting.figures.figure import sentence
 from shape_moe.reporting.material import Material, Sizes
 from shape_moe.reporting.opening import evaluated_line, next_commands, smaller
 from shape_moe.reporting.provenance import calibration_options
+from shape_moe.selection.method import Method, check_routing
 from shape_moe.selection.selection import Selection
-from shape_moe.units import NONE, capitalised, counted, readable_kl, readable_share, readable_size, share_at_most
+from shape_moe.units import (
+    NONE,
+    capitalised,
+    counted,
+    kl_at_least,
+    readable_kl,
+    readable_share,
+    readable_size,
+    share_at_most,
+)
 
 COST_HEADINGS = ("", "Dense", "Pruned", "Lost", "At most", "KL to dense", "Examples")
 """Of the table of what pruning cost; the first column names the class and the figure."""
@@ -50,6 +60,7 @@ class Story:
         details: free answers, tool calls, and what the verdict leaves out.
         advice: what to do next, a sentence.
         commands: what to type for it.
+        method: how it was made, a sentence; empty where the page's first line says it.
     """
 
     name: str
@@ -64,6 +75,7 @@ class Story:
     details: tuple[str, ...]
     advice: str
     commands: tuple[str, ...] = ()
+    method: str = ""
 
 
 def stories(material: Material) -> list[Story]:
@@ -160,7 +172,7 @@ def _of_selection(material: Material, own: Evaluated | None) -> Story:
     verdict = material.verdict or (own.verdict if own is not None else None)
     word, _ = _smaller(material.sizes, selection.keep if selection is not None else None)
     detail = material.opening.size if material.opening is not None else ""
-    name = material.model_name
+    name = material.pruned_name
     if verdict is not None:
         return _judged(name, word, detail, verdict, _commands(material, verdict))
     measured = own.sets.get(TASK) if own is not None else None
@@ -211,7 +223,13 @@ def _of_model(material: Material, evaluation: Evaluation, model: Evaluated, dens
     word, _ = _smaller(sizes, model.selection.keep if model.selection is not None else None)
     detail = evaluated_line(model, dense)
     if model.verdict is not None:
-        return _judged(model.name, word, detail, model.verdict, ())
+        chosen = model.selection
+        commands: tuple[str, ...] = ()
+        if chosen is not None:
+            method = Method(chosen.scorer, chosen.rule, check_routing(chosen.routing))
+            original = material.model or "MODEL"
+            commands = tuple(next_commands(original, model.name, model.verdict, keep=chosen.keep, method=method))
+        return _judged(model.name, word, detail, model.verdict, commands)
     reason = "The evaluation holds no verdict on this model."
     if evaluation.data is None:
         reason = "Benchmark tasks alone give no verdict."
@@ -264,7 +282,9 @@ def _cost(fall: Fall) -> tuple[str, ...]:
     dense, pruned = (readable_share(share) for share in fall.shares)
     lost = readable_share(fall.fall.value) if fall.fall.value >= 0 else f"gained {readable_share(-fall.fall.value)}"
     name = f"{fall.name}: {fall.figure}" if fall.name else capitalised(fall.figure)
-    kl = readable_kl(fall.kl) if fall.kl is not None else NONE
+    kl = NONE
+    if fall.kl is not None:
+        kl = kl_at_least(fall.kl) if fall.kl_is_bound else readable_kl(fall.kl)
     return name, dense, pruned, lost, share_at_most(max(fall.fall.high, 0.0)), kl, f"{fall.examples:,}"
 
 
@@ -294,7 +314,8 @@ def _commands(material: Material, verdict: Verdict | None) -> tuple[str, ...]:
     data = calibration_options(material.trace.info) if material.trace is not None else None
     if selection is not None and (material.checkpoint or verdict is not None):
         pruned = material.source if material.checkpoint else "SMALLER"
-        return tuple(next_commands(model, pruned, verdict, selection=selection, data=data))
+        keep, method = selection.keep, selection.method
+        return tuple(next_commands(model, pruned, verdict, keep=keep, method=method, data=data))
     file = _path(material.source, "recommended.json") if material.sweep is not None else "SELECTION.json"
     if material.source.endswith(".json") and material.sweep is None:
         file = shlex.quote(material.source)

@@ -46,8 +46,7 @@ def headline(material: Material) -> str:
     if material.selection is not None:
         return f"{material.model_name} with {readable_share(material.selection.keep)} of its experts"
     if material.experiment is not None:
-        names = [str(entry["name"]) for entry in material.experiment["models"]]
-        return f"Experiment on {', '.join(names)}"
+        return f"Experiment on {', '.join(_models(material))}"
     if material.sweep is not None:
         return f"{material.model_name}: quality at every size"
     if material.evaluation is not None:
@@ -73,12 +72,19 @@ def subline(material: Material) -> str:
 
 def joint_headline(materials: Sequence[Material]) -> str:
     """The heading of a page on several models."""
-    return " and ".join(dict.fromkeys(material.model_name for material in materials))
+    names = dict.fromkeys(name for material in materials for name in _models(material))
+    return f"{counted(len(materials), 'result')} on {', '.join(names)}"
+
+
+def _models(material: Material) -> list[str]:
+    if material.experiment is not None:
+        return [str(entry["name"]) for entry in material.experiment["models"]]
+    return [material.model_name]
 
 
 def joint_subline(materials: Sequence[Material]) -> str:
     """What such a page shows, one after the other."""
-    return f"{counted(len(materials), 'result')}: {'; '.join(headline(material) for material in materials)}."
+    return f"{'; '.join(headline(material) for material in materials)}."
 
 
 def _judged_by(material: Material) -> str:
@@ -108,7 +114,14 @@ def tiles(material: Material) -> list[Tile]:
     mass = material.kept_mass
     if mass is not None and np.isfinite(mass).any():
         mean, low = float(np.nanmean(mass)), percent(float(np.nanmin(mass)))
-        found.append(Tile("Value kept", percent(mean), f"mean over layers; {low} in the lowest", mean))
+        found.append(
+            Tile(
+                "Value kept",
+                percent(mean),
+                f"by the scorer, no measure of quality; {low} in the lowest",
+                mean,
+            )
+        )
     found += _quality_tiles(material)
     if selection is not None and selection.stability is not None:
         agreement, undecided = selection.stability["agreement"], selection.stability["undecided"]
@@ -255,9 +268,9 @@ def _lost_elsewhere(material: Material) -> list[str]:
         change = model.sets[ALSO].change.get("exact_match") if ALSO in model.sets else None
         if evaluation is not None and change is not None and change.has_interval and change.high < 0:
             low, high = (readable_share(-end) for end in (change.high, change.low))
-            found.append(f"{model.name} on {evaluation.also}: exact match falls by {low} to {high}.")
+            found.append(f"{model.name} on {evaluation.also}: right answers fall by {low} to {high} (95 % interval).")
         found += _loops(model.name, model.forgotten)
-    return found + _loops("The pruned model", material.forgotten)
+    return found + _loops(material.pruned_name, material.forgotten)
 
 
 def _loops(name: str, forgotten: Forgotten | None) -> list[str]:

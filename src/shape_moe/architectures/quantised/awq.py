@@ -24,7 +24,7 @@ _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 _WEIGHT, _ZEROS, _SCALES = ".qweight", ".qzeros", ".scales"
 
 
-@register("awq")
+@register("awq", file="quant_config.json")
 def open_awq(config: Config) -> Quantisation:
     """AWQ as its settings describe it."""
     settings = settings_of(config)

@@ -26,7 +26,7 @@ _OFFSETS = {"gptq": 1, "gptq_v2": 0}
 _WEIGHT, _ZEROS, _SCALES, _GROUPS = ".qweight", ".qzeros", ".scales", ".g_idx"
 
 
-@register("gptq")
+@register("gptq", file="quantize_config.json")
 def open_gptq(config: Config) -> Quantisation:
     """GPTQ as its settings describe it."""
     settings = settings_of(config)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from shape_moe.architectures.quantised.plain import PlainTensor
 from shape_moe.architectures.safetensors_file import TensorSlot
 from shape_moe.errors import UnsupportedModelError
+from shape_moe.json_file import read_json
 from shape_moe.registry import Registry
 
 SETTINGS_KEY = "quantization_config"
@@ -40,6 +42,7 @@ class Quantisation:
 class _Method:
     recognises: Callable[[Config], bool]
     open: Callable[[Config], Quantisation]
+    file: str | None
 
 
 _METHODS: Registry[_Method] = Registry(
@@ -53,20 +56,21 @@ _METHODS: Registry[_Method] = Registry(
 
 
 def register(
-    name: str, *, recognises: Callable[[Config], bool] | None = None
+    name: str, *, recognises: Callable[[Config], bool] | None = None, file: str | None = None
 ) -> Callable[[Callable[[Config], Quantisation]], Callable[[Config], Quantisation]]:
     """Register what opens checkpoints of a method.
 
     Args:
         name: the method, as ``quant_method`` has it.
         recognises: whether a model's configuration is one of the method; None where ``quant_method`` says it.
+        file: file beside ``config.json`` that holds the settings in checkpoints whose configuration has none.
     """
 
     def named(config: Config) -> bool:
         return settings_of(config).get("quant_method") == name
 
     def add(function: Callable[[Config], Quantisation]) -> Callable[[Config], Quantisation]:
-        _METHODS.add(name, _Method(recognises or named, function), function)
+        _METHODS.add(name, _Method(recognises or named, function, file), function)
         return function
 
     return add
@@ -77,10 +81,14 @@ def settings_of(config: Config) -> Config:
     return config.get(SETTINGS_KEY) or {}
 
 
-def find_quantisation(config: Config) -> Quantisation | None:
+def find_quantisation(config: Config, folder: Path | None = None) -> Quantisation | None:
     """How a model is quantised, None for one that is not.
 
     A method that nobody registered gives a quantisation that computes nothing and says so by the method's name.
+
+    Args:
+        config: its configuration.
+        folder: where it lies; older checkpoints have their settings in a file of their own there.
 
     Raises:
         CheckpointError: when the settings are not what the method's should be.
@@ -90,9 +98,16 @@ def find_quantisation(config: Config) -> Quantisation | None:
             return method.open(config)
     settings = settings_of(config)
     if not settings:
-        return None
+        return _found_beside(config, folder) if folder is not None else None
     label = str(settings.get("quant_method") or "An unnamed quantisation")
     return Quantisation(label, _stored, "is not known here; known are " + ", ".join(sorted(_METHODS.all())))
+
+
+def _found_beside(config: Config, folder: Path) -> Quantisation | None:
+    for method in _METHODS.all().values():
+        if method.file is not None and (folder / method.file).is_file():
+            return method.open({**config, SETTINGS_KEY: read_json(folder / method.file)})
+    return None
 
 
 def _stored(tensors: Mapping[str, TensorSlot]) -> list[PlainTensor]:

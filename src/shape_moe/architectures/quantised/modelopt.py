@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _WEIGHT, _SCALES, _SCALE = ".weight", ".weight_scale", ".weight_scale_2"
 
 
-@register("modelopt")
+@register("modelopt", file="hf_quant_config.json")
 def open_modelopt(config: Config) -> Quantisation:
     """A modelopt checkpoint as its settings describe it."""
     settings = settings_of(config)

@@ -123,10 +123,15 @@ def value_axis(estimates: Iterable[Estimate | None], *, log: bool) -> dict[str, 
         decades = range(math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 1)
         steps = (1, 2, 5) if len(decades) <= _FEW_DECADES else (1,)
         ticks = [step * 10.0**decade for decade in decades for step in steps]
-        axis |= {"tickmode": "array", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+        axis |= {"tickmode": "array", "tickvals": ticks, "ticktext": [_plain(tick) for tick in ticks]}
     else:
         axis |= {"tickmode": "auto"}
     return axis
+
+
+def _plain(tick: float) -> str:
+    """A number without an exponent."""
+    return f"{tick:.12f}".rstrip("0").rstrip(".")
 
 
 def error_bars(estimates: Sequence[Estimate | None], *, log: bool) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def sweep_figure(sweep: Sweep, selection: Selection | None) -> Figure:
         },
         height=430,
         states=tuple(_state(metric, sweep, groups, chosen) for metric in metrics),
-        legend=_legend(methods, axis, chosen, given=selection is not None),
+        legend=(*_legend(methods, axis, chosen, given=selection is not None), *_limit_swatch(sweep)),
         lines=(
             "Numbers on the points are the share of experts kept; bars are 95 % intervals. A hollow point is beyond "
             "the limit, gives answers that loop or do not end, or does not fit the memory.",
@@ -153,12 +153,15 @@ def _limit(metric: Metric, sweep: Sweep, dense: float | None) -> float | None:
     return None
 
 
+def _limit_swatch(sweep: Sweep) -> tuple[Swatch, ...]:
+    return (Swatch(f"limit: {sweep.limit}", "line", ("mark",)),) if sweep.limit is not None else ()
+
+
 def _limit_shape(limit: float | None, *, log: bool) -> list[dict[str, Any]]:
     if limit is None or (log and limit <= 0):
         return []
     line = {"color": "@mark", "width": 1.5, "dash": "dash"}
-    label = {"text": "limit", "font": {"color": "@mark"}, "textposition": "start", "yanchor": "bottom"}
-    return [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": limit, "y1": limit, "line": line, "label": label}]
+    return [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": limit, "y1": limit, "line": line}]
 
 
 def _label(metric: Metric, sweep: Sweep, chosen: SweptPoint | None) -> str:
