@@ -17,6 +17,7 @@ from shape_moe.calibration.sources import Data
 from shape_moe.errors import DataError, UsageError
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options
 from shape_moe.jobs.trace import open_trace
+from shape_moe.jobs.way import check_measurable
 from shape_moe.progress import SILENT, Progress
 from shape_moe.scoring.registry import ScoreOptions, get_scorer
 from shape_moe.scoring.scores import Scores, score_trace
@@ -72,6 +73,7 @@ def measure(
     options = as_example_options(data, DEFAULT_SAMPLES)
     snapshot = open_snapshot(model, revision, trust_remote_code=options.trust_remote_code)
     found = trace if isinstance(trace, Trace) else open_trace(trace, snapshot, progress, force=force)
+    check_measurable(snapshot, options)
     session = ModelSession.open(snapshot, options, None, progress)
     curves = measured_curves(session, found, method, scoring or ScoreOptions(), progress)
     if out is not None:

@@ -43,7 +43,7 @@ from shape_moe.jobs.pruned_place import PrunedPlace, place_of
 from shape_moe.jobs.select import as_select_options, check_options
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options, load_original
 from shape_moe.jobs.trace import kept_trace, open_trace
-from shape_moe.jobs.way import check_whole
+from shape_moe.jobs.way import check_measurable, check_whole
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import Canary, CanaryResult
 from shape_moe.pruning.compare import file_hash
@@ -224,6 +224,11 @@ def prune(
         return _carry_out(run, work, place)
 
 
+def _makes_curves(asked: SelectOptions) -> bool:
+    """Whether layers have to be measured before a budget can be shared out."""
+    return get_rule(asked.method.rule).by_curves and asked.curves is None
+
+
 def _open_inputs(
     run: _Run, trace: str | PathLike[str] | None, selection: str | PathLike[str] | Selection | None
 ) -> None:
@@ -243,6 +248,8 @@ def _open_inputs(
     elif options.trace is not None and (trace is not None or selection is not None):
         run.judge = session_for(options.trace, snapshot, run.progress)
     elif options.trace is not None:
+        if options.select is not None and _makes_curves(options.select):
+            check_measurable(snapshot, options.trace)
         records = None
         if options.judgement is not None:
             run.parts = set_aside(options.trace.data, options.judgement, give_up=False, progress=run.progress)
@@ -310,7 +317,7 @@ def _check_request(
     elif options.trace is not None and options.judgement is None and (trace is not None or selection is not None):
         raise UsageError("Beside a trace or a selection, data (--data) only judge: leave them out without judgement.")
     asked = options.select
-    if asked is not None and get_rule(asked.method.rule).by_curves and asked.curves is None and options.trace is None:
+    if asked is not None and _makes_curves(asked) and options.trace is None:
         raise UsageError(
             f"Rule {asked.method.rule} needs layer curves: make them with `shape-moe measure` and give them by "
             "--curves, or start from --data, whose examples are then measured."
@@ -429,7 +436,7 @@ def _selected(run: _Run, work: Path) -> Selection:
         run.progress.note(f"Chosen: {chosen.choice['reason'] if chosen.choice else ''}")
         return chosen
     asked = run.options.select
-    if get_rule(asked.method.rule).by_curves and asked.curves is None:
+    if _makes_curves(asked):
         assert run.session is not None, "checked before"
         file = work / "shape" / "curves.json"
         if not file.is_file():
