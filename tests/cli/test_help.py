@@ -94,7 +94,7 @@ def completions(line: str, monkeypatch, capsys) -> list[str]:
 
 def test_the_shell_completes_verbs_and_options(monkeypatch, capsys) -> None:
     assert completions("shape-moe pr", monkeypatch, capsys) == ["prune", "presets"]
-    assert completions("shape-moe prune --fi", monkeypatch, capsys) == ["--fit"]
+    assert completions("shape-moe prune --kee", monkeypatch, capsys) == ["--keep-also", "--keep"]
     assert completions("shape-moe sweep --max-", monkeypatch, capsys) == [
         "--max-length",
         "--max-tokens",
