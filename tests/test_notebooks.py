@@ -17,7 +17,7 @@ from shape_moe.demo.tasks import examples
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.intervals import Bootstrap, Estimate
 from shape_moe.python_names import NAMES, in_python
-from shape_moe.tracing.trace import SegmentWeights
+from shape_moe.tracing.token_weights import SegmentWeights
 
 COMMAND_ONLY = {
     *("--json", "--quiet", "--verbose", "--help", "--help-all", "--csv", "--top", "--list", "--only", "--dry-run"),

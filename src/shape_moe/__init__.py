@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from shape_moe.selection.method import Method
     from shape_moe.selection.select import SelectOptions
     from shape_moe.selection.selection import Selection, load_selection
-    from shape_moe.tracing.trace import SegmentWeights, Trace, load_trace
+    from shape_moe.tracing.token_weights import PredictingWeights, SegmentWeights
+    from shape_moe.tracing.trace import Trace, load_trace
 
 __version__ = "0.1.0"
 
@@ -49,6 +50,7 @@ __all__ = [
     "GenerationOptions",
     "Limit",
     "Method",
+    "PredictingWeights",
     "PruneOptions",
     "ScoreOptions",
     "SegmentWeights",
@@ -103,7 +105,8 @@ _HOMES = {
     "selection.method": ("Method",),
     "selection.select": ("SelectOptions",),
     "selection.selection": ("Selection", "load_selection"),
-    "tracing.trace": ("SegmentWeights", "Trace", "load_trace"),
+    "tracing.token_weights": ("PredictingWeights", "SegmentWeights"),
+    "tracing.trace": ("Trace", "load_trace"),
 }
 _HOME_OF = {name: f"shape_moe.{home}" for home, names in _HOMES.items() for name in names}
 

@@ -89,7 +89,7 @@ def test_index_entries_that_are_no_file_names(folder, shard) -> None:
     names = open_snapshot(folder).tensors
     index = {"weight_map": dict.fromkeys(names, "model.safetensors") | {"x": shard}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"index\.json names .*, which is no file name"):
+    with pytest.raises(CheckpointError, match=r"index\.json names .*, which is not a file name"):
         open_snapshot(folder)
 
 

@@ -13,7 +13,7 @@ import typer
 from shape_moe.calibration.presets import presets
 from shape_moe.cli.main import COMPLETION, VERBS, command, run
 
-LONG = ("prune", "sweep", "evaluate", "trace", "select")
+LONG = ("prune", "sweep", "evaluate", "trace", "select", "score")
 """The verbs whose options do not fit one screen."""
 
 

@@ -94,7 +94,7 @@ def test_the_time_is_right_within_a_factor_of_two(embedded, tmp_path, monkeypatc
     rows = [row for task in ("sorting", "addition") for row in examples(task, 24, seed=2)]
     _, sentence, took = judged(embedded, tmp_path, monkeypatch, rows, JudgementOptions(minutes=None), speed)
     assert sentence.startswith(
-        "To be judged, dense and pruned: 48 examples, up to 32 free answers and 22 general prompts"
+        "Judging the dense and the pruned model: 48 examples, up to 32 free answers and 22 general prompts"
     )
     assert took / 2 < seconds_in(sentence) < 2 * took
 

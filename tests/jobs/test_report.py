@@ -110,7 +110,7 @@ def test_scorers_that_are_not_here_are_named(traced) -> None:
     selection = shape_moe.load_selection(traced / "selection.json")
     shape_moe.report(traced / "trace", traced / "r.html", selection=replace(selection, scorer="theirs"))
     text = words(traced / "r.html")
-    assert "made by &#39;theirs&#39;, which is no scorer of this installation" in text
+    assert "made by &#39;theirs&#39;, which is not a scorer of this installation" in text
     assert text.index('class="warnings"') < text.index("theirs&#39;, which")
 
 
@@ -119,7 +119,7 @@ def test_values_are_weighted_as_the_selection_was(traced) -> None:
     (traced / "t").mkdir()
     trace.save(traced / "t")
     from shape_moe.scoring.registry import ScoreOptions
-    from shape_moe.tracing.trace import SegmentWeights
+    from shape_moe.tracing.token_weights import SegmentWeights
 
     scoring = ScoreOptions(SegmentWeights(0.25, 2.0), seed=7)
     selection = select_from_trace(trace, SelectOptions(keep=0.5, method=Method("random"), scoring=scoring))
@@ -158,7 +158,7 @@ def test_sources_that_are_none(traced, tmp_path) -> None:
     for source, message in (
         (tmp_path / "nowhere", "There is no folder or file"),
         (tmp_path / "none.csv", "There is no file"),
-        (tmp_path, "is no output of shape-moe that a report can show"),
+        (tmp_path, "is not something that shape-moe wrote and a report can show"),
     ):
         with pytest.raises(UsageError, match=message):
             shape_moe.report(source, tmp_path / "r.html")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,22 @@ def test_layers_are_chosen_by_keyboard(browser, demo) -> None:
     assert browser.log() == []
 
 
+def test_every_chapter_has_a_layer_of_its_own(browser, tmp_path) -> None:
+    trace = routing_trace()
+    for name, info in (("a", trace.info), ("b", replace(trace.info, fingerprint="sha256:" + "b" * 64))):
+        (tmp_path / name).mkdir()
+        replace(trace, info=info).save(tmp_path / name)
+    browser.open(shape_moe.report([tmp_path / "a", tmp_path / "b"], tmp_path / "r.html").path)
+    first = curve(browser)
+    second = "return Array.from(document.querySelector('#plot-coverage-2')._fullData[1].y)"
+    assert browser.run(second) == first
+    browser.run("document.querySelector('#layer-2').parentElement.querySelectorAll('button')[1].click()")
+    assert browser.run(second) != first
+    assert curve(browser) == first
+    assert browser.run("return [layer.value, document.querySelector('#layer-2').value]") == ["0", "1"]
+    assert browser.log() == []
+
+
 def test_a_click_on_a_row_chooses_its_layer(browser, demo) -> None:
     browser.open(demo)
     browser.run("document.querySelector('#plot-values').scrollIntoView({block: 'center', behavior: 'instant'})")
@@ -302,7 +319,8 @@ def test_commands_are_copied_as_they_are_typed(browser, demo) -> None:
     browser.screen(360, 740, phone=True)
     browser.open(demo)
     copied = browser.run(
-        "getSelection().selectAllChildren(document.querySelector('.commands')); return getSelection().toString()"
+        "getSelection().selectAllChildren(document.querySelector('#provenance .commands'));"
+        "return getSelection().toString()"
     )
     lines = copied.strip().split("\n")
     assert [line.split(" ")[:2] for line in lines] == [["shape-moe", verb] for verb in ("trace", "select", "prune")]

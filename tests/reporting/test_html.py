@@ -402,6 +402,21 @@ def test_a_trace_drawn_beside_held_out_examples_has_no_command_but_says_so(tmp_p
     assert f"Split {sentence}." in page_of(Material("t", trace=merged))[2].words
 
 
+def test_what_a_sweep_recommends_is_made_again_by_the_sweep(tmp_path) -> None:
+    whole = full_material(tmp_path)
+    place = whole.sweep.points.index(whole.sweep.point_of(whole.selection))
+    chosen = replace(whole, sweep=replace(whole.sweep, recommended=place), evaluation=None)
+    source = {"data": "tasks.jsonl", "content_hash": "sha256:1"}
+    traced = replace(chosen, trace=replace(whole.trace, info=replace(whole.trace.info, source=source)))
+    assert commands(traced) == [
+        "shape-moe trace org/model --data tasks.jsonl -o traces/gsm8k",
+        "shape-moe sweep Qwen/Qwen3-30B-A3B --trace traces/gsm8k --max-kl 0.1 -o sweeps/gsm8k",
+        "shape-moe prune org/model --selection sweeps/gsm8k/recommended.json -o pruned",
+    ]
+    another = replace(traced, sweep=replace(traced.sweep, recommended=None))
+    assert [words.split()[1] for words in commands(another)] == ["trace", "select", "prune", "sweep"]
+
+
 def test_results_without_a_command_print_none(tmp_path) -> None:
     whole = full_material(tmp_path)
     silent = MadeWith(0, {}, "")

@@ -85,7 +85,7 @@ def test_the_score_of_a_trace_is_its_classes_joined(scorer) -> None:
         found = score_trace(trace, scorer, ScoreOptions(by_layer=by_layer))
         np.testing.assert_allclose(found.values, naive_joined(alone, by_layer=by_layer), rtol=1e-12)
         assert found.joined
-        np.testing.assert_array_equal(found.activations, trace.sums("tokens"))
+        np.testing.assert_array_equal(found.activations, trace.sums("tokens", scorers()[scorer].weights))
 
 
 def test_layers_are_shares_for_coverage_and_uniform_and_the_model_for_global() -> None:

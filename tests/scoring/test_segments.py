@@ -11,7 +11,8 @@ from shape_moe.scoring.registry import ScoreOptions, scorers
 from shape_moe.scoring.scores import score_trace
 from shape_moe.scoring.shape import shape_values
 from shape_moe.tracing.coalitions import CoalitionTable
-from shape_moe.tracing.trace import SegmentWeights, Trace
+from shape_moe.tracing.token_weights import SegmentWeights
+from shape_moe.tracing.trace import Trace
 from support import brute_force
 from support.data import synthetic_trace
 
@@ -38,15 +39,18 @@ def only(trace: Trace, segment: int) -> Trace:
     return replace(trace, statistics=statistics, coalitions=coalitions)
 
 
+ALIKE = ScoreOptions(SegmentWeights())
+
+
 @pytest.mark.parametrize("name", SCORERS)
 @pytest.mark.parametrize("segment", [PROMPT, RESPONSE])
 def test_a_weight_of_zero_leaves_a_segment_out(trace, name, segment) -> None:
     weights = SegmentWeights(prompt=float(segment == PROMPT), response=float(segment == RESPONSE))
     found = score_trace(trace, name, ScoreOptions(weights))
-    expected = score_trace(only(trace, segment), name)
+    expected = score_trace(only(trace, segment), name, ALIKE)
     np.testing.assert_allclose(found.values, expected.values, rtol=1e-12)
     np.testing.assert_allclose(found.activations, expected.activations, rtol=1e-12)
-    assert not np.allclose(expected.values, score_trace(only(trace, 1 - segment), name).values)
+    assert not np.allclose(expected.values, score_trace(only(trace, 1 - segment), name, ALIKE).values)
 
 
 @pytest.mark.parametrize(("prompt", "response"), [(0.25, 2.0), (3.0, 1.0), (1.0, 0.5)])
@@ -62,7 +66,7 @@ def test_shape_values_are_those_of_weighted_counts(trace, prompt, response) -> N
 
 @pytest.mark.parametrize("name", [name for name in SCORERS if name not in {"shape", "reap", "reap-received"}])
 def test_sums_are_linear_in_the_weights(trace, name) -> None:
-    prompt, response = (score_trace(only(trace, segment), name).values for segment in (PROMPT, RESPONSE))
+    prompt, response = (score_trace(only(trace, segment), name, ALIKE).values for segment in (PROMPT, RESPONSE))
     both = score_trace(trace, name, ScoreOptions(SegmentWeights(0.25, 2.0))).values
     np.testing.assert_allclose(both, 0.25 * prompt + 2.0 * response, rtol=1e-9, atol=1e-12 * np.abs(both).max())
 
@@ -85,6 +89,6 @@ def test_halves_are_even_and_odd_folds(trace) -> None:
         np.testing.assert_allclose(part.sums("gram_relative"), pairs, rtol=1e-12)
         for layer, table in part.coalitions.items():
             tokens = np.zeros(9)
-            np.add.at(tokens, table.members, table.weighted(1, 1)[:, None])
+            np.add.at(tokens, table.members, table.weighted()[:, None])
             np.testing.assert_array_equal(tokens, part.sums("tokens")[trace.info.layers.index(layer)])
-            assert (table.weighted(1, 1) > 0).all()
+            assert (table.weighted() > 0).all()

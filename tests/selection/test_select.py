@@ -20,7 +20,7 @@ from shape_moe.selection.method import Method
 from shape_moe.selection.rules import bisection_budget, coverage_priority
 from shape_moe.selection.select import SelectOptions, check_feasible, select_from_scores, select_from_trace
 from shape_moe.selection.stability import stability
-from shape_moe.tracing.trace import SegmentWeights
+from shape_moe.tracing.token_weights import SegmentWeights
 from support.data import synthetic_trace
 
 

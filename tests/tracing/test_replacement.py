@@ -17,7 +17,8 @@ from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.scoring.scores import score_trace
 from shape_moe.selection.selection import Selection, whole_selection
 from shape_moe.tracing.replacement import WiderChoice, next_ids_and_weights
-from shape_moe.tracing.trace import PredictingWeights, Trace
+from shape_moe.tracing.token_weights import PredictingWeights
+from shape_moe.tracing.trace import Trace
 from shape_moe.tracing.transformers_model import ModelTracer
 from support.data import make_examples, trace_model
 from support.naive_replacement import naive_replacement

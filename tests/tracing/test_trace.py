@@ -15,7 +15,8 @@ from shape_moe.errors import CheckpointError, FingerprintError, UsageError
 from shape_moe.scoring.scores import score_trace
 from shape_moe.tracing.coalitions import COUNT_COLUMNS, tabulate
 from shape_moe.tracing.statistics import statistics as all_statistics
-from shape_moe.tracing.trace import SegmentWeights, load_trace, merge_traces
+from shape_moe.tracing.token_weights import SegmentWeights
+from shape_moe.tracing.trace import load_trace, merge_traces
 from support.data import make_examples, synthetic_trace, trace_model
 from support.tiny_models import make_model
 
@@ -188,5 +189,7 @@ def test_tabulate_counts_every_token_once() -> None:
     together = tabulate(members, segments, folds, predicting)
     np.testing.assert_array_equal(table.pooled().members, together.members)
     np.testing.assert_array_equal(table.pooled().counts, together.counts)
-    np.testing.assert_array_equal(table.weighted(1, 1), table.counts[:, 0] + table.counts[:, 1])
-    np.testing.assert_allclose(table.weighted(0.5, 2), 0.5 * table.counts[:, 0] + 2 * table.counts[:, 1])
+    np.testing.assert_array_equal(table.weighted(), table.counts[:, 0] + table.counts[:, 1])
+    np.testing.assert_allclose(
+        table.weighted(SegmentWeights(0.5, 2)), 0.5 * table.counts[:, 0] + 2 * table.counts[:, 1]
+    )

@@ -18,7 +18,8 @@ from shape_moe.scoring.scores import score_trace
 from shape_moe.selection.method import Method
 from shape_moe.selection.rules import rules
 from shape_moe.selection.select import SelectOptions, select_from_trace
-from shape_moe.tracing.trace import PredictingWeights, SegmentWeights, Trace, load_trace, merge_traces
+from shape_moe.tracing.token_weights import PredictingWeights, SegmentWeights
+from shape_moe.tracing.trace import Trace, load_trace, merge_traces
 from support.data import synthetic_trace
 
 RELEASED = Path(__file__).parent / "released"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +13,16 @@ _SYSTEM = Path("/")
 def host_memory(root: Path = _SYSTEM) -> int:
     """Bytes that this process may still take.
 
-    What the machine has free, within the limits of the process's control groups (containers) and of ``ulimit``.
+    What the machine has free, within the limits of the process's control groups (containers) and of ``ulimit``; of
+    several processes that ``torchrun`` has started here, each has its part.
 
     Args:
         root: where ``/proc`` and ``/sys`` lie.
     """
     import psutil
 
-    return max(0, min([int(psutil.virtual_memory().available), *_left_in_groups(root), *_left_of_limits()]))
+    found = max(0, min([int(psutil.virtual_memory().available), *_left_in_groups(root), *_left_of_limits()]))
+    return found // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def give_back_free_memory() -> None:

@@ -317,7 +317,7 @@ def _place(model: str | os.PathLike[str], revision: str | None) -> Path:
 
 def _download(model: str, revision: str | None) -> tuple[Path, str | None]:
     if looks_like_path(model) or model.count("/") > 1:
-        raise CheckpointError(f"There is no model folder {model}.")
+        raise CheckpointError(f"There is not a model folder {model}.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -367,7 +367,7 @@ def _read_indexed(path: Path, index: dict[str, Any]) -> dict[str, TensorSlot]:
 def _shard_name(path: Path, shard: Any) -> str:
     if not isinstance(shard, str) or not shard.isprintable() or len(shard.encode(errors="replace")) > 255:
         shown = repr(shard)
-        raise CheckpointError(f"{path / INDEX_FILE} names {shown[:60]}, which is no file name.")
+        raise CheckpointError(f"{path / INDEX_FILE} names {shown[:60]}, which is not a file name.")
     if Path(shard).name != shard:
         raise CheckpointError(f"{path / INDEX_FILE} points outside the model folder: {shard!r}.")
     return shard

@@ -15,7 +15,7 @@ from shape_moe.architectures.gguf_file import is_gguf
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.choice_flags import ScoreFlags, SelectFlags
 from shape_moe.cli.console import plain_table, show_commands
-from shape_moe.cli.data_flags import DataFlags
+from shape_moe.cli.data_flags import DataFlags, KeepAlsoFlag
 from shape_moe.cli.estimates import kl, points
 from shape_moe.cli.flag_groups import changed_flags
 from shape_moe.cli.flags import (
@@ -54,8 +54,9 @@ HELPS = {
     "samples": f"Calibrate with at most this many records. Default: {PAPER_SAMPLES}, or "
     f"{DEFAULT_SAMPLES} where candidates are judged.",
     "scorer": "How experts are valued (shape-moe score --list explains them); auto tries several and judges them.",
-    "max_kl": "Instead of --keep: keep as few as stay within this KL divergence to the dense model, in nats per token.",
-    "max_drop": "Instead of --keep: keep as few as lose no more of their exact match than this (1% or 0.01, say).",
+    "max_kl": "Instead of --keep: keep as few as stay within this KL divergence to the dense model (how much its "
+    "predictions change), in nats per token.",
+    "max_drop": "Instead of --keep: keep as few as lose no more right answers than this, such as 1% or 0.01.",
     "held_out": "Judge candidates (of --scorer auto, --max-kl or --max-drop) by these examples. Default: a share of "
     "--data.",
     "held_out_samples": f"Judge by at most this many examples. Default: {HELD_OUT_SAMPLES} with a limit, else "
@@ -94,6 +95,7 @@ def prune(
         ),
     ],
     data: DataFlags,
+    general: KeepAlsoFlag,
     select: SelectFlags,
     score: ScoreFlags,
     limits: LimitFlags,
@@ -117,8 +119,7 @@ def prune(
     selection: Annotated[
         Path | None,
         typer.Option(
-            help="Start from this selection: nothing is left to trace or to choose, and --data gives examples to "
-            "judge by."
+            help="Start from this selection: only write and check the checkpoint; --data gives examples to judge by."
         ),
     ] = None,
     preset: Annotated[
@@ -130,11 +131,12 @@ def prune(
     ] = None,
     no_judge: Annotated[bool, typer.Option("--no-judge", help="Do not judge the pruned model at the end.")] = False,
     no_general: Annotated[
-        bool, typer.Option("--no-general", help="Leave general prompts out: what was forgotten off the task.")
+        bool,
+        typer.Option("--no-general", help="Ask no general prompts, which show what was forgotten besides the task."),
     ] = False,
     judge_minutes: Annotated[
         float,
-        typer.Option(metavar="MINUTES", help="Judge less of what would take longer than this."),
+        typer.Option(metavar="MINUTES", help="Judge only a part of the examples if all would take longer than this."),
     ] = MINUTES,
     require: Annotated[
         str | None,
@@ -144,7 +146,8 @@ def prune(
         ),
     ] = None,
     no_logits: Annotated[
-        bool, typer.Option("--no-logits", help="Compare tensors only, not logits; writes no canary.")
+        bool,
+        typer.Option("--no-logits", help="Do not compare logits, and record no answers for later checks (the canary)."),
     ] = False,
 ) -> None:
     """Trace a task set, choose experts, and write a checkpoint without the others.
@@ -168,13 +171,14 @@ def prune(
         raise UsageError(
             f"{named} has no effect without --scorer auto, --max-kl or --max-drop: only these judge candidates."
         )
-    _refuse_ignored(data, *typed, judged_by, trace, selection, chooses=choice is not None, judge=not no_judge)
+    given = (data, general, *typed, judged_by)
+    _refuse_ignored(*given, trace, selection, chooses=choice is not None, judge=not no_judge)
     if preset == "paper":
         score = replace(score, pool_classes=True)
     most = memory.most_keep(model, hub.revision)
     if most is not None:
         talk.note(
-            f"Keep {most:.4f} is the most that fits {memory.fit}."
+            f"A keep rate of {most:.4f} is the most that fits {memory.fit}."
             if most < 1
             else f"The unpruned model already fits {memory.fit}: nothing has to be removed."
         )
@@ -187,7 +191,7 @@ def prune(
     asked = 1.0 if limit is not None else keep
     options = PruneOptions(
         select=select.options(asked, score, seed.seed) if asked is not None else None,
-        trace=data.options(run, seed.seed, samples) if reads_data else None,
+        trace=replace(data.options(run, seed.seed, samples), keep_also=general.groups()) if reads_data else None,
         device=run.device,
         dtype=run.dtype,
         trust_remote_code=run.trust_remote_code,
@@ -207,7 +211,7 @@ def prune(
         talk.warn(note)
     talk.result(_document(result), lambda console: _show(console, result))
     if result.rejected:
-        talk.warn(f"The model is not what --require {require} asks for; it stands in {result.path}.")
+        talk.warn(f"The model does not meet --require {require}; it was left in {result.path}.")
         raise typer.Exit(REJECTED)
 
 
@@ -267,6 +271,7 @@ def _check_target(target: str | None, selection: Selection) -> None:
 
 def _refuse_ignored(
     data: DataFlags,
+    general: KeepAlsoFlag,
     select: SelectFlags,
     score: ScoreFlags,
     judged_by: HeldOutFlags,
@@ -285,6 +290,8 @@ def _refuse_ignored(
         raise UsageError("--trace and --selection exclude each other; give one of them.")
     if trace is None and selection is None:
         return
+    if general.keep_also:
+        raise UsageError("--keep-also has no effect on a finished trace or selection: give it to shape-moe trace.")
     if chooses and selection is None:
         data.refuse_unread(judged_by.held_out)
         return

@@ -18,6 +18,17 @@ from shape_moe.scoring.registry import scorers
 from shape_moe.scoring.scores import Scores
 from shape_moe.workspace import check_output_file, write_text
 
+FIRST = {
+    "scorer": "How experts are valued.",
+    "list_scorers": "",
+    "csv": "Write every value into this CSV file.",
+    "top": "Show this many experts per layer.",
+    "force": "Replace an earlier result.",
+    "as_json": "Print one JSON object on stdout.",
+    "quiet": "No progress and no notes.",
+}
+"""What --help shows, shortly; --help-all shows the rest."""
+
 
 def score(
     flags: ScoreFlags,

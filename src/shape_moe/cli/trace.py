@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import shape_moe
-from shape_moe.cli.data_flags import DataFlags
+from shape_moe.cli.data_flags import DataFlags, KeepAlsoFlag
 from shape_moe.cli.flags import (
     RUN_PANEL,
     ForceFlag,
@@ -24,6 +24,8 @@ from shape_moe.cli.flags import (
 )
 from shape_moe.cli.values import parse_values
 from shape_moe.jobs.session import DEFAULT_SAMPLES
+from shape_moe.progress import SILENT
+from shape_moe.tracing.ranks import Ranks
 from shape_moe.tracing.trace import Trace
 
 HELPS = {"samples": f"Use at most this many records. Default: {DEFAULT_SAMPLES}."}
@@ -49,6 +51,7 @@ def trace(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--output", "-o", metavar="TRACE", help="Folder for the trace.")],
     data: DataFlags,
+    general: KeepAlsoFlag,
     hub: RevisionFlag,
     run: LoadFlags,
     seed: SeedFlag,
@@ -57,7 +60,11 @@ def trace(
     stream: StreamFlag,
     engine: Annotated[
         str,
-        typer.Option(help="transformers (all statistics) or vllm (coalitions and counts).", rich_help_panel=RUN_PANEL),
+        typer.Option(
+            help="transformers (records everything) or vllm (records which experts served each token; enough for "
+            "scorers shape and frequency).",
+            rich_help_panel=RUN_PANEL,
+        ),
     ] = "transformers",
     engine_arg: Annotated[
         list[str] | None,
@@ -72,15 +79,19 @@ def trace(
 
     Example: shape-moe trace ./Qwen3-30B-A3B --data gsm8k-train.jsonl -o traces/gsm8k
     """
-    talk = output.output()
+    talk, leads = output.output(), Ranks.of_this_run().leads
     options = replace(
         data.options(run, seed.seed, DEFAULT_SAMPLES),
         stream=stream.stream,
+        keep_also=general.groups(),
         engine=engine,
         engine_args=parse_values(engine_arg, "--engine-arg"),
     )
     talk.begin("Checking the model and the examples ...")
-    result = shape_moe.trace(model, options, out, revision=hub.revision, force=force.force, progress=talk)
+    progress = talk if leads else SILENT
+    result = shape_moe.trace(model, options, out, revision=hub.revision, force=force.force, progress=progress)
+    if not leads:
+        return
     skipped = result.info.source.get("skipped") or {}
     if skipped:
         talk.warn(f"{len(skipped)} records were skipped; the first: {next(iter(skipped.values()))}")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 SOURCE = "general prompts"
 ANSWER_TOKENS = 64
 """Answers are cut off after so many tokens: enough to see a loop."""
+LANGUAGES = ("german", "french", "spanish", "chinese", "japanese")
 _SHOWN = 300
 
 
@@ -53,9 +54,24 @@ def general_records(groups: Sequence[str] | None = None) -> list[Record]:
     known = prompts()
     unknown = sorted(set(groups or ()) - set(known))
     if unknown:
-        raise UsageError(f"There is no group {unknown[0]!r} of general prompts; there are {', '.join(known)}.")
+        raise UsageError(
+            f"There is no group {unknown[0]!r} of general prompts; there are {', '.join(known)} and languages."
+        )
     asked = [(group, prompt) for group, texts in known.items() if groups is None or group in groups for prompt in texts]
     return [Record(i, f"{SOURCE}, {group}", prompt=prompt, group=group) for i, (group, prompt) in enumerate(asked)]
+
+
+def group_names(given: Sequence[str]) -> tuple[str, ...]:
+    """Groups as people name them: in any case, and ``languages`` for the five of them.
+
+    Raises:
+        UsageError: for a group that does not exist.
+    """
+    names: list[str] = []
+    for name in given:
+        names += LANGUAGES if name.strip().lower() == "languages" else (name.strip().lower(),)
+    general_records(names)
+    return tuple(dict.fromkeys(names))
 
 
 def kept_groups(seen: SeenPrompts) -> frozenset[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import floor
 from typing import Any
@@ -181,8 +181,10 @@ def free_answers(answers: Sequence[Compared], exact: Any, limit: int, ids: dict[
     )
 
 
-def what_was_forgotten(records: Sequence[Record], dense: Sequence[Compared], pruned: Sequence[Compared]) -> Forgotten:
-    """What became of general prompts."""
+def what_was_forgotten(
+    records: Sequence[Record], dense: Sequence[Compared], pruned: Sequence[Compared], *, kept: Collection[str] = ()
+) -> Forgotten:
+    """What became of general prompts; ``kept`` are the groups that were calibrated with."""
     ids: dict[str, int] = {}
     sides = [free_answers(side, np.zeros(len(side)), 0, ids) for side in (dense, pruned)]
     sums = sums_of([Asked(record) for record in records], pruned, dense)
@@ -192,7 +194,7 @@ def what_was_forgotten(records: Sequence[Record], dense: Sequence[Compared], pru
     ]
     groups = [record.group or "" for record in records]
     looped = sides[0].looped, sides[1].looped
-    return by_group(groups, shown, sums.kl, measured_tokens(pruned), looped, kl_is_bound=True)
+    return by_group(groups, shown, sums.kl, measured_tokens(pruned), looped, kept=kept, kl_is_bound=True)
 
 
 def truncation(answers: Sequence[Compared], top: int) -> str:

@@ -36,7 +36,7 @@ from shape_moe.scoring.registry import get_scorer
 from shape_moe.selection.method import Method, check_routing
 from shape_moe.selection.rules import get_rule
 from shape_moe.selection.select import SelectOptions
-from shape_moe.tracing.trace import SegmentWeights
+from shape_moe.tracing.token_weights import token_weights
 from shape_moe.units import share_from
 
 _RANDOM = "random"
@@ -64,8 +64,10 @@ class _Grid:
     routings: list[str] = field(default_factory=lambda: ["drop"])
     random_seeds: list[int] | None = None
     seed: int = 0
-    prompt_weight: float = 1.0
-    response_weight: float = 1.0
+    prompt_weight: float | None = None
+    response_weight: float | None = None
+    predicting_weight: float | None = None
+    other_weight: float | None = None
     pool_classes: bool = False
     output: str | None = None
 
@@ -115,7 +117,14 @@ class _Reader:
         with top.naming("routings"):
             routings = tuple(check_routing(routing) for routing in grid.routings)
         with top.naming():
-            weights = SegmentWeights(grid.prompt_weight, grid.response_weight)
+            weights = token_weights(
+                {
+                    "prompt": grid.prompt_weight,
+                    "response": grid.response_weight,
+                    "predicting": grid.predicting_weight,
+                    "other": grid.other_weight,
+                }
+            )
         return ExperimentConfig(
             models=models,
             calibration=calibration,

@@ -80,7 +80,7 @@ def coalitions_text(trace: Trace) -> str:
     document = {
         str(layer): {
             ",".join(map(str, members)): count
-            for members, count in zip(table.members.tolist(), table.weighted(1, 1).tolist(), strict=True)
+            for members, count in zip(table.members.tolist(), table.weighted().tolist(), strict=True)
         }
         for layer, table in ((layer, table.pooled()) for layer, table in trace.coalitions.items())
     }

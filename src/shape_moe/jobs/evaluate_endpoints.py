@@ -196,7 +196,7 @@ class _Run:
         answers = self._ask("Asking the servers", [one.record for one in self.asked], room)
         prompts = tool_check.tool_prompts(self.records)
         offered = self._ask("Offering tools", [prompt.record for prompt in prompts], tool_check.ANSWER_TOKENS)
-        general = self._general_records() if options.general else []
+        general = forgotten.general_records() if options.general else []
         answered = self._ask("General prompts", general, forgotten.ANSWER_TOKENS)
         models = [Evaluated(self.names[0], "endpoint", None, None)]
         for place, name in enumerate(self.names[1:], start=1):
@@ -208,7 +208,8 @@ class _Run:
             found.verdict = self._verdict([both[0] for both in answers], [both[place] for both in answers], calls, room)
             if general:
                 sides = [both[0] for both in answered], [both[place] for both in answered]
-                found.forgotten = what_was_forgotten(general, *sides)
+                kept = forgotten.kept_groups(self.seen) if self.seen is not None else ()
+                found.forgotten = what_was_forgotten(general, *sides, kept=kept)
             models.append(found)
         return Evaluation(
             model=self.names[0],
@@ -223,10 +224,6 @@ class _Run:
             made_with=MadeWith.now(options.seed),
         )
 
-    def _general_records(self) -> list[Record]:
-        found = forgotten.general_records()
-        return [record for record in found if self.seen is None or record not in self.seen]
-
     def _verdict(
         self, dense: list[Compared], pruned: list[Compared], calls: dict[int, ToolExample], room: int
     ) -> Verdict:
@@ -237,7 +234,7 @@ class _Run:
         left_out = {i for i, record in enumerate(self.records) if self.seen is not None and record in self.seen}
         notes = [truncation(pruned, self.options.top_logprobs)]
         if self.seen is None:
-            notes.append("Whether calibration has seen the examples is not known without its trace (--trace).")
+            notes.append("Without its trace (--trace) it is not known whether calibration has seen these examples.")
         return conclude_over(
             [record.group for record in self.records],
             theirs,

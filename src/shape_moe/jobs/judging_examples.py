@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePath
 from typing import Any
 
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.example_maker import options_of
 from shape_moe.calibration.parts import Parts, three_parts
 from shape_moe.calibration.reading import load_records
-from shape_moe.calibration.records import DataOptions, Record
+from shape_moe.calibration.records import DataOptions, Record, short_name
 from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.errors import DataError
 from shape_moe.jobs.held_out import fresh_records
@@ -85,7 +84,9 @@ def _reading(trace: Trace) -> list[ExampleOptions]:
             raise DataError(f"The trace was made from records in memory. {OTHERS}.")
         if not source.get("data"):
             raise DataError(f"The trace does not say where its examples are. {OTHERS}.")
-        read = ExampleOptions(*options_of(source))
+        data, tokens, answers = options_of(source)
+        data = replace(data, stratify=source.get("stratify"), label=source.get("label"))
+        read = ExampleOptions(data, tokens, answers)
         if read not in found:
             found.append(read)
     return found
@@ -137,7 +138,7 @@ def _class_names(sources: Sequence[DataOptions]) -> list[str | None]:
     """What the classes of several sources are called: short names, where those tell them apart."""
     if len(sources) == 1:
         return [None]
-    short = [PurePath(data.source).name.partition(".")[0] or data.name for data in sources]
+    short = [short_name(data.source) for data in sources]
     return [name if short.count(name) == 1 else data.name for name, data in zip(short, sources, strict=True)]
 
 
@@ -162,4 +163,4 @@ def session_for(given: ExampleOptions, snapshot: Snapshot, progress: Progress) -
         ShapeMoeError: when the model, its tokenizer or the examples cannot be used.
     """
     first = load_records(replace(given.data, samples=1), progress)
-    return ModelSession.open(snapshot, given, None, progress, first)
+    return ModelSession.open(snapshot, replace(given, keep_also=()), None, progress, first)

@@ -243,7 +243,7 @@ def _open_inputs(
     elif options.trace is not None:
         records = None
         if options.judgement is not None:
-            run.parts = set_aside(options.trace.data, options.judgement, give_up=False)
+            run.parts = set_aside(options.trace.data, options.judgement, give_up=False, progress=run.progress)
             records = run.parts.calibration
         run.session = ModelSession.open(snapshot, options.trace, None, run.progress, records)
 

@@ -23,13 +23,16 @@ from shape_moe.calibration.records import DataOptions, Record
 from shape_moe.calibration.responses import generate_answers
 from shape_moe.calibration.sources import Data
 from shape_moe.errors import ShapeMoeError, UsageError
-from shape_moe.jobs.way import STREAM, WAYS, check_answers_fit, check_live, check_way, choose_way
+from shape_moe.evaluation.forgotten import group_names
+from shape_moe.jobs.keep_also import with_general
+from shape_moe.jobs.way import STREAM, WAYS, check_answers_fit, check_live, check_shared, check_way, choose_way
 from shape_moe.made_with import versions
 from shape_moe.progress import Progress
 from shape_moe.traced_files import traced_files
 from shape_moe.tracing.classes import NO_CLASS, check_classes
 from shape_moe.tracing.custom_code import check_traceable
 from shape_moe.tracing.engine import Engine, Work, check_engine, get_engine
+from shape_moe.tracing.ranks import Ranks
 from shape_moe.tracing.trace import Trace, TraceInfo
 
 if TYPE_CHECKING:
@@ -54,6 +57,8 @@ class ExampleOptions:
         engine: what fills a trace: ``transformers`` (every statistic), ``vllm`` (coalitions and counts; for models of
             several GPUs), or one that another package registers.
         engine_args: further arguments of the engine, for vLLM those of ``vllm.LLM`` such as ``tensor_parallel_size``.
+        keep_also: groups of general prompts (see :mod:`shape_moe.evaluation.forgotten`) to calibrate with as well, each
+            a class of its own; the model answers them.
         replacement: run the router's next choice as well, one more expert for every token, for scorer ``replacement``.
 
     Raises:
@@ -70,9 +75,11 @@ class ExampleOptions:
     engine: str = "transformers"
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     replacement: bool = True
+    keep_also: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_engine(self.engine, self.engine_args)
+        object.__setattr__(self, "keep_also", group_names(self.keep_also))
         check_way(self.engine, self.stream)
         if self.answers.skip_bad and not self.data.skip_bad:
             object.__setattr__(self, "data", replace(self.data, skip_bad=True))
@@ -103,6 +110,7 @@ class ModelSession:
         records: the calibration records, None to load those that the options name.
 
     Attributes:
+        ranks: the processes that share the calibration set.
         source_notes: what a trace says of its source beside what its records say.
     """
 
@@ -115,6 +123,8 @@ class ModelSession:
         progress: Progress,
         records: list[Record] | None = None,
     ) -> None:
+        self.ranks = Ranks.of_this_run()
+        options = replace(options, device=self.ranks.device(options.device))
         self.snapshot, self._model, self.options, self.progress = snapshot, model, options, progress
         config = snapshot.config if snapshot else model.config.to_dict()  # type: ignore[union-attr]  # one is there
         tokeniser = tokeniser_of(tokenizer, config, options.tokens)
@@ -123,7 +133,7 @@ class ModelSession:
         loaded = load(options.data, progress) if records is None else None
         self._files = traced_files(snapshot.path) if snapshot else None
         skipped = loaded.skipped if loaded else {}
-        found = loaded.records if loaded else records or []
+        found = with_general(loaded.records if loaded else records or [], options.keep_also, options.data)
         check_classes({record.group or NO_CLASS for record in found})
         self.calibrator = ExampleMaker(found, tokeniser, options.data, options.answers, progress, skipped)
 
@@ -205,8 +215,11 @@ class ModelSession:
         """Answer, tokenise and trace, as part of a larger job; see :meth:`trace`.
 
         Raises:
-            UsageError: for an engine that leaves no model in this process for the rest of the job.
+            UsageError: for an engine that leaves no model in this process for the rest of the job, and for several
+                processes.
         """
+        if self.ranks.count > 1:
+            raise UsageError("Only a trace by itself is shared by several processes (torchrun): make it with trace.")
         if not self.engine.shares_model:
             raise UsageError(
                 f"Only a trace by itself is made with {self.engine.name}: make it with `shape-moe trace --engine "
@@ -226,6 +239,7 @@ class ModelSession:
             model=lambda: self.model,
             answerer=self.answerer,
             examples=self.calibrator,
+            ranks=self.ranks,
             describe=self.info,
             release=self.unload,
             device=self.options.device,
@@ -234,7 +248,8 @@ class ModelSession:
             progress=self.progress,
             replacement=self.options.replacement,
         )
-        return self._chosen_engine(folder).open(work).fill(folder)
+        check_shared(self.options, self.ranks)
+        return self.ranks.merged(self._chosen_engine(folder).open(work).fill(folder))
 
     def _chosen_engine(self, folder: Path | None) -> Engine:
         """What fills the trace: of the ways to run a Transformers model, the one that was asked for or fits.
@@ -265,7 +280,7 @@ class ModelSession:
         Raises:
             ShapeMoeError: when the whole model does not fit into memory.
         """
-        if self._model is None and self.snapshot is not None:
+        if self._model is None and self.snapshot is not None and self.options.stream is not False:
             check_answers_fit(self.snapshot, self.options, len(self.calibrator.open))
         return partial(generate_answers, self.model, batch_size=self.options.answers.batch_size)
 

@@ -47,16 +47,19 @@ def trace(
         force: replace an existing trace at ``out``.
         progress: where to show progress.
 
+    Under ``torchrun`` the first process writes the trace; the others get back what they have made of it.
+
     Raises:
         ShapeMoeError: when something is wrong with the model, the data or the options; the message says what to do.
     """
     options = as_example_options(data, DEFAULT_SAMPLES)
     session = ModelSession.open(model, options, tokenizer, progress, revision=revision)
-    if out is None:
+    if out is None or not session.ranks.leads:
         return session.trace(None)
     inputs: list[str | PathLike[str]] = [*options.data.files, *([session.snapshot.path] if session.snapshot else [])]
     with Workspace(out, {"verb": "trace", **session.job()}, force=force, inputs=inputs) as work:
-        if not (work.path / "trace.json").is_file():  # it is written last
+        # trace.json is written last; other processes wait for this one to begin
+        if session.ranks.count > 1 or not (work.path / "trace.json").is_file():
             session.trace(work.path).save(work.path)
         remove_unfinished(work.path)
         (work.path / ANSWERS_FILE).unlink(missing_ok=True)

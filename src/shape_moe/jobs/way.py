@@ -11,6 +11,7 @@ from shape_moe.architectures.loading import free_memory, loaded_bytes, why_not_l
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.tracing import layer_by_layer, whole_model
+from shape_moe.tracing.ranks import Ranks
 from shape_moe.units import counted, readable_size
 
 if TYPE_CHECKING:
@@ -56,6 +57,18 @@ def check_live(options: ExampleOptions) -> None:
         raise UsageError("A live model is in memory already; give its folder to trace it layer by layer.")
 
 
+def check_shared(options: ExampleOptions, ranks: Ranks) -> None:
+    """Refuse to share what cannot be shared.
+
+    Raises:
+        UsageError: for another engine than Transformers, and where examples may be left out.
+    """
+    if ranks.count > 1 and options.engine not in WAYS:
+        raise UsageError(f"--engine {options.engine} has processes of its own: start it without torchrun.")
+    if ranks.count > 1 and options.answers.skip_bad:
+        raise UsageError("--skip-bad does not go with torchrun: one process does not know what another leaves out.")
+
+
 def choose_way(snapshot: Snapshot, options: ExampleOptions, folder: Path | None, *, loaded: bool) -> Way:
     """Whole or layer by layer: as asked, as an interrupted run began, or by free memory.
 
@@ -69,7 +82,7 @@ def choose_way(snapshot: Snapshot, options: ExampleOptions, folder: Path | None,
     if asked is not None:
         return Way(STREAM if asked else WHOLE)
     if layer_by_layer.is_unfinished(folder):
-        return Way(STREAM, "Going on layer by layer, as the interrupted run began.")
+        return Way(STREAM, "Continuing layer by layer, as the interrupted run began.")
     if loaded or whole_model.is_unfinished(folder):
         return Way(WHOLE)
     sizes = (

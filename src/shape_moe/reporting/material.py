@@ -21,7 +21,8 @@ from shape_moe.reporting.opening import Opening, short_name
 from shape_moe.scoring.scores import Scores
 from shape_moe.selection.agreement import scoring_of
 from shape_moe.selection.selection import Selection
-from shape_moe.tracing.trace import SegmentWeights, Trace
+from shape_moe.tracing.token_weights import TokenWeights
+from shape_moe.tracing.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,8 @@ class Material:
         return Opening.of(self.model or f"./{self.source}", self.selection, sizes, samples, self.verdict)
 
     @property
-    def weights(self) -> SegmentWeights:
-        """How much prompt and response tokens counted."""
+    def weights(self) -> TokenWeights | None:
+        """How much tokens counted; None where every scorer has its own weights."""
         return scoring_of(self.selection).weights
 
     @cached_property

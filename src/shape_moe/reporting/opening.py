@@ -12,6 +12,7 @@ from shape_moe.evaluation.evaluated import Evaluated
 from shape_moe.evaluation.verdict import Verdict, Word
 from shape_moe.selection.method import PUBLISHED, PUBLISHED_SAMPLES, Method
 from shape_moe.selection.selection import Selection
+from shape_moe.tracing.token_weights import SegmentWeights, token_weights
 from shape_moe.units import counted, readable_share, readable_size
 
 _STEPS = 20
@@ -56,10 +57,10 @@ def full_method(selection: Selection, samples: int | None) -> str:
 def _unconstrained(selection: Selection) -> bool:
     """Whether nothing but the budget decided which experts stay, with all tokens counted alike."""
     rules = selection.constraints
-    weights = {selection.options.get(segment, 1.0) for segment in ("prompt", "response")}
+    alike = token_weights(selection.options) in (None, SegmentWeights())
     free = not rules.get("skip_layers") and not rules.get("protect") and rules.get("multiple_of", 1) == 1
     pooled = len(selection.classes) < 2 or selection.pooled
-    return free and pooled and weights == {1.0}
+    return free and pooled and alike
 
 
 def smaller(before: int, after: int) -> str:

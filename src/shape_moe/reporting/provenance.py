@@ -12,6 +12,7 @@ from shape_moe.calibration.example_maker import SPLIT_KEY, AnswerOptions
 from shape_moe.calibration.presets import PREFIX
 from shape_moe.reporting.figures.figure import percent, sentence
 from shape_moe.reporting.material import Material
+from shape_moe.selection.agreement import scoring_of
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import TraceInfo
 from shape_moe.units import readable_share
@@ -126,17 +127,28 @@ def _sources(info: TraceInfo) -> list[Mapping[str, Any]]:
 
 def commands(material: Material) -> list[str]:
     """Shell commands that make the artifacts of this report again."""
-    found: list[str] = []
-    model = material.model_word
-    if material.trace is not None:
-        found += _trace_commands(material.trace.info, model)
+    model, sweep = material.model_word, material.sweep
+    traced = _trace_commands(material.trace.info, model) if material.trace is not None else []
+    measured = [result.made_with.command for result in (sweep, material.evaluation) if result is not None]
+    if sweep is not None and sweep.made_with.command and sweep.recommends(material.selection):
+        swept = sweep.made_with.command
+        place = shlex.quote(f"{_value_of(swept, '-o') or 'SWEEP'}/recommended.json")
+        if (trace := _value_of(swept, "--trace")) is not None:
+            traced = [command.replace(" -o trace", f" -o {shlex.quote(trace)}") for command in traced]
+        return [*traced, swept, f"shape-moe prune {model} --selection {place} -o pruned", *filter(None, measured[1:])]
+    found = traced
     if material.selection is not None:
         source = "trace" if material.trace is not None else "values.csv"
         select = _select_command(material.selection, source)
         if select:
             found += [select, f"shape-moe prune {model} --selection selection.json -o pruned"]
-    measured = [result.made_with.command for result in (material.sweep, material.evaluation) if result is not None]
     return [*found, *(command for command in measured if command)]
+
+
+def _value_of(command: str, option: str) -> str | None:
+    """What an option of a command was given, None where it was not."""
+    words = shlex.split(command)
+    return words[words.index(option) + 1] if option in words[:-1] else None
 
 
 def calibration_options(info: TraceInfo) -> str | None:
@@ -213,8 +225,8 @@ def _select_command(selection: Selection, source: str) -> str:
 
 
 def _scoring_options(selection: Selection) -> Facts:
-    weights = {name: selection.options.get(name, 1.0) for name in ("prompt", "response")}
-    options = [(f"--{name}-weight", f"{weight:g}") for name, weight in weights.items() if weight != 1]
+    weights = scoring_of(selection).weights
+    options = [(f"--{name}-weight", f"{weight:g}") for name, weight in weights.flags.items()] if weights else []
     seed = selection.options.get("seed", 0)
     return [("--scorer", selection.scorer), *options, *([("--seed", f"{seed:g}")] if seed else [])]
 

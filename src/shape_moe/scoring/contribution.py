@@ -15,16 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.scoring.registry import ScoreOptions, register
+from shape_moe.tracing.token_weights import PredictingWeights
 from shape_moe.tracing.trace import Trace
 
 
-@register("contribution", needs=("contribution_relative",))
+@register("contribution", needs=("contribution_relative",), weights=PredictingWeights())
 def contribution(trace: Trace, options: ScoreOptions) -> NDArray[np.float64]:
     """Shapley value of each expert's contribution, relative to the residual stream: ``sum_t <a_i, y> / |h|^2``.
 
     Args:
         trace: a trace with contributions.
-        options: factors on prompt and response tokens.
+        options: how much tokens count.
 
     Returns:
         float64 [L, E], without unit; negative where an expert works against the others.
@@ -35,13 +36,13 @@ def contribution(trace: Trace, options: ScoreOptions) -> NDArray[np.float64]:
     return trace.sums("contribution_relative", options.weights)
 
 
-@register("contribution-raw", needs=("contribution",))
+@register("contribution-raw", needs=("contribution",), weights=PredictingWeights())
 def contribution_raw(trace: Trace, options: ScoreOptions) -> NDArray[np.float64]:
     """Shapley value of each expert's contribution: ``sum_t <a_i, y>``.
 
     Args:
         trace: a trace with contributions.
-        options: factors on prompt and response tokens.
+        options: how much tokens count.
 
     Returns:
         float64 [L, E], in squared units of hidden states.

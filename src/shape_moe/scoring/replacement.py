@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.scoring.registry import ScoreOptions, register
+from shape_moe.tracing.token_weights import PredictingWeights
 from shape_moe.tracing.trace import Trace
 
 
-@register("replacement", needs=("replacement",))
+@register("replacement", needs=("replacement",), weights=PredictingWeights())
 def replacement(trace: Trace, options: ScoreOptions) -> NDArray[np.float64]:
     """What the layer's output moves by when the router takes its next choice: ``sum_t |sum_B g' E - y|^2 / |h|^2``.
 
@@ -33,7 +34,7 @@ def replacement(trace: Trace, options: ScoreOptions) -> NDArray[np.float64]:
     return trace.sums("replacement", options.weights)
 
 
-@register("replacement-trained", needs=("replacement",))
+@register("replacement-trained", needs=("replacement",), weights=PredictingWeights())
 def replacement_trained(trace: Trace, options: ScoreOptions) -> NDArray[np.float64]:
     """The same with gate weights that do not grow by what was removed; equal where routers renormalise.
 

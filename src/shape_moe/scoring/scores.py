@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from os import PathLike
 from pathlib import Path
@@ -101,6 +101,7 @@ def score_trace(trace: Trace, scorer: str = "shape", options: ScoreOptions | Non
             f"{what} a trace made by {trace.info.engine} does not hold; "
             "use scorer 'shape' or 'frequency', or trace the model with Transformers."
         )
+    options = replace(options, weights=entry.weights_for(trace, options.weights))
     activations = trace.sums("tokens", options.weights)
     if len(trace.info.classes) == 1 or options.pool_classes or not entry.needs:
         return Scores(scorer, trace.info.layers, _values(entry, trace, options), activations)

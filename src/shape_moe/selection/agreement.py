@@ -8,22 +8,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.architectures.moe_config import RouterFacts
-from shape_moe.scoring.registry import ScoreOptions
+from shape_moe.scoring.registry import ScoreOptions, scorers
 from shape_moe.scoring.scores import Scores
 from shape_moe.selection.rules import rules as known_rules
 from shape_moe.selection.select import SelectOptions, select_from_scores
 from shape_moe.selection.selection import Selection
-from shape_moe.tracing.trace import SegmentWeights
+from shape_moe.tracing.token_weights import token_weights
 
 
 def scoring_of(selection: Selection | None) -> ScoreOptions:
-    """How a selection was scored: segment weights, seed, and what became of classes; defaults where it does not say."""
+    """How a selection was scored: weights, seed, and what became of classes; defaults where it does not say.
+
+    Where the selection's scorer had its own weights, every other scorer has its own too.
+    """
     if selection is None:
         return ScoreOptions()
     options, rule = selection.options, known_rules().get(selection.rule)
-    weights = SegmentWeights(float(options.get("prompt", 1.0)), float(options.get("response", 1.0)))
+    weights, own = token_weights(options), scorers().get(selection.scorer)
     return ScoreOptions(
-        weights,
+        None if own is not None and own.weights == weights else weights,
         int(options.get("seed", 0)),
         pool_classes=selection.pooled,
         by_layer=rule is None or rule.by_layer,

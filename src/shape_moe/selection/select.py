@@ -21,6 +21,7 @@ from shape_moe.selection.near_ties import near_ties, priority_bounds, rounding_o
 from shape_moe.selection.rules import Priority, bisection_budget, budget_for, get_rule, layer_ranks
 from shape_moe.selection.selection import Selection, check_selection, layers_from_mask
 from shape_moe.selection.stability import stability
+from shape_moe.tracing.token_weights import SegmentWeights, TokenWeights
 from shape_moe.tracing.trace import Trace
 
 
@@ -122,8 +123,7 @@ class TraceSelector:
         self._tokens = trace.sums("tokens", weights)
         if not self._tokens.any():
             raise UsageError(
-                f"The trace holds {_counted(trace.info.tokens)}, and none of them count with --prompt-weight "
-                f"{weights.prompt:g} and --response-weight {weights.response:g}."
+                f"The trace holds {_counted(trace.info.tokens)}, and none of them count with {_as_flags(weights)}."
             )
         halves = [trace.half(half) for half in (0, 1)]
         self._halves = halves if all(half.sums("tokens", weights).any(axis=1).all() for half in halves) else []
@@ -166,6 +166,7 @@ class TraceSelector:
             UsageError: for options that contradict each other, the trace or the model.
         """
         info, weights = self.trace.info, self.scoring.weights
+        weights = get_scorer(options.method.scorer).weights_for(self.trace, weights)
         picker = _Picker(options, info.layers, info.routing)
         scores, halves = self._scored(options.method.scorer, by_layer=picker.rule.by_layer)
         selection, mask, budget = _selection(picker, scores, info.routing.top_k)
@@ -184,7 +185,7 @@ class TraceSelector:
             family=info.family,
             stability=agreement,
             near_ties=self._near_ties(picker, scores, mask),
-            options={"prompt": weights.prompt, "response": weights.response, "seed": self.scoring.seed},
+            options={**weights.flags, "seed": self.scoring.seed},
             warnings=tuple(warnings),
             seen=SeenPrompts.of_source(info.source).by_salt(),
         )
@@ -224,6 +225,11 @@ def select_from_scores(scores: Scores, options: SelectOptions, *, routing: Route
         )
     selection, *_ = _selection(_Picker(options, scores.layers, routing), scores, routing.top_k if routing else None)
     return replace(selection, warnings=tuple(guards.warn_unseen(scores.activations)))
+
+
+def _as_flags(weights: TokenWeights | None) -> str:
+    given = (weights or SegmentWeights()).flags
+    return " and ".join(f"--{name}-weight {weight:g}" for name, weight in given.items())
 
 
 def _counted(tokens: Mapping[str, float]) -> str:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from shape_moe.calibration.batches import CELLS
 from shape_moe.errors import CheckpointError
+from shape_moe.tracing.token_weights import TokenWeights
 
 _SEGMENT_COLUMNS = ("prompt", "response", "prompt_half", "response_half")
 _PREDICTING_COLUMNS = (
@@ -49,11 +50,13 @@ class CoalitionTable:
         if len(self.classes) != len(self.members):
             object.__setattr__(self, "classes", np.zeros(len(self.members), dtype=np.int64))
 
-    def weighted(self, prompt: float, response: float) -> NDArray[Any]:
-        """Tokens per row with segments weighted; whole numbers stay whole."""
-        if prompt == 1 and response == 1:
+    def weighted(self, weights: TokenWeights | None = None) -> NDArray[Any]:
+        """Tokens per row, weighted by their cells; whole numbers stay whole where nothing is weighted."""
+        parts = weights.parts if weights is not None else ()
+        if all(factor == 1 for factor, _ in parts):
             return np.asarray(self.counts[:, 0] + self.counts[:, 1])
-        return np.asarray(prompt * self.counts[:, 0] + response * self.counts[:, 1])
+        cells = self.by_cell()
+        return np.asarray(sum(factor * (cells[:, a] + cells[:, b]) for factor, (a, b) in parts))
 
     def by_cell(self) -> NDArray[Any]:
         """Tokens per row by cell [C, 4], in the order of :data:`shape_moe.calibration.batches.CELLS`."""

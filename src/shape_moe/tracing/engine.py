@@ -21,6 +21,7 @@ from shape_moe.calibration.example_maker import Answerer, ExampleMaker
 from shape_moe.errors import UsageError
 from shape_moe.progress import Progress
 from shape_moe.registry import Registry
+from shape_moe.tracing.ranks import Ranks
 from shape_moe.tracing.statistics import statistics
 from shape_moe.tracing.trace import Trace, TraceInfo
 
@@ -61,6 +62,7 @@ class Work:
         model: gives the live model, which is loaded when it is first needed.
         answerer: gives what lets the live model answer prompts.
         examples: the calibration set; its ``run`` gives the examples, its ``skipped`` takes those that fail.
+        ranks: the processes that share the calibration set.
         describe: gives the trace's provenance.
         release: lets go of the live model, where it was loaded.
         device: where the model runs, ``auto`` for GPUs where there are some.
@@ -74,6 +76,7 @@ class Work:
     model: Callable[[], PreTrainedModel]
     answerer: Callable[[], Answerer]
     examples: ExampleMaker
+    ranks: Ranks
     describe: Describe
     release: Callable[[], None]
     device: str

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shape_moe.architectures.layered_model import LayeredModel
+from shape_moe.architectures.loading import release_memory
 from shape_moe.calibration.batches import Batch, batches
 from shape_moe.calibration.responses import pad_token_id
 from shape_moe.errors import CheckpointError, ShapeMoeError, first_line
@@ -61,12 +62,13 @@ class LayerByLayer:
         """
         work = self.work
         assert work.snapshot is not None, "a live model is in memory already"
-        examples = work.examples.run(work.answerer, folder)
+        examples = work.ranks.examples(work.examples, lambda: work.examples.run(work.answerer, folder))
         work.release()
+        release_memory()
         model = LayeredModel(work.snapshot, device=work.device, dtype=work.dtype, note=work.progress.note)
         tracer = tracer_for(work, model.model, examples)
         pad_id = pad_token_id(tracer.model, work.examples.tokeniser)
-        todo = list(batches(examples, work.examples.options.batch_size, pad_id))
+        todo = work.ranks.share(list(batches(examples, work.examples.options.batch_size, pad_id)))
         with ExitStack() as stack:
             scratch = folder / _PLACE if folder is not None else Path(stack.enter_context(_temporary()))
             scratch.mkdir(exist_ok=True)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -25,54 +25,12 @@ from shape_moe.tracing.classes import NO_CLASS, check_classes, class_names, in_c
 from shape_moe.tracing.coalitions import CoalitionTable, merge_tables, read_table, write_table
 from shape_moe.tracing.statistics import AXES, MOST_CLASSES, Layout, get_statistic
 from shape_moe.tracing.stored_statistics import Array, PartOf, StoredStatistics
+from shape_moe.tracing.token_weights import PredictingWeights, SegmentWeights, TokenWeights
 from shape_moe.tracing.trace_format_1 import FormatOneStatistics, todays_layouts
 from shape_moe.units import capitalised, counted
 from shape_moe.workspace import write_text
 
 FORMAT_VERSION = 2
-Parts = tuple[tuple[float, tuple[int, int]], ...]
-
-
-class TokenWeights(Protocol):
-    """How much a token counts, by its cell."""
-
-    @property
-    def parts(self) -> Parts:
-        """Factors, each with the two cells (see :data:`shape_moe.calibration.batches.CELLS`) that it belongs to."""
-
-
-@dataclass(frozen=True)
-class SegmentWeights:
-    """How much a token counts when a trace is scored, by segment."""
-
-    prompt: float = 1.0
-    response: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (self.prompt >= 0 and self.response >= 0 and self.prompt + self.response > 0):
-            raise UsageError("Segment weights must not be negative, and one of them must be positive.")
-
-    @property
-    def parts(self) -> Parts:
-        """Prompt and response tokens, whatever they predict."""
-        return (self.prompt, (0, 1)), (self.response, (2, 3))
-
-
-@dataclass(frozen=True)
-class PredictingWeights:
-    """How much a token counts when a trace is scored, by whether its *next* token belongs to the response."""
-
-    predicting: float = 1.0
-    other: float = 0.25
-
-    def __post_init__(self) -> None:
-        if not (self.predicting >= 0 and self.other >= 0 and self.predicting + self.other > 0):
-            raise UsageError("Weights of tokens must not be negative, and one of them must be positive.")
-
-    @property
-    def parts(self) -> Parts:
-        """Predicting tokens and all others, whatever segment they belong to."""
-        return (self.predicting, (1, 3)), (self.other, (0, 2))
 
 
 @dataclass(frozen=True)
@@ -160,7 +118,7 @@ class Trace:
     @property
     def remarks(self) -> tuple[str, ...]:
         """What who uses the trace should know of it, in sentences."""
-        found = [f"{capitalised(self.lacks)}."] if self.lacks else []
+        found = [f"{capitalised(self.lacks)}: scorers count all tokens alike."] if self.lacks else []
         found += [f"The trace is made without {name}: {reason}." for name, reason in self.info.left_out.items()]
         return tuple(found)
 
@@ -169,8 +127,7 @@ class Trace:
 
         Args:
             name: the statistic's name.
-            weights: how much tokens count, :class:`SegmentWeights` or :class:`PredictingWeights`; None counts all
-                alike.
+            weights: how much tokens count; None counts all alike.
 
         Returns:
             float64 [L, E] for per-expert statistics, [L] for per-layer ones, [L, E, E] for pairs.
@@ -186,8 +143,7 @@ class Trace:
                 f"{', '.join(sorted(self.statistics)) or 'coalitions only'}. Trace the model with Transformers instead."
             )
         weights = weights or SegmentWeights()
-        if self.lacks and isinstance(weights, PredictingWeights):
-            raise UsageError(f"Tokens cannot be weighted by what they predict: {self.lacks}. Trace the model anew.")
+        self.check_weights(weights)
         values = np.asarray(self.statistics[name], dtype=np.float64)
         if self.layout(name).reduction == "max":
             used = [cell for factor, cells in weights.parts if factor > 0 for cell in cells]
@@ -195,6 +151,15 @@ class Trace:
         by_cell = values.sum(axis=3).sum(axis=1)
         (first, (a, b)), (second, (c, d)) = weights.parts
         return np.asarray(first * (by_cell[:, a] + by_cell[:, b]) + second * (by_cell[:, c] + by_cell[:, d]))
+
+    def check_weights(self, weights: TokenWeights) -> None:
+        """Check that the trace can tell tokens apart as weights do.
+
+        Raises:
+            UsageError: where it cannot.
+        """
+        if self.lacks and isinstance(weights, PredictingWeights):
+            raise UsageError(f"Tokens cannot be weighted by what they predict: {self.lacks}. Trace the model anew.")
 
     def half(self, half: Literal[0, 1]) -> Trace:
         """The trace of one half of the examples alone (0: even folds, 1: odd folds)."""

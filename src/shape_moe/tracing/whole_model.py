@@ -57,11 +57,11 @@ class WholeModel:
             DataError: when no record could be traced.
         """
         work = self.work
-        examples = work.examples.run(work.answerer, folder)
+        examples = work.ranks.examples(work.examples, lambda: work.examples.run(work.answerer, folder))
         tracer = tracer_for(work, work.model(), examples)
         done = self._go_on(tracer, folder)
         pad_id = pad_token_id(tracer.model, work.examples.tokeniser)
-        todo = list(batches(examples, work.examples.options.batch_size, pad_id))[done:]
+        todo = work.ranks.share(list(batches(examples, work.examples.options.batch_size, pad_id)))[done:]
         tokens = sum(len(example.tokens) for batch in todo for example in batch.examples)
         if done:
             work.progress.note(f"{done:,} of {counted(done + len(todo), 'batch', 'batches')} already done.")
