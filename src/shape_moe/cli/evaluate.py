@@ -142,6 +142,7 @@ def evaluate(
             trace=str(trace) if trace else None,
             top_logprobs=served.top_logprobs,
             timeout=served.timeout,
+            minutes=judge_minutes,
             at_a_time=data.batch_size,
             seed=seed.seed,
         )

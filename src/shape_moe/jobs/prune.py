@@ -458,7 +458,7 @@ def _unseen(run: _Run, selection: Selection, options: JudgementOptions) -> Unsee
     if session is not None and run.parts is not None:
         return Unseen(session, session.options.data, run.parts)
     if run.trace is None:
-        raise DataError(f"There are no examples that the model was not made from. {OTHERS}.")
+        raise DataError(f"There are no examples that played no part in making the model. {OTHERS}.")
     where = {"device": run.options.device, "dtype": run.options.dtype, "stream": run.options.stream}
     return examples_of_trace(run.snapshot, run.trace, options, where, run.progress)
 
