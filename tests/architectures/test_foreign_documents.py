@@ -114,8 +114,8 @@ def write_header(file: Path, text: str) -> None:
         ('{"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}', "malformed"),
         ('{"a": {"dtype": "F32", "shape": [' + "1," * 50 + '2], "data_offsets": [0, 8]}}', "malformed"),
         ('{"a": [1]}', "malformed"),
-        ('{"a\\u0000b": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', "which is no name"),
-        ('{"\\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', "which is no name"),
+        ('{"a\\u0000b": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', "which is not a name"),
+        ('{"\\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', "which is not a name"),
     ],
 )
 def test_headers(folder, text, word) -> None:

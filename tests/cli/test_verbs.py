@@ -292,7 +292,7 @@ def test_models_that_cannot_be_used(call, embedded, data, tmp_path) -> None:
     job = ("--data", data, "--keep", "0.6", "-o", tmp_path / "out")
     refused(call("prune", tmp_path / "llama", *job), 1, "This model (llama) has no experts")
     refused(call("inspect", tmp_path / "llama"), 1, "This model (llama) has no experts")
-    refused(call("prune", tmp_path / "nowhere", *job), 1, "There is not a model folder")
+    refused(call("prune", tmp_path / "nowhere", *job), 1, "There is no model folder")
     dense = shutil.copytree(embedded, tmp_path / "dense")
     config = json.loads((dense / "config.json").read_text())
     (dense / "config.json").write_text(json.dumps({**config, "num_local_experts": 0}))

@@ -299,14 +299,23 @@ def open_headers(model: str | os.PathLike[str], revision: str | None = None) -> 
     return Snapshot(Path(str(model)), config, tensors, str(model), revision, notes)
 
 
-def _place(model: str | os.PathLike[str], revision: str | None) -> Path:
-    """Where a model lies, if it is a folder or the embedded one; its name on the hub otherwise."""
+def check_named(model: object) -> None:
+    """Check that a model is named, not given as an object.
+
+    Raises:
+        UsageError: saying what can be done with an object.
+    """
     if not isinstance(model, str | os.PathLike):
         raise UsageError(
             f"A model is named by its folder or its name on the hub, not by a {type(model).__name__}: save it first "
             "(save_pretrained, for the tokenizer too) and name the folder. A loaded model can be traced "
             "(shape_moe.trace), masked (shape_moe.masked) and cut down in memory (shape_moe.prune_model)."
         )
+
+
+def _place(model: str | os.PathLike[str], revision: str | None) -> Path:
+    """Where a model lies, if it is a folder or the embedded one; its name on the hub otherwise."""
+    check_named(model)
     path = Path(model)
     if str(model) == EMBEDDED and not exists(path):
         path = embedded_model_path()
@@ -317,7 +326,7 @@ def _place(model: str | os.PathLike[str], revision: str | None) -> Path:
 
 def _download(model: str, revision: str | None) -> tuple[Path, str | None]:
     if looks_like_path(model) or model.count("/") > 1:
-        raise CheckpointError(f"There is not a model folder {model}.")
+        raise CheckpointError(f"There is no model folder {model}.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -64,7 +64,7 @@ def examples_of_trace(
     """
     reading = [replace(read, **where) for read in _reading(trace)]
     if len({repr((read.tokens, read.answers)) for read in reading}) > 1:
-        raise DataError("The merged traces were made with different templates or limits of tokens.")
+        raise DataError("The merged traces were made with different templates or token limits.")
     parts = unseen_parts([read.data for read in reading], seen_by(trace, None), (), options)
     if not parts.report:
         raise DataError(f"{'; '.join(f'{name}: {why}' if name else why for name, why in parts.unmeasured.items())}.")
