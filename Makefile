@@ -12,7 +12,7 @@ LLAMA_VENV ?= .venv-llama-cpp
 help:
 	@echo "make demo            prune the embedded model and show what is left (about a minute)"
 	@echo "make test            run the tests (offline)"
-	@echo "make test-long       locks, kills and real vLLM engines for longer; an interrupted run goes on where it was"
+	@echo "make test-long       locks, kills and real vLLM engines for longer; an interrupted run resumes"
 	@echo "make mutants         put small faults into the code and count those that the tests notice (hours; resumes)"
 	@echo "make demo-from-wheel build the wheel, install it into a clean environment, and run the demo there"
 	@echo "make browser         install Chromium for the tests of the HTML report (Debian, root)"
@@ -21,7 +21,7 @@ help:
 	@echo "make test-mlx        run the tests that need MLX (its build for processors; Linux or macOS)"
 	@echo "make lint            ruff (format and rules) and mypy"
 	@echo "make format          apply ruff's format and fixes"
-	@echo "make docs            write the pages that the code makes (the reference of the command)"
+	@echo "make docs            write the pages that the code makes (the references of command and package)"
 	@echo "make benchmarks      measure speed side by side; results go to benchmarks/results"
 	@echo "make benchmarks-vllm measure served models beside the dense one (20 GB of disk, a quarter of an hour)"
 	@echo "make clean           remove the virtual environment and caches"
@@ -131,6 +131,7 @@ format: dev
 
 docs: dev
 	$(BIN)/python scripts/make_cli_reference.py
+	$(BIN)/python scripts/make_api_reference.py
 
 benchmarks: dev
 	$(BIN)/python -m benchmarks.run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -32,6 +33,18 @@ def test_the_reference_of_the_command_is_current() -> None:
     for verb in VERBS:
         for param in COMMANDS[verb].params:
             assert all(f"`{name}" in made for name in param.opts if name not in {"--help-all", param.name})
+
+
+def test_the_reference_of_the_package_names_all_of_it() -> None:
+    page = (PROJECT / "docs" / "api.md").read_text(encoding="utf-8")
+    made = script("make_api_reference").text()
+    names = [name for name in shape_moe.__all__ if not name.startswith("__")]
+    for text in (page, made):
+        assert re.findall(r"^### (\w+)$", text, flags=re.MULTILINE) == sorted(
+            names, key=lambda name: (inspect.isclass(getattr(shape_moe, name)), names.index(name))
+        )
+    assert "    keep: float | None = None,\n" in made
+    assert " object at 0x" not in made
 
 
 def blocks(text: str, language: str) -> list[str]:

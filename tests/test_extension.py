@@ -72,10 +72,24 @@ def naive_opposed(model, todo) -> np.ndarray:
 
 def test_a_statistic_a_scorer_and_a_rule_of_another_package(installed, embedded, embedded_model, tmp_path) -> None:
     data = write_lines(tmp_path / "tasks.jsonl", [*examples("sorting", 6, seed=1), *examples("words", 4, seed=2)])
-    run(installed, "trace", embedded, "--data", data, "-o", tmp_path / "trace", "--device", "cpu", "--dtype", "float32")
+    run(
+        installed,
+        "trace",
+        embedded,
+        "--data",
+        data,
+        "-o",
+        tmp_path / "trace",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--stratify",
+        "none",
+    )
     trace = load_trace(tmp_path / "trace")  # here the package is not installed
 
-    options = ExampleOptions(DataOptions(str(data)), device="cpu", dtype="float32")
+    options = ExampleOptions(DataOptions(str(data), label=""), device="cpu", dtype="float32")
     made = ModelSession.open(embedded, options, None, SILENT).calibrator.run(pytest.fail, None)
     naive = naive_opposed(embedded_model[0], list(batches(made, options.answers.batch_size, 0)))
     assert (naive.sum(axis=(1, 2, 3, 4)) > 0).all()

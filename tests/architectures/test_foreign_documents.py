@@ -89,7 +89,7 @@ def test_index_entries_that_are_no_file_names(folder, shard) -> None:
     names = open_snapshot(folder).tensors
     index = {"weight_map": dict.fromkeys(names, "model.safetensors") | {"x": shard}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"index\.json names .*, which is no file name"):
+    with pytest.raises(CheckpointError, match=r"index\.json names .*, which is not a file name"):
         open_snapshot(folder)
 
 
@@ -114,8 +114,8 @@ def write_header(file: Path, text: str) -> None:
         ('{"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}', "malformed"),
         ('{"a": {"dtype": "F32", "shape": [' + "1," * 50 + '2], "data_offsets": [0, 8]}}', "malformed"),
         ('{"a": [1]}', "malformed"),
-        ('{"a\\u0000b": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', "which is no name"),
-        ('{"\\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', "which is no name"),
+        ('{"a\\u0000b": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', "which is not a name"),
+        ('{"\\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', "which is not a name"),
     ],
 )
 def test_headers(folder, text, word) -> None:

@@ -189,7 +189,7 @@ def test_what_is_not_understood_is_refused_by_name(tmp_path: Path) -> None:
             write_gguf(tmp_path / "e.gguf", "qwen3moe", {**metadata, "expert_used_count": [2, 4, 4]}, tensors)
         )
     (tmp_path / "f.gguf").write_text("no")
-    with pytest.raises(CheckpointError, match="named as a GGUF file and is none"):
+    with pytest.raises(CheckpointError, match="named like a GGUF file but is not one"):
         open_snapshot(tmp_path / "f.gguf")
 
 

@@ -94,14 +94,8 @@ def completions(line: str, monkeypatch, capsys) -> list[str]:
 
 def test_the_shell_completes_verbs_and_options(monkeypatch, capsys) -> None:
     assert completions("shape-moe pr", monkeypatch, capsys) == ["prune", "presets"]
-    assert completions("shape-moe prune --kee", monkeypatch, capsys) == ["--keep"]
-    assert completions("shape-moe sweep --max-", monkeypatch, capsys) == [
-        "--max-length",
-        "--max-tokens",
-        "--max-new-tokens",
-        "--max-kl",
-        "--max-drop",
-    ]
+    assert completions("shape-moe prune --max-dr", monkeypatch, capsys) == ["--max-drop"]
+    assert set(completions("shape-moe sweep --max-", monkeypatch, capsys)) >= {"--max-length", "--max-kl", "--max-drop"}
 
 
 def test_the_overview_and_completion_import_little(monkeypatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections import Counter
 
@@ -116,9 +117,35 @@ def test_the_command_says_its_verdict_and_ends_by_it(data, tmp_path, capsys) -> 
         assert run(command(one, other, data, "--no-general", "--require", "no-loss", "--json")) == 3
         said = capsys.readouterr()
         assert json.loads(said.out)["models"][1]["verdict"]["verdict"] == "damaged"
-        assert "Not what --require no-loss asks for: small." in said.err
+        assert "Does not meet --require no-loss: small." in said.err
         assert run(command(one, other, data, "--require", "perfect")) == 2
         assert "safe or no-loss" in capsys.readouterr().err
+
+
+def test_the_time_is_told_and_kept(tmp_path, monkeypatch, capsys) -> None:
+    """Every question takes a second of a clock that the servers' answers move."""
+    answers = {f"question {i}": {"content": f"answer {i}"} for i in range(60)}
+    rows = [{"prompt": question, "response": answer["content"]} for question, answer in answers.items()]
+    file = write_lines(tmp_path / "many.jsonl", rows)
+    now = [0.0]
+
+    def reply(path, body):
+        now[0] += 1.0
+        return replies_of(answers)(path, body)
+
+    monkeypatch.setattr(sys.modules["shape_moe.jobs.evaluate_endpoints"], "clock", lambda: now[0])
+    with serving(reply) as one, serving(reply) as other:
+        whole = command(one, other, file, "--no-general", "--batch-size", "2")
+        assert run([*whole, "--json"]) == 0
+        said = capsys.readouterr()
+        assert "The servers will be asked for about 2 min more." in said.err  # 4 of 60 are answered by both
+        assert now[0] == 120
+        assert run([*whole, "--judge-minutes", "1", "--json"]) == 0
+        said = capsys.readouterr()
+        document = json.loads(said.out)
+        examples = document["models"][1]["verdict"]["outcomes"][0]["examples"]
+        assert 20 < examples <= 34  # the first 4 are not counted
+        assert any(f"it is {examples} of 60 examples." in note for note in document["warnings"])
 
 
 def failing(status: int, document, times: int = 10**9):

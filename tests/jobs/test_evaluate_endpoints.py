@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
+from shape_moe.calibration.records import DataOptions, Record
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.evaluation.evaluated import Evaluation
@@ -95,11 +96,13 @@ def test_kl_is_a_lower_bound_and_exact_where_every_token_is_named(
                 hidden += 1 - float(p.double().exp().topk(min(top, len(p))).values.sum())
             if int(p.argmax()) != int(q.argmax()):
                 break
-    served = evaluate_endpoints(both[0], data, EndpointOptions(general=False, max_new_tokens=ROOM, top_logprobs=top))
+    together = DataOptions(str(data), label="")
+    served = evaluate_endpoints(
+        both[0], together, EndpointOptions(general=False, max_new_tokens=ROOM, top_logprobs=top)
+    )
     (outcome,) = served.models[1].verdict.outcomes
     assert outcome.agreement.share == pytest.approx(1 - agreed / steps)
     with OpenAIServer(both[0]["dense"]) as one, OpenAIServer(both[0]["pruned"]) as other:
-        from shape_moe.calibration.records import Record
         from shape_moe.evaluation.served_comparison import ask_all
 
         models = [ServedModel(one, "m", top), ServedModel(other, "m", top)]

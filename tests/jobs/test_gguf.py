@@ -158,7 +158,12 @@ def test_an_interrupted_job_leaves_no_file_and_goes_on(file: Path, data: str, tm
     monkeypatch.undo()
     result = prune(file, tmp_path / "a.gguf", options, data=data, keep=0.75)
     other = prune(file, tmp_path / "b.gguf", options, data=data, keep=0.75)
-    assert result.path.read_bytes() == other.path.read_bytes()
+    first, second = read_gguf(result.path), read_gguf(other.path)
+    salted = "shape_moe.selection"  # names the examples by hashes of which each trace has its own
+    assert all(entry.raw == second.entries[key].raw for key, entry in first.entries.items() if key != salted)
+    begin = [header.data_start - header.file.stat().st_size for header in (first, second)]
+    assert result.path.read_bytes()[begin[0] :] == other.path.read_bytes()[begin[1] :]
+    assert result.selection.layers == other.selection.layers
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "a.shape", "b.gguf", "b.shape"]
 
 

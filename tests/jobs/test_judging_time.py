@@ -80,12 +80,13 @@ def judged(embedded, tmp_path, monkeypatch, rows, options, speed=(0.05, 0.002), 
     begun: list[float] = []
     monkeypatch.setattr(said, "note", lambda text: (begun.append(clock.now), Said.note(said, text))[0])
     found = judge_selection(session, parts, data, cut(keep), options)
-    place = next(i for i, text in enumerate(said.notes) if "To be judged" in text)
+    place = next(i for i, text in enumerate(said.notes) if "Judging the dense and the pruned model" in text)
     return found, said.notes[place], clock.now - begun[place]
 
 
 def seconds_in(sentence: str) -> float:
-    value, unit = re.search(r"take about ([\d.]+) (s|min)\b", sentence.rpartition("To be judged")[2]).groups()
+    said = sentence.rpartition("Judging the dense and the pruned model")[2]
+    value, unit = re.search(r"takes about ([\d.]+) (s|min)\b", said).groups()
     return float(value) * {"s": 1, "min": 60}[unit]
 
 
@@ -94,7 +95,7 @@ def test_the_time_is_right_within_a_factor_of_two(embedded, tmp_path, monkeypatc
     rows = [row for task in ("sorting", "addition") for row in examples(task, 24, seed=2)]
     _, sentence, took = judged(embedded, tmp_path, monkeypatch, rows, JudgementOptions(minutes=None), speed)
     assert sentence.startswith(
-        "To be judged, dense and pruned: 48 examples, up to 32 free answers and 22 general prompts"
+        "Judging the dense and the pruned model: 48 examples, up to 32 free answers and 22 general prompts"
     )
     assert took / 2 < seconds_in(sentence) < 2 * took
 

@@ -110,7 +110,7 @@ def test_scorers_that_are_not_here_are_named(traced) -> None:
     selection = shape_moe.load_selection(traced / "selection.json")
     shape_moe.report(traced / "trace", traced / "r.html", selection=replace(selection, scorer="theirs"))
     text = words(traced / "r.html")
-    assert "made by &#39;theirs&#39;, which is no scorer of this installation" in text
+    assert "made by &#39;theirs&#39;, which is not a scorer of this installation" in text
     assert text.index('class="warnings"') < text.index("theirs&#39;, which")
 
 
@@ -158,7 +158,7 @@ def test_sources_that_are_none(traced, tmp_path) -> None:
     for source, message in (
         (tmp_path / "nowhere", "There is no folder or file"),
         (tmp_path / "none.csv", "There is no file"),
-        (tmp_path, "is no output of shape-moe that a report can show"),
+        (tmp_path, "is not something that shape-moe wrote and a report can show"),
     ):
         with pytest.raises(UsageError, match=message):
             shape_moe.report(source, tmp_path / "r.html")

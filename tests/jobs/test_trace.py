@@ -371,7 +371,7 @@ def test_engines_and_their_arguments(embedded, data) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 def test_engine_vllm_needs_vllm(embedded, data) -> None:
-    with pytest.raises(ShapeMoeError, match=r"needs vLLM in this environment: install shape-moe\[vllm\]"):
+    with pytest.raises(ShapeMoeError, match=r"needs vLLM in this environment: pip install vllm"):
         trace(embedded, options(data([{"text": "abc"}]), engine="vllm"))
 
 

@@ -210,7 +210,7 @@ def test_general_prompts_and_long_judging_can_be_left_out(embedded, tmp_path, fe
     assert run([*arguments, "-o", str(tmp_path / "out"), "--no-general", "--no-logits"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["judgement"]["forgotten"] is None
-    assert "To be judged, dense and pruned: 20 examples and up to 20 free answers; this will take about" in said.err
+    assert "Judging the dense and the pruned model: 20 examples and up to 20 free answers; this takes about" in said.err
     for idle in (("--no-general",), ("--judge-minutes", "9"), ("--judge-minutes", "0")):
         assert run([*arguments, "-o", str(tmp_path / "other"), *idle, *(["--no-judge"] * (idle[-1] != "0"))]) == 2
         assert idle[0] in capsys.readouterr().err

@@ -259,7 +259,7 @@ def test_an_interrupted_trace_goes_on_its_way_whatever_is_free_now(embedded, dat
     little_memory(monkeypatch, 3 * 2**30)
     told = Notes()
     trace(embedded, options(data), tmp_path / "t", progress=told)
-    assert "Going on layer by layer, as the interrupted run began." in told.notes
+    assert "Continuing layer by layer, as the interrupted run began." in told.notes
     assert (tmp_path / "t" / "statistics.safetensors").read_bytes() == expected["statistics.safetensors"]
 
 

@@ -135,7 +135,7 @@ def _layers(own: _Own, tensors: Mapping[str, GgufTensor]) -> int:
 
 def _rows(tensors: Mapping[str, GgufTensor], name: str, where: object) -> int:
     if name not in tensors or len(tensors[name].shape) != 2:
-        raise CheckpointError(f"{where} has no tensor {name}: it is no whole model.")
+        raise CheckpointError(f"{where} has no tensor {name}: it is not a whole model.")
     return tensors[name].shape[0]
 
 
@@ -176,7 +176,7 @@ def _sizes(config: dict[str, Any], known: GgufArchitecture, tensors: Mapping[str
     layers = range(config["num_hidden_layers"])
     sparse = [layer for layer in layers if f"blk.{layer}.ffn_gate_inp.weight" in tensors]
     if not sparse:
-        raise CheckpointError(f"{where} counts experts, and no layer has a router: it is no whole model.")
+        raise CheckpointError(f"{where} counts experts, and no layer has a router: it is not a whole model.")
     if known.dense_layers_key is not None:
         config[known.dense_layers_key] = [layer for layer in layers if layer not in sparse]
     expert = tensors.get(f"blk.{sparse[0]}.ffn_down_exps.weight")

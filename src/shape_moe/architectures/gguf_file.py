@@ -170,7 +170,7 @@ class _Reader:
 
     def header(self) -> GgufHeader:
         if self._bytes(4) != MAGIC:
-            raise CheckpointError(f"{self.file} is no GGUF file.")
+            raise CheckpointError(f"{self.file} is not a GGUF file.")
         version = self._number("I")
         if version not in VERSIONS:
             raise CheckpointError(f"{self.file} has GGUF version {version}; versions 2 and 3 (little-endian) are read.")
@@ -180,7 +180,7 @@ class _Reader:
         metadata = self._entries(entries)
         alignment = metadata[ALIGNMENT_KEY].value if ALIGNMENT_KEY in metadata else DEFAULT_ALIGNMENT
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-            raise self._damaged(f"has {ALIGNMENT_KEY} {alignment!r}, which is no power of two")
+            raise self._damaged(f"has {ALIGNMENT_KEY} {alignment!r}, which is not a power of two")
         described = [self._tensor() for _ in range(tensors)]
         start = -(-self.position // alignment) * alignment
         found = {name: self._placed(name, shape, kind, start + at) for name, shape, kind, at in described}

@@ -205,7 +205,7 @@ class GgufModel(Snapshot):
         bias = live.endswith("_bias")
         if "gate_up_proj" in live and "gate_up_proj" not in found:
             if found.keys() != {"gate_proj", "up_proj"}:
-                raise CheckpointError(f"{self.name}: {live} lacks its gate or up part: the file is no whole model.")
+                raise CheckpointError(f"{self.name}: {live} lacks its gate or up part: the file is not a whole model.")
             pair, rows = [found["gate_proj"], found["up_proj"]], -1 if bias else -2
             interleaved = torch.stack(pair, dim=rows).flatten(rows - 1, rows)
             values = interleaved if transposed else torch.cat(pair, dim=rows)
@@ -216,7 +216,7 @@ class GgufModel(Snapshot):
         import torch
 
         if found.keys() != {"k_b_proj", "v_b_proj"}:
-            raise CheckpointError(f"{self.name}: {live} lacks a part: the file is no whole model.")
+            raise CheckpointError(f"{self.name}: {live} lacks a part: the file is not a whole model.")
         heads, rank = self.config["num_attention_heads"], self.config["kv_lora_rank"]
         keys = found["k_b_proj"].reshape(heads, rank, -1).transpose(1, 2)
         values = found["v_b_proj"].reshape(heads, -1, rank)

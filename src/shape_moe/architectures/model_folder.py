@@ -1,4 +1,4 @@
-"""What a path holds that is no model folder of safetensors: named for what it is, with what to do."""
+"""What a path holds that is not a model folder of safetensors: named for what it is, with what to do."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BIN = (
 
 
 def check_model_folder(path: Path) -> None:
-    """Refuse a path that exists but is no model folder.
+    """Refuse a path that exists but is not a model folder.
 
     Raises:
         CheckpointError: for a file, a LoRA adapter, GGUF files, or a folder without ``config.json``.
@@ -52,7 +52,7 @@ def check_model_folder(path: Path) -> None:
         )
     inside = sorted(child.name for child in path.iterdir() if (child / CONFIG_FILE).is_file())
     hint = f" (it is in {_some(inside)})" if inside else f" (found {_some(found)})" if (found := _names(path)) else ""
-    raise CheckpointError(f"{path} is no model folder: {CONFIG_FILE} is missing{hint}.")
+    raise CheckpointError(f"{path} is not a model folder: {CONFIG_FILE} is missing{hint}.")
 
 
 def no_weights(path: Path) -> CheckpointError:
@@ -72,7 +72,7 @@ def no_weights(path: Path) -> CheckpointError:
 
 def _refuse_file(path: Path) -> NoReturn:
     if path.suffix == ".gguf":
-        raise CheckpointError(f"{path} is named as a GGUF file and is none: download or copy it again.")
+        raise CheckpointError(f"{path} is named like a GGUF file but is not one: download or copy it again.")
     raise CheckpointError(f"{path} is a file: name the folder that holds the model ({CONFIG_FILE} and its weights).")
 
 

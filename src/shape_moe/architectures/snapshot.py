@@ -299,14 +299,23 @@ def open_headers(model: str | os.PathLike[str], revision: str | None = None) -> 
     return Snapshot(Path(str(model)), config, tensors, str(model), revision, notes)
 
 
-def _place(model: str | os.PathLike[str], revision: str | None) -> Path:
-    """Where a model lies, if it is a folder or the embedded one; its name on the hub otherwise."""
+def check_named(model: object) -> None:
+    """Check that a model is named, not given as an object.
+
+    Raises:
+        UsageError: saying what can be done with an object.
+    """
     if not isinstance(model, str | os.PathLike):
         raise UsageError(
             f"A model is named by its folder or its name on the hub, not by a {type(model).__name__}: save it first "
             "(save_pretrained, for the tokenizer too) and name the folder. A loaded model can be traced "
             "(shape_moe.trace), masked (shape_moe.masked) and cut down in memory (shape_moe.prune_model)."
         )
+
+
+def _place(model: str | os.PathLike[str], revision: str | None) -> Path:
+    """Where a model lies, if it is a folder or the embedded one; its name on the hub otherwise."""
+    check_named(model)
     path = Path(model)
     if str(model) == EMBEDDED and not exists(path):
         path = embedded_model_path()
@@ -367,7 +376,7 @@ def _read_indexed(path: Path, index: dict[str, Any]) -> dict[str, TensorSlot]:
 def _shard_name(path: Path, shard: Any) -> str:
     if not isinstance(shard, str) or not shard.isprintable() or len(shard.encode(errors="replace")) > 255:
         shown = repr(shard)
-        raise CheckpointError(f"{path / INDEX_FILE} names {shown[:60]}, which is no file name.")
+        raise CheckpointError(f"{path / INDEX_FILE} names {shown[:60]}, which is not a file name.")
     if Path(shard).name != shard:
         raise CheckpointError(f"{path / INDEX_FILE} points outside the model folder: {shard!r}.")
     return shard

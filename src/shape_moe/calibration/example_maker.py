@@ -270,6 +270,7 @@ class ExampleMaker:
             "seed": data.seed,
             "samples": data.samples,
             "stratify": data.stratify,
+            "label": data.label,
             "content_hash": self.content_hash,
             "records": [example.index for example in self.examples],
             SALT_KEY: self._salt,

@@ -99,13 +99,16 @@ class SelectFlags:
     rule: Annotated[
         str | None,
         typer.Option(
-            help="How layers share the budget: coverage (the default), uniform, global.", rich_help_panel=CHOICE_PANEL
+            help="How layers share the experts that are kept: coverage (the same share of value in each; the "
+            "default), uniform (the same number), global (values compared across layers).",
+            rich_help_panel=CHOICE_PANEL,
         ),
     ] = None
     routing: Annotated[
         str | None,
         typer.Option(
-            help="drop (router unchanged, pruned slots add nothing) or reroute (pruned experts leave the router). "
+            help="What happens to tokens that the router sends to a removed expert. drop: the router is unchanged, "
+            "and the expert's place stays empty; reroute: the router chooses among the kept experts. "
             "Default: drop; reroute for target stock.",
             rich_help_panel=CHOICE_PANEL,
         ),
@@ -113,7 +116,8 @@ class SelectFlags:
     target: Annotated[
         str | None,
         typer.Option(
-            help="ragged (counts differ per layer; the default) or stock (equal counts: loads anywhere).",
+            help="ragged (each layer keeps as many experts as it needs; the default) or stock (the same number in "
+            "every layer: loads in any tool).",
             rich_help_panel=CHOICE_PANEL,
         ),
     ] = None
@@ -122,7 +126,7 @@ class SelectFlags:
         share_option(
             "--tolerance",
             "1%",
-            help="Reproduce the paper's bisection, which stops this close to --keep, such as 1% or 0.01.",
+            help="Choose as the paper's search does, which stops this close to --keep, such as 1% or 0.01.",
             rich_help_panel=CHOICE_PANEL,
         ),
     ] = None

@@ -146,6 +146,11 @@ def amount(count: float, unit: str) -> str:
     return readable_size(count) if unit == "B" else counted(count, unit)
 
 
+def _done_of(done: float, total: float, unit: str) -> str:
+    """How much of all is done, the unit named once."""
+    return f"{readable_size(done) if unit == 'B' else f'{done:,.0f}'} of {amount(total, unit)}"
+
+
 def speed(rate: float, unit: str) -> str:
     """Units per second, or seconds per unit where that is the readable way round."""
     return f"{amount(rate, unit)}/s" if rate >= 1 or unit == "B" else f"{1 / rate:.1f} s per {unit}"
@@ -166,8 +171,7 @@ class _Count(ProgressColumn):
         self.unit = unit
 
     def render(self, task: Task) -> Text:
-        done = readable_size(task.completed) if self.unit == "B" else f"{task.completed:,.0f}"
-        return Text(f"{done} of {amount(task.total or 0, self.unit)}", style="progress.download")
+        return Text(_done_of(task.completed, task.total or 0, self.unit), style="progress.download")
 
 
 class _Rate(ProgressColumn):
@@ -193,7 +197,7 @@ class _PlainLines:
         if now - self.said >= _PLAIN_SECONDS and 0 < self.done < self.total:
             rate = self.done / (now - self.began)
             left = (self.total - self.done) / rate
-            done = f"{amount(self.done, self.unit)} of {amount(self.total, self.unit)}"
+            done = _done_of(self.done, self.total, self.unit)
             self.output.note(f"{self.title}: {done}, {speed(rate, self.unit)}, {readable_duration(left)} left")
             self.said = now
 

@@ -38,11 +38,13 @@ def convert(
     ] = None,
     kind: Annotated[
         str | None,
-        typer.Option("--from", help="responses, coalitions, selected, selection or trace. Default: the content tells."),
+        typer.Option(
+            "--from", help="responses, coalitions, selected, selection or trace. Default: recognised by its content."
+        ),
     ] = None,
-    to: Annotated[str | None, typer.Option(help="shape-moe or reference. Default: what the file is not.")] = None,
+    to: Annotated[str | None, typer.Option(help="shape-moe or reference. Default: the other of the two.")] = None,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave responses that cannot be used out, and count them.")
+        bool, typer.Option("--skip-bad", help="Leave out responses that cannot be used, and count them.")
     ] = False,
 ) -> None:
     """Turn server responses and other tools' files into traces and selections, and back.

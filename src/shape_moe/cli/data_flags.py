@@ -20,6 +20,8 @@ from shape_moe.errors import UsageError
 from shape_moe.jobs.session import ExampleOptions
 
 DATA_PANEL = "Task examples"
+NO_CLASSES = "none"
+"""What ``--stratify`` is given so that examples have no classes."""
 _HELD_OUT_READING = ("--split", "--subset", "--map", "--format", "--skip-bad")
 """The data options that --held-out is read with."""
 
@@ -79,7 +81,12 @@ class DataFlags:
         None
     )
     stratify: Annotated[
-        str | None, typer.Option(help="Equal numbers of samples per value of this field.", rich_help_panel=DATA_PANEL)
+        str | None,
+        typer.Option(
+            help="Make classes of the values of this field, in equal numbers; none for no classes. Default: classes by "
+            "a field such as task or category, where there is one, as they come.",
+            rich_help_panel=DATA_PANEL,
+        ),
     ] = None
     split: Annotated[
         str | None,
@@ -148,7 +155,10 @@ class DataFlags:
         ),
     ] = None
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave failing records out, and count them.", rich_help_panel=DATA_PANEL)
+        bool,
+        typer.Option(
+            "--skip-bad", help="Leave out records that cannot be used, and count them.", rich_help_panel=DATA_PANEL
+        ),
     ] = False
     batch_size: Annotated[int, typer.Option(help="Examples per forward pass.", rich_help_panel=RUN_PANEL)] = 8
     no_replacement: Annotated[
@@ -207,7 +217,8 @@ class DataFlags:
             subset=self.subset,
             fields=parse_pairs(self.field_map, "--map"),
             samples=samples if self.samples is None else self.samples,
-            stratify=self.stratify,
+            stratify=None if self.stratify == NO_CLASSES else self.stratify,
+            label="" if self.stratify == NO_CLASSES else None,
             seed=seed,
         )
         tokens = TokenOptions(

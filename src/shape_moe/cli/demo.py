@@ -33,7 +33,9 @@ def demo(
     force: ForceFlag,
     output: OutputFlags,
     task: Annotated[str, typer.Option(help=f"Task to trace: {', '.join(TASKS)}.")] = "addition",
-    rule: Annotated[str, typer.Option(help="How layers share the budget: coverage, uniform, global.")] = "coverage",
+    rule: Annotated[
+        str, typer.Option(help="How layers share the experts that are kept: coverage, uniform or global.")
+    ] = "coverage",
     keep: Annotated[
         list[float] | None,
         share_option(

@@ -51,7 +51,7 @@ class EndpointFlags:
     timeout: Annotated[
         float,
         typer.Option(
-            metavar="SECONDS", help="Give a server up that takes longer to answer.", rich_help_panel=ENDPOINT_PANEL
+            metavar="SECONDS", help="Give up on a server that takes longer to answer.", rich_help_panel=ENDPOINT_PANEL
         ),
     ] = TIMEOUT_SECONDS
 

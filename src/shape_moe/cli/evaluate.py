@@ -68,11 +68,16 @@ def evaluate(
         typer.Argument(metavar="PRUNED", help="Pruned checkpoints, and selections to judge as masks on MODEL."),
     ] = None,
     also: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Examples of something else: what is lost off the task.")
+        str | None, typer.Option(metavar="FILE", help="Examples of something else: what was lost besides the task?")
     ] = None,
     by: Annotated[str | None, typer.Option(metavar="FIELD", help="Judge every value of this field by itself.")] = None,
     faithfulness: Annotated[
-        int, typer.Option(metavar="N", help="Compare each selection with its inversion and N random ones (3 or more).")
+        int,
+        typer.Option(
+            metavar="N",
+            help="Check that the values mean something: compare each selection with its opposite and with N random "
+            "ones (3 or more).",
+        ),
     ] = 0,
     max_drop: Annotated[
         float,
@@ -89,10 +94,14 @@ def evaluate(
     ] = None,
     judge_minutes: Annotated[
         float | None,
-        typer.Option(metavar="MINUTES", help="Judge less of what would take longer than this. Default: take all."),
+        typer.Option(
+            metavar="MINUTES",
+            help="Judge only a part of the examples if all would take longer than this. Default: all of them.",
+        ),
     ] = None,
     no_general: Annotated[
-        bool, typer.Option("--no-general", help="Leave general prompts out: what was forgotten off the task.")
+        bool,
+        typer.Option("--no-general", help="Ask no general prompts, which show what was forgotten besides the task."),
     ] = False,
     trace: Annotated[Path | None, typer.Option(help="The trace that selections were made from.")] = None,
     footprint: Annotated[
@@ -133,6 +142,7 @@ def evaluate(
             trace=str(trace) if trace else None,
             top_logprobs=served.top_logprobs,
             timeout=served.timeout,
+            minutes=judge_minutes,
             at_a_time=data.batch_size,
             seed=seed.seed,
         )
@@ -193,7 +203,7 @@ def _check_required(talk: Output, result: Evaluation, require: str | None) -> No
         return
     worse = [found.name for found in result.models if found.verdict and not found.verdict.satisfies(require)]
     if worse:
-        talk.warn(f"Not what --require {require} asks for: {', '.join(worse)}.")
+        talk.warn(f"Does not meet --require {require}: {', '.join(worse)}.")
         raise typer.Exit(REJECTED)
 
 

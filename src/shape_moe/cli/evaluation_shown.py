@@ -124,7 +124,8 @@ def _show_faithfulness(console: Console, check: Faithfulness) -> None:
         table.add_row(name, kl(verdict.quality["kl"]), number(verdict.quality["nll"], 4))
     console.print(table)
     console.print(
-        "Better than every random selection, and those better than the inversion: the values mean something."
+        "The selection beats every random one, and those beat its inversion: the values mean something."
         if check.faithful
-        else "[yellow]Not better than random, or random not better than the inversion: the values mean little.[/yellow]"
+        else "[yellow]The selection does not beat every random one, or those do not beat its inversion: the values "
+        "mean little.[/yellow]"
     )

@@ -37,7 +37,9 @@ class OutputFlags:
 
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes; warnings stay.")] = False
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show messages of the libraries.")] = False
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show the messages of the libraries that are used.")
+    ] = False
 
     def output(self) -> Output:
         """The output that these flags describe."""
@@ -49,7 +51,7 @@ class ForceFlag:
     """Permission to replace things."""
 
     force: Annotated[
-        bool, typer.Option("--force", help="Replace an earlier result; accept artifacts of unknown origin.")
+        bool, typer.Option("--force", help="Replace an earlier result; accept files whose origin is unknown.")
     ] = False
 
 
@@ -57,7 +59,9 @@ class ForceFlag:
 class SeedFlag:
     """The seed."""
 
-    seed: Annotated[int, typer.Option(help="Draws samples, and the values of scorer random.")] = 0
+    seed: Annotated[
+        int, typer.Option(help="Seed of everything that is drawn: samples, resamples, the scorer random.")
+    ] = 0
 
 
 @dataclass
@@ -82,7 +86,7 @@ class DeviceFlags:
     device: Annotated[
         str,
         typer.Option(
-            help="Where to run: auto (GPUs where there are some), cpu, cuda, cuda:N.", rich_help_panel=RUN_PANEL
+            help="Where to run: auto (GPUs if there are any), cpu, cuda or cuda:N.", rich_help_panel=RUN_PANEL
         ),
     ] = "auto"
     dtype: Annotated[

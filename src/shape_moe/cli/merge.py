@@ -18,10 +18,11 @@ def merge(
     force: ForceFlag,
     output: OutputFlags,
     weight: Annotated[
-        list[float] | None, typer.Option(help="Weight of each trace, in order; all 1 when left out.")
+        list[float] | None, typer.Option(help="Weight of each trace, in order. Default: 1 for all.")
     ] = None,
     pool: Annotated[
-        bool, typer.Option("--pool", help="The traces are parts of one data set: do not make each a class of its own.")
+        bool,
+        typer.Option("--pool", help="The traces are parts of one data set: do not treat each as a class of its own."),
     ] = False,
 ) -> None:
     """Put several traces of one model together, each with a weight.

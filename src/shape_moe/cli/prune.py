@@ -54,8 +54,9 @@ HELPS = {
     "samples": f"Calibrate with at most this many records. Default: {PAPER_SAMPLES}, or "
     f"{DEFAULT_SAMPLES} where candidates are judged.",
     "scorer": "How experts are valued (shape-moe score --list explains them); auto tries several and judges them.",
-    "max_kl": "Instead of --keep: keep as few as stay within this KL divergence to the dense model, in nats per token.",
-    "max_drop": "Instead of --keep: keep as few as lose no more of their exact match than this (1% or 0.01, say).",
+    "max_kl": "Instead of --keep: keep as few as stay within this KL divergence to the dense model (how much its "
+    "predictions change), in nats per token.",
+    "max_drop": "Instead of --keep: keep as few as lose no more right answers than this, such as 1% or 0.01.",
     "held_out": "Judge candidates (of --scorer auto, --max-kl or --max-drop) by these examples. Default: a share of "
     "--data.",
     "held_out_samples": f"Judge by at most this many examples. Default: {HELD_OUT_SAMPLES} with a limit, else "
@@ -118,8 +119,7 @@ def prune(
     selection: Annotated[
         Path | None,
         typer.Option(
-            help="Start from this selection: nothing is left to trace or to choose, and --data gives examples to "
-            "judge by."
+            help="Start from this selection: only write and check the checkpoint; --data gives examples to judge by."
         ),
     ] = None,
     preset: Annotated[
@@ -131,11 +131,12 @@ def prune(
     ] = None,
     no_judge: Annotated[bool, typer.Option("--no-judge", help="Do not judge the pruned model at the end.")] = False,
     no_general: Annotated[
-        bool, typer.Option("--no-general", help="Leave general prompts out: what was forgotten off the task.")
+        bool,
+        typer.Option("--no-general", help="Ask no general prompts, which show what was forgotten besides the task."),
     ] = False,
     judge_minutes: Annotated[
         float,
-        typer.Option(metavar="MINUTES", help="Judge less of what would take longer than this."),
+        typer.Option(metavar="MINUTES", help="Judge only a part of the examples if all would take longer than this."),
     ] = MINUTES,
     require: Annotated[
         str | None,
@@ -145,7 +146,8 @@ def prune(
         ),
     ] = None,
     no_logits: Annotated[
-        bool, typer.Option("--no-logits", help="Compare tensors only, not logits; writes no canary.")
+        bool,
+        typer.Option("--no-logits", help="Do not compare logits, and record no answers for later checks (the canary)."),
     ] = False,
 ) -> None:
     """Trace a task set, choose experts, and write a checkpoint without the others.
@@ -176,7 +178,7 @@ def prune(
     most = memory.most_keep(model, hub.revision)
     if most is not None:
         talk.note(
-            f"Keep {most:.4f} is the most that fits {memory.fit}."
+            f"A keep rate of {most:.4f} is the most that fits {memory.fit}."
             if most < 1
             else f"The unpruned model already fits {memory.fit}: nothing has to be removed."
         )
@@ -209,7 +211,7 @@ def prune(
         talk.warn(note)
     talk.result(_document(result), lambda console: _show(console, result))
     if result.rejected:
-        talk.warn(f"The model is not what --require {require} asks for; it stands in {result.path}.")
+        talk.warn(f"The model does not meet --require {require}; it was left in {result.path}.")
         raise typer.Exit(REJECTED)
 
 

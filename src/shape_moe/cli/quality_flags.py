@@ -48,7 +48,8 @@ class LimitFlags:
     max_kl: Annotated[
         float | None,
         typer.Option(
-            help="Limit on the KL divergence to the dense model, in nats per token.", rich_help_panel=LIMIT_PANEL
+            help="Limit on the KL divergence to the dense model (how much its predictions change), in nats per token.",
+            rich_help_panel=LIMIT_PANEL,
         ),
     ] = None
     max_drop: Annotated[
@@ -56,7 +57,7 @@ class LimitFlags:
         share_option(
             "--max-drop",
             "1%",
-            help="Limit on the fall of exact match, such as 1% or 0.01.",
+            help="Limit on the fall of right answers (exact match), such as 1% or 0.01.",
             rich_help_panel=LIMIT_PANEL,
         ),
     ] = None

@@ -50,7 +50,9 @@ def select(
     out: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="SELECTION", help="Write the selection to this file.")
     ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Experts per token: a table of values needs it to reroute.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Experts per token; needed to reroute by a table of values.")
+    ] = None,
 ) -> None:
     """Choose the experts to keep.
 

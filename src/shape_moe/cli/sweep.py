@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 HELPS = {
     "samples": f"Calibrate with at most this many records. Default: {DEFAULT_SAMPLES}.",
     "held_out_samples": f"Judge by at most this many examples. Default: {HELD_OUT_SAMPLES}.",
-    "generate": "Let what may be recommended answer N examples freely.",
+    "generate": "Let the candidates for a recommendation answer N examples freely.",
     "fit": "Recommend only what fits this memory, KV cache included, for example 24GiB.",
 }
 """What options that other verbs have too say to those who sweep."""
@@ -75,7 +75,9 @@ def sweep(
             "--output", "-o", metavar="DIR", help="Folder for the figures, the recommended selection and the trace."
         ),
     ] = None,
-    trace: Annotated[Path | None, typer.Option(help="Start from this trace; its examples are never judged by.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Start from this trace; its examples are never used to judge.")
+    ] = None,
     keep: Annotated[
         list[float] | None,
         share_option(
@@ -104,7 +106,8 @@ def sweep(
     rule: Annotated[
         list[str] | None,
         typer.Option(
-            help="How layers share the budget: coverage (the default), uniform, global; can be repeated.",
+            help="How layers share the experts that are kept: coverage (the same share of value in each; the "
+            "default), uniform (the same number), global (values compared across layers). Can be repeated.",
             rich_help_panel=CHOICE_PANEL,
         ),
     ] = None,
@@ -119,7 +122,8 @@ def sweep(
     target: Annotated[
         str | None,
         typer.Option(
-            help="ragged (counts differ per layer; the default) or stock (equal counts: loads anywhere).",
+            help="ragged (each layer keeps as many experts as it needs; the default) or stock (the same number in "
+            "every layer: loads in any tool).",
             rich_help_panel=CHOICE_PANEL,
         ),
     ] = None,

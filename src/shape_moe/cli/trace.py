@@ -60,7 +60,11 @@ def trace(
     stream: StreamFlag,
     engine: Annotated[
         str,
-        typer.Option(help="transformers (all statistics) or vllm (coalitions and counts).", rich_help_panel=RUN_PANEL),
+        typer.Option(
+            help="transformers (records everything) or vllm (records which experts served each token; enough for "
+            "scorers shape and frequency).",
+            rich_help_panel=RUN_PANEL,
+        ),
     ] = "transformers",
     engine_arg: Annotated[
         list[str] | None,

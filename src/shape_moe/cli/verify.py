@@ -28,10 +28,13 @@ def verify(
         str | None, typer.Option(metavar="MODEL", help="Compare every tensor with this original once more.")
     ] = None,
     endpoint: Annotated[
-        str | None, typer.Option(metavar="URL", help="Ask the canary of this OpenAI-compatible server.")
+        str | None,
+        typer.Option(
+            metavar="URL", help="Check the answers of this OpenAI-compatible server instead of loading the checkpoint."
+        ),
     ] = None,
     served_as: Annotated[
-        str | None, typer.Option(help="The checkpoint's name there; its first model if left out.")
+        str | None, typer.Option(help="The checkpoint's name on that server. Default: its first model.")
     ] = None,
 ) -> int:
     """Check a pruned checkpoint: files, config, tensors, tokenizer, and its answers to the canary.

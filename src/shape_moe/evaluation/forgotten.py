@@ -70,7 +70,8 @@ def group_names(given: Sequence[str]) -> tuple[str, ...]:
     names: list[str] = []
     for name in given:
         names += LANGUAGES if name.strip().lower() == "languages" else (name.strip().lower(),)
-    general_records(names)
+    if names:
+        general_records(names)
     return tuple(dict.fromkeys(names))
 
 

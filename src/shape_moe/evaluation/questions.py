@@ -67,7 +67,7 @@ class Questions:
         self._general: GeneralCheck | None = None
         prompts = tool_prompts(records, most)
         if prompts:
-            with progress.phase("Dense model where tools are offered", len(prompts), "prompt") as advance:
+            with progress.phase("Dense model on records with tools", len(prompts), "prompt") as advance:
                 self._tools = ToolCheck(model, tokeniser, prompts, batch_size=batch_size, advance=advance)
         asked = general_records()
         if general is not None:
@@ -92,9 +92,9 @@ class Questions:
         """
         calls = forgotten = None
         if self._tools is not None:
-            with self.progress.phase(f"Tools offered to {name}", len(self._tools.prompts), "prompt") as advance:
+            with self.progress.phase(f"{name} on records with tools", len(self._tools.prompts), "prompt") as advance:
                 calls = self._tools.compare(model, advance)
         if self._general is not None:
-            with self.progress.phase(f"General prompts to {name}", len(self._general.records), "prompt") as advance:
+            with self.progress.phase(f"{name} on general prompts", len(self._general.records), "prompt") as advance:
                 forgotten = self._general.compare(model, advance, kept=kept_groups(seen) if seen else ())
         return Replies(calls, forgotten)

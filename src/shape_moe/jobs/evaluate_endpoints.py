@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,8 @@ from shape_moe.evaluation import forgotten, tool_check
 from shape_moe.evaluation.conclusion import conclude_over
 from shape_moe.evaluation.evaluated import Evaluated, Evaluation
 from shape_moe.evaluation.generation import GenerationOptions
+from shape_moe.evaluation.judging_time import Amounts, amounts_within, left_out
+from shape_moe.evaluation.outcomes import FREE_ANSWERS
 from shape_moe.evaluation.served_answers import TOP_LOGPROBS, ServedModel
 from shape_moe.evaluation.served_comparison import (
     Asked,
@@ -31,17 +34,20 @@ from shape_moe.evaluation.served_comparison import (
     truncation,
     what_was_forgotten,
 )
+from shape_moe.evaluation.spread import spread_over_classes
 from shape_moe.evaluation.tool_calls import ToolExample
 from shape_moe.evaluation.verdict import MAX_DROP, Verdict, check_max_drop
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
+from shape_moe.jobs.judging_plan import LEAST, check_minutes
 from shape_moe.jobs.session import ExampleOptions, as_example_options
 from shape_moe.journal import Journal
 from shape_moe.made_with import MadeWith
 from shape_moe.openai_server import TIMEOUT_SECONDS, OpenAIServer
 from shape_moe.progress import SILENT, Progress
 from shape_moe.tracing.trace import load_trace
-from shape_moe.units import counted
+from shape_moe.units import counted, joined, readable_duration
 
+clock: Callable[[], float] = time.perf_counter
 DENSE = "dense"
 """The endpoint of this name is the reference; without one, the first is."""
 
@@ -61,6 +67,8 @@ class EndpointOptions:
         trace: the trace that the pruned models were made from: what it has seen does not count.
         top_logprobs: how many tokens a server names at each step; with 0 answers are compared word by word, without KL.
         timeout: seconds after which an answer is no longer waited for.
+        minutes: the longest that judging may take: of what would take longer, less is judged, and that is said; None
+            for any time.
         at_a_time: how many questions are open at once.
         seed: draws the samples.
     """
@@ -74,11 +82,13 @@ class EndpointOptions:
     trace: str | None = None
     top_logprobs: int = TOP_LOGPROBS
     timeout: float = TIMEOUT_SECONDS
+    minutes: float | None = None
     at_a_time: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_max_drop(self.max_drop)
+        check_minutes(self.minutes)
         GenerationOptions(max_new_tokens=self.max_new_tokens, answer_pattern=self.answer_pattern)
         for name, value, least in (("--top-logprobs", self.top_logprobs, 0), ("at_a_time", self.at_a_time, 1)):
             if value < least:
@@ -182,6 +192,7 @@ class _Run:
         self.records = [record for record, one in questions if one is not None]
         self.asked = [one for _, one in questions if one is not None]
         self.notes: list[str] = []
+        self.fresh: set[str] = set()
         if not self.asked:
             raise DataError(f"{reading.data.name} holds texts without prompts: there is nothing to ask a server.")
         if not reading.tokens.template and any(one.record.messages is not None for one in self.asked):
@@ -193,10 +204,13 @@ class _Run:
         """Ask everything and judge."""
         options = self.options
         room = options.max_new_tokens or answer_room(self.asked)
+        amounts = self._planned(room)
         answers = self._ask("Asking the servers", [one.record for one in self.asked], room)
-        prompts = tool_check.tool_prompts(self.records)
+        prompts = tool_check.tool_prompts(self.records, amounts.calls)
         offered = self._ask("Offering tools", [prompt.record for prompt in prompts], tool_check.ANSWER_TOKENS)
-        general = forgotten.general_records() if options.general else []
+        general = forgotten.general_records() if amounts.general else []
+        groups = [record.group for record in general]
+        general = [general[i] for i in spread_over_classes(groups, range(len(general)), amounts.general)]
         answered = self._ask("General prompts", general, forgotten.ANSWER_TOKENS)
         models = [Evaluated(self.names[0], "endpoint", None, None)]
         for place, name in enumerate(self.names[1:], start=1):
@@ -224,6 +238,39 @@ class _Run:
             made_with=MadeWith.now(options.seed),
         )
 
+    def _planned(self, room: int) -> Amounts:
+        """How much is asked, from the speed of the first answers; how long it takes is said."""
+        groups = [record.group for record in self.records]
+        first = spread_over_classes(groups, range(len(groups)), 2 * self.options.at_a_time)
+        began = clock()
+        made = self._ask("The first questions", [self.asked[i].record for i in first], room)
+        took = clock() - began
+        tokens = sum(len(answer.tokens) for answers in made for answer in answers)
+        pace, length = took / max(tokens, 1), tokens / len(made)
+        call = min(length, tool_check.ANSWER_TOKENS * len(self.models))
+        short = forgotten.ANSWER_TOKENS * len(self.models)
+
+        def seconds(asked: Amounts) -> float:
+            later = max(asked.examples - len(first), 0)
+            return pace * (later * length + asked.calls * call + asked.general * short)
+
+        offering = sum(bool(tool_check.tools_of(record)) for record in self.records)
+        general = len(forgotten.general_records()) if self.options.general else 0
+        full = Amounts(len(self.records), 0, min(offering, FREE_ANSWERS), general)
+        least = Amounts(LEAST.examples * len(set(groups)), 0, LEAST.calls, LEAST.general)
+        limit = None if self.options.minutes is None else 60 * self.options.minutes
+        amounts, left = amounts_within(full, least, limit, seconds)
+        text = f"The servers will be asked for about {readable_duration(left)} more."
+        if amounts != full:
+            less = f"All of it would take about {readable_duration(seconds(full))}; to stay within "
+            less += f"{self.options.minutes:g} min (--judge-minutes), it is {joined(left_out(full, amounts))}."
+            self.notes.append(less)
+            text = f"{less} {text}"
+            chosen = spread_over_classes(groups, range(len(groups)), amounts.examples)
+            self.records, self.asked = [self.records[i] for i in chosen], [self.asked[i] for i in chosen]
+        self.progress.note(text)
+        return amounts
+
     def _verdict(
         self, dense: list[Compared], pruned: list[Compared], calls: dict[int, ToolExample], room: int
     ) -> Verdict:
@@ -234,7 +281,7 @@ class _Run:
         left_out = {i for i, record in enumerate(self.records) if self.seen is not None and record in self.seen}
         notes = [truncation(pruned, self.options.top_logprobs)]
         if self.seen is None:
-            notes.append("Whether calibration has seen the examples is not known without its trace (--trace).")
+            notes.append("Without its trace (--trace) it is not known whether calibration has seen these examples.")
         return conclude_over(
             [record.group for record in self.records],
             theirs,
@@ -253,10 +300,11 @@ class _Run:
         """Answers of all models to each record, those of an earlier run included."""
         keys = [question_key(self.models, record, room) for record in records]
         open_ones = {key: record for key, record in zip(keys, records, strict=True) if key not in self.journal}
-        if known := len(set(keys)) - len(open_ones):
+        if known := len(set(keys) - set(open_ones) - self.fresh):
             self.progress.note(
                 f"{what}: {counted(known, 'answer')} of an interrupted run {'is' if known == 1 else 'are'} there."
             )
+        self.fresh.update(open_ones)
         if open_ones:
             with (
                 self.progress.phase(what, len(open_ones), "question") as advance,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from shape_moe.calibration.parts import FEWEST, MOST, Parts, three_parts
-from shape_moe.calibration.reading import load_records
+from shape_moe.calibration.reading import load, load_records
 from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.errors import UsageError
@@ -21,6 +21,7 @@ from shape_moe.evaluation.verdict import MAX_DROP, Verdict, check_max_drop, chec
 from shape_moe.jobs.held_out import held_out_set
 from shape_moe.jobs.judging_plan import MINUTES, check_minutes, plan_judging
 from shape_moe.jobs.session import ModelSession
+from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.masks import masked
 from shape_moe.selection.selection import Selection
 from shape_moe.units import capitalised
@@ -85,7 +86,15 @@ class Judgement:
         }
 
 
-def set_aside(data: DataOptions, options: JudgementOptions, *, choice: int = 0, give_up: bool, seed: int = 0) -> Parts:
+def set_aside(
+    data: DataOptions,
+    options: JudgementOptions,
+    *,
+    choice: int = 0,
+    give_up: bool,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> Parts:
     """Tell the records of a source apart: to calibrate, to choose by and to report by.
 
     Args:
@@ -94,18 +103,20 @@ def set_aside(data: DataOptions, options: JudgementOptions, *, choice: int = 0, 
         choice: how many to choose by.
         give_up: whether the calibration sample may give up records where the source has no others.
         seed: draws the parts.
+        progress: where to say what the source holds.
 
     Raises:
         DataError: when the source cannot be read, or too few records are left to choose by.
     """
     if data.samples is None:
-        everything = load_records(data)
+        everything = load_records(data, progress)
         return three_parts(
             everything, calibration=len(everything), choice=choice, most=options.examples, give_up=give_up, seed=seed
         )
-    wanted = load_records(replace(data, samples=data.samples + choice))
-    more = load_records(replace(data, samples=data.samples + choice + options.examples))
-    known = {record.index for record in wanted}
+    loaded = load(replace(data, samples=data.samples + choice), progress)
+    label = (loaded.label or "") if data.label is None else data.label
+    more = load_records(replace(data, samples=data.samples + choice + options.examples, label=label))
+    wanted, known = loaded.records, {record.index for record in loaded.records}
     beyond = [record for record in more if record.index not in known]
     return three_parts(
         wanted, beyond, calibration=data.samples, choice=choice, most=options.examples, give_up=give_up, seed=seed
@@ -174,7 +185,19 @@ def judge_selection(
             max_drop=options.max_drop,
             notes=notes,
         )
+    if (blamed := _blamed_on_pooling(verdict, selection)) is not None:
+        verdict = replace(verdict, notes=(blamed, *verdict.notes))
     return Judgement(verdict, replies.forgotten)
+
+
+def _blamed_on_pooling(verdict: Verdict, selection: Selection) -> str | None:
+    """What to say where classes were added up and one of them was lost."""
+    if not selection.pooled or not verdict.suspects:
+        return None
+    return (
+        f"Lost most: {', '.join(verdict.suspects)}. The classes were added up, as published, so that one is paid for "
+        "with another: without --preset paper and --pool-classes each is kept for its own sake."
+    )
 
 
 def why_parts_unmeasured(parts: Parts) -> list[str]:

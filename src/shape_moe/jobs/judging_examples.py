@@ -64,7 +64,7 @@ def examples_of_trace(
     """
     reading = [replace(read, **where) for read in _reading(trace)]
     if len({repr((read.tokens, read.answers)) for read in reading}) > 1:
-        raise DataError("The merged traces were made with different templates or limits of tokens.")
+        raise DataError("The merged traces were made with different templates or token limits.")
     parts = unseen_parts([read.data for read in reading], seen_by(trace, None), (), options)
     if not parts.report:
         raise DataError(f"{'; '.join(f'{name}: {why}' if name else why for name, why in parts.unmeasured.items())}.")
@@ -84,7 +84,9 @@ def _reading(trace: Trace) -> list[ExampleOptions]:
             raise DataError(f"The trace was made from records in memory. {OTHERS}.")
         if not source.get("data"):
             raise DataError(f"The trace does not say where its examples are. {OTHERS}.")
-        read = ExampleOptions(*options_of(source))
+        data, tokens, answers = options_of(source)
+        data = replace(data, stratify=source.get("stratify"), label=source.get("label"))
+        read = ExampleOptions(data, tokens, answers)
         if read not in found:
             found.append(read)
     return found

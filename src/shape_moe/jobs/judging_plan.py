@@ -56,8 +56,8 @@ class JudgingPlan:
         asked += [f"up to {counted(self.amounts.answers, 'free answer')}"] if self.amounts.answers else []
         asked += [counted(self.amounts.general, "general prompt")] if self.amounts.general else []
         text = f"{self.note} " if self.note else ""
-        text += f"To be judged, dense and pruned: {joined(asked)}"
-        return text if self.seconds is None else f"{text}; this will take about {readable_duration(self.seconds)}"
+        text += f"Judging the dense and the pruned model: {joined(asked)}"
+        return text if self.seconds is None else f"{text}; this takes about {readable_duration(self.seconds)}"
 
 
 def check_minutes(minutes: float | None) -> None:
@@ -110,8 +110,11 @@ def plan_judging(
     amounts, seconds = amounts_within(full, least, limit, lambda amounts: work.seconds(amounts, speed))
     if amounts == full or minutes is None:
         return JudgingPlan(maker, amounts, seconds)
-    note = f"All of it would take about {readable_duration(work.seconds(full, speed))}; to stay within {minutes:g} min "
-    note += f"(--judge-minutes), it is {joined(left_out(full, amounts))}."
+    note = (
+        f"Judging everything would take about {readable_duration(work.seconds(full, speed))}; to stay within "
+        f"{minutes:g} min "
+    )
+    note += f"(--judge-minutes), only {joined(left_out(full, amounts))} are used."
     chosen = [records[i] for i in spread_over_classes(groups, range(len(records)), amounts.examples)]
     return JudgingPlan(session.calibrator_of(chosen, maker.data), amounts, seconds, note)
 

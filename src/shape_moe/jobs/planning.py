@@ -173,7 +173,7 @@ def _three_part_plan(
 ) -> SearchPlan:
     """Split one source into examples to calibrate, to choose and to report by."""
     data = replace(tracing.data, samples=tracing.data.samples or DEFAULT_SAMPLES)
-    parts = set_aside(data, judgement, choice=choice, give_up=give_up, seed=seed)
+    parts = set_aside(data, judgement, choice=choice, give_up=give_up, seed=seed, progress=progress)
     session = ModelSession.open(snapshot, tracing, None, progress, parts.calibration)
     session.source_notes[SPLIT_KEY] = parts.sentence
     return SearchPlan(session, None, session.calibrator_of(parts.choice, tracing.data), parts.sentence, parts)

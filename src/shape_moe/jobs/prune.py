@@ -243,7 +243,7 @@ def _open_inputs(
     elif options.trace is not None:
         records = None
         if options.judgement is not None:
-            run.parts = set_aside(options.trace.data, options.judgement, give_up=False)
+            run.parts = set_aside(options.trace.data, options.judgement, give_up=False, progress=run.progress)
             records = run.parts.calibration
         run.session = ModelSession.open(snapshot, options.trace, None, run.progress, records)
 
@@ -458,7 +458,7 @@ def _unseen(run: _Run, selection: Selection, options: JudgementOptions) -> Unsee
     if session is not None and run.parts is not None:
         return Unseen(session, session.options.data, run.parts)
     if run.trace is None:
-        raise DataError(f"There are no examples that the model was not made from. {OTHERS}.")
+        raise DataError(f"There are no examples that played no part in making the model. {OTHERS}.")
     where = {"device": run.options.device, "dtype": run.options.dtype, "stream": run.options.stream}
     return examples_of_trace(run.snapshot, run.trace, options, where, run.progress)
 

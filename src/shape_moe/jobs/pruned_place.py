@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 
 from shape_moe.architectures.gguf_file import is_gguf
+from shape_moe.architectures.snapshot import check_named
 from shape_moe.errors import UsageError
 from shape_moe.pruning.gguf_slices import MODEL_FILE
 from shape_moe.source_files import describe_inputs
@@ -77,13 +78,15 @@ def place_of(model: str | PathLike[str], out: str | PathLike[str]) -> PrunedPlac
         UsageError: when a GGUF model is to become a folder, or a folder a GGUF file.
     """
     path, named = Path(out).absolute(), Path(out).suffix == _SUFFIX
+    check_named(model)
     if is_gguf(Path(model)):
         if not named:
             raise UsageError(f"A GGUF file is pruned into a GGUF file: name one, as --output {path.name}{_SUFFIX}.")
         return PrunedPlace(beside(path), path)
     if named:
         raise UsageError(
-            f"{model} is no GGUF file, so it is pruned into a folder: name one, prune with --target stock, and convert "
+            f"{model} is not a GGUF file, so it is pruned into a folder: name one, prune with --target stock, and "
+            f"convert "
             "the result with llama.cpp's convert_hf_to_gguf.py."
         )
     return PrunedPlace(path)

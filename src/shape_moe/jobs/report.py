@@ -196,7 +196,7 @@ def _values(
     wanted, remarks = selection.scorer if selection is not None else usual, []
     if wanted not in scorers():
         remarks.append(
-            f"The selection was made by {wanted!r}, which is no scorer of this installation: the values shown are "
+            f"The selection was made by {wanted!r}, which is not a scorer of this installation: the values shown are "
             f"those of the scorer {usual}."
         )
         wanted = usual

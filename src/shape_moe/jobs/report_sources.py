@@ -160,7 +160,7 @@ def find_source(source: Path, selection: Place | Selection | None = None, sweep:
         return Found(str(source), lies, selection=chosen, sweep=given, checkpoint=weights, beside=_BESIDE)
     if not source.exists():
         raise UsageError(f"There is no folder or file {source}.")
-    raise UsageError(f"{source} is no output of shape-moe that a report can show. {_SHOWN}")
+    raise UsageError(f"{source} is not something that shape-moe wrote and a report can show. {_SHOWN}")
 
 
 def _of_gguf(file: Path, selection: Place | Selection | None, sweep: Path | None) -> Found:
@@ -180,7 +180,7 @@ def _of_file(file: Path, selection: Place | Selection | None, sweep: Path | None
     if is_gguf(file):
         return _of_gguf(file, selection, sweep)
     if file.suffix.lower() != ".json":
-        raise UsageError(f"{file} is no output of shape-moe that a report can show. {_SHOWN}")
+        raise UsageError(f"{file} is not something that shape-moe wrote and a report can show. {_SHOWN}")
     document = read_json(file)
     verb = document.get("verb")
     if verb in _RESULTS.values():
@@ -195,7 +195,7 @@ def _of_file(file: Path, selection: Place | Selection | None, sweep: Path | None
         return find_source(found, selection, sweep)
     if file.name == "trace.json":
         return find_source(file.parent, selection, sweep)
-    raise UsageError(f"{file} is no output of shape-moe that a report can show. {_SHOWN}")
+    raise UsageError(f"{file} is not something that shape-moe wrote and a report can show. {_SHOWN}")
 
 
 def _belongs_to_checkpoint(file: Path) -> Path | None:

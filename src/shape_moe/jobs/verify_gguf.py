@@ -99,7 +99,7 @@ def _check_tokenizer(model: GgufModel) -> Outcome:
 def _check_original(model: GgufModel, selection: Selection, given: str | PathLike[str], progress: Progress) -> Outcome:
     original = open_snapshot(given)
     if not isinstance(original, GgufModel):
-        return False, f"{given} is no GGUF file"
+        return False, f"{given} is not a GGUF file"
     made_from: Any = parse_json(model.metadata[ORIGINAL_KEY], ORIGINAL_KEY)
     check_fingerprint(made_from["fingerprint"], fingerprint(original), "The file")
     plan = plan_gguf(original, selection)

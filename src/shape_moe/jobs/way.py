@@ -82,7 +82,7 @@ def choose_way(snapshot: Snapshot, options: ExampleOptions, folder: Path | None,
     if asked is not None:
         return Way(STREAM if asked else WHOLE)
     if layer_by_layer.is_unfinished(folder):
-        return Way(STREAM, "Going on layer by layer, as the interrupted run began.")
+        return Way(STREAM, "Continuing layer by layer, as the interrupted run began.")
     if loaded or whole_model.is_unfinished(folder):
         return Way(WHOLE)
     sizes = (

@@ -140,7 +140,7 @@ def write_shard(plan: ShardPlan, folder: Path, progress: Progress = lambda _: No
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ShapeMoeError(
                 f"The disk of {folder.parent} is full: {plan.file_name} needs {plan.size / 2**20:,.0f} MiB. "
-                "Free some space and run the same command again; it goes on where it stopped."
+                "Free some space and run the same command again; it resumes where it stopped."
             ) from error
         raise
     temporary.replace(file)

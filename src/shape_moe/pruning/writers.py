@@ -142,7 +142,8 @@ class GgufFile:
 def _gguf(source: Snapshot) -> GgufModel:
     if not isinstance(source, GgufModel):
         raise UsageError(
-            f"{source.name} is no GGUF file: prune it into a folder, and convert that with llama.cpp (--target stock)."
+            f"{source.name} is not a GGUF file: prune it into a folder, and convert that with llama.cpp (--target "
+            f"stock)."
         )
     return source
 

@@ -69,7 +69,7 @@ class VllmTracer:
             import vllm
         except ImportError as error:
             raise ShapeMoeError(
-                "--engine vllm needs vLLM in this environment: install shape-moe[vllm], or use --engine transformers."
+                "--engine vllm needs vLLM in this environment: pip install vllm==0.32.0, or use --engine transformers."
             ) from error
         # an example that fills the context needs room for one token more, which is sampled but never run
         os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")

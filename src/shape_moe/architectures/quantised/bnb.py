@@ -54,7 +54,9 @@ def _described_shape(state: TensorSlot) -> tuple[int, ...] | None:
     try:
         return tuple(int(side) for side in json.loads(state.read())["shape"])
     except (ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{state.name} is no description of a quantised tensor: {first_line(error)}") from error
+        raise CheckpointError(
+            f"{state.name} is not a description of a quantised tensor: {first_line(error)}"
+        ) from error
 
 
 def _dequantise(values: Values, state: str) -> torch.Tensor:

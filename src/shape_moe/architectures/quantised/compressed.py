@@ -54,7 +54,7 @@ def open_compressed(config: Config) -> Quantisation:
     if unknown:
         return refused(label, f"in the format {unknown[0]!r} is not understood; {', '.join(_FORMATS)} are")
     if find_spec(_LIBRARY) is None:
-        why = "is dequantised by its own library, which is not installed: pip install 'shape-moe[quantised]'"
+        why = "is dequantised by its own library, which is not installed: pip install compressed-tensors"
     elif settings.get("sparsity_config") and settings["sparsity_config"].get("format", "dense") != "dense":
         why = "with sparse weights is not understood"
     return Quantisation(label, partial(_plain, schemes=schemes), why)
