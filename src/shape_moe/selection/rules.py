@@ -172,8 +172,8 @@ def check_by_priority(name: str) -> None:
     """
     if get_rule(name).by_curves:
         raise UsageError(
-            f"Rule {name} goes by layer curves, which belong to one scorer and one routing: it is for `shape-moe select`, "
-            "and for `prune` with a scorer and a keep rate."
+            f"Rule {name} goes by layer curves, which belong to one scorer and one routing: it is for `shape-moe "
+            "select`, and for `prune` with a scorer and a keep rate."
         )
 
 
