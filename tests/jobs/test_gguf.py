@@ -106,6 +106,15 @@ def test_a_trace_of_the_file_is_the_trace_of_the_model(file: Path, data: str, tm
         assert np.allclose(found.statistics[name], expected.statistics[name], rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3"])
+def test_a_file_is_traced_layer_by_layer(family: str, data: str, tmp_path: Path) -> None:
+    found = save_gguf(gguf_model(family), tmp_path / "m.gguf")
+    whole = trace(found, replace(example_options(data), engine="transformers"))
+    layers = trace(found, replace(example_options(data), engine="stream"))
+    assert whole.statistics.keys() == layers.statistics.keys()
+    assert all(np.array_equal(whole.statistics[name], layers.statistics[name]) for name in whole.statistics)
+
+
 def test_another_tokenizer_is_read_from_its_folder(file: Path, data: str, tmp_path: Path) -> None:
     model = gguf_model("qwen3_moe")
     bare = write_gguf(tmp_path / "m.gguf", "qwen3moe", metadata_of(model.config), to_gguf(model), tokenizer=False)
