@@ -113,14 +113,14 @@ def test_what_would_take_too_long_is_judged_by_less_and_that_is_said(
 ) -> None:
     rows = [dict(row, task=task) for task in ("sorting", "addition") for row in examples(task, 60, seed=2)]
     found, sentence, took = judged(embedded, tmp_path, monkeypatch, rows, JudgementOptions(minutes=0.5))
-    assert sentence.startswith("All of it would take about ")
-    assert "to stay within 0.5 min (--judge-minutes), it is " in sentence
+    assert sentence.startswith("Judging everything would take about ")
+    assert "to stay within 0.5 min (--judge-minutes), only " in sentence
     assert took < 2 * 30
     (outcome,) = found.verdict.outcomes
-    assert f"it is {outcome.examples} of 120 examples" in sentence
+    assert f"only {outcome.examples} of 120 examples" in sentence
     assert outcome.examples < 120
     assert 16 <= outcome.answers.count <= 32
-    note = next(line for line in found.lines() if line.startswith("All of it would take"))
+    note = next(line for line in found.lines() if line.startswith("Judging everything would take"))
     assert note in sentence
 
 
