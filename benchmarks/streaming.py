@@ -26,6 +26,7 @@ from shape_moe.embedded_model import embedded_model_path
 HIDDEN, WIDTH, EXPERTS, TOP_K, EXAMPLES, LENGTH = 2048, 512, 40, 4, 32, 256
 LAYERS_PER_GB = 4
 PAIRS = 1
+"""One pair says which is larger; more say by how much."""
 _CHILD = """
 import json, sys, time
 from benchmarks.harness import peak_memory
@@ -172,7 +173,7 @@ def measure(gigabytes: int, place: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure at 2 GB, or at the sizes that are given, and write."""
+    """Measure at 2 GB, or at the sizes in GB that are given, and write."""
     results = {}
     for size in map(int, sys.argv[1:] or ["2"]):
         with tempfile.TemporaryDirectory(prefix="streaming-") as place:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from shape_moe.jobs.evaluate import EvaluateOptions, evaluate
     from shape_moe.jobs.evaluate_endpoints import EndpointOptions, evaluate_endpoints
     from shape_moe.jobs.inspect import inspect_model
+    from shape_moe.jobs.measure import measure
     from shape_moe.jobs.prune import PruneOptions, prune
     from shape_moe.jobs.report import report
     from shape_moe.jobs.select import score, select
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from shape_moe.pruning.masks import masked
     from shape_moe.pruning.surgery import prune_model
     from shape_moe.scoring.registry import ScoreOptions
+    from shape_moe.selection.layer_curves import load_curves
     from shape_moe.selection.method import Method
     from shape_moe.selection.select import SelectOptions
     from shape_moe.selection.selection import Selection, load_selection
@@ -66,9 +68,11 @@ __all__ = [
     "evaluate_endpoints",
     "experiment",
     "inspect_model",
+    "load_curves",
     "load_selection",
     "load_trace",
     "masked",
+    "measure",
     "merge",
     "prune",
     "prune_model",
@@ -92,6 +96,7 @@ _HOMES = {
     "jobs.evaluate_endpoints": ("EndpointOptions", "evaluate_endpoints"),
     "experiments.run": ("experiment",),
     "jobs.inspect": ("inspect_model",),
+    "jobs.measure": ("measure",),
     "jobs.prune": ("PruneOptions", "prune"),
     "jobs.report": ("report",),
     "jobs.select": ("score", "select"),
@@ -102,6 +107,7 @@ _HOMES = {
     "pruning.masks": ("masked",),
     "pruning.surgery": ("prune_model",),
     "scoring.registry": ("ScoreOptions",),
+    "selection.layer_curves": ("load_curves",),
     "selection.method": ("Method",),
     "selection.select": ("SelectOptions",),
     "selection.selection": ("Selection", "load_selection"),

@@ -15,6 +15,7 @@ NAMES = {
     "--chat-template": "TokenOptions(chat_template=), the template's text",
     "--concurrency": "concurrency=",
     "--context": "context=",
+    "--curves": "SelectOptions(curves=load_curves(FILE))",
     "--data": "data=",
     "--device": "device=",
     "--dtype": "dtype=",

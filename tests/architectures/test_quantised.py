@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from shape_moe.architectures.safetensors_file import read_header
 from shape_moe.architectures.sizes import measure
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.architectures.weight_source import WeightSource
-from shape_moe.errors import CheckpointError, UnsupportedModelError
+from shape_moe.errors import CheckpointError, ShapeMoeError, UnsupportedModelError
 from support.fp8 import save_fp8_model
 from support.mxfp4 import save_mxfp4_model
 from support.quantised import METHODS, SIZES, save_quantised, words_of
@@ -210,6 +212,28 @@ def test_settings_in_a_file_of_their_own(quantised, tmp_path, name, file, settin
     source = open_snapshot(folder)
     assert source.quantisation.label == label
     assert all(torch.equal(tensor.values(), plain[key]) for key, tensor in source.plain.items())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_any_settings_and_shapes_are_read_or_refused(quantised, name) -> None:
+    """Whatever stands under a key, or is the shape of a tensor: values, or a refusal that is ours."""
+    snapshot = open_snapshot(quantised(name)[0])
+    key = METHODS[name].key
+    settings = snapshot.config[key]
+    for entry in settings:
+        for junk in (None, "x", "8", [], {}, [3], {"a": {}}, -1, 0, 1.5, True):
+            config = {**snapshot.config, key: {**settings, entry: junk}}
+            first_values(replace(snapshot, config=config, hashes={}))
+    expert = f"model.layers.0.mlp.{'switch_mlp' if key == 'quantization' else 'experts.0'}.up_proj."
+    for changed in [part for part in snapshot.tensors if part.startswith(expert)]:
+        for shape in ((), (0,), (3,), (4, 0), (2, 2, 2, 2)):
+            slot = replace(snapshot.tensors[changed], shape=shape)
+            first_values(replace(snapshot, tensors={**snapshot.tensors, changed: slot}, hashes={}))
+
+
+def first_values(snapshot) -> None:
+    with contextlib.suppress(ShapeMoeError, KeyError):  # no such plain tensor, where a part is not taken for one
+        snapshot.plain["model.layers.0.mlp.experts.0.up_proj.weight"].values()
 
 
 def test_a_missing_part_is_named(quantised, tmp_path) -> None:

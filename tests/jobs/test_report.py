@@ -236,7 +236,7 @@ def test_a_selection_and_an_evaluation_are_sources_by_any_name(traced) -> None:
     with pytest.raises(UsageError, match="is an evaluation already: leave --evaluation out"):
         shape_moe.report(traced / "figures.json", traced / "x.html", evaluation=traced / "figures.json")
     (traced / "other.json").write_text("{}")
-    with pytest.raises(UsageError, match="is no output of shape-moe that a report can show"):
+    with pytest.raises(UsageError, match="is not something that shape-moe wrote and a report can show"):
         shape_moe.report(traced / "other.json", traced / "x.html")
 
 
@@ -270,3 +270,15 @@ def test_two_checkpoints_have_a_chapter_each(checkpoint, tmp_path) -> None:
     assert text.count("Method: ") == 2
     ids = [part.split('"')[0] for part in text.split(' id="')[1:]]
     assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("verb", ["demo", "experiment"])
+@pytest.mark.parametrize(
+    "content", [{}, {"rows": [], "models": []}, {"rows": [{"scorer": "dense"}], "models": [{"name": "m"}], "task": "t"}]
+)
+def test_a_damaged_demo_or_experiment_is_one_sentence(tmp_path, verb, content) -> None:
+    file = tmp_path / f"{verb}.json"
+    file.write_text(json.dumps({"format_version": 1, "verb": verb, "rule": "coverage", **content}))
+    with pytest.raises(DataError, match=f"{verb}.json is damaged: "):
+        shape_moe.report(file, tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()

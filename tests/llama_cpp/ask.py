@@ -1,7 +1,8 @@
 """Ask llama.cpp for log-probabilities of next tokens; run by the Python of an environment that has ``xllamacpp``.
 
 Reads a JSON object from standard input (``model``, a file; ``prompts``, lists of token ids; ``vocabulary``, how many
-tokens there are) and writes, for each prompt, the log-probabilities of all tokens by id.
+tokens there are; ``sampled``, one that is a letter) and writes, for each prompt, the log-probabilities of all tokens by
+id.
 """
 
 import json
@@ -22,8 +23,9 @@ def main() -> None:
     server = xllamacpp.Server(params)
     answers = []
     for prompt in asked["prompts"]:
-        request = {"prompt": prompt, "n_predict": 1, "logprobs": asked["vocabulary"], "temperature": 0}
-        reply = server.handle_completions({**request, "cache_prompt": False})
+        request = {"prompt": prompt, "n_predict": 1, "logprobs": asked["vocabulary"], "cache_prompt": False}
+        # a token whose bytes are no whole character would be withheld, probabilities and all; the bias is not in them
+        reply = server.handle_completions({**request, "temperature": 0, "logit_bias": [[asked["sampled"], 1e6]]})
         reply = json.loads(reply) if isinstance(reply, str) else reply
         best = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         row = {entry["id"]: entry["logprob"] for entry in best}

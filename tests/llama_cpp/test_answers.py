@@ -15,6 +15,8 @@ import torch
 from gguf.constants import GGMLQuantizationType
 
 from shape_moe.architectures.gguf_model import GgufModel
+from shape_moe.architectures.gguf_tokenizer import SPLITS
+from shape_moe.architectures.loading import load_tokenizer
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.progress import SILENT
 from shape_moe.pruning.masks import masked
@@ -44,9 +46,11 @@ def prompts() -> list[list[int]]:
     return [row[:length] for row in rows for length in LENGTHS]
 
 
-def llama_cpp(file: Path) -> np.ndarray:
+def llama_cpp(
+    file: Path, given: Sequence[list[int] | str] | None = None, vocabulary: int = VOCABULARY, sampled: int = 10
+) -> np.ndarray:
     """Log-probabilities of the next token after every prompt."""
-    asked = {"model": str(file), "prompts": prompts(), "vocabulary": VOCABULARY}
+    asked = {"model": str(file), "prompts": given or prompts(), "vocabulary": vocabulary, "sampled": sampled}
     script = Path(__file__).with_name("ask.py")
     done = subprocess.run(
         [str(PYTHON), str(script)], input=json.dumps(asked), capture_output=True, text=True, check=False, timeout=120
@@ -121,3 +125,23 @@ def test_quantised_answers_as_a_file_newly_assembled(family: str, kind: GGMLQuan
     assert np.isfinite(answers).all()
     assert np.array_equal(answers, llama_cpp(expected))
     assert not np.array_equal(answers, llama_cpp(file))
+
+
+TEXTS = (
+    "that the 12345 is x!! and 1, that's\n\n1234  th",
+    "at 12th.. \u65e5\u672c that+12",
+    " 123 \u00e9t\u00e9 's they're",
+)
+
+
+@pytest.mark.parametrize("way", [*sorted(SPLITS), "qwen2", "gpt-2", "llama-bpe", "gpt-4o", "sentencepiece"])
+def test_text_becomes_the_same_tokens(way: str, tmp_path: Path) -> None:
+    size = 384
+    live = gguf_model("qwen3_moe", vocab_size=size, num_hidden_layers=1)
+    kind = {"sentencepiece": True} if way == "sentencepiece" else {"pre": way}
+    file = save_gguf(live, tmp_path / "m.gguf", **kind)
+    tokenizer = load_tokenizer(file)
+    ids = [list(tokenizer(text).input_ids) for text in TEXTS]
+    assert all(max(row) < size for row in ids)
+    letter = 265 if way == "sentencepiece" else 10
+    assert np.array_equal(llama_cpp(file, TEXTS, size, letter), llama_cpp(file, ids, size, letter))

@@ -119,6 +119,7 @@ def test_metadata_stay_but_for_what_counts_experts(tmp_path: Path) -> None:
         elif key not in OWN_KEYS:
             assert entry.raw == old[key].raw
     told = json.loads(found.metadata[SELECTION_KEY])
+    assert str(tmp_path) not in "".join(str(found.metadata[key]) for key in OWN_KEYS)
     assert {int(layer): tuple(ids) for layer, ids in told["layers"].items()} == {
         layer: tuple(ids) for layer, ids in selection.layers.items()
     }

@@ -202,6 +202,7 @@ def write_gguf(
     tokenizer: bool = True,
     name: str = "Tiny Model",
     pre: str = "qwen2",
+    sentencepiece: bool = False,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a file.
@@ -215,6 +216,7 @@ def write_gguf(
         tokenizer: add a tokenizer of bytes.
         name: of the model.
         pre: the way in which the tokenizer splits text.
+        sentencepiece: give it a tokenizer of scores instead of one of merges.
         extra: further entries.
     """
     writer = gguf.GGUFWriter(file, architecture)
@@ -224,7 +226,8 @@ def write_gguf(
     for key, value in metadata.items():
         _add(writer, f"{architecture}.{key}", value)
     if tokenizer:
-        add_tokenizer(writer, tensors["token_embd.weight"].shape[0], pre)
+        size = tensors["token_embd.weight"].shape[0]
+        add_sentencepiece(writer, size) if sentencepiece else add_tokenizer(writer, size, pre)
     for key, value in (extra or {}).items():
         _add(writer, key, value)
     for key, values in tensors.items():
@@ -249,16 +252,38 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
+def add_sentencepiece(writer: gguf.GGUFWriter, size: int) -> None:
+    """A tokenizer of single bytes, letters and a few pieces with scores."""
+    pieces = ["\u2581", *"abcdefghijklmnopqrstuvwxyz0123456789.,+?", "th", "at", "\u2581th", "\u2581that", "12"]
+    tokens = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)], *pieces]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * len(pieces)]
+    scores = [0.0] * 259 + [-float(i) for i in range(len(pieces), 0, -1)]
+    rest = size - len(tokens)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([*tokens, *[f"<unused{i}>" for i in range(rest)]])
+    writer.add_token_scores([*scores, *[-1000.0] * rest])
+    writer.add_token_types([*kinds, *[5] * rest])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(TEMPLATE)
+
+
+_MERGES = ("t h", "a t", "th at", "1 2", "12 3", "Ġ 1", "Ġ th", "Ġ a", "! !", "Ġ Ġ", "x !", ". .", "e r", "' s", "Ċ Ċ")
+
+
 def vocabulary(size: int) -> tuple[list[str], list[int]]:
-    """Tokens and their types: three special ones, characters of the byte alphabet (spaces first), one of two."""
+    """Tokens and their types: three special ones, characters of the byte alphabet (spaces first), merged ones."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     alphabet = bytes_to_unicode()
     first = [alphabet[ord(" ")], alphabet[ord("\n")]]
-    letters = [*first, *(letter for letter in alphabet.values() if letter not in first)][: size - 4]
-    tokens = ["<pad>", "<s>", "</s>", *letters, "th"]
+    merged = [pair.replace(" ", "") for pair in merges(size)]
+    letters = [*first, *(letter for letter in alphabet.values() if letter not in first)][: size - 3 - len(merged)]
+    tokens = ["<pad>", "<s>", "</s>", *letters, *merged]
     tokens += [f"<unused{i}>" for i in range(size - len(tokens))]
-    kinds = [3, 3, 3, *[1] * (len(letters) + 1), *[5] * (size - 4 - len(letters))]
+    ordinary = len(letters) + len(merged)
+    kinds = [3, 3, 3, *[1] * ordinary, *[5] * (size - 3 - ordinary)]
     return tokens, kinds
 
 
@@ -268,14 +293,19 @@ TEMPLATE = (
 )
 
 
+def merges(size: int) -> tuple[str, ...]:
+    """The merges of a tokenizer: one where the vocabulary does not have all bytes."""
+    return _MERGES if size > 300 else _MERGES[:1]
+
+
 def add_tokenizer(writer: gguf.GGUFWriter, size: int, pre: str) -> None:
-    """A byte-level tokenizer of one merge."""
+    """A byte-level tokenizer."""
     tokens, kinds = vocabulary(size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    writer.add_token_merges(["t h"])
+    writer.add_token_merges(list(merges(size)))
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)

@@ -349,4 +349,4 @@ def test_ulimit_counts() -> None:
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit)); print(host_memory())"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert 40_000_000 < int(found.stdout) <= 50_000_000
+    assert 20_000_000 < int(found.stdout) <= 25_000_000  # the files are mapped as well

@@ -25,11 +25,15 @@ _DEEPSEEK = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 SPLITS: dict[str, tuple[str, ...]] = {
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
+    "starcoder": (r"\p{N}", _GPT2),
+    "smollm": (r"\p{N}", _GPT2),
+    "command-r": (r"\p{N}", _GPT2),
     "glm4": (_GLM,),
     "chatglm-bpe": (_GLM,),
     "deepseek-v3": _DEEPSEEK,
-    "deepseek-r1": _DEEPSEEK,
 }
 """Patterns by which further ways split text, one after the other; those that llama.cpp has for these names."""
 _ADVICE = "name a folder with the original tokenizer: --tokenizer DIR."
@@ -59,6 +63,8 @@ def load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name)
         if kind == "gpt2" and way in SPLITS:
             _split_by(tokenizer, SPLITS[way])
+        elif kind == "llama":
+            _space_as_pieces(tokenizer, prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", True)))
     except Exception as error:  # a damaged vocabulary can make the libraries raise anything
         raise CheckpointError(
             f"{file} has no tokenizer that can be loaded: {type(error).__name__} {first_line(error)}; {_ADVICE}"
@@ -73,6 +79,15 @@ def _split_by(tokenizer: PreTrainedTokenizerBase, patterns: tuple[str, ...]) -> 
     steps: list[Any] = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+
+
+def _space_as_pieces(tokenizer: PreTrainedTokenizerBase, *, prefix: bool) -> None:
+    """Let pieces begin with spaces as SentencePiece has it: one is put before every text, also one that begins so."""
+    from tokenizers import normalizers
+
+    steps: list[Any] = [normalizers.Prepend("\u2581")] if prefix else []
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])
+    tokenizer.backend_tokenizer.pre_tokenizer = None
 
 
 def _check_ids(tokenizer: PreTrainedTokenizerBase, metadata: Mapping[str, Any], file: Path) -> None:

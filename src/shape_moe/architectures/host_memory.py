@@ -37,7 +37,10 @@ def give_back_free_memory() -> None:
 
 
 def _left_of_limits() -> Iterator[int]:
-    """What ``ulimit -v`` and ``ulimit -d`` leave."""
+    """What ``ulimit -v`` and ``ulimit -d`` leave for a model.
+
+    Half of it: weights are mapped from their files while they are put together, and these limits count both.
+    """
     if sys.platform == "win32":
         return
     import resource
@@ -48,7 +51,7 @@ def _left_of_limits() -> Iterator[int]:
     for which, taken in ((resource.RLIMIT_AS, used.vms), (resource.RLIMIT_DATA, getattr(used, "data", used.rss))):
         limit, _ = resource.getrlimit(which)
         if limit != resource.RLIM_INFINITY:
-            yield limit - taken
+            yield (limit - taken) // 2
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Note = Callable[[str], None]
+_LARGE = 2**26
 
 
 class LayeredModel:
@@ -95,6 +96,7 @@ class LayeredModel:
         self._empty = {name: tensor for name, tensor in _tensors(self.model) if tensor.is_meta}
         self._entering: torch.Tensor | None = None
         self._current: int | None = None
+        self._is_large = False
         for index, layer in enumerate(self._layers):
             layer.forward = self._forward_of(index, layer.forward)
 
@@ -129,6 +131,7 @@ class LayeredModel:
             for index in range(start, stop):
                 assert coming is not None
                 tensors, coming = coming.result(), None
+                self._is_large = sum(tensor.nbytes for tensor in tensors.values()) >= _LARGE
                 self._fill(tensors)
                 self._check_whole(index)
                 coming = pool.submit(self._read, index + 1) if index + 1 < stop else None
@@ -138,7 +141,7 @@ class LayeredModel:
                 finally:
                     self._current = None
                     self._drop(self._names[index])
-                    give_back_free_memory()
+                    self._tidy_up()
 
     def advance(self, hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, H] after the layer that is in memory, on the device that computes.
@@ -153,6 +156,7 @@ class LayeredModel:
             return self._run(inputs_embeds=self._entering, attention_mask=attention_mask.to(self.device))
         finally:
             self._entering = None
+            self._tidy_up()
 
     @contextmanager
     def head(self) -> Iterator[None]:
@@ -249,6 +253,11 @@ class LayeredModel:
         for name in self._names[layer]:
             if _get(self.model, name).is_meta:
                 raise CheckpointError(f"{self.snapshot.name}: {name} is not on disk.")
+
+    def _tidy_up(self) -> None:
+        """Give free memory back, where a layer is so large that it matters: it takes a tenth of a second."""
+        if self._is_large:
+            give_back_free_memory()
 
     def _drop(self, names: Iterable[str]) -> None:
         """Let go of weights."""

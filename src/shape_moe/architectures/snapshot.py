@@ -188,7 +188,7 @@ class Snapshot:
         tensors = self.plain_or_stored
         if self.quantisation is not None:
             check_computable(self.quantisation, self.name)
-            tensors = self.quantisation.plain(self.tensors)
+            tensors = self.quantisation.tensors(self.tensors)
         return {tensor.name: tensor for tensor in tensors}
 
     @cached_property
@@ -197,7 +197,7 @@ class Snapshot:
         if self.quantisation is None:
             return with_the_rest(self.tensors, ())
         try:
-            return self.quantisation.plain(self.tensors)
+            return self.quantisation.tensors(self.tensors)
         except UnsupportedModelError:
             return with_the_rest(self.tensors, ())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ from shape_moe.cli.flag_groups import changed_flags
 from shape_moe.cli.values import parse_layers, parse_protect, parse_routing, share_option
 from shape_moe.errors import UsageError
 from shape_moe.scoring.registry import ScoreOptions
+from shape_moe.selection.layer_curves import LayerCurves, load_curves
 from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions
 from shape_moe.tracing.token_weights import token_weights
@@ -100,7 +102,8 @@ class SelectFlags:
         str | None,
         typer.Option(
             help="How layers share the experts that are kept: coverage (the same share of value in each; the "
-            "default), uniform (the same number), global (values compared across layers).",
+            "default), uniform (the same number), global (values compared across layers), measured (by what each "
+            "layer's cut costs, see --curves).",
             rich_help_panel=CHOICE_PANEL,
         ),
     ] = None
@@ -118,6 +121,14 @@ class SelectFlags:
         typer.Option(
             help="ragged (each layer keeps as many experts as it needs; the default) or stock (the same number in "
             "every layer: loads in any tool).",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = None
+    curves: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CURVES",
+            help="Layer curves from shape-moe measure, for rule measured; prune makes them where they are left out.",
             rich_help_panel=CHOICE_PANEL,
         ),
     ] = None
@@ -182,4 +193,10 @@ class SelectFlags:
             protect=parse_protect(self.protect),
             multiple_of=self.multiple_of,
             allow_rounding=self.allow_rounding,
+            curves=None if self.curves is None else self._curves(self.curves),
         )
+
+    def _curves(self, file: Path) -> LayerCurves:
+        if self.rule != "measured":
+            raise UsageError("--curves goes with --rule measured.")
+        return load_curves(file)

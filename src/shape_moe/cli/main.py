@@ -29,6 +29,7 @@ VERBS = {
     "merge": "Put several traces of one model together.",
     "score": "Show what each expert is worth.",
     "select": "Choose the experts to keep.",
+    "measure": "Measure what each layer's cut costs, for rule measured.",
     "sweep": "Find out which keep rate is safe.",
     "prune": "Do the whole job: trace, choose, and write a checkpoint without the other experts.",
     "serve": "Serve the original with vLLM as if it had been pruned.",

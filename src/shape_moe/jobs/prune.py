@@ -37,12 +37,13 @@ from shape_moe.jobs.judging_examples import (
     unseen_parts,
 )
 from shape_moe.jobs.layered_judgement import judge_layer_by_layer
+from shape_moe.jobs.measure import measured_curves
 from shape_moe.jobs.planning import SearchPlan, held_out_tracing, plan_search
 from shape_moe.jobs.pruned_place import PrunedPlace, place_of
 from shape_moe.jobs.select import as_select_options, check_options
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options, load_original
 from shape_moe.jobs.trace import kept_trace, open_trace
-from shape_moe.jobs.way import check_whole
+from shape_moe.jobs.way import check_measurable, check_whole
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import Canary, CanaryResult
 from shape_moe.pruning.compare import file_hash
@@ -50,8 +51,9 @@ from shape_moe.pruning.logits import check_logits, masked_answers, why_no_logits
 from shape_moe.pruning.writers import Writer, what_is_left_out, writer_for
 from shape_moe.reporting.model_card import write_card
 from shape_moe.reporting.opening import Opening
+from shape_moe.selection.layer_curves import load_curves
 from shape_moe.selection.method import PUBLISHED_SAMPLES, Method
-from shape_moe.selection.rules import budget_for
+from shape_moe.selection.rules import budget_for, get_rule
 from shape_moe.selection.select import SelectOptions, select_from_trace
 from shape_moe.selection.selection import Selection, completed, load_selection, open_selection
 from shape_moe.serving.manifest import write_manifest
@@ -222,6 +224,11 @@ def prune(
         return _carry_out(run, work, place)
 
 
+def _makes_curves(asked: SelectOptions) -> bool:
+    """Whether layers have to be measured before a budget can be shared out."""
+    return get_rule(asked.method.rule).by_curves and asked.curves is None
+
+
 def _open_inputs(
     run: _Run, trace: str | PathLike[str] | None, selection: str | PathLike[str] | Selection | None
 ) -> None:
@@ -241,6 +248,8 @@ def _open_inputs(
     elif options.trace is not None and (trace is not None or selection is not None):
         run.judge = session_for(options.trace, snapshot, run.progress)
     elif options.trace is not None:
+        if options.select is not None and _makes_curves(options.select):
+            check_measurable(snapshot, options.trace)
         records = None
         if options.judgement is not None:
             run.parts = set_aside(options.trace.data, options.judgement, give_up=False, progress=run.progress)
@@ -307,6 +316,12 @@ def _check_request(
         raise UsageError("Give calibration data (--data), a trace (--trace) or a selection (--selection).")
     elif options.trace is not None and options.judgement is None and (trace is not None or selection is not None):
         raise UsageError("Beside a trace or a selection, data (--data) only judge: leave them out without judgement.")
+    asked = options.select
+    if asked is not None and _makes_curves(asked) and options.trace is None:
+        raise UsageError(
+            f"Rule {asked.method.rule} needs layer curves: make them with `shape-moe measure` and give them by "
+            "--curves, or start from --data, whose examples are then measured."
+        )
     if (options.select is None) != (selection is not None):
         raise UsageError("Give a keep rate (--keep or --fit) with data or a trace, and none with a selection.")
 
@@ -420,7 +435,14 @@ def _selected(run: _Run, work: Path) -> Selection:
         shutil.rmtree(folder, ignore_errors=True)
         run.progress.note(f"Chosen: {chosen.choice['reason'] if chosen.choice else ''}")
         return chosen
-    return select_from_trace(run.trace, run.options.select)
+    asked = run.options.select
+    if _makes_curves(asked):
+        assert run.session is not None, "checked before"
+        file = work / "shape" / "curves.json"
+        if not file.is_file():
+            measured_curves(run.session, run.trace, asked.method, asked.scoring, run.progress).save(file)
+        asked = replace(asked, curves=load_curves(file))
+    return select_from_trace(run.trace, asked)
 
 
 def _judged(run: _Run, selection: Selection) -> Judgement:

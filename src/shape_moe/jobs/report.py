@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from shape_moe.architectures.fingerprint import check_fingerprint
 from shape_moe.architectures.gguf_file import is_gguf
@@ -26,6 +25,8 @@ from shape_moe.jobs.pruned_place import beside
 from shape_moe.jobs.report_sources import Found, Place, find_all, find_source
 from shape_moe.json_file import read_json
 from shape_moe.progress import SILENT, Progress
+from shape_moe.reporting.demo_rows import whole_demo
+from shape_moe.reporting.experiment_tables import whole_experiment
 from shape_moe.reporting.html import render_report
 from shape_moe.reporting.material import Material, Sizes
 from shape_moe.scoring.registry import scorers
@@ -106,15 +107,6 @@ def report(
     return ReportResult(file, tuple(names), file.stat().st_size)
 
 
-def _document(file: Path, verb: str, *keys: str) -> dict[str, Any]:
-    """A result that is shown as it is.
-
-    Raises:
-        DataError: when it lacks what is shown.
-    """
-    return read_result(file, file.name, verb, lambda document: {**document, **{key: document[key] for key in keys}})
-
-
 def _judgement(checkpoint: Path | None) -> tuple[Verdict | None, Forgotten | None]:
     """What the job that wrote a checkpoint says of it."""
     folder = beside(checkpoint) if checkpoint is not None and is_gguf(checkpoint) else checkpoint
@@ -141,9 +133,7 @@ def _gather(
     chosen = given if isinstance(given, Selection) or given is None else load_selection(given)
     trace = load_trace(found.trace) if found.trace is not None else None
     verdict, forgotten = _judgement(found.checkpoint)
-    experiment = None
-    if found.experiment is not None:
-        experiment = _document(found.experiment, "experiment", "models", "evaluation", "cells", "dense", "calibration")
+    experiment, demo = found.experiment, found.demo
     material = Material(
         source=found.source,
         selection=chosen,
@@ -154,8 +144,8 @@ def _gather(
         checkpoint=found.checkpoint is not None,
         verdict=verdict,
         forgotten=forgotten,
-        experiment=experiment,
-        demo=_document(found.demo, "demo", "task", "rows") if found.demo is not None else None,
+        experiment=read_result(experiment, experiment.name, "experiment", whole_experiment) if experiment else None,
+        demo=read_result(demo, demo.name, "demo", whole_demo) if demo else None,
     )
     _check_origin(material, force=force)
     rivals = _rivals(trace, chosen) if trace is not None else ()

@@ -109,6 +109,20 @@ def check_whole(snapshot: Snapshot, options: ExampleOptions) -> None:
         )
 
 
+def check_measurable(snapshot: Snapshot, options: ExampleOptions) -> None:
+    """Refuse to measure layers of a model that is read layer by layer.
+
+    Raises:
+        UsageError: saying what to do instead.
+    """
+    if options.engine in WAYS and choose_way(snapshot, options, None, loaded=False).engine == STREAM:
+        needed, free = readable_size(_needed(snapshot, options)), readable_size(free_memory(options.device))
+        raise UsageError(
+            f"Layers are measured with the whole model in memory, which takes {needed} ({free} are free); use another "
+            "rule (--rule coverage), or curves that were measured elsewhere (--curves)."
+        )
+
+
 def check_answers_fit(snapshot: Snapshot, options: ExampleOptions, prompts: int) -> None:
     """Refuse to let a model answer that does not fit into memory.
 

@@ -128,7 +128,7 @@ def pruned_metadata(source: GgufModel, selection: Selection, parameters: int) ->
     own = {
         VERSION_KEY: version("shape-moe"),
         ORIGINAL_KEY: json.dumps(made_from),
-        SELECTION_KEY: json.dumps(selection.to_document()),
+        SELECTION_KEY: json.dumps({**selection.to_document(), "model": made_from["model"]}),
         DIGEST_KEY: NO_DIGEST,
     }
     return [*kept, *(make_entry(key, STRING, value) for key, value in own.items())]

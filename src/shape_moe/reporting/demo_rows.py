@@ -94,8 +94,23 @@ def demo_model(document: Document) -> str:
 
 
 def _dense(document: Document) -> Row:
-    found: Row = next(row for row in document["rows"] if row["scorer"] == "dense")
+    found: Row | None = next((row for row in document["rows"] if row["scorer"] == "dense"), None)
+    if found is None or not found["size"] > 0:
+        raise ValueError("there is no dense model in it")
     return found
+
+
+def whole_demo(document: Document) -> Document:
+    """The document, once it is sure that all that is shown of it is there.
+
+    Raises:
+        KeyError: when something is missing.
+        TypeError: when something is of another kind.
+        ValueError: likewise.
+    """
+    for show in (demo_headings, demo_short, demo_headline, demo_command):
+        show(document)
+    return document
 
 
 def demo_headings(document: Document) -> tuple[str, ...]:

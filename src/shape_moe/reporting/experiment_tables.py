@@ -232,8 +232,24 @@ def _best(
 
 
 def _dense(document: Document, model: str) -> Document:
-    found: Document = next(entry for entry in document["dense"] if entry["model"] == model)
+    found: Document | None = next((entry for entry in document["dense"] if entry["model"] == model), None)
+    if found is None:
+        raise ValueError(f"there is no dense model {model} in it")
     return found
+
+
+def whole_experiment(document: Document) -> Document:
+    """The document, once it is sure that all that is shown of it is there.
+
+    Raises:
+        KeyError: when something is missing.
+        TypeError: when something is of another kind.
+        ValueError: likewise.
+    """
+    experiment_markdown(document)
+    for model in document["models"]:
+        experiment_bests(document, str(model["name"]))
+    return document
 
 
 def experiment_sizes(document: Document, model: str) -> str:

@@ -187,6 +187,7 @@ def _data_options(source: Mapping[str, Any]) -> str:
     options += [("--weight", f"{weight:g}") for weight in source.get("weights") or ()]
     options += [("--format", source.get("format")), ("--turns", _unless(source.get("turns"), "all"))]
     options += [("--chat-template", "chat-template.jinja" if source.get("chat_template") else None)]
+    options += [("--tokenizer", source.get("tokenizer"))]
     options += [(f"--{name}", source.get(name)) for name in ("split", "subset", "samples", "stratify")]
     options += [("--seed", source.get("seed") or None), ("--max-length", source.get("max_length"))]
     if source.get("split") == "train" and not sources[0].startswith(PREFIX):

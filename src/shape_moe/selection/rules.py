@@ -30,12 +30,15 @@ class Rule:
         by_rank: whether the priority depends on ranks within layers alone.
         within_layers: whether a layer's priorities depend on its own values alone, and not on their scale. This
             decides how the scores of several classes are made comparable: as shares of their layer, or of the model.
+        by_curves: whether layer curves decide how many experts each layer keeps, so that scores only rank them; the
+            priority is that of equal counts and is not used to spend a budget.
     """
 
     name: str
     function: RuleFunction
     by_rank: bool = False
     within_layers: bool = False
+    by_curves: bool = False
 
     @property
     def by_layer(self) -> bool:
@@ -60,7 +63,7 @@ _RULES: Registry[Rule] = Registry("rule", "shape_moe.rules", ())
 
 
 def register(
-    name: str, *, by_rank: bool = False, within_layers: bool = False
+    name: str, *, by_rank: bool = False, within_layers: bool = False, by_curves: bool = False
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register a function as a rule; see :class:`Rule` for the arguments.
 
@@ -69,7 +72,7 @@ def register(
     """
 
     def add(function: RuleFunction) -> RuleFunction:
-        _RULES.add(name, Rule(name, function, by_rank, within_layers), function)
+        _RULES.add(name, Rule(name, function, by_rank, within_layers, by_curves), function)
         return function
 
     return add
@@ -143,6 +146,15 @@ def global_priority(values: Values, tiebreak: Values | None = None) -> Priority:
     return -_checked(values)
 
 
+@register("measured", by_rank=True, by_curves=True)
+def measured_priority(values: Values, tiebreak: Values | None = None) -> Priority:
+    """Ranks within layers, ``rank / E``; how many of them each layer keeps is what layer curves say.
+
+    See :mod:`shape_moe.selection.layer_curves`.
+    """
+    return uniform_priority(values, tiebreak)
+
+
 def get_rule(name: str) -> Rule:
     """Look a rule up.
 
@@ -153,8 +165,8 @@ def get_rule(name: str) -> Rule:
 
 
 def rules() -> dict[str, Rule]:
-    """All rules by name, installed packages' included."""
-    return _RULES.all()
+    """All rules by name that spend a budget by a priority alone, installed packages' included."""
+    return {name: rule for name, rule in _RULES.all().items() if not rule.by_curves}
 
 
 def budget_for(keep: float, total: int) -> int:

@@ -16,6 +16,7 @@ from shape_moe.scoring.registry import ScoreOptions, get_scorer
 from shape_moe.scoring.scores import Scores, score_trace
 from shape_moe.selection import guards
 from shape_moe.selection.budget import Constraints, Room, choose
+from shape_moe.selection.layer_curves import LayerCurves, choose_by_curves
 from shape_moe.selection.method import Method
 from shape_moe.selection.near_ties import near_ties, priority_bounds, rounding_of
 from shape_moe.selection.rules import Priority, bisection_budget, budget_for, get_rule, layer_ranks
@@ -38,6 +39,7 @@ class SelectOptions:
         protect: expert ids by decoder layer that are kept in any case.
         multiple_of: every pruned layer keeps a multiple of this many experts.
         allow_rounding: take the nearest feasible budget below an infeasible one.
+        curves: what each layer's cut costs, for rule ``measured``.
 
     Raises:
         UsageError: for a keep rate outside (0, 1], and a method or a tolerance that does not exist or fit.
@@ -51,6 +53,7 @@ class SelectOptions:
     protect: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     multiple_of: int = 1
     allow_rounding: bool = False
+    curves: LayerCurves | None = None
 
     def __post_init__(self) -> None:
         self.method.check()
@@ -95,12 +98,20 @@ class _Picker:
     def __init__(self, options: SelectOptions, layers: tuple[int, ...], facts: RouterFacts | None) -> None:
         self.options, self.rule = options, get_rule(options.method.rule)
         self.constraints = options.constraints(layers, facts)
+        if self.rule.by_curves and options.curves is None:
+            raise UsageError(
+                f"Rule {self.rule.name} needs layer curves: make them with `shape-moe measure`, and give them by "
+                "--curves."
+            )
 
     def priority(self, scores: Scores) -> Priority:
         return self.rule(scores.values, scores.tiebreak)
 
-    def keep(self, scores: Scores, budget: int) -> NDArray[np.bool_]:
+    def keep(self, scores: Scores, budget: int, half: int | None = None) -> NDArray[np.bool_]:
         ranks = layer_ranks(scores.values, scores.tiebreak)
+        if self.rule.by_curves and self.options.curves is not None:
+            room = Room(len(scores.layers), scores.num_experts, self.constraints)
+            return choose_by_curves(self.options.curves.costs(half), budget, room, ranks)
         return choose(self.priority(scores), budget, self.constraints, ranks=ranks)
 
 
@@ -168,9 +179,15 @@ class TraceSelector:
         info, weights = self.trace.info, self.scoring.weights
         weights = get_scorer(options.method.scorer).weights_for(self.trace, weights)
         picker = _Picker(options, info.layers, info.routing)
+        curves = options.curves if picker.rule.by_curves else None
+        if curves is not None:
+            curves.check(info.fingerprint, options.method, {**weights.flags, "seed": self.scoring.seed})
         scores, halves = self._scored(options.method.scorer, by_layer=picker.rule.by_layer)
         selection, mask, budget = _selection(picker, scores, info.routing.top_k)
-        agreement = stability(*(picker.keep(half, budget) for half in halves)) if halves else None
+        if curves is not None and not (curves.has_half(0) and curves.has_half(1)):
+            halves = []
+        kept = [picker.keep(part, budget, half) for half, part in enumerate(halves)]
+        agreement = stability(*kept) if kept else None
         warnings = guards.warn_unseen(self._tokens)
         if "largest_norm" in self.trace.statistics:
             largest = self.trace.sums("largest_norm", weights)
@@ -179,7 +196,7 @@ class TraceSelector:
         warnings += guards.warn_inflation(options.method.routing, info.routing.renormalises)
         return replace(
             selection,
-            constraints={**selection.constraints, **self._classes(scores)},
+            constraints={**selection.constraints, **self._classes(scores), **_predicted(curves, mask)},
             fingerprint=info.fingerprint,
             model=info.model,
             family=info.family,
@@ -223,8 +240,18 @@ def select_from_scores(scores: Scores, options: SelectOptions, *, routing: Route
             "A table of values does not say how many experts serve a token, which routing reroute must know: "
             "give --top-k."
         )
+    if get_rule(options.method.rule).by_curves:
+        raise UsageError("Rule measured goes by layer curves, which belong to a trace: select from that.")
     selection, *_ = _selection(_Picker(options, scores.layers, routing), scores, routing.top_k if routing else None)
     return replace(selection, warnings=tuple(guards.warn_unseen(scores.activations)))
+
+
+def _predicted(curves: LayerCurves | None, mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """What the layers' cuts are predicted to cost, where that was measured."""
+    if curves is None:
+        return {}
+    by_class = curves.predicted(mask.sum(axis=1))
+    return {"measured": {"tokens": float(np.sum(curves.tokens)), "predicted_kl": by_class}}
 
 
 def _as_flags(weights: TokenWeights | None) -> str:

@@ -30,8 +30,8 @@ _WEIGHT, _ZEROS, _SCALES, _GROUPS = ".qweight", ".qzeros", ".scales", ".g_idx"
 def open_gptq(config: Config) -> Quantisation:
     """GPTQ as its settings describe it."""
     settings = settings_of(config)
-    bits, group = settings.get("bits"), settings.get("group_size", -1)
-    label = f"GPTQ {bits}-bit" + (f", groups of {group}" if isinstance(group, int) and group > 0 else "")
+    bits, group = settings.get("bits"), int(settings.get("group_size") or -1)  # some write it as a text
+    label = f"GPTQ {bits}-bit" + (f", groups of {group}" if group > 0 else "")
     form = settings.get("checkpoint_format") or "gptq"
     if bits not in _WIDTHS:
         return refused(label, f"has another width than those that are understood ({', '.join(map(str, _WIDTHS))})")

@@ -13,13 +13,17 @@ from typing import Any
 
 from shape_moe.architectures.quantised.plain import PlainTensor
 from shape_moe.architectures.safetensors_file import TensorSlot
-from shape_moe.errors import UnsupportedModelError
+from shape_moe.errors import CheckpointError, UnsupportedModelError, first_line
 from shape_moe.json_file import read_json
 from shape_moe.registry import Registry
 
 SETTINGS_KEY = "quantization_config"
 Config = Mapping[str, Any]
 Plain = Callable[[Mapping[str, TensorSlot]], list[PlainTensor]]
+
+
+_DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What settings or shapes that are not what they should be make code raise."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,21 @@ class Quantisation:
     label: str
     plain: Plain
     refusal: str | None = None
+
+    def tensors(self, stored: Mapping[str, TensorSlot]) -> list[PlainTensor]:
+        """The tensors of the plain model.
+
+        Raises:
+            UnsupportedModelError: for a layout that is not understood.
+            CheckpointError: when tensors are not what the settings say.
+        """
+        try:
+            return self.plain(stored)
+        except _DAMAGE as error:
+            raise CheckpointError(
+                f"{self.label}: the tensors are not laid out as the settings say ({first_line(error)}); download or "
+                "copy the model again."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -95,7 +114,7 @@ def find_quantisation(config: Config, folder: Path | None = None) -> Quantisatio
     """
     for method in _METHODS.all().values():
         if method.recognises(config):
-            return method.open(config)
+            return _opened(method, config)
     settings = settings_of(config)
     if not settings:
         return _found_beside(config, folder) if folder is not None else None
@@ -103,10 +122,17 @@ def find_quantisation(config: Config, folder: Path | None = None) -> Quantisatio
     return Quantisation(label, _stored, "is not known here; known are " + ", ".join(sorted(_METHODS.all())))
 
 
+def _opened(method: _Method, config: Config) -> Quantisation:
+    try:
+        return method.open(config)
+    except _DAMAGE as error:
+        raise CheckpointError(f"The quantisation settings cannot be read: {first_line(error)}.") from error
+
+
 def _found_beside(config: Config, folder: Path) -> Quantisation | None:
     for method in _METHODS.all().values():
         if method.file is not None and (folder / method.file).is_file():
-            return method.open({**config, SETTINGS_KEY: read_json(folder / method.file)})
+            return _opened(method, {**config, SETTINGS_KEY: read_json(folder / method.file)})
     return None
 
 

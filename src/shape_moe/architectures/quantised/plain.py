@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 Values = Mapping[str, "torch.Tensor"]
 Compute = Callable[[Values], "torch.Tensor"]
 
+_DAMAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What parts that do not fit each other make code and libraries raise."""
+
 STORED = "stored"
 """The only part of a tensor that is stored as it is."""
 
@@ -88,7 +91,7 @@ class PlainTensor:
             return self.compute(values).contiguous()
         except ShapeMoeError:
             raise
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except _DAMAGE as error:
             shapes = ", ".join(f"{slot.name} {slot.shape}" for slot in self.parts.values())
             raise CheckpointError(
                 f"{self.name} cannot be dequantised, its parts do not fit each other ({shapes}): {first_line(error)}"
