@@ -299,7 +299,7 @@ def test_a_class_that_lost_many_of_few_examples_is_named() -> None:
     good, bad = one(0, 0, 12, name="sums", made=answers()), one(4, 0, 12, name="tables", made=answers())
     found = decide([good, bad])
     assert found.word is Word.LOSS
-    assert found.reason.startswith("Tables may be damaged: exact match falls from 100 % to 67 % over 12 examples")
+    assert found.reason.startswith("Class tables may be damaged: exact match falls from 100 % to 67 % over 12 examples")
     assert found.suspects == ("tables",)
     assert "examples of tables" in found.advice
     for fine in (one(1, 0, 9, name="tables", made=answers()), one(2, 0, 20, name="tables", made=answers())):

@@ -268,7 +268,7 @@ class _Judged:
                 needed = f"judge by {self._needed():,} examples of each class to know"
                 return (
                     Word.LOSS,
-                    f"{capitalised(fall.name)} may be damaged: {fall.figure} falls from {dense} to {pruned} over "
+                    f"Class {fall.name} may be damaged: {fall.figure} falls from {dense} to {pruned} over "
                     f"{counted(fall.examples, 'example')}, which are too few to rule out chance; a loss of up to "
                     f"{share_at_most(fall.fall.high)} is not excluded.",
                     f"Keep more experts, or calibrate with more examples of {fall.name}; {needed}.",
