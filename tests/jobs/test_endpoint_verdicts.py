@@ -160,6 +160,44 @@ def failing(status: int, document, times: int = 10**9):
     return reply
 
 
+def test_three_served_models_that_are_not_safe_get_three_verdicts(tmp_path) -> None:
+    """One that loops, one that answers well and calls no tools any more, and one that is judged on ten examples."""
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    plain = {f"question {i}": f"answer {i}" for i in range(120)}
+    cities = [f"city {i}" for i in range(20)]
+
+    def call(city: str) -> dict:
+        function = {"name": "weather", "arguments": json.dumps({"city": city})}
+        return {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"type": "function", "id": "1", "function": function}],
+        }
+
+    rows = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in plain.items()
+    ]
+    calling = [{"messages": [{"role": "user", "content": c}, call(c)], "tools": tools} for c in cities]
+    answers = {q: {"content": a} for q, a in plain.items()}
+    dense = replies_of({**answers, **{c: call(c) for c in cities}})
+    looping = replies_of({q: {"content": "so " * 24, "ends": "length"} for q in plain})
+    silent = replies_of({**answers, **{c: {"content": "I do not know."} for c in cities}})
+    ten, all_of_them = (
+        write_lines(tmp_path / "ten.jsonl", rows[:10]),
+        write_lines(tmp_path / "all.jsonl", rows + calling),
+    )
+    options = EndpointOptions(general=False)
+    with serving(dense) as reference:
+        found = []
+        for reply, file in ((looping, ten), (silent, all_of_them), (dense, ten)):
+            with serving(reply) as url:
+                result = evaluate_endpoints({"dense": reference, "pruned": url}, file, options)
+            found.append(result.models[1].verdict)
+    assert [str(verdict.word) for verdict in found] == ["damaged", "measurable loss", "no loss seen"]
+    assert found[1].reason.startswith("It calls no tools any more. Right tool calls fall from 100 % to 0 %")
+    assert found[1].outcomes[0].exact == Pairs(120, 120, 0, 0)
+
+
 def test_a_busy_server_is_asked_again_and_a_broken_one_is_given_up(data) -> None:
     options = EndpointOptions(general=False, at_a_time=1)
     with serving(replies_of(QUESTIONS)) as one, serving(failing(503, "busy", times=3)) as other:

@@ -9,6 +9,7 @@ import shape_moe
 from shape_moe.calibration.records import DataOptions
 from shape_moe.errors import UsageError
 from shape_moe.jobs import measure as job
+from shape_moe.jobs.auto import ChoiceOptions
 from shape_moe.jobs.prune import PruneOptions
 from shape_moe.selection.layer_curves import load_curves
 from shape_moe.selection.method import Method
@@ -58,6 +59,15 @@ def test_prune_measures_the_examples_that_it_traces(embedded, data, tmp_path) ->
 def test_prune_from_a_trace_needs_curves(embedded, traced, tmp_path) -> None:
     with pytest.raises(UsageError, match="needs layer curves.*--curves, or start from --data"):
         shape_moe.prune(embedded, tmp_path / "out", PruneOptions(SelectOptions(0.5, METHOD)), trace=traced)
+
+
+def test_where_methods_are_compared_the_rule_is_refused(embedded, data, tmp_path) -> None:
+    choice = ChoiceOptions(rules=("measured",))
+    options = PruneOptions(SelectOptions(0.5, Method("auto")), choice=choice)
+    with pytest.raises(UsageError, match="Rule measured goes by layer curves"):
+        shape_moe.prune(embedded, tmp_path / "out", options, data=DataOptions.of(data, samples=6))
+    with pytest.raises(UsageError, match="Rule measured goes by layer curves"):
+        shape_moe.SweepOptions(methods=(METHOD,))
 
 
 def test_examples_of_every_class_come_first_and_tokens_are_bounded(monkeypatch) -> None:

@@ -106,7 +106,9 @@ def test_the_class_that_was_lost_is_named(embedded, fine, tmp_path) -> None:
 
 
 def test_complaints_of_any_set_rise_to_the_top(embedded, broken, files) -> None:
-    result = judge(embedded, broken, files["few"], also=DataOptions(str(files["few"])))
+    other = files["few"].with_name("others.jsonl")
+    other.write_bytes(files["few"].read_bytes())
+    result = judge(embedded, broken, files["few"], also=DataOptions(str(other)))
     task, also = (result.models[1].sets[name].health.complaints for name in ("task", "also"))
     assert task == also
     for complaint in task:

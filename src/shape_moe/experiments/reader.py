@@ -34,7 +34,7 @@ from shape_moe.literal_paths import expand_home
 from shape_moe.reporting.experiment_tables import EXAMPLE_METRICS, GENERATED
 from shape_moe.scoring.registry import get_scorer
 from shape_moe.selection.method import Method, check_routing
-from shape_moe.selection.rules import get_rule
+from shape_moe.selection.rules import check_by_priority
 from shape_moe.selection.select import SelectOptions
 from shape_moe.tracing.token_weights import token_weights
 from shape_moe.units import share_from
@@ -229,7 +229,7 @@ class _Reader:
             with top.naming("methods" if grid.methods else "scorers"):
                 get_scorer(scorer)
             with top.naming("methods" if grid.methods else "rules"):
-                get_rule(rule)
+                check_by_priority(rule)
         seeds = grid.random_seeds or (grid.seed,)
         return tuple(
             SeededMethod(scorer, rule, seed=seed)

@@ -53,7 +53,7 @@ from shape_moe.reporting.model_card import write_card
 from shape_moe.reporting.opening import Opening
 from shape_moe.selection.layer_curves import load_curves
 from shape_moe.selection.method import PUBLISHED_SAMPLES, Method
-from shape_moe.selection.rules import budget_for, get_rule
+from shape_moe.selection.rules import budget_for, check_by_priority, get_rule
 from shape_moe.selection.select import SelectOptions, select_from_trace
 from shape_moe.selection.selection import Selection, completed, load_selection, open_selection
 from shape_moe.serving.manifest import write_manifest
@@ -310,6 +310,8 @@ def _check_request(
     if options.choice is not None:
         if selection is not None or (options.trace is None and trace is None):
             raise UsageError("Scorer auto and limits choose on held-out examples: give data (--data) or a trace.")
+        for rule in (*(options.choice.rules or ()), *([options.select.method.rule] if options.select else [])):
+            check_by_priority(rule)
     elif sum(given is not None for given in (trace, selection)) > 1:
         raise UsageError("--trace and --selection exclude each other; give one of them.")
     elif options.trace is None and trace is None and selection is None:

@@ -27,6 +27,7 @@ from shape_moe.made_with import MadeWith
 from shape_moe.progress import SILENT, Progress
 from shape_moe.scoring.registry import ScoreOptions, get_scorer
 from shape_moe.selection.method import Method
+from shape_moe.selection.rules import check_by_priority
 from shape_moe.selection.select import SelectOptions, TraceSelector
 from shape_moe.workspace import Workspace, write_json
 
@@ -64,6 +65,7 @@ class SweepOptions:
             raise UsageError(f"At least one example must be held out, not {self.held_out}.")
         for method in self.methods:
             get_scorer(method.scorer)
+            check_by_priority(method.rule)
             for keep in self.keep_rates or (1.0,):
                 self.select(method, keep)
 

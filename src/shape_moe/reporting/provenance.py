@@ -214,6 +214,7 @@ def _select_command(selection: Selection, source: str) -> str:
         ("--rule", selection.rule),
         ("--routing", selection.routing),
         ("--target", _unless(selection.target, "ragged")),
+        ("--curves", "curves.json" if "measured" in rules else None),
         ("--tolerance", rules.get("tolerance")),
         ("--skip-layers", ",".join(map(str, rules.get("skip_layers") or ()))),
         *(("--protect", f"{layer}:{','.join(map(str, ids))}") for layer, ids in (rules.get("protect") or {}).items()),

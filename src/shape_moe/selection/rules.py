@@ -164,6 +164,19 @@ def get_rule(name: str) -> Rule:
     return _RULES.get(name)
 
 
+def check_by_priority(name: str) -> None:
+    """Refuse a rule that needs more than scores, where several methods are compared.
+
+    Raises:
+        UsageError: for an unknown rule, and for one that goes by layer curves.
+    """
+    if get_rule(name).by_curves:
+        raise UsageError(
+            f"Rule {name} goes by layer curves, which belong to one scorer and one routing: it is for `shape-moe "
+            "select`, and for `prune` with a scorer and a keep rate."
+        )
+
+
 def rules() -> dict[str, Rule]:
     """All rules by name that spend a budget by a priority alone, installed packages' included."""
     return {name: rule for name, rule in _RULES.all().items() if not rule.by_curves}
