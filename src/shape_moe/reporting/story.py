@@ -11,7 +11,7 @@ from shape_moe.evaluation.evaluated import TASK, Evaluated, Evaluation
 from shape_moe.evaluation.falls import Fall
 from shape_moe.evaluation.measures import Measured
 from shape_moe.evaluation.verdict import Verdict, Word, describe_answers, describe_calls
-from shape_moe.reporting.demo_rows import demo_best, demo_command, demo_headings, demo_model, demo_short
+from shape_moe.reporting.demo_rows import demo_best, demo_command, demo_headings, demo_headline, demo_short
 from shape_moe.reporting.experiment_tables import experiment_bests, experiment_sizes
 from shape_moe.reporting.figures.figure import sentence
 from shape_moe.reporting.material import Material, Sizes
@@ -98,7 +98,7 @@ def stories(material: Material) -> list[Story]:
 def _of_demo(document: Mapping[str, Any]) -> Story:
     best = demo_best(document)
     smaller = f"{readable_share(best.saved)} smaller" if best is not None else "No method keeps the task"
-    detail = f"{demo_model(document)}; {best.sizes}" if best is not None else demo_model(document)
+    detail = f"{demo_headline(document)}."
     word = Word.NOT_MEASURED
     return Story(
         "The embedded model",

@@ -10,7 +10,6 @@ import numpy as np
 from shape_moe.evaluation.evaluated import ALSO
 from shape_moe.evaluation.forgotten import Forgotten
 from shape_moe.evaluation.measures import HEALTH_LIMIT, Measured
-from shape_moe.reporting.demo_rows import demo_headline
 from shape_moe.reporting.experiment_tables import experiment_preface
 from shape_moe.reporting.figures.figure import percent, sentence
 from shape_moe.reporting.figures.metrics import METRICS, known_metrics
@@ -42,7 +41,7 @@ class Tile:
 def headline(material: Material) -> str:
     """The page's heading."""
     if material.demo is not None:
-        return demo_headline(material.demo)
+        return f"Demo: {material.demo['task']} with fewer experts"
     if material.selection is not None:
         return f"{material.model_name} with {readable_share(material.selection.keep)} of its experts"
     if material.experiment is not None:
