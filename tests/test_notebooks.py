@@ -81,9 +81,9 @@ def test_estimates_are_plain_numbers() -> None:
 
 def test_errors_say_what_an_option_is_called_in_python(embedded, tmp_path) -> None:
     with pytest.raises(UsageError) as refused:
-        shape_moe.prune(embedded, tmp_path / "out", data=[{"prompt": "1"}], trace=str(tmp_path), keep=0.5)
+        shape_moe.prune(embedded, tmp_path / "out", trace=tmp_path / "t", selection=tmp_path / "s", keep=0.5)
     shown = "".join(traceback.format_exception(refused.value))
-    assert "In Python --data is data=, --trace is trace=, --selection is selection=." in shown
+    assert "In Python --trace is trace=, --selection is selection=." in shown
     assert in_python("leave --samples, --map and --keep-going out") == (
         "In Python --samples is DataOptions(samples=), --map is DataOptions(fields=)."
     )

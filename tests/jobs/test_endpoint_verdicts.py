@@ -145,7 +145,7 @@ def test_the_time_is_told_and_kept(tmp_path, monkeypatch, capsys) -> None:
         document = json.loads(said.out)
         examples = document["models"][1]["verdict"]["outcomes"][0]["examples"]
         assert 20 < examples <= 34  # the first 4 are not counted
-        assert any(f"it is {examples} of 60 examples." in note for note in document["warnings"])
+        assert any(f"only {examples} of 60 examples are used." in note for note in document["warnings"])
 
 
 def failing(status: int, document, times: int = 10**9):

@@ -262,8 +262,8 @@ class _Run:
         amounts, left = amounts_within(full, least, limit, seconds)
         text = f"The servers will be asked for about {readable_duration(left)} more."
         if amounts != full:
-            less = f"All of it would take about {readable_duration(seconds(full))}; to stay within "
-            less += f"{self.options.minutes:g} min (--judge-minutes), it is {joined(left_out(full, amounts))}."
+            less = f"Judging everything would take about {readable_duration(seconds(full))}; to stay within "
+            less += f"{self.options.minutes:g} min (--judge-minutes), only {joined(left_out(full, amounts))} are used."
             self.notes.append(less)
             text = f"{less} {text}"
             chosen = spread_over_classes(groups, range(len(groups)), amounts.examples)
