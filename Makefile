@@ -4,20 +4,24 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
+LLAMA_VENV ?= .venv-llama-cpp
 
-.PHONY: help install dev python browser demo demo-from-wheel test test-long test-vllm test-vllm-full mutants lint format \
-	benchmarks benchmarks-vllm clean
+.PHONY: help install dev python browser demo demo-from-wheel test test-long test-vllm test-vllm-full test-gguf test-mlx \
+	mutants lint format docs benchmarks benchmarks-vllm clean
 
 help:
 	@echo "make demo            prune the embedded model and show what is left (about a minute)"
 	@echo "make test            run the tests (offline)"
-	@echo "make test-long       locks, kills and real vLLM engines for longer; an interrupted run goes on where it was"
+	@echo "make test-long       locks, kills and real vLLM engines for longer; an interrupted run resumes"
 	@echo "make mutants         put small faults into the code and count those that the tests notice (hours; resumes)"
 	@echo "make demo-from-wheel build the wheel, install it into a clean environment, and run the demo there"
 	@echo "make browser         install Chromium for the tests of the HTML report (Debian, root)"
 	@echo "make test-vllm       run the tests that need a real vLLM, in a virtual environment of its own (CPU)"
+	@echo "make test-gguf       ask llama.cpp itself about pruned GGUF files, in a virtual environment of its own (CPU)"
+	@echo "make test-mlx        run the tests that need MLX (its build for processors; Linux or macOS)"
 	@echo "make lint            ruff (format and rules) and mypy"
 	@echo "make format          apply ruff's format and fixes"
+	@echo "make docs            write the pages that the code makes (the references of command and package)"
 	@echo "make benchmarks      measure speed side by side; results go to benchmarks/results"
 	@echo "make benchmarks-vllm measure served models beside the dense one (20 GB of disk, a quarter of an hour)"
 	@echo "make clean           remove the virtual environment and caches"
@@ -101,6 +105,21 @@ test-vllm: $(VLLM_VENV)/installed
 test-vllm-full: $(VLLM_VENV)/installed
 	HF_HUB_OFFLINE=1 SHAPE_MOE_FULL_MATRIX=1 $(VLLM_BIN)/python -m pytest tests/engines --durations=0
 
+# llama.cpp as a Python package (34 MB, CPU), in an environment that holds nothing else.
+$(LLAMA_VENV)/installed: constraints.txt | python
+	$(PYTHON) -m venv $(LLAMA_VENV)
+	$(LLAMA_VENV)/bin/python -m pip install --quiet --constraint constraints.txt xllamacpp
+	@touch $@
+
+test-gguf: dev $(LLAMA_VENV)/installed
+	HF_HUB_OFFLINE=1 SHAPE_MOE_LLAMA_CPP=$(CURDIR)/$(LLAMA_VENV)/bin/python $(BIN)/python -m pytest -n 2 \
+		tests/llama_cpp tests/pruning/test_gguf_slices.py
+
+# MLX quantises models and loads what was pruned; its wheels for processors are put beside the environment.
+test-mlx: dev
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/mlx mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2
+	PYTHONPATH=build/mlx HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/architectures/test_mlx.py
+
 lint: dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -110,6 +129,10 @@ format: dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: dev
+	$(BIN)/python scripts/make_cli_reference.py
+	$(BIN)/python scripts/make_api_reference.py
+
 benchmarks: dev
 	$(BIN)/python -m benchmarks.run
 
@@ -117,4 +140,4 @@ benchmarks-vllm: $(VLLM_VENV)/installed
 	VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(VLLM_BIN)/python -m benchmarks.vllm_serving
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(VLLM_VENV) $(LLAMA_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -72,6 +72,16 @@ def embedded() -> Path:
     return embedded_model_path()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_time_passes_while_speed_is_measured():
+    """On a busy machine less would be judged, which is right there and nothing to test."""
+    from shape_moe.jobs import judging_plan
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judging_plan, "clock", lambda: 0.0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def embedded_model(embedded: Path):
     """The embedded model in float32, and its tokenizer."""

@@ -54,30 +54,45 @@ def run(installed: Path, *arguments: object) -> str:
 
 @torch.no_grad()
 def naive_opposed(model, todo) -> np.ndarray:
-    """``sum_t g max(0, -<E_i, h + y>)`` [layer, segment, fold, expert], one token at a time in float64."""
-    found = np.zeros((4, 2, FOLDS, 32))
+    """``sum_t g max(0, -<E_i, h + y>)`` [layer, class, cell, fold, expert], one token at a time in float64."""
+    found = np.zeros((4, 1, 4, FOLDS, 32))
     for batch in todo:
         for layer, seen in capture(model, batch).items():
             experts = moe_block(model.model.layers[layer]).experts
+            cells = batch.cells.tolist()
             for token in np.flatnonzero(batch.segments.numpy() != PADDING):
                 ids, g = seen.ids[token].tolist(), seen.gates[token].double()
                 outputs = [expert_output(experts, i, seen.hidden[token]) for i in ids]
                 y = sum(weight * output for weight, output in zip(g, outputs, strict=True))
                 for i, weight, output in zip(ids, g, outputs, strict=True):
-                    place = (layer, int(batch.segments[token]), int(batch.folds[token]), i)
+                    place = (layer, 0, cells[token], int(batch.folds[token]), i)
                     found[place] += float(weight) * max(0.0, -float(output @ (seen.residual[token].double() + y)))
     return found
 
 
 def test_a_statistic_a_scorer_and_a_rule_of_another_package(installed, embedded, embedded_model, tmp_path) -> None:
     data = write_lines(tmp_path / "tasks.jsonl", [*examples("sorting", 6, seed=1), *examples("words", 4, seed=2)])
-    run(installed, "trace", embedded, "--data", data, "-o", tmp_path / "trace", "--device", "cpu", "--dtype", "float32")
+    run(
+        installed,
+        "trace",
+        embedded,
+        "--data",
+        data,
+        "-o",
+        tmp_path / "trace",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--stratify",
+        "none",
+    )
     trace = load_trace(tmp_path / "trace")  # here the package is not installed
 
-    options = ExampleOptions(DataOptions(str(data)), device="cpu", dtype="float32")
+    options = ExampleOptions(DataOptions(str(data), label=""), device="cpu", dtype="float32")
     made = ModelSession.open(embedded, options, None, SILENT).calibrator.run(pytest.fail, None)
     naive = naive_opposed(embedded_model[0], list(batches(made, options.answers.batch_size, 0)))
-    assert (naive.sum(axis=(1, 2, 3)) > 0).all()
+    assert (naive.sum(axis=(1, 2, 3, 4)) > 0).all()
     np.testing.assert_allclose(trace.statistics["opposed"], naive, rtol=1e-4, atol=1e-5 * naive.max())
 
     chosen = tmp_path / "chosen.json"

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from shape_moe.experiments.run import experiment
     from shape_moe.jobs.convert import convert
     from shape_moe.jobs.evaluate import EvaluateOptions, evaluate
+    from shape_moe.jobs.evaluate_endpoints import EndpointOptions, evaluate_endpoints
     from shape_moe.jobs.inspect import inspect_model
+    from shape_moe.jobs.measure import measure
     from shape_moe.jobs.prune import PruneOptions, prune
     from shape_moe.jobs.report import report
     from shape_moe.jobs.select import score, select
@@ -32,21 +34,25 @@ if TYPE_CHECKING:
     from shape_moe.pruning.masks import masked
     from shape_moe.pruning.surgery import prune_model
     from shape_moe.scoring.registry import ScoreOptions
+    from shape_moe.selection.layer_curves import load_curves
     from shape_moe.selection.method import Method
     from shape_moe.selection.select import SelectOptions
     from shape_moe.selection.selection import Selection, load_selection
-    from shape_moe.tracing.trace import SegmentWeights, Trace, load_trace
+    from shape_moe.tracing.token_weights import PredictingWeights, SegmentWeights
+    from shape_moe.tracing.trace import Trace, load_trace
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AnswerOptions",
     "DataOptions",
+    "EndpointOptions",
     "EvaluateOptions",
     "ExampleOptions",
     "GenerationOptions",
     "Limit",
     "Method",
+    "PredictingWeights",
     "PruneOptions",
     "ScoreOptions",
     "SegmentWeights",
@@ -59,11 +65,14 @@ __all__ = [
     "__version__",
     "convert",
     "evaluate",
+    "evaluate_endpoints",
     "experiment",
     "inspect_model",
+    "load_curves",
     "load_selection",
     "load_trace",
     "masked",
+    "measure",
     "merge",
     "prune",
     "prune_model",
@@ -84,8 +93,10 @@ _HOMES = {
     "evaluation.keep_rate": ("Limit",),
     "jobs.convert": ("convert",),
     "jobs.evaluate": ("EvaluateOptions", "evaluate"),
+    "jobs.evaluate_endpoints": ("EndpointOptions", "evaluate_endpoints"),
     "experiments.run": ("experiment",),
     "jobs.inspect": ("inspect_model",),
+    "jobs.measure": ("measure",),
     "jobs.prune": ("PruneOptions", "prune"),
     "jobs.report": ("report",),
     "jobs.select": ("score", "select"),
@@ -96,10 +107,12 @@ _HOMES = {
     "pruning.masks": ("masked",),
     "pruning.surgery": ("prune_model",),
     "scoring.registry": ("ScoreOptions",),
+    "selection.layer_curves": ("load_curves",),
     "selection.method": ("Method",),
     "selection.select": ("SelectOptions",),
     "selection.selection": ("Selection", "load_selection"),
-    "tracing.trace": ("SegmentWeights", "Trace", "load_trace"),
+    "tracing.token_weights": ("PredictingWeights", "SegmentWeights"),
+    "tracing.trace": ("Trace", "load_trace"),
 }
 _HOME_OF = {name: f"shape_moe.{home}" for home, names in _HOMES.items() for name in names}
 

@@ -38,7 +38,7 @@ def as_shape(document: Any, shape: type[Shape], file: Path, what: str) -> Shape:
         reason = first_line(error).replace("`", "").rstrip(".")
         raise CheckpointError(f"{file} is not {what}: {reason}.") from error
     if (place := _infinite(document)) is not None:
-        raise CheckpointError(f"{file} is not {what}: {place} is no finite number.")
+        raise CheckpointError(f"{file} is not {what}: {place} is not a finite number.")
     return found
 
 

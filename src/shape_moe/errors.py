@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import re
 
+from shape_moe.python_names import in_python
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_WORDS = ("No space left on device", "StorageFull", "Disk quota exceeded", "File too large")
 """How libraries that lose the error number tell of it."""
@@ -31,9 +33,17 @@ def full_disk(error: BaseException) -> bool:
 
 
 class ShapeMoeError(Exception):
-    """The work could not be done; the message says why and what to do. Exit code 1."""
+    """The work could not be done; the message says why and what to do. Exit code 1.
+
+    Messages name options as the command has them; a note, which tracebacks show, says what they are in Python.
+    """
 
     exit_code = 1
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)
+        if (note := in_python(str(self))) is not None:
+            self.add_note(note)
 
 
 class UsageError(ShapeMoeError):

@@ -10,6 +10,8 @@ from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 
+from shape_moe.architectures.gguf_file import part_files
+
 SMALL = 16 * 2**20
 """Files up to this many bytes are hashed whole; of larger ones a sample is."""
 _SAMPLES, _SAMPLE = 16, 4096
@@ -135,7 +137,7 @@ def changed_since(before: Mapping[str, SourceFile], inputs: Iterable[str | os.Pa
 
 def _files(path: Path) -> Iterator[Path]:
     if path.is_file():
-        yield path
+        yield from (part for part in part_files(path) if part.is_file())
     elif (path / "config.json").is_file():
         yield from _files_of_model(path)
     elif path.is_dir():

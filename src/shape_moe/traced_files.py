@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from shape_moe.architectures.gguf_file import part_files
 from shape_moe.source_files import SourceFile, changed_file, changed_since, describe_file, sha256
 
 CONFIG = "config.json"
@@ -34,7 +35,8 @@ class TracedFiles:
     def touched(self, folder: Path) -> str | None:
         """As :meth:`changed`, while the model is traced: by what the file system says alone."""
         folder = folder.absolute()
-        named = {str(folder / name): file for name, file in self.files.items()}
+        parent = folder.parent if folder.is_file() else folder
+        named = {str(parent / name): file for name, file in self.files.items()}
         return changed_since(named, _weights(folder))
 
     def difference_of_copy(self, folder: Path) -> str | None:
@@ -65,7 +67,7 @@ class TracedFiles:
 
 
 def traced_files(folder: Path) -> TracedFiles:
-    """Record the weights and the configuration of a model's folder.
+    """Record the weights and the configuration of a model's folder, or the files of a GGUF model.
 
     Raises:
         OSError: when a file cannot be read.
@@ -74,6 +76,9 @@ def traced_files(folder: Path) -> TracedFiles:
 
 
 def _weights(folder: Path) -> Iterator[Path]:
+    if folder.is_file():
+        yield from part_files(folder)
+        return
     for file in sorted(folder.iterdir()):
         if file.is_file() and (file.suffix == ".safetensors" or file.name in (CONFIG, _INDEX)):
             yield file

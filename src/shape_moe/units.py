@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from math import ceil
+import re
+from collections.abc import Sequence
+from math import ceil, floor, log10
+
+NONE = "\N{EN DASH}"
+"""Stands in tables where there is no number."""
 
 
 def readable_size(size: float) -> str:
@@ -19,14 +24,20 @@ def size_unit(largest: float) -> tuple[str, float]:
     return ("GiB", 2.0**30) if largest >= 2**30 else ("MiB", 2.0**20)
 
 
-def counted(count: float, noun: str) -> str:
+def counted(count: float, noun: str, plural: str | None = None) -> str:
     """A whole number with its noun."""
-    return f"{count:,.0f} {noun}{'' if count == 1 else 's'}"
+    return f"{count:,.0f} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def capitalised(text: str) -> str:
     """The text with a capital letter at its beginning."""
     return text[:1].upper() + text[1:]
+
+
+def joined(parts: Sequence[str]) -> str:
+    """Parts of a sentence: ``a``, ``a and b``, ``a, b and c``."""
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def readable_duration(seconds: float) -> str:
@@ -51,6 +62,18 @@ def readable_share(share: float) -> str:
     return f"{sign}{shown.removesuffix('.0')} %"
 
 
+def readable_points(difference: float) -> str:
+    """A difference of shares in percentage points with its sign, to the digits of :func:`readable_share`."""
+    shown = readable_share(difference).removesuffix(" %")
+    return re.sub(r"(?=\d)", "+", shown, count=1) if difference > 0 else shown
+
+
+def share_from(text: str) -> float | None:
+    """The share that a text names, ``60%`` or ``0.6``; None where it names none."""
+    match = re.fullmatch(r"\s*(-?\d+\.?\d*|\.\d+)\s*(%?)\s*", text)
+    return None if match is None else float(match[1]) / (100 if match[2] else 1)
+
+
 def share_at_most(share: float) -> str:
     """A bound in percent, rounded up to what :func:`readable_share` shows, so that it still holds."""
     step = 0.001 if share < 0.1 else 0.01
@@ -60,3 +83,19 @@ def share_at_most(share: float) -> str:
 def readable_kl(nats: float) -> str:
     """A divergence in nats to two digits; below a thousandth only that."""
     return "< 0.001" if nats < 0.001 else f"{nats:.2g}" if nats < 10 else f"{nats:.0f}"
+
+
+def kl_at_most(nats: float) -> str:
+    """A bound on a divergence in nats, rounded up to two digits, so that it still holds."""
+    if nats < 0.001:
+        return "0.001"
+    step = 10.0 ** (floor(log10(nats)) - 1)
+    return readable_kl(ceil(nats / step * (1 - 1e-12)) * step)
+
+
+def kl_at_least(nats: float) -> str:
+    """A divergence in nats of which only a lower bound is known, rounded down so that it still holds."""
+    if nats < 0.001:
+        return "at least 0"
+    step = 10.0 ** (floor(log10(nats)) - 1)
+    return f"at least {floor(nats / step * (1 + 1e-12)) * step:.2g}"

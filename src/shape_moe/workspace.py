@@ -273,7 +273,7 @@ def _tell_full_disk(error: BaseException, folder: Path) -> None:
     if full_disk(error) and not isinstance(error, ShapeMoeError):
         raise ShapeMoeError(
             f"The disk of {folder} is full, or the limit on what may be written there is reached: free some space and "
-            "run the same command again; it goes on where it stopped."
+            "run the same command again; it resumes where it stopped."
         ) from error
 
 

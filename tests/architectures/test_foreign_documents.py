@@ -89,7 +89,7 @@ def test_index_entries_that_are_no_file_names(folder, shard) -> None:
     names = open_snapshot(folder).tensors
     index = {"weight_map": dict.fromkeys(names, "model.safetensors") | {"x": shard}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"index\.json names .*, which is no file name"):
+    with pytest.raises(CheckpointError, match=r"index\.json names .*, which is not a file name"):
         open_snapshot(folder)
 
 
@@ -114,8 +114,8 @@ def write_header(file: Path, text: str) -> None:
         ('{"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}', "malformed"),
         ('{"a": {"dtype": "F32", "shape": [' + "1," * 50 + '2], "data_offsets": [0, 8]}}', "malformed"),
         ('{"a": [1]}', "malformed"),
-        ('{"a\\u0000b": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', "which is no name"),
-        ('{"\\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', "which is no name"),
+        ('{"a\\u0000b": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', "which is not a name"),
+        ('{"\\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', "which is not a name"),
     ],
 )
 def test_headers(folder, text, word) -> None:
@@ -202,7 +202,8 @@ def test_folders_and_files_that_are_no_models(folder, tmp_path) -> None:
     (tmp_path / "gguf").mkdir()
     (tmp_path / "gguf" / "m-Q4_K_M.gguf").write_bytes(b"GGUF\3\0\0\0")
     assert "holds GGUF files (m-Q4_K_M.gguf)" in refused(tmp_path / "gguf")
-    assert "is a GGUF file" in refused(tmp_path / "gguf" / "m-Q4_K_M.gguf")
+    assert "name the file itself" in refused(tmp_path / "gguf")
+    assert "ends within its header" in refused(tmp_path / "gguf" / "m-Q4_K_M.gguf")
     assert "is a file: name the folder" in refused(folder / "model.safetensors")
     assert "is a folder of the hub's cache" in refused(_cache(tmp_path))
 

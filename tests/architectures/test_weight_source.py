@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from shape_moe.architectures.sizes import measure
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.architectures.weight_source import WeightSource
-from shape_moe.errors import UnsupportedModelError
 from support.fp8 import save_fp8_model
 from support.mxfp4 import save_mxfp4_model
 
@@ -30,22 +29,23 @@ def test_every_expert_has_its_bytes_and_values(family, checkpoint) -> None:
                 assert packed or f".experts.{expert}." in part.name
                 assert part.size == len(part.read()) == expected.numel() * expected.element_size()
                 assert torch.equal(source.values(part), expected)
-                assert torch.equal(source.values(part, "dequantised"), expected)
+            for part in source.plain_expert(layer, expert):
+                tensor, found = tensors[part.name], part.values()
+                assert torch.equal(found, tensor if found.shape == tensor.shape else tensor[expert])
+                assert part.count == found.numel()
             seen += sum(part.size for part in parts)
     assert seen == measure(source).experts
     assert source.forms == {"raw", "dequantised"}
+    assert set(source.plain) == set(tensors)
 
 
 @pytest.mark.parametrize("save", [save_mxfp4_model, save_fp8_model])
 def test_quantised_values_are_given_as_they_are_stored(tmp_path, save) -> None:
     source: WeightSource = open_snapshot(save(tmp_path / "model"))
     tensors = load_file(tmp_path / "model" / "model.safetensors")
-    assert source.forms == {"raw"}
     layer = source.moe_layers[0]
     for part in source.expert(layer, 3):
         found, whole = source.values(part), tensors[part.name]
         expected = whole[3] if part.shape != tuple(whole.shape) else whole
         assert found.dtype == expected.dtype
         assert torch.equal(found.view(torch.uint8), expected.contiguous().view(torch.uint8))
-    with pytest.raises(UnsupportedModelError, match="only given as stored"):
-        source.values(source.expert(layer, 3)[0], "dequantised")

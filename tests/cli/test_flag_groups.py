@@ -74,7 +74,7 @@ def test_a_verb_says_in_its_own_words_what_a_common_option_does() -> None:
 @pytest.mark.parametrize("name", ["trace", "prune", "sweep", "evaluate"])
 def test_help_begins_with_the_examples_and_ends_with_the_machine(call, name, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    out = call(name, "--help")[1]
+    out = call(name, "--help-all")[1]
     panels = [line.split()[1] for line in out.splitlines() if line.startswith(("╭", "+"))]
     assert panels[:3] == ["Arguments", "Options", "Task"]
     assert panels[-1] == "Running"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 
+import huggingface_hub
 import pytest
 
 from shape_moe.architectures.snapshot import open_snapshot
@@ -56,9 +57,18 @@ def test_it_becomes_vllm_serve(checkpoint, selection, vllm) -> None:
     assert arguments[5:] == options
 
 
-def test_a_revision_is_used_by_both(checkpoint, selection, vllm) -> None:
+def test_a_revision_is_used_by_both(checkpoint, selection, vllm, monkeypatch) -> None:
+    """By this package, when it reads the model, and by vLLM; the hub is played by a local model."""
+    asked = []
+
+    def downloaded(name: str, revision: str | None = None, **_: object) -> str:
+        asked.append((name, revision))
+        return str(checkpoint("qwen3_moe"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", downloaded)
     with pytest.raises(ReplacedError):
-        run(["serve", str(checkpoint("qwen3_moe")), "--selection", str(selection), "--revision", "v1", "--port", "1"])
+        run(["serve", "some/model", "--selection", str(selection), "--revision", "v1", "--port", "1"])
+    assert set(asked) == {("some/model", "v1")}
     assert vllm[0][1][5:] == ["--revision", "v1", "--port", "1"]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 
 import pytest
 
+import shape_moe
 from shape_moe.cli import main
 from shape_moe.cli.main import VERBS, run
 
@@ -74,6 +76,48 @@ def test_an_interrupt_says_what_was_kept_and_nothing_else(monkeypatch, capsys, n
     monkeypatch.setattr("shape_moe.cli.inspect.inspect_model", interrupted)
     assert run(["inspect", "somewhere"]) == 130
     assert capsys.readouterr().err == f"{said}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "work"),
+    [
+        (["inspect", "M"], "shape_moe.cli.inspect.inspect_model"),
+        (["trace", "M", "--data", "D", "-o", "O"], "shape_moe.jobs.trace.trace"),
+        (["convert", "F", "-o", "O"], "shape_moe.jobs.convert.convert"),
+        (["merge", "T", "-o", "O"], "shape_moe.jobs.trace.merge"),
+        (["score", "T"], "shape_moe.jobs.select.opened"),
+        (["select", "T", "--keep", "60%"], "shape_moe.jobs.select.opened"),
+        (["sweep", "M", "--data", "D"], "shape_moe.jobs.sweep.sweep"),
+        (["prune", "M", "--data", "D", "--keep", "60%", "-o", "O"], "shape_moe.jobs.prune.prune"),
+        (["serve", "M", "--selection", "S"], "shape_moe.cli.serve._vllm_command"),
+        (["verify", "D"], "shape_moe.jobs.verify.verify"),
+        (["evaluate", "M", "--data", "D"], "shape_moe.jobs.evaluate.evaluate"),
+        (["presets"], "shape_moe.calibration.presets.presets"),
+        (["experiment", "C"], "shape_moe.cli.experiment.read_config"),
+        (["report", "D"], "shape_moe.jobs.report.report"),
+        (["demo"], "shape_moe.demo.run.run_demo"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_every_verb_ends_with_130_and_claims_nothing(arguments, work, monkeypatch, capsys, tmp_path) -> None:
+    """Nothing was done yet, so nothing is said to be kept, and nothing is left."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    place, name = work.rsplit(".", 1)
+    monkeypatch.setattr(importlib.import_module(place), name, interrupted)
+    if place.startswith("shape_moe.jobs."):
+        monkeypatch.setitem(vars(shape_moe), name, interrupted)
+    assert run(arguments) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "Interrupted."
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_verb_is_in_that_list() -> None:
+    mark = next(m for m in test_every_verb_ends_with_130_and_claims_nothing.pytestmark if m.name == "parametrize")
+    assert {arguments[0] for arguments, _ in mark.args[1]} == set(VERBS)
 
 
 def test_an_interrupt_while_the_command_still_starts(monkeypatch, capsys) -> None:

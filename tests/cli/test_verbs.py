@@ -18,7 +18,7 @@ from support.cli import refused
 from support.data import write_lines
 
 VERBS = ("inspect", "trace", "convert", "merge", "score", "select", "sweep", "prune", "serve", "verify", "evaluate")
-VERBS += ("experiment", "report", "demo")
+VERBS += ("presets", "experiment", "report", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -111,13 +111,13 @@ def test_report(call, embedded, traced, tmp_path) -> None:
     found = as_json(call(*base, "--json"))
     assert found == {
         "report": str(tmp_path / "r.html"),
-        "sections": ["values", "layers", "coverage", "coalitions", "agreement", "provenance"],
+        "sections": ["layers", "values", "agreement", "coverage", "coalitions", "provenance"],
         "bytes": (tmp_path / "r.html").stat().st_size,
     }
     refused(call(*base), 2, "exists", "--force")
     code, out, err = call(*base, "--force")
     assert code == 0
-    assert "MiB: values, layers" in out
+    assert "MiB: layers, values" in out
     assert "Writing the report" in err
     refused(call("report", tmp_path / "nothing", "-o", tmp_path / "x.html"), 2, "There is no folder or file")
     refused(call("report", traced, "--sweep", tmp_path, "-o", tmp_path / "x.html"), 1, "sweep.json is missing")
@@ -128,7 +128,10 @@ def test_prune_in_one_go(call, embedded, data, tmp_path) -> None:
     code, out, err = call("prune", embedded, "--data", data, "--keep", "0.8", "-o", tmp_path / "out")
     assert code == 0
     text = " ".join(out.split())
-    assert "Keeps 102 of 128 experts (0.7969; asked 0.8) by shape/coverage, drop" in text
+    assert "Method: shape/coverage, drop, ragged, 25 calibration examples (the published SHAPE method)." in text
+    assert "(4 layers of 32 experts): 19 % smaller, from 6.47 MiB to " in text
+    assert "102 of 128 experts kept." in text
+    assert out.splitlines()[-1] == f"  shape-moe report {tmp_path / 'out'} -o report.html"
     assert "Two halves of the data agree on" in text
     assert "Every tensor equals its slice of the original" in text
     assert "Logits equal those of the masked original" in text
@@ -225,10 +228,11 @@ def test_scorers_are_listed(call) -> None:
 
 def test_keep_rates(call, embedded, traced, tmp_path) -> None:
     base = ("prune", embedded, "--trace", traced, "-o", tmp_path / "out")
-    for keep in ("0", "1.5", "-1", "nan"):
+    for keep in ("0", "1.5", "-1"):
         refused(call(*base, "--keep", keep), 2, "above 0 and at most 1")
     refused(call(*base), 2, "No keep rate is safe for every model: give --keep")
-    refused(call(*base, "--keep", "much"), 2, "keep")
+    for keep in ("much", "nan"):
+        refused(call(*base, "--keep", keep), 2, "--keep takes a share")
     refused(call("select", traced, "--keep", "0"), 2, "above 0 and at most 1")
     refused(call("select", traced, "--keep", "0.02", "--routing", "reroute"), 2, "floor of 4 experts per layer")
     assert list(tmp_path.iterdir()) == []
@@ -237,7 +241,7 @@ def test_keep_rates(call, embedded, traced, tmp_path) -> None:
 def test_contradictions(call, embedded, traced, data, tmp_path) -> None:
     base = ("prune", embedded, "-o", tmp_path / "out", "--keep", "0.6")
     refused(call(*base), 2, "Calibration data is missing: give --data")
-    refused(call(*base, "--trace", traced, "--data", data), 2, "--trace has decided that already: leave --data out")
+    refused(call(*base, "--trace", traced, "--data", data, "--no-judge"), 2, "already: leave --data out")
     refused(call(*base, "--trace", traced, "--map", "prompt=q", "--no-template"), 2, "leave --map, --no-template out")
     refused(call(*base, "--trace", traced, "--fit", "1GiB"), 2, "--keep and --fit exclude each other")
     call("select", traced, "--keep", "0.6", "-o", tmp_path / "s.json", "-q")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from statistics import fmean
 
 import pytest
@@ -18,6 +17,7 @@ from shape_moe.demo.embedded import exact_match
 from shape_moe.demo.run import run_demo
 from shape_moe.demo.tasks import TASKS, examples
 from shape_moe.pruning.masks import masked
+from shape_moe.reporting.demo_rows import demo_best, demo_headline
 from shape_moe.scoring.registry import scorers
 from shape_moe.scoring.scores import score_trace
 from shape_moe.selection.controls import inverted_selection, random_selection
@@ -143,31 +143,42 @@ def test_the_demo_prunes_by_every_scorer(tmp_path) -> None:
     assert made.report == tmp_path / "report.html"
     page = made.report.read_text(encoding="utf-8").replace("\N{NO-BREAK SPACE}", " ")
     page = page[: page.index("plotly.js v")]
-    assert "Keeps 77 of 128 experts, size 6.47 → " in page
-    assert "Chosen by shape/coverage, drop." in page
+    best = demo_best(made.document)
+    assert by_name[best.row["scorer"]].on_task >= 0.98
+    assert f"{demo_headline(made.document)}." in page
+    assert f"% smaller ({best.sizes}), and the embedded model (4 layers of 32 experts) still does sorting" in page
+    assert f"Method: {best.row['scorer']}/coverage, drop, ragged, 25 calibration examples (not the published" in page
     assert str(tmp_path / "sorting.jsonl") in page
     assert ".partial" not in page
     assert (tmp_path / "sorting.jsonl").is_file()
     assert load_trace(tmp_path / "sorting-trace").info.examples == 25
 
 
-def test_the_demo_names_its_report_where_there_can_be_one(tmp_path, capsys, monkeypatch) -> None:
+def test_the_demo_names_its_report(tmp_path, capsys, monkeypatch) -> None:
     job = ["demo", "--keep", "0.8", "-o", str(tmp_path / "d")]
     monkeypatch.setattr("shape_moe.demo.run.scorers", lambda: {"frequency": None})
     assert run(job) == 0
     assert str(tmp_path / "d" / "report.html") in capsys.readouterr().out
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
     assert run([*job, "--force", "--json"]) == 0
-    told = capsys.readouterr()
-    assert json.loads(told.out)["report"] is None
-    assert "pip install 'shape-moe[report]'" in told.err
-    assert not (tmp_path / "d" / "report.html").exists()
+    assert json.loads(capsys.readouterr().out)["report"] == str(tmp_path / "d" / "report.html")
     assert (tmp_path / "d" / "demo.json").is_file()
 
 
 def test_the_demo_shows_a_table(capsys) -> None:
-    assert run(["demo", "--task", "words", "--keep", "0.8", "--rule", "uniform"]) == 0
+    assert run(["demo", "--task", "words", "--keep", "0.8", "--rule", "uniform", "--all"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "Embedded model traced on words, rule uniform" in out
+    assert "The embedded model (4 layers of 32 experts) traced on words, rule uniform" in out
     for word in ("dense", "shape, inverted", "random", "contribution", "MiB", "other tasks"):
         assert word in out
+
+
+def test_the_demo_ends_in_ten_lines_and_recommends_what_it_shows(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("shape_moe.demo.run.scorers", lambda: {"shape": None, "contribution": None})
+    assert run(["demo", "--task", "addition", "--keep", "0.6", "--keep", "0.4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 10
+    assert lines[1].split()[:4] == ["dense", "model", "100", "%"]
+    headline = next(line for line in lines if "% smaller (" in line)
+    assert "the embedded model (4 layers of 32 experts) still does addition" in headline
+    assert headline.endswith("by the scorer contribution.")  # the published one keeps four fifths of the task here
+    assert "--scorer contribution" in lines[-1]

@@ -303,9 +303,9 @@ def test_mistakes_are_one_sentence(tmp_path, model, tokenizer, folder, monkeypat
         overriding = TaskOptions((file,), engine="vllm", engine_args={"hf_overrides": {}})
         run_tasks_with_vllm("model", overriding, selection="s.json")
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
-    refused(UsageError, r"lm-evaluation-harness is not installed: pip install 'shape-moe\[eval\]'", [file])
+    refused(UsageError, r"lm-evaluation-harness is not installed: pip install lm-eval", [file])
     monkeypatch.setattr(harness, "find_spec", lambda name: name == "lm_eval" or None)
-    with pytest.raises(UsageError, match=r"vLLM is not installed: pip install 'shape-moe\[vllm\]'"):
+    with pytest.raises(UsageError, match=r"vLLM is not installed: pip install vllm==0.32.0"):
         run_tasks_with_vllm("model", TaskOptions((file,), engine="vllm"))
 
 
@@ -320,10 +320,10 @@ def test_tasks_are_looked_up_without_their_data(folder, monkeypatch, capfd) -> N
         check_tasks([file, "nowhere.yaml"])
     monkeypatch.setattr(harness, "find_spec", lambda name: name == "lm_eval" or None)
     check_tasks([file])
-    with pytest.raises(UsageError, match=r"vLLM is not installed: pip install 'shape-moe\[vllm\]'"):
+    with pytest.raises(UsageError, match=r"vLLM is not installed: pip install vllm==0.32.0"):
         check_tasks([file], "vllm")
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"lm-evaluation-harness is not installed: pip install 'shape-moe\[eval\]'"):
+    with pytest.raises(UsageError, match=r"lm-evaluation-harness is not installed: pip install lm-eval"):
         check_tasks([file])
 
 

@@ -62,7 +62,7 @@ def test_the_smallest_point_within_the_limit_is_recommended() -> None:
     points = [make(0.9, 0.001), make(0.6, 0.01), make(0.5, 0.015, noise=0.01), make(0.3, 0.5)]
     advice = recommend(points, LIMIT, healthy)
     assert advice.chosen == advice.smallest == 1  # 0.5 is within by its value, not by its interval
-    assert "Keep 0.600" in advice.reason
+    assert "Keep 60 % by" in advice.reason
     assert advice.points[1].healthy
     assert advice.points[0].healthy is None
 

@@ -12,7 +12,8 @@ from shape_moe.evaluation.conclusion import conclude
 from shape_moe.evaluation.falls import Pairs
 from shape_moe.evaluation.generation import Generated
 from shape_moe.evaluation.held_out_set import HeldOutSet
-from shape_moe.evaluation.outcomes import outcomes, spread_over_classes
+from shape_moe.evaluation.outcomes import outcomes
+from shape_moe.evaluation.spread import spread_over_classes
 from shape_moe.evaluation.teacher_forced import TeacherForced
 from shape_moe.evaluation.tool_call_formats import ToolCall
 from shape_moe.evaluation.tool_calls import ToolExample

@@ -229,7 +229,7 @@ def test_a_schema_that_is_none_says_nothing() -> None:
     broken = [{"name": "f", "parameters": {"type": "no type"}}]
     elsewhere = [{"name": "f", "parameters": {"$ref": "https://example.com/schema.json"}}]
     for tools in (broken, elsewhere):
-        with pytest.raises(ValueError, match="no JSON schema"):
+        with pytest.raises(ValueError, match="not a JSON schema"):
             call_problem(ToolCall("f", {}), tools)
         assert match_calls((ToolCall("f", {}),), (ToolCall("f", {}),), tools).valid is None
 

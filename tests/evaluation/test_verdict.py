@@ -292,3 +292,24 @@ def test_answers_part_at_their_first_difference() -> None:
     assert first_divergence((1, 2, 3), (1, 2, 4)) == 2
     assert first_divergence((1, 2, 3), (1, 2)) == 2
     assert first_divergence((), (1,)) == 0
+
+
+def test_a_class_that_lost_many_of_few_examples_is_named() -> None:
+    """Four of twelve can be chance among four intervals, and is not called no loss."""
+    good, bad = one(0, 0, 12, name="sums", made=answers()), one(4, 0, 12, name="tables", made=answers())
+    found = decide([good, bad])
+    assert found.word is Word.LOSS
+    assert found.reason.startswith("Class tables may be damaged: exact match falls from 100 % to 67 % over 12 examples")
+    assert found.suspects == ("tables",)
+    assert "examples of tables" in found.advice
+    for fine in (one(1, 0, 9, name="tables", made=answers()), one(2, 0, 20, name="tables", made=answers())):
+        assert decide([good, fine]).word is Word.NO_LOSS
+        assert decide([good, fine]).suspects == ()
+    assert decide([one(4, 0, 12, made=answers())]).word is not Word.SAFE
+
+
+def test_every_damaged_class_is_a_suspect_worst_first() -> None:
+    made = [one(lost, 0, 100, name=name, made=answers()) for name, lost in (("a", 0), ("b", 40), ("c", 70))]
+    found = decide([*made, one(0, 0, 100, name="d", made=answers(16, 6))])
+    assert found.word is Word.DAMAGED
+    assert found.suspects == ("c", "b", "d")

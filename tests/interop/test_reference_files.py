@@ -175,7 +175,7 @@ def test_coalitions_of_a_trace_survive_the_round_trip(traced, snapshot, tmp_path
     found = read_coalitions(file, snapshot)
     for layer, table in traced.coalitions.items():
         np.testing.assert_array_equal(found.coalitions[layer].members, table.members)
-        np.testing.assert_array_equal(found.coalitions[layer].weighted(1, 1), table.weighted(1, 1))
+        np.testing.assert_array_equal(found.coalitions[layer].weighted(), table.weighted())
     assert found.info.fingerprint == fingerprint(snapshot)
     for scorer in ("shape", "frequency"):
         np.testing.assert_array_equal(score_trace(found, scorer).values, score_trace(traced, scorer).values)
@@ -208,7 +208,7 @@ def test_any_counts_survive_the_round_trip(request, tmp_path_factory, data) -> N
     found = read_coalitions(file, snapshot)
     for layer, table in tables.items():
         np.testing.assert_array_equal(found.coalitions[layer].members, table.members)
-        np.testing.assert_array_equal(found.coalitions[layer].weighted(1, 1), table.weighted(1, 1))
+        np.testing.assert_array_equal(found.coalitions[layer].weighted(), table.weighted())
 
 
 def test_sets_may_be_written_as_tuples_and_zero_counts_say_nothing(snapshot, tmp_path) -> None:

@@ -221,8 +221,8 @@ def test_ties_within_noise_go_to_the_earlier_method() -> None:
 @pytest.mark.parametrize(
     ("tied", "chosen", "said"),
     [
-        (set(), "c", "c/coverage, drop with a KL divergence of 0.1000 on held-out examples; clearly behind, nearest "),
-        ({"b"}, "b", "within noise of it: c/coverage, drop (best by its figure: c/coverage, drop, 0.1000; ties go to"),
+        (set(), "c", "c/coverage, drop with a KL divergence of 0.1 on held-out examples; clearly behind, nearest "),
+        ({"b"}, "b", "within noise of it: c/coverage, drop (best by its figure: c/coverage, drop, 0.1; ties go to"),
     ],
 )
 def test_the_preferred_one_of_those_tied_is_taken(tied, chosen, said) -> None:

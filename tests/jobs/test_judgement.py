@@ -11,7 +11,8 @@ from shape_moe.calibration.reading import load_records
 from shape_moe.calibration.records import DataOptions, prompt_hash
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import UsageError
-from shape_moe.jobs.judgement import JudgementOptions, set_aside, unseen_parts
+from shape_moe.jobs.judgement import JudgementOptions, set_aside
+from shape_moe.jobs.judging_examples import seen_by, unseen_parts
 from shape_moe.jobs.planning import plan_search
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.progress import SILENT
@@ -50,14 +51,14 @@ def test_what_a_trace_has_not_seen_reports(tmp_path) -> None:
     data = source(tmp_path, 30)
     records, trace = load_records(data), synthetic_trace()
     traced = replace(trace, info=replace(trace.info, source={"prompts": [prompt_hash(r) for r in records[:10]]}))
-    parts = unseen_parts(data, traced, records[10:18], JudgementOptions())
+    parts = unseen_parts([data], seen_by(traced, None), records[10:18], JudgementOptions())
     assert prompts(parts.report) == prompts(records[18:])
-    nothing_left = unseen_parts(data, traced, records[10:], JudgementOptions())
+    nothing_left = unseen_parts([data], seen_by(traced, None), records[10:], JudgementOptions())
     assert nothing_left.report == []
     assert "seen every example" in nothing_left.unmeasured[""]
-    unknown = unseen_parts(data, replace(trace, info=replace(trace.info, source={})), (), JudgementOptions())
+    unknown = unseen_parts([data], seen_by(None, None), (), JudgementOptions())
     assert unknown.unmeasured == {"": "the trace does not name its prompts"}
-    gone = unseen_parts(DataOptions(str(tmp_path / "gone.jsonl")), traced, (), JudgementOptions())
+    gone = unseen_parts([DataOptions(str(tmp_path / "gone.jsonl"))], seen_by(traced, None), (), JudgementOptions())
     assert "gone.jsonl" in gone.unmeasured[""]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from shape_moe.architectures import loading
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.embedded import exact_match
@@ -21,7 +22,7 @@ from shape_moe.jobs.select import select
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import trace
 from shape_moe.jobs.verify import verify
-from shape_moe.pruning import logits, shards, writers
+from shape_moe.pruning import shards, writers
 from shape_moe.scoring.scores import score_trace
 from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions
@@ -346,10 +347,10 @@ def test_a_wrong_checkpoint_is_not_given_its_name(embedded, traced, tmp_path, mo
 
 
 def test_the_reason_for_a_missing_logit_check_is_told(embedded, traced, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(logits, "why_not_loadable", lambda *_: "the model needs 99.0 GiB and 1.0 GiB are free")
+    monkeypatch.setattr(loading, "host_memory", lambda: 5 * 2**20)
     result = prune(embedded, tmp_path / "out", options(0.6), trace=traced)
     assert result.logits is None
-    assert "99.0 GiB" in result.logits_skipped
+    assert "the model needs 6.47 MiB and 5.00 MiB are free" in result.logits_skipped
     assert any("Logits were not compared" in note for note in result.notes)
     checks = {check.name: check for check in verify(tmp_path / "out", device="cpu")}
     assert checks["canary"].passed is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,16 +47,16 @@ def test_a_trace_with_and_without_a_selection(traced) -> None:
     result = shape_moe.report(traced / "trace", traced / "r.html")
     assert result.path == traced / "r.html"
     assert result.size == result.path.stat().st_size
-    assert result.sections == ("values", "coverage", "coalitions", "agreement", "provenance")
+    assert result.sections == ("values", "agreement", "coverage", "coalitions", "provenance")
     assert "Nothing is selected yet" in words(result.path)
     with_selection = shape_moe.report(traced / "trace", traced / "s.html", selection=traced / "selection.json")
-    assert with_selection.sections == ("values", "layers", "coverage", "coalitions", "agreement", "provenance")
-    assert "Keeps 32 of 64 experts" in words(with_selection.path)
+    assert with_selection.sections == ("layers", "values", "agreement", "coverage", "coalitions", "provenance")
+    assert "32 of 64 experts kept." in words(with_selection.path)
 
 
 def test_a_table_of_values(traced) -> None:
     result = shape_moe.report(traced / "values.csv", traced / "r.html", selection=traced / "selection.json")
-    assert result.sections == ("values", "layers", "coverage", "provenance")
+    assert result.sections == ("layers", "values", "coverage", "provenance")
     assert "the table of values" in words(result.path)
 
 
@@ -69,9 +68,9 @@ def test_a_sweep_folder_brings_trace_selection_and_sizes(traced) -> None:
     write_evaluation(traced / "e")
     result = shape_moe.report(traced, traced / "r.html", evaluation=traced / "e")
     assert result.sections == (
-        *("values", "layers", "coverage", "coalitions", "agreement", "sweep", "quality", "footprint", "provenance"),
+        *("sweep", "quality", "footprint", "layers", "values", "agreement", "coverage", "coalitions", "provenance"),
     )
-    assert "size 8.00 → 4.24 GiB" in words(result.path)
+    assert "from 8.00 GiB to 4.24 GiB" in words(result.path)
     with pytest.raises(UsageError, match="is a sweep already: leave --sweep out"):
         shape_moe.report(traced, traced / "x.html", sweep=traced)
     alone = traced / "alone"
@@ -79,7 +78,7 @@ def test_a_sweep_folder_brings_trace_selection_and_sizes(traced) -> None:
     shutil.copy(traced / "sweep.json", alone)
     assert shape_moe.report(alone, traced / "a.html").sections == ("sweep", "provenance")
     beside = shape_moe.report(traced / "values.csv", traced / "b.html", sweep=traced / "sweep.json")
-    assert beside.sections == ("values", "coverage", "sweep", "provenance")
+    assert beside.sections == ("sweep", "values", "coverage", "provenance")
 
 
 @pytest.mark.parametrize("routing", ["drop", "reroute"])
@@ -91,7 +90,7 @@ def test_sizes_are_counted_back(checkpoint, tmp_path, family, routing) -> None:
     assert original_bytes(open_snapshot(tmp_path / "out"), selection) == snapshot.total_bytes
     if family == FAMILIES[0]:
         result = shape_moe.report(tmp_path / "out", tmp_path / "r.html")
-        assert result.sections == ("values", "layers", "provenance")
+        assert result.sections == ("layers", "values", "provenance")
         assert "counted back from this checkpoint" in words(result.path)
 
 
@@ -111,7 +110,7 @@ def test_scorers_that_are_not_here_are_named(traced) -> None:
     selection = shape_moe.load_selection(traced / "selection.json")
     shape_moe.report(traced / "trace", traced / "r.html", selection=replace(selection, scorer="theirs"))
     text = words(traced / "r.html")
-    assert "made by &#39;theirs&#39;, which is no scorer of this installation" in text
+    assert "made by &#39;theirs&#39;, which is not a scorer of this installation" in text
     assert text.index('class="warnings"') < text.index("theirs&#39;, which")
 
 
@@ -120,7 +119,7 @@ def test_values_are_weighted_as_the_selection_was(traced) -> None:
     (traced / "t").mkdir()
     trace.save(traced / "t")
     from shape_moe.scoring.registry import ScoreOptions
-    from shape_moe.tracing.trace import SegmentWeights
+    from shape_moe.tracing.token_weights import SegmentWeights
 
     scoring = ScoreOptions(SegmentWeights(0.25, 2.0), seed=7)
     selection = select_from_trace(trace, SelectOptions(keep=0.5, method=Method("random"), scoring=scoring))
@@ -159,7 +158,7 @@ def test_sources_that_are_none(traced, tmp_path) -> None:
     for source, message in (
         (tmp_path / "nowhere", "There is no folder or file"),
         (tmp_path / "none.csv", "There is no file"),
-        (tmp_path, "is neither a pruned checkpoint"),
+        (tmp_path, "is not something that shape-moe wrote and a report can show"),
     ):
         with pytest.raises(UsageError, match=message):
             shape_moe.report(source, tmp_path / "r.html")
@@ -227,8 +226,59 @@ def test_a_scorer_that_cannot_value_the_trace_says_what_it_needs(traced) -> None
     assert not (traced / "r.html").exists()
 
 
-def test_without_plotly_there_is_one_sentence(traced, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    with pytest.raises(UsageError, match=r"pip install 'shape-moe\[report\]'"):
-        shape_moe.report(traced / "values.csv", traced / "r.html")
-    assert not (traced / "r.html").exists()
+def test_a_selection_and_an_evaluation_are_sources_by_any_name(traced) -> None:
+    assert shape_moe.report(traced / "selection.json", traced / "s.html").sections == ("layers", "values", "provenance")
+    write_evaluation(traced / "e")
+    (traced / "e" / "evaluation.json").rename(traced / "figures.json")
+    result = shape_moe.report(traced / "figures.json", traced / "e.html")
+    assert result.sections == ("sizes", "quality", "footprint", "provenance")
+    assert "Qwen/Qwen3-30B-A3B beside 2 pruned models" in words(result.path)
+    with pytest.raises(UsageError, match="is an evaluation already: leave --evaluation out"):
+        shape_moe.report(traced / "figures.json", traced / "x.html", evaluation=traced / "figures.json")
+    (traced / "other.json").write_text("{}")
+    with pytest.raises(UsageError, match="is not something that shape-moe wrote and a report can show"):
+        shape_moe.report(traced / "other.json", traced / "x.html")
+
+
+def test_sources_of_one_model_are_shown_together_and_others_one_after_the_other(traced) -> None:
+    print_of = routing_trace().info.fingerprint
+    write_sweep(traced / "sweep", total=64, keeps=(0.8, 0.5), dense_bytes=8 * 2**30, fingerprint=print_of)
+    write_evaluation(traced / "e", fingerprint=print_of)
+    parts = [traced / "e", traced / "sweep", traced / "trace", traced / "selection.json"]
+    together = shape_moe.report(parts, traced / "t.html")
+    single = ("sweep", "quality", "footprint", "layers", "values", "agreement", "coverage", "coalitions", "provenance")
+    assert together.sections == single
+    assert shape_moe.report([*parts, traced / "trace"], traced / "u.html").sections == single  # named twice
+    write_evaluation(traced / "f", fingerprint="sha256:" + "f" * 64, model="another/model")
+    apart = shape_moe.report([*parts, traced / "f"], traced / "v.html")
+    assert apart.sections == (*single, "sizes-2", "quality-2", "footprint-2", "provenance-2")
+    text = words(apart.path)
+    assert "2 results on synthetic, another/model" in text
+    assert text.count('class="story ') == 5
+    with pytest.raises(UsageError, match="at least one source"):
+        shape_moe.report([], traced / "x.html")
+
+
+def test_two_checkpoints_have_a_chapter_each(checkpoint, tmp_path) -> None:
+    snapshot = open_snapshot(checkpoint("olmoe"))
+    for place in (1, 2):
+        selection = random_selection(snapshot, "drop", "ragged")
+        shape_moe.prune(snapshot.path, tmp_path / f"p{place}", QUICKLY, selection=selection)
+    result = shape_moe.report([tmp_path / "p1", tmp_path / "p2"], tmp_path / "r.html")
+    assert result.sections == ("layers", "values", "provenance", "layers-2", "values-2", "provenance-2")
+    text = words(result.path)
+    assert text.count("Method: ") == 2
+    ids = [part.split('"')[0] for part in text.split(' id="')[1:]]
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("verb", ["demo", "experiment"])
+@pytest.mark.parametrize(
+    "content", [{}, {"rows": [], "models": []}, {"rows": [{"scorer": "dense"}], "models": [{"name": "m"}], "task": "t"}]
+)
+def test_a_damaged_demo_or_experiment_is_one_sentence(tmp_path, verb, content) -> None:
+    file = tmp_path / f"{verb}.json"
+    file.write_text(json.dumps({"format_version": 1, "verb": verb, "rule": "coverage", **content}))
+    with pytest.raises(DataError, match=f"{verb}.json is damaged: "):
+        shape_moe.report(file, tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()

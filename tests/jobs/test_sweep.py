@@ -126,8 +126,10 @@ def test_an_interrupted_sweep_goes_on_from_its_last_point(embedded, task_file, t
     chosen.clear()
     counted, again = stopped_after(100, whole)
     monkeypatch.setattr(bench, "compare_with_dense", counted)
-    resumed = sweep(embedded, options, tmp_path / "out", data=data)
+    notes = Notes()
+    resumed = sweep(embedded, options, tmp_path / "out", data=data, progress=notes)
     assert (chosen[0], len(again)) == (0.5, 1)
+    assert "2 points already done by the interrupted run." in notes.notes
     fresh = sweep(embedded, options, data=data)
     assert [p["quality"] for p in fresh.document["points"]] == [p["quality"] for p in resumed.document["points"]]
 

@@ -29,6 +29,7 @@ from support.data import write_lines
 from support.fp8 import save_fp8_model
 from support.interruptions import press_ctrl_c, stopped_after
 from support.mxfp4 import save_mxfp4_model
+from support.notes import Notes
 from support.tiny_models import make_model
 
 
@@ -120,8 +121,8 @@ def test_other_quantisations_are_refused_by_name(checkpoint, tmp_path, data) -> 
 
     model = shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
-    with pytest.raises(UnsupportedModelError, match="'awq' cannot be observed.*--trace"):
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "hqq"}}))
+    with pytest.raises(UnsupportedModelError, match="hqq is not known here.*--trace"):
         trace(model, options(data([{"text": "a"}])))
 
 
@@ -185,7 +186,9 @@ def test_interrupted_traces_go_on(embedded, data, tmp_path, monkeypatch) -> None
     passes = []
     monkeypatch.setattr(ModelTracer, "add", lambda self, batch, **more: passes.append(1) or real(self, batch, **more))
     monkeypatch.setattr(job, "generate_answers", lambda *_a, **_k: pytest.fail("answered again"))
-    resumed = trace(embedded, chosen, tmp_path / "t")
+    notes = Notes()
+    resumed = trace(embedded, chosen, tmp_path / "t", progress=notes)
+    assert notes.said[1:] == ["4 of 12 batches already done."]
     assert len(passes) == 12 - 4  # four folds of three examples and four of two make twelve batches
     assert_same(resumed, whole)
     assert resumed.info.tokens == whole.info.tokens
@@ -355,7 +358,7 @@ def test_nan_weights_name_the_layer(tmp_path, embedded, data) -> None:
 
 def test_engines_and_their_arguments(embedded, data) -> None:
     source = data([{"text": "abc"}])
-    with pytest.raises(UsageError, match="no engine 'sglang'; there are transformers, vllm"):
+    with pytest.raises(UsageError, match="no engine 'sglang'; there are stream, transformers, vllm"):
         options(source, engine="sglang")
     with pytest.raises(UsageError, match="go with --engine vllm"):
         options(source, engine_args={"tensor_parallel_size": 2})
@@ -368,7 +371,7 @@ def test_engines_and_their_arguments(embedded, data) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 def test_engine_vllm_needs_vllm(embedded, data) -> None:
-    with pytest.raises(ShapeMoeError, match=r"needs vLLM in this environment: install shape-moe\[vllm\]"):
+    with pytest.raises(ShapeMoeError, match=r"needs vLLM in this environment: pip install vllm"):
         trace(embedded, options(data([{"text": "abc"}]), engine="vllm"))
 
 

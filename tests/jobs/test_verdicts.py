@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import json
 from dataclasses import replace
 
 import pytest
 
+import shape_moe
 from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.main import run
@@ -104,7 +106,9 @@ def test_the_class_that_was_lost_is_named(embedded, fine, tmp_path) -> None:
 
 
 def test_complaints_of_any_set_rise_to_the_top(embedded, broken, files) -> None:
-    result = judge(embedded, broken, files["few"], also=DataOptions(str(files["few"])))
+    other = files["few"].with_name("others.jsonl")
+    other.write_bytes(files["few"].read_bytes())
+    result = judge(embedded, broken, files["few"], also=DataOptions(str(other)))
     task, also = (result.models[1].sets[name].health.complaints for name in ("task", "also"))
     assert task == also
     for complaint in task:
@@ -116,8 +120,12 @@ def test_the_command_opens_with_the_verdict(embedded, broken, files, tmp_path, c
     arguments = ["evaluate", str(embedded), str(tmp_path / "broken.json"), "--data", str(files["few"])]
     arguments += ["--device", "cpu", "--generate", "8", "--no-footprint", "--no-general"]
     assert run(arguments) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "broken: 1.22 MiB instead of 6.47 MiB"
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert len(out) < 10_000  # no line is filled up to the width of a pipe
+    assert lines[0] == (
+        "broken: 81 % smaller, from 6.47 MiB to 1.22 MiB; 12 % of the experts kept by reap/coverage, drop."
+    )
     assert lines[1].startswith("  Verdict: damaged. ")
     assert run([*arguments, "--json", "--max-drop", "1%"]) == 0
     verdict = json.loads(capsys.readouterr().out)["models"][1]["verdict"]
@@ -149,8 +157,19 @@ def test_prune_ends_with_the_judgement(embedded, tmp_path, few_prompts) -> None:
     assert [outcome.examples for outcome in verdict.outcomes] == [35]  # those that 25 samples left
     assert found.judgement.forgotten.groups[0].prompts == 6
     card = (found.path / "README.md").read_text(encoding="utf-8")
-    for line in found.judgement.lines():
+    said = [*found.opening.lines(), *found.judgement.lines()]
+    assert said[0].startswith("Method: shape/coverage, drop, ragged, 25 calibration examples (the published SHAPE")
+    assert "(4 layers of 32 experts): 19 % smaller" in said[1]
+    for line in said:
         assert line in card
+    page = shape_moe.report(found.path, tmp_path / "r.html", model=embedded).path.read_text(encoding="utf-8")
+    page = html.unescape(page[: page.index("plotly.js v")])
+    for line in (*said[:2], verdict.reason, verdict.advice):
+        assert line in page
+    assert found.following == (
+        f"shape-moe evaluate {embedded} {found.path} --data HELD_OUT.jsonl -o evaluation.json",
+        f"shape-moe report {found.path} -o report.html",
+    )
     written = json.loads((found.path / "shape" / "judgement.json").read_text(encoding="utf-8"))
     assert Verdict.from_document(written) == verdict
     same = judge(embedded, found.path, write_lines(tmp_path / "again.jsonl", examples("sorting", 60, seed=1)))
@@ -185,6 +204,18 @@ def test_a_model_that_is_not_good_enough_is_rejected(embedded, tmp_path, few_pro
     assert run([*arguments, "--keep", "0.8", "--force", "--require", "safe", "--no-judge"]) == 2
     assert run([*arguments, "--keep", "0.8", "--force", "--require", "perfect"]) == 2
     assert "--require takes safe or no-loss" in capsys.readouterr().err
+
+
+def test_general_prompts_and_long_judging_can_be_left_out(embedded, tmp_path, few_prompts, capsys) -> None:
+    file = write_lines(tmp_path / "sorting.jsonl", examples("sorting", 45, seed=1))
+    arguments = ["prune", str(embedded), "--data", str(file), "--device", "cpu", "--keep", "0.8", "--json"]
+    assert run([*arguments, "-o", str(tmp_path / "out"), "--no-general", "--no-logits"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["judgement"]["forgotten"] is None
+    assert "Judging the dense and the pruned model: 20 examples and up to 20 free answers; this takes about" in said.err
+    for idle in (("--no-general",), ("--judge-minutes", "9"), ("--judge-minutes", "0")):
+        assert run([*arguments, "-o", str(tmp_path / "other"), *idle, *(["--no-judge"] * (idle[-1] != "0"))]) == 2
+        assert idle[0] in capsys.readouterr().err
 
 
 TOOL = {"type": "function", "function": {"name": "sort", "parameters": {"type": "object", "required": ["digits"]}}}

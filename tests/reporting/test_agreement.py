@@ -19,7 +19,7 @@ from shape_moe.scoring.scores import Scores, score_trace
 from shape_moe.selection.agreement import kept_by_scorer, options_of, scoring_of
 from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions, select_from_trace
-from shape_moe.tracing.trace import SegmentWeights
+from shape_moe.tracing.token_weights import SegmentWeights
 from support.data import routing_trace, synthetic_trace
 
 

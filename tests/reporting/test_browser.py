@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,22 +151,38 @@ def curve(browser: Browser) -> list[float]:
 def test_layers_are_chosen_by_keyboard(browser, demo) -> None:
     browser.open(demo)
     first, labels = curve(browser), [plot["label"] for plot in browser.run(PLOTS)]
-    select = browser.driver.find_element(By.ID, "layer-of-coverage")
+    select = browser.driver.find_element(By.ID, "layer")
     browser.run("arguments[0].focus()", select)
     browser.press(Keys.ARROW_DOWN, Keys.TAB)  # some platforms change a list only when it is left
-    browser.until("return document.querySelector('#layer-of-together').value === '1'")
+    browser.until("return document.querySelector('#layer').value === '1'")
     assert curve(browser) != first
     changed = [a != b["label"] for a, b in zip(labels, browser.run(PLOTS), strict=True)]
     assert sum(changed) == 3  # coverage, matrix and pairs move together
     assert "Layer 1:" in browser.driver.find_element(By.ID, "line-of-coverage").text
     browser.press(Keys.ENTER)  # the focus is on the button after the list
-    browser.until("return document.querySelector('#layer-of-coverage').value === '2'")
-    back = browser.driver.find_element(By.CSS_SELECTOR, "#figure-coverage button[data-step='-1']")
+    browser.until("return document.querySelector('#layer').value === '2'")
+    back = browser.driver.find_element(By.CSS_SELECTOR, ".layer-bar button[data-step='-1']")
     browser.run("arguments[0].focus()", back)
     browser.press(Keys.SPACE, Keys.SPACE)
-    browser.until("return document.querySelector('#layer-of-pairs').value === '0'")
+    browser.until("return document.querySelector('#layer').value === '0'")
     assert curve(browser) == first
     assert not back.is_enabled()
+    assert browser.log() == []
+
+
+def test_every_chapter_has_a_layer_of_its_own(browser, tmp_path) -> None:
+    trace = routing_trace()
+    for name, info in (("a", trace.info), ("b", replace(trace.info, fingerprint="sha256:" + "b" * 64))):
+        (tmp_path / name).mkdir()
+        replace(trace, info=info).save(tmp_path / name)
+    browser.open(shape_moe.report([tmp_path / "a", tmp_path / "b"], tmp_path / "r.html").path)
+    first = curve(browser)
+    second = "return Array.from(document.querySelector('#plot-coverage-2')._fullData[1].y)"
+    assert browser.run(second) == first
+    browser.run("document.querySelector('#layer-2').parentElement.querySelectorAll('button')[1].click()")
+    assert browser.run(second) != first
+    assert curve(browser) == first
+    assert browser.run("return [layer.value, document.querySelector('#layer-2').value]") == ["0", "1"]
     assert browser.log() == []
 
 
@@ -179,7 +196,7 @@ def test_a_click_on_a_row_chooses_its_layer(browser, demo) -> None:
     browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
     for kind in ("mousePressed", "mouseReleased"):
         browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
-    browser.until("return document.querySelector('#layer-of-coverage').value === '3'")
+    browser.until("return document.querySelector('#layer').value === '3'")
 
 
 def test_views_are_chosen_by_keyboard(browser, large) -> None:
@@ -302,7 +319,8 @@ def test_commands_are_copied_as_they_are_typed(browser, demo) -> None:
     browser.screen(360, 740, phone=True)
     browser.open(demo)
     copied = browser.run(
-        "getSelection().selectAllChildren(document.querySelector('.commands')); return getSelection().toString()"
+        "getSelection().selectAllChildren(document.querySelector('#provenance .commands'));"
+        "return getSelection().toString()"
     )
     lines = copied.strip().split("\n")
     assert [line.split(" ")[:2] for line in lines] == [["shape-moe", verb] for verb in ("trace", "select", "prune")]

@@ -30,7 +30,7 @@ from shape_moe.reporting.figures.coalitions import (
 )
 from shape_moe.selection.select import SelectOptions, select_from_trace
 from shape_moe.tracing.coalitions import tabulate
-from shape_moe.tracing.trace import SegmentWeights
+from shape_moe.tracing.token_weights import SegmentWeights
 from support.data import routing_trace
 from support.figures import unpacked
 

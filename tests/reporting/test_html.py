@@ -81,9 +81,12 @@ def page_of(material: Material) -> tuple[str, list[str], Page]:
 def test_everything_is_there(tmp_path) -> None:
     text, names, page = page_of(full_material(tmp_path))
     assert names == [
-        *("values", "layers", "coverage", "coalitions", "agreement", "sweep", "quality", "footprint", "provenance")
+        *("sweep", "quality", "footprint", "layers", "values", "agreement", "coverage", "coalitions", "provenance")
     ]
-    assert "Keeps 38 of 64 experts, size 10.00 → 6.50 MiB." in page.words
+    assert (
+        "org/model (4 layers of 16 experts): 35 % smaller, from 10.00 MiB to 6.50 MiB; 38 of 64 experts kept."
+        in page.words
+    )
     assert "What this report could show besides" not in page.words
     assert "Evaluation's seed 0" in page.words
     assert text.count(plotly_script()[:400]) == 1
@@ -203,7 +206,7 @@ def test_what_is_missing_says_what_would_add_it(tmp_path) -> None:
     ):
         assert command in page.words
     _, names, page = page_of(Material("DIR", selection=whole.selection))
-    assert names == ["values", "layers", "provenance"]
+    assert names == ["layers", "values", "provenance"]
     assert "coloured experts are kept" in page.words
     _, names, _ = page_of(Material("SWEEP", sweep=whole.sweep))
     assert names == ["sweep", "provenance"]
@@ -211,7 +214,7 @@ def test_what_is_missing_says_what_would_add_it(tmp_path) -> None:
     assert names == ["values", "coverage", "coalitions", "provenance"]
     without = replace(whole.evaluation, models=tuple(replace(m, footprint=None) for m in whole.evaluation.models))
     _, names, _ = page_of(Material("TRACE", selection=whole.selection, evaluation=without))
-    assert names == ["values", "layers", "quality", "provenance"]
+    assert names == ["sizes", "quality", "layers", "values", "provenance"]
 
 
 @pytest.mark.parametrize(
@@ -240,12 +243,12 @@ def test_summary_tells_sizes_value_quality_and_stability(tmp_path) -> None:
     assert found["Value kept"].share == pytest.approx(
         sum(material.selection.mass_kept.values()) / len(material.selection.mass_kept)
     )
-    assert found["KL to the dense model"].value == "0.133"
+    assert found["KL to the dense model"].value == "0.13"
     assert found["Halves agree"].share == material.selection.stability["agreement"]
     told = " ".join(meaning(material)).replace(PRINT, " ")
     assert "26 experts leave the model for good" in told
     assert "That frees 3.50 MiB, 35.0 % of the weights." in told
-    assert "KL to the dense model 0.133 [0.107, 0.160]" in told
+    assert "KL to the dense model 0.13 [0.11, 0.16]" in told
     small = Material("s", material.selection, sizes=Sizes(2**31, 2**29, "measured"))
     assert tiles(small)[1].value.replace(PRINT, " ") == "2.00 GiB → 512.00 MiB"
 
@@ -271,7 +274,7 @@ def test_warnings_are_prominent(tmp_path) -> None:
         material, selection=replace(material.selection, warnings=("Beware of this.",)), remarks=("And this.",)
     )
     found = warnings(material)
-    assert found[:2] == ["Beware of this.", "And this."]
+    assert found[-2:] == ["Beware of this.", "And this."]
     assert any("does not meet the limit" in text for text in found)
     nothing = replace(material.sweep, recommended=None, reason="None is within the limit")
     assert "The sweep recommends no selection. None is within the limit." in warnings(replace(material, sweep=nothing))
@@ -399,6 +402,21 @@ def test_a_trace_drawn_beside_held_out_examples_has_no_command_but_says_so(tmp_p
     assert f"Split {sentence}." in page_of(Material("t", trace=merged))[2].words
 
 
+def test_what_a_sweep_recommends_is_made_again_by_the_sweep(tmp_path) -> None:
+    whole = full_material(tmp_path)
+    place = whole.sweep.points.index(whole.sweep.point_of(whole.selection))
+    chosen = replace(whole, sweep=replace(whole.sweep, recommended=place), evaluation=None)
+    source = {"data": "tasks.jsonl", "content_hash": "sha256:1"}
+    traced = replace(chosen, trace=replace(whole.trace, info=replace(whole.trace.info, source=source)))
+    assert commands(traced) == [
+        "shape-moe trace org/model --data tasks.jsonl -o traces/gsm8k",
+        "shape-moe sweep Qwen/Qwen3-30B-A3B --trace traces/gsm8k --max-kl 0.1 -o sweeps/gsm8k",
+        "shape-moe prune org/model --selection sweeps/gsm8k/recommended.json -o pruned",
+    ]
+    another = replace(traced, sweep=replace(traced.sweep, recommended=None))
+    assert [words.split()[1] for words in commands(another)] == ["trace", "select", "prune", "sweep"]
+
+
 def test_results_without_a_command_print_none(tmp_path) -> None:
     whole = full_material(tmp_path)
     silent = MadeWith(0, {}, "")
@@ -476,6 +494,6 @@ def test_published_selection(reference) -> None:
     scores = read_scores(reference / "gsm8k_shapley_values.csv")
     selection = select_from_scores(scores, SelectOptions(keep=0.6))
     text, names, page = page_of(Material("gsm8k_shapley_values.csv", selection, scores))
-    assert names == ["values", "layers", "coverage", "provenance"]
-    assert "Keeps 3,686 of 6,144 experts" in page.words
+    assert names == ["layers", "values", "coverage", "provenance"]
+    assert "(48 layers of 128 experts): 3,686 of 6,144 experts kept." in page.words
     assert len(text.encode()) < 8e6

@@ -34,9 +34,10 @@ def test_header_is_yaml() -> None:
 def test_facts_are_told() -> None:
     card = render_card(facts())
     for text in (
-        "50.0% of its routed experts",
-        "12 of\n24",
-        "2.00 GiB | 1.00 GiB (50%)",
+        "Method: shape/coverage, drop, ragged, 200 calibration examples (not the published SHAPE method).",
+        "org/model (3 layers of 8 experts): 50 % smaller, from 2.00 GiB to 1.00 GiB; 12 of 24 experts kept.",
+        "Keep rate: 50 % (50 % asked).",
+        "2.00 GiB | 1.00 GiB (50 %)",
         "`shape`",
         "`coverage` with alpha",
         "`drop`",
@@ -79,7 +80,7 @@ def test_hostile_names_stay_text() -> None:
     card = render_card(replace(found, trace=trace, selection=selection))
     assert not set(card) & set("\x1b\x07")
     text = r"&lt;img src=x onerror=alert(1)&gt; \[a\](javascript:b) \`c\` \\x1b\[2J\\x07 \# d\_e"
-    for line in (f"# {text}, pruned to 50% of its experts", f"- {text}", f"held-out examples ({text})."):
+    for line in (f"# {text}, pruned to 50 % of its experts", f"- {text}", f"held-out examples ({text})."):
         assert line in card
     code = r"``<img src=x onerror=alert(1)> [a](javascript:b) `c` \x1b[2J\x07 # d_e``"
     assert f"- Values: {code}. Rule" in card
@@ -91,12 +92,12 @@ def test_hostile_names_stay_text() -> None:
 def test_the_name_on_a_hub_is_kept_in_the_header() -> None:
     card = render_card(facts(model="some_org/my_model"))
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "some_org/my_model"
-    assert r"# my\_model, pruned" in card
+    assert r"# some\_org/my\_model, pruned" in card
 
 
 def test_an_alpha_above_one_says_nothing() -> None:
     plain, above = facts().selection, replace(facts().selection, alpha=1.5)
-    assert f"with alpha = {plain.alpha:.6f}" in render_card(facts(selection=plain))
+    assert f"with alpha = {plain.alpha:.4g}" in render_card(facts(selection=plain))
     assert "alpha" not in render_card(facts(selection=above))
 
 

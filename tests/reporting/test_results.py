@@ -80,7 +80,7 @@ def test_unknown_ends(tmp_path) -> None:
     assert found.kept.quality["kl"].value == 0.5
     assert math.isnan(found.kept.quality["kl"].low)
     assert found.inverted.quality == {}
-    assert METRIC["KL to the dense model"].text(found.kept) == "0.500"
+    assert METRIC["KL to the dense model"].text(found.kept) == "0.5"
     assert (evaluation.data, evaluation.made_with.command) == (None, "")
 
 
@@ -165,6 +165,10 @@ def test_the_curve_shows_every_point_with_its_interval(tmp_path) -> None:
     assert by_name["Exact match"].data[3]["y"] == pytest.approx([100 * recommended["quality"]["exact_match"]["value"]])
     assert by_name["Exact match"].data[4]["y"] == pytest.approx([90.0])  # the dense model
     assert "recommended" in [swatch.text for swatch in figure.legend]
+    assert "limit: a KL divergence of 0.1" in [swatch.text for swatch in figure.legend]
+    ring = figure.data[3]["marker"]
+    assert (ring["symbol"], ring["size"] > 2 * figure.data[0]["marker"]["size"]) == ("circle-open", True)
+    assert figure.data[0]["text"] == ["40 %", "50 %", "60 %", "70 %", "80 %", "90 %"]
     assert len(figure.table.rows) == 19
 
 
@@ -290,7 +294,7 @@ def test_wide_ranges_are_logarithmic_with_readable_ticks() -> None:
     assert max(axis["tickvals"]) > 2
     assert "0.05" in axis["ticktext"]
     wider = value_axis([Estimate(v, v, v) for v in (1e-5, 2.0)], log=True)
-    assert wider["ticktext"][:3] == ["1e-06", "1e-05", "0.0001"]
+    assert wider["ticktext"][:3] == ["0.000001", "0.00001", "0.0001"]
 
 
 def test_intervals_are_told_where_they_are_known() -> None:
@@ -310,7 +314,7 @@ def test_what_rounds_to_zero_has_no_minus() -> None:
 def test_metrics_as_text(tmp_path) -> None:
     sweep = read_sweep(write_sweep(tmp_path))
     measured = sweep.points[3].measured
-    assert METRIC["Exact match"].text(measured) == "83.3\N{NO-BREAK SPACE}% [80.3, 86.3]"
+    assert METRIC["Exact match"].text(measured) == "83\N{NO-BREAK SPACE}% [80, 86]"
     assert METRIC["Perplexity"].text(measured).startswith("\N{MULTIPLICATION SIGN}1.13 [")
     assert METRIC["Loops"].text(sweep.points[0].measured) == "\N{EN DASH}"
     assert METRIC["Exact match"].line == "Exact match, % of examples; higher is better."

@@ -12,7 +12,7 @@ from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.scoring import registry
 from shape_moe.scoring.registry import ScoreOptions, get_scorer, register, scorers
 from shape_moe.scoring.scores import read_scores, score_trace
-from shape_moe.tracing.trace import SegmentWeights
+from shape_moe.tracing.token_weights import SegmentWeights
 from support.data import make_examples, synthetic_trace, trace_model
 from support.naive_trace import capture, expert_output
 from support.tiny_models import make_model, moe_block

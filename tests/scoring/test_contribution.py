@@ -70,7 +70,7 @@ def test_gram_prices_any_set_of_dropped_experts() -> None:
     trace = trace_model(model, examples)
     rng = np.random.default_rng(0)
     for layer in (0, 2):
-        gram = trace.sums("gram")[trace.info.layers.index(layer)]
+        gram = trace.sums("gram_relative")[trace.info.layers.index(layer)]
         block = moe_block(model.model.layers[layer])
         for size in (1, 4, 9):
             dropped = rng.choice(16, size, replace=False)
@@ -82,7 +82,8 @@ def test_gram_prices_any_set_of_dropped_experts() -> None:
                     whole = block.experts(captured.hidden, captured.ids, captured.gates)
                     part = block.experts(captured.hidden, captured.ids, captured.gates * keep)
                 real = batch.segments >= 0
-                change += float((whole - part)[real].double().square().sum())
+                changes, streams = (whole - part)[real].double(), captured.residual[real].double()
+                change += float((changes.square().sum(1) / streams.square().sum(1)).sum())
             assert gram[np.ix_(dropped, dropped)].sum() == pytest.approx(change, rel=1e-5)
 
 
@@ -102,4 +103,5 @@ def test_one_batch_of_padding_only_changes_nothing() -> None:
     assert batch.input_ids.shape[1] > len(short.tokens)
     together = trace_model(model, [short, long], batch_size=2)
     other = trace_model(model, [long], batch_size=1)
-    np.testing.assert_allclose(together.sums("gram"), alone.sums("gram") + other.sums("gram"), rtol=1e-4, atol=1e-6)
+    name = "gram_relative"
+    np.testing.assert_allclose(together.sums(name), alone.sums(name) + other.sums(name), rtol=1e-4, atol=1e-6)

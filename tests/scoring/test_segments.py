@@ -11,7 +11,8 @@ from shape_moe.scoring.registry import ScoreOptions, scorers
 from shape_moe.scoring.scores import score_trace
 from shape_moe.scoring.shape import shape_values
 from shape_moe.tracing.coalitions import CoalitionTable
-from shape_moe.tracing.trace import SegmentWeights, Trace
+from shape_moe.tracing.token_weights import SegmentWeights
+from shape_moe.tracing.trace import Trace
 from support import brute_force
 from support.data import synthetic_trace
 
@@ -27,14 +28,18 @@ def trace() -> Trace:
 def only(trace: Trace, segment: int) -> Trace:
     """The trace of the tokens of one segment alone."""
     statistics = {name: values.copy() for name, values in trace.statistics.items()}
+    others = [2 * (1 - segment), 2 * (1 - segment) + 1]
     for values in statistics.values():
-        values[:, 1 - segment] = 0
+        values[:, :, others] = 0
     coalitions = {}
     for layer, table in trace.coalitions.items():
         counts = table.counts.copy()
-        counts[:, [1 - segment, 3 - segment]] = 0
+        counts[:, 1 - segment :: 2] = 0
         coalitions[layer] = CoalitionTable(table.members, counts)
     return replace(trace, statistics=statistics, coalitions=coalitions)
+
+
+ALIKE = ScoreOptions(SegmentWeights())
 
 
 @pytest.mark.parametrize("name", SCORERS)
@@ -42,10 +47,10 @@ def only(trace: Trace, segment: int) -> Trace:
 def test_a_weight_of_zero_leaves_a_segment_out(trace, name, segment) -> None:
     weights = SegmentWeights(prompt=float(segment == PROMPT), response=float(segment == RESPONSE))
     found = score_trace(trace, name, ScoreOptions(weights))
-    expected = score_trace(only(trace, segment), name)
+    expected = score_trace(only(trace, segment), name, ALIKE)
     np.testing.assert_allclose(found.values, expected.values, rtol=1e-12)
     np.testing.assert_allclose(found.activations, expected.activations, rtol=1e-12)
-    assert not np.allclose(expected.values, score_trace(only(trace, 1 - segment), name).values)
+    assert not np.allclose(expected.values, score_trace(only(trace, 1 - segment), name, ALIKE).values)
 
 
 @pytest.mark.parametrize(("prompt", "response"), [(0.25, 2.0), (3.0, 1.0), (1.0, 0.5)])
@@ -61,7 +66,7 @@ def test_shape_values_are_those_of_weighted_counts(trace, prompt, response) -> N
 
 @pytest.mark.parametrize("name", [name for name in SCORERS if name not in {"shape", "reap", "reap-received"}])
 def test_sums_are_linear_in_the_weights(trace, name) -> None:
-    prompt, response = (score_trace(only(trace, segment), name).values for segment in (PROMPT, RESPONSE))
+    prompt, response = (score_trace(only(trace, segment), name, ALIKE).values for segment in (PROMPT, RESPONSE))
     both = score_trace(trace, name, ScoreOptions(SegmentWeights(0.25, 2.0))).values
     np.testing.assert_allclose(both, 0.25 * prompt + 2.0 * response, rtol=1e-9, atol=1e-12 * np.abs(both).max())
 
@@ -69,20 +74,21 @@ def test_sums_are_linear_in_the_weights(trace, name) -> None:
 def test_the_largest_norm_is_not_weighted(trace) -> None:
     """A maximum over the tokens that count at all."""
     norms = trace.statistics["largest_norm"]
-    for weights, segments in ((SegmentWeights(0.5, 3.0), (0, 1)), (SegmentWeights(2.0, 0.0), (0,))):
-        np.testing.assert_array_equal(trace.sums("largest_norm", weights), norms[:, segments].max(axis=(1, 2)))
+    for weights, cells in ((SegmentWeights(0.5, 3.0), (0, 1, 2, 3)), (SegmentWeights(2.0, 0.0), (0, 1))):
+        np.testing.assert_array_equal(trace.sums("largest_norm", weights), norms[:, 0, cells].max(axis=(1, 2)))
 
 
 def test_halves_are_even_and_odd_folds(trace) -> None:
     for half in (0, 1):
         part = trace.half(half)
         for name in ("tokens", "gate", "largest_norm"):
-            folds = trace.statistics[name][:, :, half::2]
+            folds = trace.statistics[name][:, 0, :, half::2]
             expected = folds.max(axis=(1, 2)) if name == "largest_norm" else folds.sum(axis=(1, 2))
             np.testing.assert_allclose(part.sums(name), expected, rtol=1e-12)
-        np.testing.assert_allclose(part.sums("gram"), trace.statistics["gram"][:, :, half].sum(axis=1), rtol=1e-12)
+        pairs = trace.statistics["gram_relative"][:, 0, :, half].sum(axis=1)
+        np.testing.assert_allclose(part.sums("gram_relative"), pairs, rtol=1e-12)
         for layer, table in part.coalitions.items():
             tokens = np.zeros(9)
-            np.add.at(tokens, table.members, table.weighted(1, 1)[:, None])
+            np.add.at(tokens, table.members, table.weighted()[:, None])
             np.testing.assert_array_equal(tokens, part.sums("tokens")[trace.info.layers.index(layer)])
-            assert (table.weighted(1, 1) > 0).all()
+            assert (table.weighted() > 0).all()

@@ -84,7 +84,7 @@ def test_other_scorers_keep_as_many_under_the_same_conditions() -> None:
 def test_the_weights_and_the_seed_of_a_selection_are_found_again() -> None:
     trace = synthetic_trace(tokens=60)
     from shape_moe.scoring.registry import ScoreOptions
-    from shape_moe.tracing.trace import SegmentWeights
+    from shape_moe.tracing.token_weights import SegmentWeights
 
     asked = ScoreOptions(SegmentWeights(prompt=0.25, response=2.0), seed=7)
     chosen = select_from_trace(trace, SelectOptions(keep=0.5, scoring=asked))

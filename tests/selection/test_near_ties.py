@@ -99,8 +99,8 @@ def test_the_bound_follows_the_dtype_of_the_trace() -> None:
 
 def test_a_selection_names_its_near_ties_and_keeps_them_in_its_file(tmp_path) -> None:
     trace = synthetic_trace()
-    trace.statistics["gate"][:] = np.arange(8) + np.arange(3)[:, None, None, None] * 0.25 + 1.0
-    trace.statistics["gate"][0, :, :, 3] = trace.statistics["gate"][0, :, :, 4] * (1 + 1e-7)
+    trace.statistics["gate"][:] = np.arange(8) + np.arange(3)[:, None, None, None, None] * 0.25 + 1.0
+    trace.statistics["gate"][0, ..., 3] = trace.statistics["gate"][0, ..., 4] * (1 + 1e-7)
     chosen = TraceSelector(trace).select(SelectOptions(0.5, Method("gating", "uniform")))
     assert chosen.layers[0] == [3, 5, 6, 7]
     assert chosen.near_ties == {0: [3, 4]}

@@ -20,7 +20,7 @@ from shape_moe.selection.method import Method
 from shape_moe.selection.rules import bisection_budget, coverage_priority
 from shape_moe.selection.select import SelectOptions, check_feasible, select_from_scores, select_from_trace
 from shape_moe.selection.stability import stability
-from shape_moe.tracing.trace import SegmentWeights
+from shape_moe.tracing.token_weights import SegmentWeights
 from support.data import synthetic_trace
 
 
@@ -91,7 +91,7 @@ def test_halves_choose_at_the_budget_of_the_whole() -> None:
 def test_one_example_has_no_halves() -> None:
     trace = synthetic_trace(tokens=50)
     only_even = replace(trace, statistics={**trace.statistics, "tokens": trace.statistics["tokens"].copy()})
-    only_even.statistics["tokens"][:, :, 1::2] = 0
+    only_even.statistics["tokens"][:, :, :, 1::2] = 0
     assert select_from_trace(only_even, SelectOptions(keep=0.5)).stability is None
 
 
@@ -104,7 +104,7 @@ def test_unstable_selections_are_warned_about() -> None:
 def test_lost_super_experts_are_warned_about(trace) -> None:
     norms = trace.statistics["largest_norm"].copy()
     worst = int(np.argmin(score_trace(trace).values[2]))
-    norms[2, 0, 0, worst] = 500.0
+    norms[2, 0, 0, 0, worst] = 500.0
     loud = replace(trace, statistics={**trace.statistics, "largest_norm": norms})
     selection = select_from_trace(loud, SelectOptions(keep=0.5))
     assert any(f"layer 2 expert {worst}" in w and f"--protect 2:{worst}" in w for w in selection.warnings)
@@ -172,7 +172,7 @@ def test_a_segment_that_counts_alone_decides_alone(trace) -> None:
     only = ScoreOptions(SegmentWeights(prompt=0, response=1))
     tables = [trace.coalitions[layer] for layer in trace.info.layers]
     values = np.stack([shape_values(table.members, table.counts[:, 1], 16) for table in tables])
-    activations = trace.statistics["tokens"][:, 1].sum(axis=1).astype(float)
+    activations = trace.statistics["tokens"][:, 0, 2:].sum(axis=(1, 2)).astype(float)
     expected = select_from_scores(Scores("shape", trace.info.layers, values, activations), SelectOptions(keep=0.5))
     assert select_from_trace(trace, SelectOptions(keep=0.5, scoring=only)).layers == expected.layers
     assert select_from_trace(trace, SelectOptions(keep=0.5)).layers != expected.layers
@@ -255,7 +255,7 @@ def test_segments_without_tokens_cannot_decide() -> None:
     silent = replace(
         prompts,
         statistics={
-            name: values * (np.arange(2) < 1)[(None, slice(None)) + (None,) * (values.ndim - 2)]
+            name: values * (np.arange(4) < 2)[(None, None, slice(None)) + (None,) * (values.ndim - 3)]
             for name, values in prompts.statistics.items()
         },
     )

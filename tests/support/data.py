@@ -66,7 +66,7 @@ def routing_trace(
     """A trace of any size without a model or Gram matrices: tokens of ten topics, each with experts that it prefers."""
     rng = np.random.default_rng(seed)
     names = ("gate", "norm", "gated_norm", "gated_norm_renormalised", "gated_norm_turned", "largest_norm")
-    statistics = {name: np.zeros((layers, 2, 8, experts)) for name in names}
+    statistics = {name: np.zeros((layers, 1, 4, 8, experts)) for name in names}
     counts = []
     for row in range(layers):
         liking = rng.normal(size=experts) + 2.2 * (rng.integers(0, 10, experts) == np.arange(10)[:, None])
@@ -86,38 +86,54 @@ def routing_trace(
     return _trace_of(info, statistics, counts)
 
 
-def synthetic_trace(layers: int = 3, experts: int = 8, top_k: int = 2, tokens: int = 200, seed: int = 0) -> Trace:
+def synthetic_trace(
+    layers: int = 3,
+    experts: int = 8,
+    top_k: int = 2,
+    tokens: int = 200,
+    seed: int = 0,
+    classes: tuple[str, ...] = ("",),
+) -> Trace:
     """A trace without a model: random routing and random statistics that are consistent with it."""
     rng = np.random.default_rng(seed)
-    shapes = {"expert": (layers, 2, 8, experts), "layer": (layers, 2, 8), "pair": (layers, 2, 2, experts, experts)}
-    statistics = {name: rng.uniform(size=shapes[s.layout.axes]) for name, s in all_statistics().items()}
+    size = (layers, len(classes), experts)
+    statistics = {name: rng.uniform(size=s.layout.shape(*size)) for name, s in all_statistics().items()}
     counts = []
     for _ in range(layers):
         popularity = rng.dirichlet(np.ones(experts))
         members = np.array([rng.choice(experts, top_k, replace=False, p=popularity) for _ in range(tokens)])
-        counts.append(_count(rng, members, experts))
+        counts.append(_count(rng, members, experts, len(classes)))
     info = _info_without_model(
-        layers, experts, top_k, model="synthetic", tokens={"prompt": 0, "response": tokens}, examples=tokens
+        layers,
+        experts,
+        top_k,
+        model="synthetic",
+        tokens={"prompt": 0, "response": tokens},
+        examples=tokens,
+        classes=classes,
     )
     return _trace_of(info, statistics, counts)
 
 
 @dataclass(frozen=True)
 class _Counts:
-    """One layer's tokens: by coalition, by segment, fold and expert, and by segment and fold."""
+    """One layer's tokens: by coalition, by class, cell, fold and expert, and by class, cell and fold."""
 
     coalitions: CoalitionTable
     of_experts: np.ndarray
     of_layer: np.ndarray
 
 
-def _count(rng: np.random.Generator, members: np.ndarray, experts: int) -> _Counts:
-    """Count tokens, whose segments and folds are drawn here."""
+def _count(rng: np.random.Generator, members: np.ndarray, experts: int, classes: int = 1) -> _Counts:
+    """Count tokens, whose cells, folds and classes are drawn here."""
     segments, folds = rng.integers(0, 2, len(members)), rng.integers(0, 8, len(members))
-    of_experts, of_layer = np.zeros((2, 8, experts), dtype=np.int64), np.zeros((2, 8), dtype=np.int64)
-    np.add.at(of_experts, (segments[:, None], folds[:, None], members), 1)
-    np.add.at(of_layer, (segments, folds), 1)
-    return _Counts(tabulate(members, segments, folds), of_experts, of_layer)
+    predicting, numbers = rng.integers(0, 2, len(members)), rng.integers(0, classes, len(members))
+    of_experts = np.zeros((classes, 4, 8, experts), dtype=np.int64)
+    of_layer = np.zeros((classes, 4, 8), dtype=np.int64)
+    cells = 2 * segments + predicting
+    np.add.at(of_experts, (numbers[:, None], cells[:, None], folds[:, None], members), 1)
+    np.add.at(of_layer, (numbers, cells, folds), 1)
+    return _Counts(tabulate(members, segments, folds, predicting, numbers), of_experts, of_layer)
 
 
 def _trace_of(info: TraceInfo, statistics: dict[str, np.ndarray], counts: list[_Counts]) -> Trace:

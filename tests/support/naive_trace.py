@@ -79,9 +79,18 @@ def expert_output(experts, expert: int, hidden: torch.Tensor) -> torch.Tensor:
     return value + experts.down_proj_bias[expert].double() if experts.has_bias else value
 
 
+def _next_is_response(batch: Batch, token: int) -> bool:
+    """Whether the token after this one, in its own example, is response."""
+    row, place = divmod(token, batch.input_ids.shape[1])
+    return any(begin <= place + 1 < end for begin, end in batch.examples[row].spans)
+
+
 @torch.no_grad()
 def naive_statistics(model, batches: list[Batch], num_experts: int, sigmoid: bool):
-    """Every statistic by layer, as nested sums, and the coalitions."""
+    """Every statistic by layer, as nested sums, and the coalitions.
+
+    ``NAME_size`` says how large the terms of a statistic are, whose signs differ: rounding is relative to that.
+    """
     totals: dict[int, dict[str, np.ndarray]] = {}
     coalitions: dict[int, Counter] = {}
     for batch in batches:
@@ -90,9 +99,9 @@ def naive_statistics(model, batches: list[Batch], num_experts: int, sigmoid: boo
             scale = getattr(model.model.layers[layer], "residual_multiplier", 1.0)
             if layer not in totals:
                 shapes = {
-                    "layer": (2, FOLDS),
-                    "expert": (2, FOLDS, num_experts),
-                    "pair": (2, 2, num_experts, num_experts),
+                    "layer": (4, FOLDS),
+                    "expert": (4, FOLDS, num_experts),
+                    "pair": (4, 2, num_experts, num_experts),
                 }
                 names = {
                     "layer": ("layer_tokens", "output_square", "residual_square"),
@@ -104,10 +113,14 @@ def naive_statistics(model, batches: list[Batch], num_experts: int, sigmoid: boo
                         "gated_norm",
                         "gated_norm_renormalised",
                         "gated_norm_turned",
+                        "contribution",
+                        "contribution_relative",
+                        "contribution_size",
+                        "contribution_relative_size",
                         "largest_norm",
                         "router_probability",
                     ),
-                    "pair": ("gram", "gram_relative"),
+                    "pair": ("gram_relative",),
                 }
                 totals[layer] = {name: np.zeros(shapes[axes]) for axes, group in names.items() for name in group}
                 coalitions[layer] = Counter()
@@ -116,6 +129,7 @@ def naive_statistics(model, batches: list[Batch], num_experts: int, sigmoid: boo
                 segment, fold = int(batch.segments[token]), int(batch.folds[token])
                 if segment == PADDING:
                     continue
+                cell = 2 * segment + int(_next_is_response(batch, token))
                 h = captured.residual[token].double()
                 ids = captured.ids[token].tolist()
                 g = captured.gates[token].double()
@@ -124,17 +138,22 @@ def naive_statistics(model, batches: list[Batch], num_experts: int, sigmoid: boo
                 y = sum(a)
                 cosine = torch.dot(h, h + y) / (h.norm() * (h + y).norm())
                 turned = float(1 - cosine)
-                at = (segment, fold)
+                at = (cell, fold)
                 sums["layer_tokens"][at] += 1
                 sums["output_square"][at] += float(y @ y)
                 sums["residual_square"][at] += float(h @ h)
                 logits = captured.logits[token].double()
                 sums["router_probability"][at] += (logits.sigmoid() if sigmoid else logits.softmax(-1)).numpy()
-                coalitions[layer][(tuple(sorted(ids)), segment, fold % 2)] += 1
+                coalitions[layer][(tuple(sorted(ids)), cell, fold % 2)] += 1
                 for slot, i in enumerate(ids):
                     norm, weight = float(outputs[slot].norm()), float(g[slot])
                     share = weight / float(g.sum())
-                    where = (segment, fold, i)
+                    where = (cell, fold, i)
+                    along, size = float(a[slot] @ y), float(a[slot].norm() * y.norm())
+                    sums["contribution"][where] += along
+                    sums["contribution_relative"][where] += along / float(h @ h)
+                    sums["contribution_size"][where] += size
+                    sums["contribution_relative_size"][where] += size / float(h @ h)
                     sums["tokens"][where] += 1
                     sums["gate"][where] += weight
                     sums["gate_renormalised"][where] += share
@@ -145,6 +164,5 @@ def naive_statistics(model, batches: list[Batch], num_experts: int, sigmoid: boo
                     sums["largest_norm"][where] = max(sums["largest_norm"][where], norm)
                     for other, j in enumerate(ids):
                         product = float(a[slot] @ a[other])
-                        sums["gram"][segment, fold % 2, i, j] += product
-                        sums["gram_relative"][segment, fold % 2, i, j] += product / float(h @ h)
+                        sums["gram_relative"][cell, fold % 2, i, j] += product / float(h @ h)
     return totals, coalitions

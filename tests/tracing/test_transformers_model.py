@@ -12,6 +12,7 @@ from shape_moe.architectures.sites import find_sites
 from shape_moe.calibration.batches import batches, make_batch
 from shape_moe.errors import ShapeMoeError, UnsupportedModelError
 from shape_moe.tracing.experts import RECORDER_ATTRIBUTE
+from shape_moe.tracing.recorder import BatchContext
 from shape_moe.tracing.transformers_model import ModelTracer
 from support.data import make_examples
 from support.tiny_models import make_config, make_model
@@ -89,17 +90,20 @@ def test_forward_passes_outside_add_leave_no_trace() -> None:
         plain_logits(model, batch)
         assert tracer.failure(batch) is None
     assert (
-        tracer.statistics()["layer_tokens"].sum(axis=(1, 2)).tolist()
+        tracer.statistics()["layer_tokens"].sum(axis=(1, 2, 3)).tolist()
         == [sum(len(e.tokens) for e in batch.examples)] * 2
     )
 
 
 def test_segments_must_fit_the_tokens() -> None:
     model = make_model("qwen3_moe")
-    batch = make_batch(make_examples(3), range(3), 0)
-    short = type(batch)(batch.input_ids, batch.attention_mask, batch.segments[:-1], batch.folds[:-1], batch.examples)
-    with pytest.raises(ShapeMoeError, match="tokens where the batch has"):
-        ModelTracer(model).run([short])
+    batch, short = (make_batch(make_examples(count), range(count), 0) for count in (3, 2))
+    tracer = ModelTracer(model)
+    with tracer.attached():
+        for recorder in tracer.recorders:
+            recorder.start(BatchContext.of(short))
+        with pytest.raises(ShapeMoeError, match="tokens where the batch has"):
+            plain_logits(model, batch)
 
 
 def test_nan_weights_are_named() -> None:

@@ -27,7 +27,7 @@ def make_pass(rng, lengths):
 def announced(input_ids, lengths, first_fold=0):
     starts = np.cumsum([0, *lengths])
     pieces = [(input_ids[a:b].tolist(), int(b - a)) for a, b in pairwise(starts)]
-    return [(tokens, [[length // 2, length]], first_fold + i) for i, (tokens, length) in enumerate(pieces)]
+    return [(tokens, [[length // 2, length]], first_fold + i, i % 2) for i, (tokens, length) in enumerate(pieces)]
 
 
 def test_counts_equal_those_of_one_table() -> None:
@@ -39,14 +39,17 @@ def test_counts_equal_those_of_one_table() -> None:
     counter.add(*second)
     segments = np.array([0] * 2 + [1] * 2 + [0] * 3 + [1] * 4 + [0] * 2 + [1] * 3)
     folds = np.array([0] * 4 + [1] * 7 + [2] * 5)
+    predicting = np.array([0, 1, 1, 0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0])
+    classes = np.array([0] * 4 + [1] * 7 + [0] * 5)
     for layer, found in counter.result().items():
         ids = np.concatenate([first[2][int(layer)][0], second[2][int(layer)][0]])
-        expected = tabulate(ids, segments, folds)
+        expected = tabulate(ids, segments, folds, predicting, classes)
         np.testing.assert_array_equal(from_bytes(found["members"]), expected.members)
         np.testing.assert_array_equal(from_bytes(found["counts"]), expected.counts)
+        np.testing.assert_array_equal(from_bytes(found["classes"]), expected.classes)
         tokens = from_bytes(found["tokens"])
         for token, row in enumerate(ids):
-            tokens[segments[token], folds[token], row] -= 1
+            tokens[classes[token], 2 * segments[token] + predicting[token], folds[token], row] -= 1
         assert not tokens.any()
     assert set(counter.result()) == {"1", "4"}  # layer 0 was not asked for
 
@@ -54,11 +57,11 @@ def test_counts_equal_those_of_one_table() -> None:
 def test_alike_sequences_are_told_apart_by_their_order() -> None:
     rng = np.random.default_rng(1)
     input_ids, positions, routed = make_pass(rng, [4])
-    counter = CoalitionCounter(LAYERS, EXPERTS, [(input_ids.tolist(), [[1, 4]], 0), (input_ids.tolist(), [], 1)])
+    counter = CoalitionCounter(LAYERS, EXPERTS, [(input_ids.tolist(), [[1, 4]], 0, 0), (input_ids.tolist(), [], 1, 0)])
     counter.add(input_ids, positions, routed)
     counter.add(input_ids, positions, routed)
     tokens = counter.tokens[1].sum(axis=-1) // TOP_K
-    assert tokens[:, :2].tolist() == [[1, 4], [3, 0]]
+    assert tokens[0, :, :2].tolist() == [[0, 4], [1, 0], [1, 0], [2, 0]]
     with pytest.raises(UnsupportedModelError, match="not sent, or one of them twice"):
         counter.add(input_ids, positions, routed)
 

@@ -23,10 +23,12 @@ class Family:
         block: path of the MoE block inside a decoder layer of the live model.
         router: path of the router inside the block of the live model.
         experts: path of the experts module inside the block of the live model.
+        router_top_k: attribute of the live router that says how many experts it chooses.
         disk_block: path of the MoE block inside a decoder layer on disk.
         disk_router: path of the router inside the block on disk.
         router_rows: router tensors on disk with one row per expert, relative to the block on disk; in the original
             layout and in that of the live model, which ``save_pretrained(save_original_format=False)`` writes.
+        projections: an expert's gate, up and down projections on disk, None where they are packed.
         packed: tensors on disk that hold all experts of a layer outside of ``experts``, relative to the block.
         residual_norm: norm in the decoder layer whose input is the residual stream that feeds the block.
         residual_scale_key: config key of the factor on the block's output, None where there is none.
@@ -48,9 +50,11 @@ class Family:
     block: str = "mlp"
     router: str = "gate"
     experts: str = "experts"
+    router_top_k: str = "top_k"
     disk_block: str = "mlp"
     disk_router: str = "gate"
     router_rows: tuple[str, ...] = ("gate.weight",)
+    projections: tuple[str, str, str] | None = ("gate_proj", "up_proj", "down_proj")
     packed: tuple[str, ...] = ()
     residual_norm: str = "post_attention_layernorm"
     residual_scale_key: str | None = None
@@ -80,6 +84,7 @@ FAMILIES: dict[str, Family] = {
             "MixtralForCausalLM",
             count_keys=("num_local_experts", "num_experts"),
             disk_block="block_sparse_moe",
+            projections=("w1", "w3", "w2"),
             renormalises=True,
         ),
         Family(
@@ -90,6 +95,7 @@ FAMILIES: dict[str, Family] = {
             router="router",
             disk_router="router",
             router_rows=("router.weight", "router.bias"),
+            projections=None,
             renormalises=True,
         ),
         Family(
@@ -101,6 +107,7 @@ FAMILIES: dict[str, Family] = {
             disk_block="block_sparse_moe",
             disk_router="router",
             router_rows=("router.layer.weight", "router.weight"),
+            projections=None,
             packed=("input_linear.weight", "output_linear.weight"),
             residual_scale_key="residual_multiplier",
             renormalises=True,

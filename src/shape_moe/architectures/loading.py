@@ -8,13 +8,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shape_moe.architectures.gguf_file import is_gguf
+from shape_moe.architectures.gguf_tokenizer import load_gguf_tokenizer
+from shape_moe.architectures.host_memory import host_memory
 from shape_moe.architectures.loaded import check_loaded
 from shape_moe.architectures.moe_config import foreign_code
-from shape_moe.architectures.safetensors_file import DTYPE_BITS
+from shape_moe.architectures.plain_model import about_quantisation, is_stored_plain, load_plain, plain_dtype
 from shape_moe.architectures.sites import find_sites
-from shape_moe.architectures.sizes import weight_count
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.errors import CheckpointError, ShapeMoeError, UnsupportedModelError, UsageError, first_line
+from shape_moe.units import readable_size
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 Note = Callable[[str], None]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken", "tekken.json")
-_LOADING_ERRORS = (
+LOADING_ERRORS = (
     OSError,
     ArithmeticError,
     AssertionError,
@@ -66,7 +69,7 @@ def load_model(
     code = foreign_code(snapshot.config)
     model, info = _from_pretrained(snapshot, dtype, placement, trusted=code is not None and snapshot.trust_remote_code)
     left = check_loaded(snapshot, model, info)
-    for line in (*snapshot.notes, _about_code(code, model), left):
+    for line in (*snapshot.notes, about_quantisation(snapshot, dtype), _about_code(code, model), left):
         if line is not None:
             note(line)
     return model.eval()
@@ -79,19 +82,22 @@ def _from_pretrained(
     import torch
     from transformers import AutoModelForCausalLM
 
-    options = {**options, "dtype": dtype if dtype == "auto" else getattr(torch, dtype), "trust_remote_code": trusted}
-    quantisation = unpacking(snapshot)
-    if quantisation is not None:
-        options["quantization_config"] = quantisation
+    options = {**options, "trust_remote_code": trusted}
     try:
-        with _quietly():
+        with quietly():
+            if not is_stored_plain(snapshot):
+                return load_plain(snapshot, dtype, options)
             # tensors of another shape are refused below, with all others that are not as they should be
             found: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
-                snapshot.path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+                snapshot.path,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                **options,
             )
     except torch.OutOfMemoryError:
         raise
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise CheckpointError(f"Transformers could not load {snapshot.name}: {first_line(error)}") from error
     return found
 
@@ -114,15 +120,17 @@ def _about_code(code: str | None, model: PreTrainedModel) -> str | None:
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder.
+    """Load the tokenizer of a model.
 
     Args:
-        path: the folder.
+        path: its folder, or a GGUF file that has one in its metadata.
         trust_remote_code: run the code that comes with the tokenizer, where there is some.
 
     Raises:
         CheckpointError: when there is none that Transformers can load.
     """
+    if is_gguf(path):
+        return load_gguf_tokenizer(path)
     from transformers import AutoTokenizer
 
     if not any(True for pattern in _VOCABULARIES for _ in path.glob(pattern)):
@@ -136,7 +144,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
         )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise CheckpointError(f"{path} has no tokenizer that can be loaded: {first_line(error)}") from error
     return tokenizer
 
@@ -145,42 +153,8 @@ def find_tokenizer(snapshot: Snapshot) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model, None where there is none that can be loaded."""
     try:
         return load_tokenizer(snapshot.path, trust_remote_code=snapshot.trust_remote_code)
-    except CheckpointError:
+    except (CheckpointError, UnsupportedModelError):
         return None
-
-
-def unpacking(snapshot: Snapshot) -> Any:
-    """The quantisation config that unpacks a checkpoint's experts, None for one that is not quantised.
-
-    Raises:
-        UnsupportedModelError: for a quantisation whose fused kernels would bypass the experts interface.
-    """
-    if (reason := why_not_observable(snapshot)) is not None:
-        raise UnsupportedModelError(
-            f"{reason[0].upper()}{reason[1:]}. Trace the unquantised model of the same routers instead (shape-moe "
-            "trace), and prune this one by that trace (shape-moe prune --trace)."
-        )
-    method = _quantisation_method(snapshot)
-    if method is None:
-        return None
-    import transformers
-
-    if method == "mxfp4":
-        return transformers.Mxfp4Config(dequantize=True)
-    return transformers.FineGrainedFP8Config(dequantize=True)  # the block size is the checkpoint's own
-
-
-def why_not_observable(snapshot: Snapshot) -> str | None:
-    """Why the routing of a model cannot be observed in Transformers although its family is known, None if it can."""
-    method = _quantisation_method(snapshot)
-    if method in (None, "mxfp4", "fp8"):
-        return None
-    return f"experts quantised with {method!r} cannot be observed in Transformers"
-
-
-def _quantisation_method(snapshot: Snapshot) -> str | None:
-    config = snapshot.config.get("quantization_config")
-    return str(config.get("quant_method")) if config else None
 
 
 def _placement(device: str) -> dict[str, Any]:
@@ -197,8 +171,22 @@ def _placement(device: str) -> dict[str, Any]:
     return {} if kind == "cpu" else {"device_map": {"": device}}
 
 
+def computing_device(device: str) -> torch.device:
+    """Where one layer at a time computes: ``auto`` is the first GPU where there is one, else the CPU.
+
+    Raises:
+        UsageError: for an unknown device.
+    """
+    import torch
+
+    _placement(device)
+    if device == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device(device)
+
+
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keep Transformers' own bars and reports off: callers show progress, and say what is wrong, in their own way."""
     from transformers.utils import logging
 
@@ -222,13 +210,13 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def loaded_bytes(snapshot: Snapshot, dtype: str = "auto") -> int:
-    """Bytes that the weights take once loaded, quantised experts unpacked to bfloat16."""
-    bits = {"float32": 32, "bfloat16": 16, "float16": 16}.get(dtype)
-    total = 0
-    for slot in snapshot.tensors.values():
-        own = DTYPE_BITS[slot.dtype]
-        total += weight_count(slot) * (bits or max(own, 16)) // 8
-    return total
+    """Bytes that the weights take once loaded, quantised ones dequantised."""
+    bits = {"float32": 32, "bfloat16": 16, "float16": 16}
+    computed = bits.get(plain_dtype(snapshot, dtype), 16)  # another dtype is refused where the model is loaded
+    return sum(
+        tensor.count * (bits.get(dtype) or max(tensor.stored_bits or computed, 16)) // 8
+        for tensor in snapshot.plain_or_stored
+    )
 
 
 def release_memory() -> None:
@@ -244,12 +232,11 @@ def release_memory() -> None:
 
 def free_memory(device: str = "auto") -> int:
     """Bytes free on the device (all GPUs together under ``auto``)."""
-    import psutil
     import torch
 
     _placement(device)
     if device == "cpu" or not torch.cuda.is_available():
-        return int(psutil.virtual_memory().available)
+        return host_memory()
     chosen = range(torch.cuda.device_count()) if device in ("auto", "cuda") else [torch.device(device).index or 0]
     return sum(torch.cuda.mem_get_info(index)[0] for index in chosen)
 
@@ -259,4 +246,4 @@ def why_not_loadable(bytes_needed: int, device: str = "auto") -> str | None:
     free = free_memory(device)
     if bytes_needed * _MEMORY_MARGIN <= free:
         return None
-    return f"the model needs {bytes_needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
+    return f"the model needs {readable_size(bytes_needed)} and {readable_size(free)} are free"

@@ -1,4 +1,4 @@
-"""What a path holds that is no model folder of safetensors: named for what it is, with what to do."""
+"""What a path holds that is not a model folder of safetensors: named for what it is, with what to do."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ SINGLE_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_config.json"
 QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Files beside ``config.json`` that servers read quantisation settings from: modelopt, GPTQ, AWQ."""
-_GGUF = b"GGUF"
-_UNGGUF = "name the safetensors model that it was made from, and convert the pruned model to GGUF afterwards."
+_NAME_IT = "name the file itself, the first where the model is split into several."
 _BIN = (
     "only safetensors are read. Convert the model once: load it with Transformers' from_pretrained, and write it with "
     "save_pretrained."
@@ -23,7 +22,7 @@ _BIN = (
 
 
 def check_model_folder(path: Path) -> None:
-    """Refuse a path that exists but is no model folder.
+    """Refuse a path that exists but is not a model folder.
 
     Raises:
         CheckpointError: for a file, a LoRA adapter, GGUF files, or a folder without ``config.json``.
@@ -45,7 +44,7 @@ def check_model_folder(path: Path) -> None:
     if config.is_file() or config.is_symlink():
         return
     if ggufs := _names(path, "*.gguf"):
-        raise CheckpointError(f"{path} holds GGUF files ({_some(ggufs)}): {_UNGGUF}")
+        raise CheckpointError(f"{path} holds GGUF files ({_some(ggufs)}): {_NAME_IT}")
     if (path / "snapshots").is_dir():
         raise CheckpointError(
             f"{path} is a folder of the hub's cache, not a model: name the hub id, or the folder under "
@@ -53,7 +52,7 @@ def check_model_folder(path: Path) -> None:
         )
     inside = sorted(child.name for child in path.iterdir() if (child / CONFIG_FILE).is_file())
     hint = f" (it is in {_some(inside)})" if inside else f" (found {_some(found)})" if (found := _names(path)) else ""
-    raise CheckpointError(f"{path} is no model folder: {CONFIG_FILE} is missing{hint}.")
+    raise CheckpointError(f"{path} is not a model folder: {CONFIG_FILE} is missing{hint}.")
 
 
 def no_weights(path: Path) -> CheckpointError:
@@ -67,15 +66,13 @@ def no_weights(path: Path) -> CheckpointError:
     if pickles:
         return CheckpointError(f"{path} holds its weights as PyTorch pickles (found {_some(pickles)}): {_BIN}")
     if ggufs := _names(path, "*.gguf"):
-        return CheckpointError(f"{path} holds GGUF files ({_some(ggufs)}): {_UNGGUF}")
+        return CheckpointError(f"{path} holds GGUF files ({_some(ggufs)}): {_NAME_IT}")
     return CheckpointError(f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}: it holds no weights.")
 
 
 def _refuse_file(path: Path) -> NoReturn:
-    with path.open("rb") as stream:
-        magic = stream.read(len(_GGUF))
-    if magic == _GGUF or path.suffix == ".gguf":
-        raise CheckpointError(f"{path} is a GGUF file: {_UNGGUF}")
+    if path.suffix == ".gguf":
+        raise CheckpointError(f"{path} is named like a GGUF file but is not one: download or copy it again.")
     raise CheckpointError(f"{path} is a file: name the folder that holds the model ({CONFIG_FILE} and its weights).")
 
 

@@ -63,6 +63,19 @@ class MoeConfig:
     residual_scale: float
 
     @property
+    def has_next_choice(self) -> bool:
+        """Whether a router could choose one expert more than serve a token."""
+        usable = self.num_experts
+        if self.groups is not None:
+            usable = self.groups.used * (self.num_experts // self.groups.count)
+        return usable > self.top_k
+
+    @property
+    def has_gate_scale(self) -> bool:
+        """Whether gate weights of the kept experts grow when others leave the router, without being renormalised."""
+        return not self.renormalises and self.family.router_scores == "softmax"
+
+    @property
     def routing(self) -> RouterFacts:
         """What a selection must know about this model's routing."""
         if self.groups is None:

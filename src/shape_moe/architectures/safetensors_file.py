@@ -110,7 +110,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorSlot], dict[str, str]]:
 
 def _slot(file: Path, name: str, entry: Any, base: int) -> TensorSlot:
     if not name.isprintable() or len(name) > _MAX_NAME:
-        raise CheckpointError(f"{file}: the header names a tensor {name[:40]!r}, which is no name.")
+        raise CheckpointError(f"{file}: the header names a tensor {name[:40]!r}, which is not a name.")
     try:
         dtype, shape, offsets = entry["dtype"], tuple(entry["shape"]), tuple(entry["data_offsets"])
     except (TypeError, KeyError) as error:

@@ -80,6 +80,15 @@ def find_sites(model: PreTrainedModel) -> list[MoeSite]:
     return sorted(sites, key=lambda site: site.layer)
 
 
+def decoder_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """The decoder layers of a model with MoE layers, dense ones included, by index."""
+    site = find_sites(model)[0]
+    found = [(name, layer) for name, layer in model.named_modules() if re.search(r"(?:^|\.)layers\.\d+$", name)]
+    (prefix,) = {name.rpartition(".")[0] for name, layer in found if any(m is site.block for m in layer.modules())}
+    own = [(name, layer) for name, layer in found if name.rpartition(".")[0] == prefix]
+    return {int(name.rpartition(".")[2]): layer for name, layer in own}
+
+
 def _check_transformers(family: Family) -> None:
     found = version("transformers")
     if family.transformers is not None and Version(found) < Version(family.transformers):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-from shape_moe.architectures.safetensors_file import DTYPE_BITS, TensorSlot
 from shape_moe.architectures.weight_source import WeightSource
 
 PRECISION_BITS = {"as stored": None, "bf16": 16.0, "fp8": 8.0, "int4": 4.25}
@@ -72,19 +71,23 @@ def measure(snapshot: WeightSource) -> ModelSize:
     for name, slot in snapshot.tensors.items():
         role = snapshot.role(name)
         dtypes[slot.dtype] += slot.size
-        values = weight_count(slot)
         if role.layer >= snapshot.moe.num_layers:
             sums["dropped"] += slot.size
         elif role.role in ("expert", "packed"):
             sums["experts"] += slot.size
-            sums["expert_values"] += values
         elif role.role == "router":
             sums["routers"] += slot.size
         else:
             sums["other"] += slot.size
-            if role.layer >= 0 and len(slot.shape) >= 2:
-                sums["matrix_values"] += values
-                sums["matrix_bytes"] += slot.size
+    for tensor in snapshot.plain_or_stored:
+        role = snapshot.role(tensor.name)
+        if role.layer >= snapshot.moe.num_layers or role.role == "router":
+            continue
+        if role.role in ("expert", "packed"):
+            sums["expert_values"] += tensor.count
+        elif role.layer >= 0 and tensor.is_matrix:
+            sums["matrix_values"] += tensor.count
+            sums["matrix_bytes"] += tensor.size
     return ModelSize(
         experts=sums["experts"],
         routers=sums["routers"],
@@ -96,16 +99,6 @@ def measure(snapshot: WeightSource) -> ModelSize:
         matrix_bytes=sums["matrix_bytes"],
         dtypes=dict(dtypes),
     )
-
-
-def weight_count(slot: TensorSlot) -> int:
-    """Weights that a tensor stands for: scales of quantised tensors stand for none, packed bytes for several."""
-    if slot.name.endswith(("_scales", "_scale", "_scale_inv", "qzeros", "g_idx", ".scales", "weight_shape")):
-        return 0
-    values = 8 * slot.size // DTYPE_BITS[slot.dtype]
-    if slot.name.endswith("_blocks"):
-        return 2 * values
-    return 8 * values if slot.name.endswith(("qweight", "weight_packed")) else values
 
 
 def kv_cache_bytes(config: dict[str, Any], context: int, concurrency: int, *, bits: int = 16) -> int:

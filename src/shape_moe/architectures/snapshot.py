@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shape_moe.architectures.config_file import read_config
+from shape_moe.architectures.gguf_file import is_gguf
 from shape_moe.architectures.model_folder import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -20,10 +21,13 @@ from shape_moe.architectures.model_folder import (
     no_weights,
 )
 from shape_moe.architectures.moe_config import MoeConfig, read_moe_config
+from shape_moe.architectures.quantised.method import Quantisation, check_computable, find_quantisation
+from shape_moe.architectures.quantised.plain import PlainTensor, with_the_rest
 from shape_moe.architectures.safetensors_file import TensorSlot, read_header, stored_values
 from shape_moe.architectures.tensor_names import TensorRole, is_router_part, tensor_role
 from shape_moe.architectures.weight_source import Form
-from shape_moe.errors import CheckpointError, UnsupportedModelError, first_line
+from shape_moe.embedded_model import EMBEDDED, embedded_model_path
+from shape_moe.errors import CheckpointError, UnsupportedModelError, UsageError, first_line
 from shape_moe.json_file import read_json
 
 if TYPE_CHECKING:
@@ -151,20 +155,73 @@ class Snapshot:
                 parts.append(slot)
         return tuple(parts)
 
-    @property
-    def forms(self) -> frozenset[Form]:
-        """The forms in which values are given: those of a quantised model as they are stored only."""
-        return frozenset(("raw",) if self.config.get("quantization_config") else ("raw", "dequantised"))
-
     def values(self, slot: TensorSlot, form: Form = "raw") -> torch.Tensor:
-        """The values of a tensor, or of a part of one, in the dtype in which they are stored.
+        """The values of a stored tensor, or of a row of one, in the dtype in which they are stored.
 
         Raises:
-            UnsupportedModelError: for dequantised values of a quantised model.
+            UnsupportedModelError: for dequantised values of what is only a part of a tensor of the plain model.
         """
-        if form not in self.forms:
-            raise UnsupportedModelError(f"{self.name}: the values of quantised tensors are only given as stored.")
+        if form == "dequantised" and self.quantisation is not None:
+            plain = self.plain.get(slot.name)
+            if plain is None or plain.is_quantised:
+                raise UnsupportedModelError(f"{self.name}: {slot.name} is only a part of a quantised tensor.")
         return stored_values(slot)
+
+    @cached_property
+    def quantisation(self) -> Quantisation | None:
+        """How the weights are quantised, None where they are not."""
+        return find_quantisation(self.config, self.path)
+
+    @property
+    def forms(self) -> frozenset[Form]:
+        """The forms in which values are given."""
+        known = self.quantisation is None or self.quantisation.refusal is None
+        return frozenset(("raw", "dequantised") if known else ("raw",))
+
+    @cached_property
+    def plain(self) -> dict[str, PlainTensor]:
+        """The tensors of the plain model by name.
+
+        Raises:
+            UnsupportedModelError: by the method's name, for weights that cannot be dequantised.
+        """
+        tensors = self.plain_or_stored
+        if self.quantisation is not None:
+            check_computable(self.quantisation, self.name)
+            tensors = self.quantisation.tensors(self.tensors)
+        return {tensor.name: tensor for tensor in tensors}
+
+    @cached_property
+    def plain_or_stored(self) -> list[PlainTensor]:
+        """The tensors of the plain model, to count them; the stored ones where those cannot be told."""
+        if self.quantisation is None:
+            return with_the_rest(self.tensors, ())
+        try:
+            return self.quantisation.tensors(self.tensors)
+        except UnsupportedModelError:
+            return with_the_rest(self.tensors, ())
+
+    @cached_property
+    def _plain_by_layer(self) -> dict[int, tuple[PlainTensor, ...]]:
+        layers: dict[int, list[PlainTensor]] = defaultdict(list)
+        for name, tensor in self.plain.items():
+            layers[self.role(name).layer].append(tensor)
+        return {layer: tuple(tensors) for layer, tensors in layers.items()}
+
+    def plain_layer(self, layer: int) -> tuple[PlainTensor, ...]:
+        """All tensors of one decoder layer of the plain model."""
+        return self._plain_by_layer.get(layer, ())
+
+    def plain_expert(self, layer: int, expert: int) -> tuple[PlainTensor, ...]:
+        """The tensors of one expert of the plain model: its own, and its rows of those that hold all of the layer."""
+        parts = []
+        for tensor in self.plain_layer(layer):
+            role = self.role(tensor.name)
+            if role.role == "packed":
+                parts.append(tensor.row(expert))
+            elif role.role == "expert" and role.expert == expert:
+                parts.append(tensor)
+        return tuple(parts)
 
     @property
     def total_bytes(self) -> int:
@@ -188,20 +245,26 @@ def looks_like_path(name: str) -> bool:
 def open_snapshot(
     model: str | os.PathLike[str], revision: str | None = None, *, trust_remote_code: bool = False
 ) -> Snapshot:
-    """Open a local model folder, or the local copy of a hub model (downloaded when it is missing).
+    """Open a local model folder or GGUF file, or the local copy of a hub model (downloaded when it is missing).
 
     Args:
-        model: a folder or hub id.
+        model: a folder, a GGUF file (any part of a split one), a hub id, or ``embedded`` for the model that ships
+            with this package.
         revision: of a hub model.
         trust_remote_code: run the code that comes with the model, where there is some, instead of Transformers' own.
 
     Raises:
         CheckpointError: when there is no such model, or a file is missing or damaged.
+        UsageError: for a revision of a folder, and for an object that is no name.
     """
-    path = Path(model)
+    path = _place(model, revision)
     commit = None
     if not exists(path):
         path, commit = _download(str(model), revision)
+    if is_gguf(path):
+        from shape_moe.architectures.gguf_model import open_gguf  # a snapshot itself
+
+        return open_gguf(path, str(model))
     check_model_folder(path)
     config, notes = read_config(path)
     return Snapshot(path, config, _read_tensors(path), str(model), commit, notes, trust_remote_code)
@@ -214,8 +277,9 @@ def open_headers(model: str | os.PathLike[str], revision: str | None = None) -> 
 
     Raises:
         CheckpointError: when there is no such model, or its headers are damaged.
+        UsageError: for a revision of a folder, and for an object that is no name.
     """
-    if exists(Path(model)) or looks_like_path(str(model)):
+    if exists(_place(model, revision)) or looks_like_path(str(model)):
         return open_snapshot(model, revision)
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError, OfflineModeIsEnabled
@@ -233,6 +297,31 @@ def open_headers(model: str | os.PathLike[str], revision: str | None = None) -> 
             begin, end = info.data_offsets
             tensors[name] = TensorSlot(name, info.dtype, tuple(info.shape), Path(file), begin, end - begin)
     return Snapshot(Path(str(model)), config, tensors, str(model), revision, notes)
+
+
+def check_named(model: object) -> None:
+    """Check that a model is named, not given as an object.
+
+    Raises:
+        UsageError: saying what can be done with an object.
+    """
+    if not isinstance(model, str | os.PathLike):
+        raise UsageError(
+            f"A model is named by its folder or its name on the hub, not by a {type(model).__name__}: save it first "
+            "(save_pretrained, for the tokenizer too) and name the folder. A loaded model can be traced "
+            "(shape_moe.trace), masked (shape_moe.masked) and cut down in memory (shape_moe.prune_model)."
+        )
+
+
+def _place(model: str | os.PathLike[str], revision: str | None) -> Path:
+    """Where a model lies, if it is a folder or the embedded one; its name on the hub otherwise."""
+    check_named(model)
+    path = Path(model)
+    if str(model) == EMBEDDED and not exists(path):
+        path = embedded_model_path()
+    if revision is not None and exists(path):
+        raise UsageError(f"{model} is a folder on this machine, which has no revisions: leave the revision out.")
+    return path
 
 
 def _download(model: str, revision: str | None) -> tuple[Path, str | None]:
@@ -287,7 +376,7 @@ def _read_indexed(path: Path, index: dict[str, Any]) -> dict[str, TensorSlot]:
 def _shard_name(path: Path, shard: Any) -> str:
     if not isinstance(shard, str) or not shard.isprintable() or len(shard.encode(errors="replace")) > 255:
         shown = repr(shard)
-        raise CheckpointError(f"{path / INDEX_FILE} names {shown[:60]}, which is no file name.")
+        raise CheckpointError(f"{path / INDEX_FILE} names {shown[:60]}, which is not a file name.")
     if Path(shard).name != shard:
         raise CheckpointError(f"{path / INDEX_FILE} points outside the model folder: {shard!r}.")
     return shard

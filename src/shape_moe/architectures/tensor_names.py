@@ -11,6 +11,9 @@ from shape_moe.architectures.families import Family
 
 Role = Literal["expert", "packed", "router", "other"]
 
+_ROW_PARTS = ("scales", "biases")
+"""Parts of a quantised matrix that have its rows, in methods that quantise along the inputs (MLX)."""
+
 
 @dataclass(frozen=True)
 class TensorRole:
@@ -35,11 +38,18 @@ def _block(family: Family) -> str:
 
 
 @cache
+def _router_rows(family: Family) -> frozenset[str]:
+    """Tensors with one row per expert in the router, and the parts of quantised ones that have such rows too."""
+    matrices = [row.removesuffix("weight") for row in family.router_rows if row.endswith(".weight")]
+    return frozenset((*family.router_rows, *(row + part for row in matrices for part in _ROW_PARTS)))
+
+
+@cache
 def _patterns(family: Family) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
     layer = r"^(model\.layers\.)(\d+)\."
     block = _block(family)
     expert = re.compile(rf"{layer}{block}\.experts\.(\d+)\.(.+)$")
-    packed = re.compile(rf"{layer}{block}\.experts\.(\D.*)$")
+    packed = re.compile(rf"{layer}{block}\.(?:experts|switch_mlp)\.(\D.*)$")
     router = re.compile(rf"{layer}{block}\.(.+)$")
     return expert, packed, router
 
@@ -53,7 +63,7 @@ def tensor_role(family: Family, name: str) -> TensorRole:
         return TensorRole("packed", int(match[2]))
     if match := inside.match(name):
         role: Role = "other"
-        if match[3] in family.router_rows:
+        if match[3] in _router_rows(family):
             role = "router"
         elif match[3] in family.packed:
             role = "packed"

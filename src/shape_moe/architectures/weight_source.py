@@ -1,8 +1,9 @@
 """Where a model's weights come from: one interface, through which they are inspected, identified, pruned and compared.
 
-A safetensors folder (:class:`shape_moe.architectures.snapshot.Snapshot`) is the one implementation today. What is
-copied is always raw: byte ranges of files, in whatever dtype they are stored. What is computed with needs values, and a
-source says in which forms it can give them.
+A safetensors folder (:class:`shape_moe.architectures.snapshot.Snapshot`), quantised or not, is one implementation. What
+is copied is always raw: byte ranges of files, in whatever dtype they are stored. What is computed with are the tensors
+of the *plain* model, which a quantised one stands for (:mod:`shape_moe.architectures.quantised`); a source says whether
+it can give them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from shape_moe.architectures.moe_config import MoeConfig
+from shape_moe.architectures.quantised.method import Quantisation
+from shape_moe.architectures.quantised.plain import PlainTensor
 from shape_moe.architectures.safetensors_file import TensorSlot
 from shape_moe.architectures.tensor_names import TensorRole
 
@@ -58,8 +61,20 @@ class WeightSource(Protocol):
         """Bytes of all tensors."""
 
     @property
+    def quantisation(self) -> Quantisation | None:
+        """How the weights are quantised, None where they are not."""
+
+    @property
     def forms(self) -> frozenset[Form]:
-        """The forms in which :meth:`values` gives every tensor."""
+        """The forms in which the source gives values; it has :attr:`plain` tensors where it gives them dequantised."""
+
+    @property
+    def plain(self) -> Mapping[str, PlainTensor]:
+        """The tensors of the plain model by the names that Transformers reads; nothing is read to list them.
+
+        Raises:
+            UnsupportedModelError: by the method's name, for weights that cannot be dequantised.
+        """
 
     def role(self, name: str) -> TensorRole:
         """What a tensor is to the pruner."""
@@ -77,8 +92,19 @@ class WeightSource(Protocol):
         """The tensors of one expert: its own, and its rows of those that hold all experts of the layer."""
 
     def values(self, slot: TensorSlot, form: Form = "raw") -> torch.Tensor:
-        """The values of a tensor, or of a part of one.
+        """The values of a stored tensor, or of a row of one.
 
         Raises:
-            UnsupportedModelError: for a form that this source does not give.
+            UnsupportedModelError: for a form that this source does not give, and for dequantised values of what is
+                only a part of a tensor of the plain model.
         """
+
+    @property
+    def plain_or_stored(self) -> list[PlainTensor]:
+        """The tensors of the plain model, to count them; the stored ones where those cannot be told."""
+
+    def plain_layer(self, layer: int) -> tuple[PlainTensor, ...]:
+        """All tensors of one decoder layer of the plain model."""
+
+    def plain_expert(self, layer: int, expert: int) -> tuple[PlainTensor, ...]:
+        """The tensors of one expert of the plain model: its own, and its rows of those that hold all of the layer."""

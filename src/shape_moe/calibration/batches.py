@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 PROMPT, RESPONSE, PADDING = 0, 1, -1
 SEGMENTS = ("prompt", "response")
+CELLS = ("prompt", "prompt_predicting", "response", "response_predicting")
+"""Tokens by their own segment and by whether the *next* token is response: cell ``2 * segment + predicting``."""
 FOLDS = 8
 """Examples are dealt into this many folds by their position, so that stability can be told from a trace alone."""
 
@@ -35,6 +37,16 @@ class Batch:
     segments: torch.Tensor
     folds: torch.Tensor
     examples: tuple[Example, ...]
+
+    @property
+    def cells(self) -> torch.Tensor:
+        """int64 [B * T], the index in :data:`CELLS` of every token, :data:`PADDING` for padding."""
+        import torch
+
+        rows = self.segments.view(self.input_ids.shape).to(torch.int64)
+        predicting = torch.zeros_like(rows)
+        predicting[:, :-1] = (rows[:, 1:] == RESPONSE).to(torch.int64)
+        return torch.where(rows == PADDING, PADDING, 2 * rows + predicting).flatten()
 
     def rows(self, rows: Sequence[int]) -> Batch:
         """The same batch with some of its rows alone."""

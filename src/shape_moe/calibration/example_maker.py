@@ -15,6 +15,7 @@ from shape_moe.calibration.responses import Reply, fetch_answers
 from shape_moe.calibration.seen_prompts import PROMPTS_KEY, SALT_KEY, new_salt, salted_hash
 from shape_moe.errors import DataError, UsageError
 from shape_moe.progress import Progress
+from shape_moe.units import counted
 from shape_moe.workspace import write_json
 
 ANSWERS_FILE = "answers.json"
@@ -172,6 +173,8 @@ class ExampleMaker:
                 write_json(file, answers)
 
         missing = len(self.open) - len(known)
+        if known and missing:
+            self.progress.note(f"{len(known):,} of {counted(len(self.open), 'answer')} already there.")
         if self.options.responses_from:
             with self.progress.phase("Fetching answers", missing, "answer") as advance:
                 texts = self._fetch(known, keep, advance)
@@ -231,6 +234,11 @@ class ExampleMaker:
             self.skipped[record.where] = str(error)
             return None
 
+    @property
+    def drafts(self) -> list[Example]:
+        """The examples as far as they are known before anything is answered, in the order of the records."""
+        return [self._checked[record.index] for record in self.records]
+
     def longest(self) -> int:
         """The most tokens that an example can have, an answer that is still missing included."""
         if self.examples:
@@ -262,6 +270,7 @@ class ExampleMaker:
             "seed": data.seed,
             "samples": data.samples,
             "stratify": data.stratify,
+            "label": data.label,
             "content_hash": self.content_hash,
             "records": [example.index for example in self.examples],
             SALT_KEY: self._salt,
@@ -276,6 +285,7 @@ class ExampleMaker:
             "template_args": dict(self.tokeniser.options.template_args),
             "turns": self.tokeniser.options.turns,
             "chat_template": self.tokeniser.options.chat_template,
+            "tokenizer": self.tokeniser.options.tokenizer,
             "max_length": self.tokeniser.options.max_length,
         }
 
@@ -306,6 +316,7 @@ def options_of(source: Mapping[str, Any]) -> tuple[DataOptions, TokenOptions, An
         max_length=source.get("max_length"),
         turns=source.get("turns", "all"),
         chat_template=source.get("chat_template"),
+        tokenizer=source.get("tokenizer"),
     )
     return data, tokens, AnswerOptions(int(source.get("max_new_tokens", AnswerOptions.max_new_tokens)))
 

@@ -28,6 +28,7 @@ class TokenOptions:
         max_length: cut examples to this many tokens; None refuses what is longer than the context.
         turns: which turns of the assistant count as response: ``all`` or the ``last``.
         chat_template: text of a chat template instead of the tokenizer's own.
+        tokenizer: folder of a tokenizer instead of the model's own.
 
     Raises:
         UsageError: for a ``max_length`` below 1, and for other ``turns``.
@@ -38,6 +39,7 @@ class TokenOptions:
     max_length: int | None = None
     turns: str = "all"
     chat_template: str | None = None
+    tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 1:

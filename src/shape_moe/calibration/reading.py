@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from shape_moe.calibration.named_classes import Labels, in_named_classes, labels_of
 from shape_moe.calibration.presets import PresetTable, find_preset, local_copy
 from shape_moe.calibration.records import DataOptions, Record
 from shape_moe.calibration.shapes import normalise
@@ -25,11 +26,13 @@ class Loaded:
         records: in the order of the sources.
         skipped: why rows were left out, by their place.
         said: one line per source, for people.
+        label: the field whose values are the classes of the records, None where they have none or others.
     """
 
     records: list[Record] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
+    label: str | None = None
 
 
 def load_records(options: DataOptions, progress: Progress = SILENT) -> list[Record]:
@@ -58,6 +61,8 @@ def load(options: DataOptions, progress: Progress = SILENT) -> Loaded:
         loaded.records = sample_records(read, options)
     else:
         loaded.records = _drawn(decks, reader, options)
+        if not options.also:
+            loaded.records, loaded.label = in_named_classes(loaded.records, reader.labels, options.label)
     if not loaded.records:
         bad = next(iter(loaded.skipped.values()), "")
         raise DataError(
@@ -66,6 +71,10 @@ def load(options: DataOptions, progress: Progress = SILENT) -> Loaded:
             else f"{options.name} holds no records: at least one task example is needed."
         )
     loaded.said = [reader.sentence(deck, loaded.records) for deck in decks]
+    if loaded.label is not None:
+        counts = Counter(record.group for record in loaded.records)
+        named = ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=str))
+        loaded.said.append(f"Classes by field {loaded.label!r}: {named} (--stratify none makes them one).")
     for line in loaded.said:
         progress.note(line)
     if loaded.skipped:
@@ -135,6 +144,7 @@ class _Reader:
         self.options, self.loaded = options, loaded
         self._said: dict[int, str] = {}
         self._unread: dict[int, tuple[str, ...]] = {}
+        self.labels: dict[int, Labels] = {}
 
     def read(self, deck: _Deck, wanted: Collection[int] | None) -> Iterator[Record]:
         """The good ones among the wanted rows (None for all).
@@ -166,6 +176,7 @@ class _Reader:
         else:
             normal = normalise(row, where, self.options.fields, self.options.format)
             self._said[index] = normal.said
+            self.labels[index] = labels_of(row, self.options.fields)
             self._unread[index] = tuple(name for name in normal.unread if name != self.options.stratify)
         return _record(normal.content, index, where, group)
 

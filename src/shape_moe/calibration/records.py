@@ -27,7 +27,7 @@ class Record:
     Attributes:
         index: position in the source, from 0; in several sources one after the other.
         where: file and line (or row), for messages.
-        group: class of the record: value of the field to stratify by, or its source where there are several.
+        group: class of the record: value of a field, or its source where there are several; None without classes.
     """
 
     index: int
@@ -67,6 +67,9 @@ class DataOptions:
             while they last.
         format: the shape of the records (one of :data:`shape_moe.calibration.shapes.FORMATS`), None to recognise it.
         skip_bad: leave rows that cannot be read out, and count them.
+        label: field whose values are classes, without a say in how many of each are drawn; None to recognise it (see
+            :mod:`shape_moe.calibration.named_classes`), empty for none. It is not looked at where ``stratify`` or
+            several sources make classes.
 
     Raises:
         UsageError: for an unknown field name, format or preset, a split or subset that the preset does not have,
@@ -84,6 +87,7 @@ class DataOptions:
     weights: tuple[float, ...] = ()
     format: str | None = None
     skip_bad: bool = False
+    label: str | None = None
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.fields or ()) - set(FIELDS))
@@ -140,7 +144,7 @@ class DataOptions:
         """The class of each source's records: its short name where there are several sources, else None."""
         if not self.also:
             return (None,)
-        short = [_short(source) for source in self.sources]
+        short = [short_name(source) for source in self.sources]
         return tuple(
             name if short.count(name) == 1 else source for name, source in zip(short, self.sources, strict=True)
         )
@@ -181,7 +185,7 @@ def _said(message: Message) -> str:
     return str(message["content"] or "") + (json.dumps(calls, sort_keys=True) if calls else "")
 
 
-def _short(source: str) -> str:
+def short_name(source: str) -> str:
     """A source's name without folder, suffix and revision."""
     name = PurePath(source.removeprefix(PREFIX)).name
     return (

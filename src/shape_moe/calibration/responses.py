@@ -196,7 +196,7 @@ class _Request:
         if not self.template:
             body["prompt"] = record.prompt
             return self.server.post("completions", body, lambda reply: str(reply["choices"][0]["text"] or ""))
-        body["messages"] = _for_server(record)
+        body["messages"] = messages_for_server(record)
         if record.tools:
             body["tools"] = list(record.tools)
         if self.template_args:
@@ -204,7 +204,7 @@ class _Request:
         return self.server.post("chat/completions", body, lambda reply: _reply(reply["choices"][0]["message"]))
 
 
-def _for_server(record: Record) -> list[dict[str, Any]]:
+def messages_for_server(record: Record) -> list[dict[str, Any]]:
     """The messages of a record as the protocol wants them: arguments of tool calls are text there."""
     messages = []
     asked: Sequence[dict[str, Any]] = record.messages or [{"role": "user", "content": record.prompt}]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shape_moe.calibration.records import Record, prompt_hash
@@ -67,6 +67,27 @@ class SeenPrompts:
     def of_records(cls, records: Collection[Record]) -> SeenPrompts:
         """What records ask that are at hand."""
         return cls((("", frozenset(prompt_hash(record) for record in records)),))
+
+    @classmethod
+    def of_salts(cls, found: Mapping[str, Collection[str]] | None) -> SeenPrompts:
+        """What :meth:`by_salt` gave; None where nobody knows."""
+        if found is None:
+            return cls(complete=False)
+        return cls(tuple((salt, frozenset(hashes)) for salt, hashes in found.items()))
+
+    def by_salt(self) -> dict[str, list[str]] | None:
+        """The hashes, ascending, by their salt; None where not all are known."""
+        if not self.complete:
+            return None
+        found: dict[str, set[str]] = {}
+        for salt, hashes in self.parts:
+            found.setdefault(salt, set()).update(hashes)
+        return {salt: sorted(hashes) for salt, hashes in sorted(found.items())}
+
+    def with_records(self, records: Collection[Record]) -> SeenPrompts:
+        """These prompts and those of records, salted as the last of these are."""
+        salt = self.parts[-1][0] if self.parts else new_salt()
+        return replace(self, parts=(*self.parts, (salt, frozenset(salted_hash(record, salt) for record in records))))
 
     def __contains__(self, record: Record) -> bool:
         return any(salted_hash(record, salt) in hashes for salt, hashes in self.parts)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from shape_moe.cli.flag_groups import changed_flags
-from shape_moe.cli.values import parse_layers, parse_protect, parse_routing
+from shape_moe.cli.values import parse_layers, parse_protect, parse_routing, share_option
 from shape_moe.errors import UsageError
 from shape_moe.scoring.registry import ScoreOptions
+from shape_moe.selection.layer_curves import LayerCurves, load_curves
 from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions
-from shape_moe.tracing.trace import SegmentWeights
+from shape_moe.tracing.token_weights import token_weights
 
 CHOICE_PANEL = "Choosing experts"
 
@@ -23,15 +25,53 @@ class WeightFlags:
     """What counts when experts are valued."""
 
     prompt_weight: Annotated[
-        float, typer.Option(help="How much a prompt token counts.", rich_help_panel=CHOICE_PANEL)
-    ] = 1.0
+        float | None,
+        typer.Option(
+            help="How much a prompt token counts. Default: as the scorer has it; 1 beside --response-weight.",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = None
     response_weight: Annotated[
-        float, typer.Option(help="How much a response token counts.", rich_help_panel=CHOICE_PANEL)
-    ] = 1.0
+        float | None,
+        typer.Option(
+            help="How much a response token counts. Default: as the scorer has it; 1 beside --prompt-weight.",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = None
+    predicting_weight: Annotated[
+        float | None,
+        typer.Option(
+            help="How much a token counts whose next token belongs to the response. Scorers contribution and "
+            "replacement use 1, and 0.25 for all others; the published ones count all tokens alike.",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = None
+    other_weight: Annotated[
+        float | None,
+        typer.Option(
+            help="How much every other token counts; goes with --predicting-weight.", rich_help_panel=CHOICE_PANEL
+        ),
+    ] = None
+    pool_classes: Annotated[
+        bool,
+        typer.Option(
+            "--pool-classes",
+            help="Add the classes of a mixed data set up, as published, instead of keeping each class's best experts.",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = False
 
     def options(self, seed: int) -> ScoreOptions:
         """The scoring options that these flags describe."""
-        return ScoreOptions(SegmentWeights(self.prompt_weight, self.response_weight), seed)
+        weights = token_weights(
+            {
+                "prompt": self.prompt_weight,
+                "response": self.response_weight,
+                "predicting": self.predicting_weight,
+                "other": self.other_weight,
+            }
+        )
+        return ScoreOptions(weights, seed, pool_classes=self.pool_classes)
 
 
 @dataclass
@@ -61,13 +101,17 @@ class SelectFlags:
     rule: Annotated[
         str | None,
         typer.Option(
-            help="How layers share the budget: coverage (the default), uniform, global.", rich_help_panel=CHOICE_PANEL
+            help="How layers share the experts that are kept: coverage (the same share of value in each; the "
+            "default), uniform (the same number), global (values compared across layers), measured (by what each "
+            "layer's cut costs, see --curves).",
+            rich_help_panel=CHOICE_PANEL,
         ),
     ] = None
     routing: Annotated[
         str | None,
         typer.Option(
-            help="drop (router unchanged, pruned slots add nothing) or reroute (pruned experts leave the router). "
+            help="What happens to tokens that the router sends to a removed expert. drop: the router is unchanged, "
+            "and the expert's place stays empty; reroute: the router chooses among the kept experts. "
             "Default: drop; reroute for target stock.",
             rich_help_panel=CHOICE_PANEL,
         ),
@@ -75,14 +119,26 @@ class SelectFlags:
     target: Annotated[
         str | None,
         typer.Option(
-            help="ragged (counts differ per layer; the default) or stock (equal counts: loads anywhere).",
+            help="ragged (each layer keeps as many experts as it needs; the default) or stock (the same number in "
+            "every layer: loads in any tool).",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = None
+    curves: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CURVES",
+            help="Layer curves from shape-moe measure, for rule measured; prune makes them where they are left out.",
             rich_help_panel=CHOICE_PANEL,
         ),
     ] = None
     tolerance: Annotated[
         float | None,
-        typer.Option(
-            help="Reproduce the paper's bisection, which stops this close to --keep.", rich_help_panel=CHOICE_PANEL
+        share_option(
+            "--tolerance",
+            "1%",
+            help="Choose as the paper's search does, which stops this close to --keep, such as 1% or 0.01.",
+            rich_help_panel=CHOICE_PANEL,
         ),
     ] = None
     skip_layers: Annotated[
@@ -137,4 +193,10 @@ class SelectFlags:
             protect=parse_protect(self.protect),
             multiple_of=self.multiple_of,
             allow_rounding=self.allow_rounding,
+            curves=None if self.curves is None else self._curves(self.curves),
         )
+
+    def _curves(self, file: Path) -> LayerCurves:
+        if self.rule != "measured":
+            raise UsageError("--curves goes with --rule measured.")
+        return load_curves(file)

@@ -8,24 +8,33 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.segment import Segment
 from rich.style import StyleType
 from rich.table import Table
 from rich.text import Text
 
 from shape_moe.text import printable
-from shape_moe.units import counted, readable_size
+from shape_moe.units import counted, readable_duration, readable_size
 
 _PLAIN_SECONDS = 10.0
-_WIDE = 200
+_ENDLESS = 100_000
+"""Columns of a file or a pipe, which has no width to fold at."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,11 @@ class Output:
         if not self.quiet:
             self.err.print(text, markup=False)
 
+    def begin(self, text: str) -> None:
+        """Say on a terminal what happens before the first progress: libraries alone take seconds to start."""
+        if self.err.is_terminal:
+            self.note(text)
+
     def warn(self, text: str) -> None:
         """Something that the user should act on; shown also when quiet."""
         self.err.print(Text("Warning: ", style="yellow") + Text(text))
@@ -63,22 +77,22 @@ class Output:
         if self.as_json:
             sys.stdout.write(json.dumps(document, indent=1, default=str) + "\n")
         else:
-            width = None if sys.stdout.isatty() else _WIDE  # a file or a pipe has no width to fold at
-            show(new_console(width=width))
+            show(new_console())
 
     @contextmanager
     def phase(self, title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        """A progress bar on a terminal, plain lines elsewhere, nothing when quiet."""
+        """Progress on a terminal, plain lines elsewhere, nothing when quiet.
+
+        What has one step only gets no bar, which could but stand at nothing and then at all: it shows how long it has
+        taken so far.
+        """
         if self.quiet:
             yield lambda _: None
         elif self.err.is_terminal:
-            columns = (
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                _Count(unit),
-                _Rate(unit),
-                TimeRemainingColumn(),
-            )
+            title_column = TextColumn("{task.description}", markup=False)
+            columns: tuple[ProgressColumn, ...] = (SpinnerColumn(finished_text="✓"), title_column, TimeElapsedColumn())
+            if total > 1:
+                columns = (title_column, BarColumn(), _Count(unit), _Rate(unit), _Left())
             with Progress(*columns, console=self.err) as bars:
                 bar = bars.add_task(title, total=max(total, 1))
                 yield lambda count: bars.advance(bar, count)
@@ -89,10 +103,21 @@ class Output:
 
 
 def new_console(**settings: Any) -> Console:
-    """A console that spells out control characters in whatever it shows, such as those in a file's name."""
-    console = Console(highlight=False, soft_wrap=True, **settings)
+    """A console that spells out control characters in whatever it shows, such as those in a file's name.
+
+    On a terminal lines are folded between words; elsewhere they are not folded at all.
+    """
+    console = Console(highlight=False, **settings)
+    if not console.is_terminal and "width" not in settings:
+        console.width = _ENDLESS
     console.push_render_hook(_PrintableOnly())
     return console
+
+
+def show_commands(console: Console, commands: Iterable[str]) -> None:
+    """Commands to copy: indented, and never folded."""
+    for command in commands:
+        console.print(f"  {command}", markup=False, soft_wrap=True)
 
 
 class _PrintableOnly(RenderHook):
@@ -121,9 +146,23 @@ def amount(count: float, unit: str) -> str:
     return readable_size(count) if unit == "B" else counted(count, unit)
 
 
+def _done_of(done: float, total: float, unit: str) -> str:
+    """How much of all is done, the unit named once."""
+    return f"{readable_size(done) if unit == 'B' else f'{done:,.0f}'} of {amount(total, unit)}"
+
+
 def speed(rate: float, unit: str) -> str:
     """Units per second, or seconds per unit where that is the readable way round."""
     return f"{amount(rate, unit)}/s" if rate >= 1 or unit == "B" else f"{1 / rate:.1f} s per {unit}"
+
+
+class _Left(ProgressColumn):
+    """The time that is left, as soon as it can be told."""
+
+    def render(self, task: Task) -> Text:
+        left = task.time_remaining
+        words = "" if left is None or task.finished else f"{readable_duration(left)} left"
+        return Text(words, style="progress.remaining")
 
 
 class _Count(ProgressColumn):
@@ -132,8 +171,7 @@ class _Count(ProgressColumn):
         self.unit = unit
 
     def render(self, task: Task) -> Text:
-        done = readable_size(task.completed) if self.unit == "B" else f"{task.completed:,.0f}"
-        return Text(f"{done} of {amount(task.total or 0, self.unit)}", style="progress.download")
+        return Text(_done_of(task.completed, task.total or 0, self.unit), style="progress.download")
 
 
 class _Rate(ProgressColumn):
@@ -159,14 +197,15 @@ class _PlainLines:
         if now - self.said >= _PLAIN_SECONDS and 0 < self.done < self.total:
             rate = self.done / (now - self.began)
             left = (self.total - self.done) / rate
-            done = f"{amount(self.done, self.unit)} of {amount(self.total, self.unit)}"
-            self.output.note(f"{self.title}: {done}, {speed(rate, self.unit)}, {left:.0f} s left")
+            done = _done_of(self.done, self.total, self.unit)
+            self.output.note(f"{self.title}: {done}, {speed(rate, self.unit)}, {readable_duration(left)} left")
             self.said = now
 
     def close(self) -> None:
         seconds = time.monotonic() - self.began
         rate = f", {speed(self.done / seconds, self.unit)}" if self.total > 1 and self.done and seconds > 0 else ""
-        self.output.note(f"{self.title}: {amount(self.total, self.unit)} in {seconds:.1f} s{rate}")
+        count = f"{amount(self.total, self.unit)} in " if self.total > 1 else ""
+        self.output.note(f"{self.title}: {count}{seconds:.1f} s{rate}")
 
 
 class _LiteralTable(Table):
@@ -182,5 +221,5 @@ def plain_table(*headings: str, title: str | None = None) -> Table:
     title = None if title is None else escape(title)
     table = _LiteralTable(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for i, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if i == 0 else "right")
+        table.add_column(escape(heading), justify="left" if i == 0 else "right", overflow="fold")
     return table

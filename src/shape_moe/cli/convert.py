@@ -11,9 +11,11 @@ from rich.markup import escape
 
 import shape_moe
 from shape_moe.cli import select, trace
-from shape_moe.cli.flags import ForceFlag, OutputFlags
+from shape_moe.cli.flags import ForceFlag, OutputFlags, RevisionFlag
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import Trace
+
+HELPS = {"revision": "Branch, tag or commit of --model, where it is on the hub. Default: its newest version."}
 
 
 def convert(
@@ -28,6 +30,7 @@ def convert(
     out: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUT", help="Folder for a trace; a file for everything else.")
     ],
+    hub: RevisionFlag,
     force: ForceFlag,
     output: OutputFlags,
     model: Annotated[
@@ -35,11 +38,13 @@ def convert(
     ] = None,
     kind: Annotated[
         str | None,
-        typer.Option("--from", help="responses, coalitions, selected, selection or trace. Default: the content tells."),
+        typer.Option(
+            "--from", help="responses, coalitions, selected, selection or trace. Default: recognised by its content."
+        ),
     ] = None,
-    to: Annotated[str | None, typer.Option(help="shape-moe or reference. Default: what the file is not.")] = None,
+    to: Annotated[str | None, typer.Option(help="shape-moe or reference. Default: the other of the two.")] = None,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave responses that cannot be used out, and count them.")
+        bool, typer.Option("--skip-bad", help="Leave out responses that cannot be used, and count them.")
     ] = False,
 ) -> None:
     """Turn server responses and other tools' files into traces and selections, and back.
@@ -48,7 +53,15 @@ def convert(
     """
     talk = output.output()
     result = shape_moe.convert(
-        source, out, model=model, kind=kind, to=to, skip_bad=skip_bad, force=force.force, progress=talk
+        source,
+        out,
+        model=model,
+        revision=hub.revision,
+        kind=kind,
+        to=to,
+        skip_bad=skip_bad,
+        force=force.force,
+        progress=talk,
     )
     for warning in _warnings(result):
         talk.warn(warning)

@@ -20,8 +20,30 @@ from shape_moe.errors import UsageError
 from shape_moe.jobs.session import ExampleOptions
 
 DATA_PANEL = "Task examples"
+NO_CLASSES = "none"
+"""What ``--stratify`` is given so that examples have no classes."""
 _HELD_OUT_READING = ("--split", "--subset", "--map", "--format", "--skip-bad")
 """The data options that --held-out is read with."""
+
+
+@dataclass
+class KeepAlsoFlag:
+    """General skills to keep."""
+
+    keep_also: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GROUP",
+            help="Calibrate with general prompts of this group as well, as a class of its own, answered by the model "
+            "itself: arithmetic, code, json, languages (or one of them), refusals, small-talk or knowledge. Repeat it "
+            "for several.",
+            rich_help_panel=DATA_PANEL,
+        ),
+    ] = None
+
+    def groups(self) -> tuple[str, ...]:
+        """The groups."""
+        return tuple(self.keep_also or ())
 
 
 @dataclass
@@ -31,6 +53,7 @@ class DataFlags:
     data: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="SOURCE",
             help="Examples: a file (JSONL, JSON, CSV, Parquet, text; also .gz, .zst), a folder of such files, or a "
             "data set's name (NAME@REVISION), with records of any common shape. A known benchmark is preset:NAME, or "
             "preset:NAME@PATH from a local copy. Repeat it for several tasks.",
@@ -58,7 +81,12 @@ class DataFlags:
         None
     )
     stratify: Annotated[
-        str | None, typer.Option(help="Equal numbers of samples per value of this field.", rich_help_panel=DATA_PANEL)
+        str | None,
+        typer.Option(
+            help="Make classes of the values of this field, in equal numbers; none for no classes. Default: classes by "
+            "a field such as task or category, where there is one, as they come.",
+            rich_help_panel=DATA_PANEL,
+        ),
     ] = None
     split: Annotated[
         str | None,
@@ -93,6 +121,14 @@ class DataFlags:
             rich_help_panel=DATA_PANEL,
         ),
     ] = None
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of the tokenizer, where the model's own cannot be used (a GGUF file without one).",
+            rich_help_panel=DATA_PANEL,
+        ),
+    ] = None
     turns: Annotated[
         str,
         typer.Option(
@@ -103,6 +139,7 @@ class DataFlags:
     template_arg: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="NAME=VALUE",
             help="Variable of the chat template, for example enable_thinking=false; can be repeated.",
             rich_help_panel=DATA_PANEL,
         ),
@@ -118,9 +155,21 @@ class DataFlags:
         ),
     ] = None
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave failing records out, and count them.", rich_help_panel=DATA_PANEL)
+        bool,
+        typer.Option(
+            "--skip-bad", help="Leave out records that cannot be used, and count them.", rich_help_panel=DATA_PANEL
+        ),
     ] = False
     batch_size: Annotated[int, typer.Option(help="Examples per forward pass.", rich_help_panel=RUN_PANEL)] = 8
+    no_replacement: Annotated[
+        bool,
+        typer.Option(
+            "--no-replacement",
+            help="Trace without the router's next choice, which costs one more expert per token; scorer replacement "
+            "needs it.",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = False
 
     def held_out(self, source: str, seed: int) -> DataOptions:
         """Other examples, with fields named and split as these flags say."""
@@ -168,7 +217,8 @@ class DataFlags:
             subset=self.subset,
             fields=parse_pairs(self.field_map, "--map"),
             samples=samples if self.samples is None else self.samples,
-            stratify=self.stratify,
+            stratify=None if self.stratify == NO_CLASSES else self.stratify,
+            label="" if self.stratify == NO_CLASSES else None,
             seed=seed,
         )
         tokens = TokenOptions(
@@ -177,6 +227,7 @@ class DataFlags:
             max_length=self.max_length,
             turns=self.turns,
             chat_template=None if self.chat_template is None else read_chat_template(self.chat_template),
+            tokenizer=None if self.tokenizer is None else str(self.tokenizer.absolute()),
         )
         answers = AnswerOptions(
             max_new_tokens=self.max_new_tokens,
@@ -185,4 +236,12 @@ class DataFlags:
             max_tokens=self.max_tokens,
             skip_bad=self.skip_bad,
         )
-        return ExampleOptions(data, tokens, answers, device.device, device.dtype, device.trust_remote_code)
+        return ExampleOptions(
+            data,
+            tokens,
+            answers,
+            device.device,
+            device.dtype,
+            device.trust_remote_code,
+            replacement=not self.no_replacement,
+        )

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 import shape_moe
+from shape_moe.cli.console import plain_table, show_commands
 from shape_moe.cli.flags import ForceFlag, OutputFlags
 from shape_moe.errors import UsageError
 from shape_moe.experiments.config import ExperimentConfig
 from shape_moe.experiments.reader import read_config
+from shape_moe.reporting.experiment_tables import STARRED, experiment_gaps, experiment_parts, experiment_preface
+from shape_moe.units import share_from
 
 
 def experiment(
@@ -47,7 +53,28 @@ def experiment(
         return
     result = shape_moe.experiment(grid, out, force=force.force, progress=talk)
     talk.note(f"Wrote {result.folder}")
-    talk.result(result.document, lambda console: console.print(result.markdown, markup=False))
+    talk.result(result.document, lambda console: _show(console, result.document, result.folder))
+
+
+def _show(console: Console, document: Mapping[str, Any], folder: Path) -> None:
+    """The tables, then what is best at which size."""
+    console.print(f"{experiment_preface(document)}\n{STARRED}", markup=False)
+    for part in experiment_parts(document):
+        console.print()
+        console.print(f"[bold]{escape(part.model)}: {escape(part.evaluation)}[/bold]")
+        console.print(f"{part.sizes}\n{part.sample}", markup=False)
+        for shown in part.tables:
+            console.print()
+            table = plain_table(*shown.headings, title=shown.title)
+            for name, *cells in shown.rows:
+                table.add_row(name, *(cell.marked for cell in cells))
+            console.print(table)
+    if reasons := experiment_gaps(document):
+        console.print()
+        for reason in reasons:
+            console.print(f"Not possible: {reason}", markup=False)
+    console.print()
+    show_commands(console, [f"shape-moe report {shlex.quote(str(folder))} -o report.html"])
 
 
 def _axes(given: list[str]) -> dict[str, list[str]]:
@@ -56,7 +83,8 @@ def _axes(given: list[str]) -> dict[str, list[str]]:
         axis, equals, name = text.partition("=")
         if not equals or not name:
             raise UsageError(f"--only takes AXIS=NAME, such as model=gpt-oss-20b, not {text!r}.")
-        axes.setdefault(axis, []).append(name)
+        share = share_from(name) if axis == "keep" else None
+        axes.setdefault(axis, []).append(name if share is None else f"{share:g}")
     return axes
 
 

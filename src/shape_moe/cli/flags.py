@@ -14,10 +14,21 @@ from shape_moe.cli.values import parse_count, parse_size
 from shape_moe.errors import UsageError
 from shape_moe.jobs.inspect import keep_that_fits
 
+REJECTED = 3
+"""Exit code where a model is not as good as it was required to be."""
 RUN_PANEL = "Running"
 MEMORY_PANEL = "What must fit"
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or a model's name on the hub.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a name on the hub, or embedded.")]
+
+
+@dataclass
+class RevisionFlag:
+    """The version of a model on the hub."""
+
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a model on the hub. Default: its newest version.")
+    ] = None
 
 
 @dataclass
@@ -26,7 +37,9 @@ class OutputFlags:
 
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes; warnings stay.")] = False
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show messages of the libraries.")] = False
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show the messages of the libraries that are used.")
+    ] = False
 
     def output(self) -> Output:
         """The output that these flags describe."""
@@ -38,7 +51,7 @@ class ForceFlag:
     """Permission to replace things."""
 
     force: Annotated[
-        bool, typer.Option("--force", help="Replace an earlier result; accept artifacts of unknown origin.")
+        bool, typer.Option("--force", help="Replace an earlier result; accept files whose origin is unknown.")
     ] = False
 
 
@@ -46,7 +59,24 @@ class ForceFlag:
 class SeedFlag:
     """The seed."""
 
-    seed: Annotated[int, typer.Option(help="Draws samples, and the values of scorer random.")] = 0
+    seed: Annotated[
+        int, typer.Option(help="Seed of everything that is drawn: samples, resamples, the scorer random.")
+    ] = 0
+
+
+@dataclass
+class StreamFlag:
+    """How a model that is traced lies in memory."""
+
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Trace layer by layer, for models larger than memory, or with the whole model in memory. Default: "
+            "whole where it fits.",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = None
 
 
 @dataclass
@@ -56,7 +86,7 @@ class DeviceFlags:
     device: Annotated[
         str,
         typer.Option(
-            help="Where to run: auto (GPUs where there are some), cpu, cuda, cuda:N.", rich_help_panel=RUN_PANEL
+            help="Where to run: auto (GPUs if there are any), cpu, cuda or cuda:N.", rich_help_panel=RUN_PANEL
         ),
     ] = "auto"
     dtype: Annotated[

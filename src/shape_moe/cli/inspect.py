@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from shape_moe.cli.console import plain_table
-from shape_moe.cli.flags import MemoryFlags, ModelArgument, OutputFlags
+from shape_moe.cli.flags import MemoryFlags, ModelArgument, OutputFlags, RevisionFlag
 from shape_moe.jobs.inspect import Inspection, inspect_model
-from shape_moe.units import readable_size
+from shape_moe.units import readable_share, readable_size
 
 HELPS = {"fit": "Say with which precision and keep rate the model fits this memory (such as 24GiB), KV cache included."}
 
@@ -18,6 +18,7 @@ HELPS = {"fit": "Say with which precision and keep rate the model fits this memo
 def inspect(
     model: ModelArgument,
     memory: MemoryFlags,
+    hub: RevisionFlag,
     output: OutputFlags,
 ) -> int:
     """Show a model's MoE layers, bytes per expert and size at each keep rate; no weight is read.
@@ -25,7 +26,13 @@ def inspect(
     Example: shape-moe inspect Qwen/Qwen3-30B-A3B --fit 24GiB --context 16k --concurrency 8
     """
     talk = output.output()
-    found = inspect_model(model, fit=memory.size(), context=memory.tokens(), concurrency=memory.concurrency)
+    found = inspect_model(
+        model,
+        revision=hub.revision,
+        fit=memory.size(),
+        context=memory.tokens(),
+        concurrency=memory.concurrency,
+    )
     for note in found.snapshot.notes:
         talk.warn(note)
     talk.result(_document(found), lambda console: _show(console, found))
@@ -40,6 +47,7 @@ def _document(found: Inspection) -> dict[str, Any]:
         "layers": found.snapshot.moe_layers,
         "num_experts": moe.num_experts,
         "top_k": moe.top_k,
+        "quantisation": found.snapshot.quantisation.label if found.snapshot.quantisation else None,
         "bytes": size.total,
         "bytes_of_experts": size.experts,
         "bytes_per_expert": size.experts / size.num_experts,
@@ -60,12 +68,16 @@ def _show(console: Console, found: Inspection) -> None:
     )
     dtypes = ", ".join(f"{dtype} {readable_size(count)}" for dtype, count in size.dtypes.items())
     share = size.experts / size.total
-    console.print(f"{readable_size(size.total)} on disk ({dtypes}), {share:.1%} of it routed experts")
+    if (quantisation := found.snapshot.quantisation) is not None:
+        why = f"; not dequantised here: {quantisation.label} {quantisation.refusal}" if quantisation.refusal else ""
+        console.print(f"Quantised: {escape(quantisation.label + why)}")
+    console.print(f"{readable_size(size.total)} on disk ({dtypes}), {readable_share(share)} of it routed experts")
     console.print()
     table = plain_table("keep", "weights", "saved")
     for keep, size_at in found.sizes.items():
         saved = size.total - size_at
-        table.add_row(f"{keep:g}", readable_size(size_at), f"{readable_size(saved)} ({saved / size.total:.1%})")
+        less = f"{readable_size(saved)} ({readable_share(saved / size.total)})" if saved else "nothing"
+        table.add_row(f"{keep:.0%}", readable_size(size_at), less)
     console.print(table)
     if found.fits:
         _show_fits(console, found)
@@ -76,10 +88,10 @@ def _show_fits(console: Console, found: Inspection) -> None:
     assert found.kv_bytes is not None
     console.print()
     device, cache = readable_size(found.device_bytes), readable_size(found.kv_bytes)
-    console.print(f"In {device}, a tenth left to the runtime, KV cache {cache}:")
+    console.print(f"Within {device}, of which a tenth is left to the runtime and {cache} to the KV cache:")
     table = plain_table("precision", "dense weights", "dense fits", "largest keep", "weights then")
     for fit in found.fits:
-        keep = "none" if fit.keep is None else f"{int(fit.keep * 1000) / 1000:g}"
+        keep = "none" if fit.keep is None else f"{int(fit.keep * 1000) / 10:g}%"  # rounded down: it has to fit
         then = "" if fit.weights_bytes is None else readable_size(fit.weights_bytes)
         table.add_row(fit.precision, readable_size(fit.dense_bytes), "yes" if fit.dense_fits else "no", keep, then)
     console.print(table)

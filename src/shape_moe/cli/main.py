@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -15,6 +16,7 @@ from rich.text import Text
 import shape_moe
 from shape_moe.cli.console import new_console
 from shape_moe.cli.flag_groups import with_flags
+from shape_moe.cli.help import Overview, command_class, with_help_all
 from shape_moe.errors import InterruptError, ShapeMoeError, full_disk
 from shape_moe.made_with import command_line
 from shape_moe.process_exit import leave
@@ -27,16 +29,20 @@ VERBS = {
     "merge": "Put several traces of one model together.",
     "score": "Show what each expert is worth.",
     "select": "Choose the experts to keep.",
+    "measure": "Measure what each layer's cut costs, for rule measured.",
     "sweep": "Find out which keep rate is safe.",
     "prune": "Do the whole job: trace, choose, and write a checkpoint without the other experts.",
     "serve": "Serve the original with vLLM as if it had been pruned.",
     "verify": "Check that a pruned checkpoint is what it claims to be.",
     "evaluate": "Judge pruned models beside the dense one.",
+    "presets": "List the benchmarks whose examples are known by name.",
     "experiment": "Run a grid of pruning experiments from one YAML file.",
     "report": "Write an HTML report.",
     "demo": "See all of it on a small embedded model, offline.",
 }
 """What each verb does, for the overview. The module of a verb is imported only when that verb is run."""
+COMPLETION = "_SHAPE_MOE_COMPLETE"
+"""The variable in which a shell asks for completions."""
 _DISK_ERRORS = (errno.EROFS, errno.EIO)
 # Typer brings its own copy of click or uses the installed one; this is the base class of whichever it is.
 _USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -46,10 +52,11 @@ def command(verb: str | None = None) -> typer.Typer:
     """The command with the options of one verb, None for all of them; the others are there by name."""
     app = typer.Typer(
         name="shape-moe",
+        cls=Overview,
         no_args_is_help=True,
         rich_markup_mode="rich",
         pretty_exceptions_enable=False,
-        add_completion=False,
+        add_completion=True,
         callback=_root,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     )
@@ -57,8 +64,10 @@ def command(verb: str | None = None) -> typer.Typer:
         if verb in {name, None}:
             module = import_module(f"shape_moe.cli.{name}")
             function = with_flags(getattr(module, name), **getattr(module, "HELPS", {}))
-            settings = getattr(module, "SETTINGS", None)
-            app.command(name, short_help=summary, context_settings=settings)(_interruptible(function))
+            settings, first = getattr(module, "SETTINGS", None), getattr(module, "FIRST", {})
+            app.command(name, cls=command_class(first), short_help=summary, context_settings=settings)(
+                with_help_all(_interruptible(function), short=bool(first))
+            )
         else:
             app.command(name, short_help=summary)(_elsewhere)
     return app
@@ -94,8 +103,9 @@ def _root(
 ) -> None:
     """Make sparse Mixture-of-Experts language models fit your hardware.
 
-    [bold]shape-moe prune MODEL --data TASK.jsonl --keep 0.6 -o SMALLER[/bold] does the whole job;
-    [bold]shape-moe demo[/bold] shows it on an embedded model, offline, in about a minute.
+    The whole job: [bold]shape-moe prune MODEL --data TASK.jsonl --keep 60% -o SMALLER[/bold]
+
+    See it work first, offline, in about a minute: [bold]shape-moe demo[/bold]
     """
     del version
 
@@ -112,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; errors of the program itself are raised."""
     words = sys.argv[1:] if arguments is None else list(arguments)
-    verb = next((word for word in words if not word.startswith("-")), "")
+    verb = next((word for word in [*words, *_words_to_complete()] if not word.startswith("-")), "")
     try:
         with command_line(words):
             code = command(verb)(args=words, prog_name="shape-moe", standalone_mode=False)
@@ -131,6 +141,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(ShapeMoeError(message))
     return code if isinstance(code, int) else 0
+
+
+def _words_to_complete() -> list[str]:
+    """What a shell that asks for completions has on its line, behind the command's own name."""
+    if COMPLETION not in os.environ:
+        return []
+    return (os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or "").split()[1:]
 
 
 def _sentence(error: BaseException) -> str | None:

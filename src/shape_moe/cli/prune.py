@@ -11,16 +11,27 @@ from rich.console import Console
 from rich.markup import escape
 
 import shape_moe
+from shape_moe.architectures.gguf_file import is_gguf
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.choice_flags import ScoreFlags, SelectFlags
-from shape_moe.cli.console import plain_table
-from shape_moe.cli.data_flags import DataFlags
-from shape_moe.cli.estimates import number, signed
+from shape_moe.cli.console import plain_table, show_commands
+from shape_moe.cli.data_flags import DataFlags, KeepAlsoFlag
+from shape_moe.cli.estimates import kl, points
 from shape_moe.cli.flag_groups import changed_flags
-from shape_moe.cli.flags import ForceFlag, LoadFlags, MemoryFlags, ModelArgument, OutputFlags, SeedFlag
+from shape_moe.cli.flags import (
+    REJECTED,
+    ForceFlag,
+    LoadFlags,
+    MemoryFlags,
+    ModelArgument,
+    OutputFlags,
+    RevisionFlag,
+    SeedFlag,
+    StreamFlag,
+)
 from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags
-from shape_moe.cli.select import summary
-from shape_moe.cli.values import parse_routing
+from shape_moe.cli.select import notes_on
+from shape_moe.cli.values import parse_routing, share_option
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.intervals import Estimate
 from shape_moe.evaluation.keep_rate import Limit
@@ -28,25 +39,24 @@ from shape_moe.evaluation.verdict import MAX_DROP
 from shape_moe.jobs.auto import AUTO_HELD_OUT, ChoiceOptions
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.jobs.judgement import JudgementOptions
+from shape_moe.jobs.judging_plan import MINUTES
 from shape_moe.jobs.prune import PAPER_SAMPLES, PruneOptions
 from shape_moe.jobs.select import AUTO
 from shape_moe.jobs.session import DEFAULT_SAMPLES
+from shape_moe.selection.rules import budget_for
 from shape_moe.selection.selection import Selection, load_selection
-from shape_moe.units import readable_size
+from shape_moe.units import joined, readable_share
 
 if TYPE_CHECKING:
     from shape_moe.jobs.prune import PruneResult
-
-REJECTED = 3
-"""Exit code where the model is not as good as it was required to be."""
-
 
 HELPS = {
     "samples": f"Calibrate with at most this many records. Default: {PAPER_SAMPLES}, or "
     f"{DEFAULT_SAMPLES} where candidates are judged.",
     "scorer": "How experts are valued (shape-moe score --list explains them); auto tries several and judges them.",
-    "max_kl": "Instead of --keep: keep as few as stay within this KL divergence to the dense model, in nats per token.",
-    "max_drop": "Instead of --keep: keep as few as lose no more of their exact match than this (1% or 0.01, say).",
+    "max_kl": "Instead of --keep: keep as few as stay within this KL divergence to the dense model (how much its "
+    "predictions change), in nats per token.",
+    "max_drop": "Instead of --keep: keep as few as lose no more right answers than this, such as 1% or 0.01.",
     "held_out": "Judge candidates (of --scorer auto, --max-kl or --max-drop) by these examples. Default: a share of "
     "--data.",
     "held_out_samples": f"Judge by at most this many examples. Default: {HELD_OUT_SAMPLES} with a limit, else "
@@ -55,35 +65,79 @@ HELPS = {
     "fit": "Instead of --keep: keep as many as fit this memory, KV cache included, for example 24GiB.",
 }
 """What options that other verbs have too say to those who prune."""
+FIRST = {
+    "out": "",
+    "data": "Your examples: file, folder or data set.",
+    "keep": "Share of the experts to keep: 60% or 0.6.",
+    "fit": "Or: keep what fits this memory (24GiB).",
+    "max_drop": "Or: keep as few as lose at most this (1%).",
+    "target": "ragged: best; stock: loads in any tool.",
+    "scorer": "How experts are valued; auto tries several.",
+    "samples": "Calibrate with at most N records.",
+    "require": "safe or no-loss: reject what is worse.",
+    "trace": "Start from a trace instead of --data.",
+    "selection": "Start from a selection: only write it.",
+    "device": "auto, cpu, cuda or cuda:N.",
+    "revision": "Branch, tag or commit of a hub model.",
+    "force": "Replace an earlier result.",
+    "as_json": "Print one JSON object on stdout.",
+    "quiet": "No progress and no notes.",
+}
+"""What --help shows, shortly; --help-all shows the rest."""
 
 
 def prune(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the pruned checkpoint.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Folder for the pruned checkpoint; for a GGUF model NAME.gguf."
+        ),
+    ],
     data: DataFlags,
+    general: KeepAlsoFlag,
     select: SelectFlags,
     score: ScoreFlags,
     limits: LimitFlags,
     judged_by: HeldOutFlags,
     generation: GenerationFlags,
     memory: MemoryFlags,
+    hub: RevisionFlag,
     run: LoadFlags,
     seed: SeedFlag,
     force: ForceFlag,
     output: OutputFlags,
+    stream: StreamFlag,
     keep: Annotated[
-        float | None, typer.Option(help="Share of the routed experts to keep, over all layers, for example 0.6.")
+        float | None,
+        share_option("--keep", "60%", help="Share of the routed experts to keep, over all layers, such as 60% or 0.6."),
     ] = None,
-    trace: Annotated[Path | None, typer.Option(help="Start from this trace instead of tracing --data.")] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Start from this trace instead of tracing --data; what --data gives then only judges."),
+    ] = None,
     selection: Annotated[
-        Path | None, typer.Option(help="Start from this selection: nothing is left to trace or to choose.")
+        Path | None,
+        typer.Option(
+            help="Start from this selection: only write and check the checkpoint; --data gives examples to judge by."
+        ),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     preset: Annotated[
-        str,
-        typer.Option(help="Where defaults are from: paper is shape, coverage, drop, ragged, 25 samples."),
-    ] = "paper",
+        str | None,
+        typer.Option(
+            help="paper: the published method (shape, coverage, drop, ragged, 25 samples; classes of a mixed data set "
+            "are added up)."
+        ),
+    ] = None,
     no_judge: Annotated[bool, typer.Option("--no-judge", help="Do not judge the pruned model at the end.")] = False,
+    no_general: Annotated[
+        bool,
+        typer.Option("--no-general", help="Ask no general prompts, which show what was forgotten besides the task."),
+    ] = False,
+    judge_minutes: Annotated[
+        float,
+        typer.Option(metavar="MINUTES", help="Judge only a part of the examples if all would take longer than this."),
+    ] = MINUTES,
     require: Annotated[
         str | None,
         typer.Option(
@@ -92,7 +146,8 @@ def prune(
         ),
     ] = None,
     no_logits: Annotated[
-        bool, typer.Option("--no-logits", help="Compare tensors only, not logits; writes no canary.")
+        bool,
+        typer.Option("--no-logits", help="Do not compare logits, and record no answers for later checks (the canary)."),
     ] = False,
 ) -> None:
     """Trace a task set, choose experts, and write a checkpoint without the others.
@@ -100,10 +155,12 @@ def prune(
     Example: shape-moe prune ./Qwen3-30B-A3B --data gsm8k-train.jsonl --keep 0.6 -o ./Qwen3-gsm8k-0.6
     """
     talk = output.output()
-    if preset != "paper":
+    if preset not in (None, "paper"):
         raise UsageError(f"There is no preset {preset!r}; there is paper.")
     typed = (select, score)
     select, score = select.spelled_out(score)
+    if selection is None and is_gguf(Path(model)):  # llama.cpp loads equal counts only
+        select = replace(select, target=select.target or "stock", allow_rounding=True)
     limit = limits.limit()
     _check_rate_options(keep, memory.fit, selection, limit)
     choice = None
@@ -114,11 +171,14 @@ def prune(
         raise UsageError(
             f"{named} has no effect without --scorer auto, --max-kl or --max-drop: only these judge candidates."
         )
-    _refuse_ignored(data, *typed, judged_by, trace, selection, chooses=choice is not None)
-    most = memory.most_keep(model, revision)
+    given = (data, general, *typed, judged_by)
+    _refuse_ignored(*given, trace, selection, chooses=choice is not None, judge=not no_judge)
+    if preset == "paper":
+        score = replace(score, pool_classes=True)
+    most = memory.most_keep(model, hub.revision)
     if most is not None:
         talk.note(
-            f"Keep {most:.4f} is the most that fits {memory.fit}."
+            f"A keep rate of {most:.4f} is the most that fits {memory.fit}."
             if most < 1
             else f"The unpruned model already fits {memory.fit}: nothing has to be removed."
         )
@@ -126,36 +186,47 @@ def prune(
     if selection is not None:
         _check_target(select.target, load_selection(selection))
     samples = PAPER_SAMPLES if choice is None else DEFAULT_SAMPLES
-    reads_data = (trace is None and selection is None) or (choice is not None and data.data)
+    made = trace is not None or selection is not None
+    reads_data = not made or data.data
     asked = 1.0 if limit is not None else keep
     options = PruneOptions(
         select=select.options(asked, score, seed.seed) if asked is not None else None,
-        trace=data.options(run, seed.seed, samples) if reads_data else None,
+        trace=replace(data.options(run, seed.seed, samples), keep_also=general.groups()) if reads_data else None,
         device=run.device,
         dtype=run.dtype,
         trust_remote_code=run.trust_remote_code,
+        stream=stream.stream,
         choice=choice,
-        judgement=_judgement(limit, require, judge=not no_judge),
+        judgement=_judgement(
+            limit, require, judge_minutes, data.samples if made else None, judge=not no_judge, general=not no_general
+        ),
         check_logits=not no_logits,
         force=force.force,
     )
-    result = shape_moe.prune(model, out, options, trace=trace, selection=selection, revision=revision, progress=talk)
+    talk.begin("Checking the model and the examples ...")
+    result = shape_moe.prune(
+        model, out, options, trace=trace, selection=selection, revision=hub.revision, progress=talk
+    )
     for note in result.notes:
         talk.warn(note)
     talk.result(_document(result), lambda console: _show(console, result))
     if result.rejected:
-        talk.warn(f"The model is not what --require {require} asks for; it stands in {result.path}.")
+        talk.warn(f"The model does not meet --require {require}; it was left in {result.path}.")
         raise typer.Exit(REJECTED)
 
 
-def _judgement(limit: Limit | None, require: str | None, *, judge: bool) -> JudgementOptions | None:
+def _judgement(
+    limit: Limit | None, require: str | None, minutes: float, examples: int | None, *, judge: bool, general: bool
+) -> JudgementOptions | None:
     """How the pruned model is judged."""
     if not judge:
-        if require is not None:
-            raise UsageError("--require needs the judgement: leave --no-judge out.")
+        idle = {"--require": require is not None, "--judge-minutes": minutes != MINUTES, "--no-general": not general}
+        if needing := [name for name, given in idle.items() if given]:
+            raise UsageError(f"{joined(needing)} needs the judgement: leave --no-judge out.")
         return None
     drop = limit.value if limit is not None and limit.kind == "max_drop" else MAX_DROP
-    return JudgementOptions(max_drop=drop, require=require)
+    options = JudgementOptions(max_drop=drop, require=require, general=general, minutes=minutes)
+    return options if examples is None else replace(options, examples=examples)
 
 
 def _choice(
@@ -182,8 +253,8 @@ def _choice(
 def _check_rate_options(keep: float | None, fit: str | None, selection: Path | None, limit: Limit | None) -> None:
     options = {"--keep": keep, "--fit": fit, "--selection": selection, "--max-kl or --max-drop": limit}
     given = [option for option, value in options.items() if value]
-    if keep == 0:
-        raise UsageError("The keep rate must be above 0 and at most 1, not 0; 0.6 keeps 60 % of the experts.")
+    if keep is not None:
+        budget_for(keep, 1)  # a rate that is none is refused before anything else is said
     if not given:
         raise UsageError(
             "No keep rate is safe for every model: give --keep (such as 0.8), --fit (such as 24GiB), or a limit "
@@ -200,6 +271,7 @@ def _check_target(target: str | None, selection: Selection) -> None:
 
 def _refuse_ignored(
     data: DataFlags,
+    general: KeepAlsoFlag,
     select: SelectFlags,
     score: ScoreFlags,
     judged_by: HeldOutFlags,
@@ -207,20 +279,24 @@ def _refuse_ignored(
     selection: Path | None,
     *,
     chooses: bool,
+    judge: bool,
 ) -> None:
     """Refuse options that would change nothing, because a trace or a selection has decided already.
 
-    With a trace and candidates to judge (``chooses``), the data options say where held-out examples come from.
+    With a trace and candidates to judge (``chooses``), the data options say where held-out examples come from; where
+    the result is judged (``judge``), which examples it is judged by.
     """
     if trace is not None and selection is not None:
         raise UsageError("--trace and --selection exclude each other; give one of them.")
     if trace is None and selection is None:
         return
+    if general.keep_also:
+        raise UsageError("--keep-also has no effect on a finished trace or selection: give it to shape-moe trace.")
     if chooses and selection is None:
         data.refuse_unread(judged_by.held_out)
         return
     decided = "--selection" if selection is not None else "--trace"
-    ignored = changed_flags(data)
+    ignored = [] if data.data and judge else changed_flags(data)
     if selection is not None:
         ignored += changed_flags(score) + [name for name in changed_flags(select) if name != "--target"]
     if ignored:
@@ -244,41 +320,52 @@ def _document(result: PruneResult) -> dict[str, Any]:
         "choice": result.selection.choice,
         "judgement": result.judgement.to_document() if result.judgement else None,
         "rejected": result.rejected,
+        "opening": result.opening.lines() if result.opening else [],
+        "next": list(result.following),
         "warnings": list(result.notes),
     }
 
 
 def _show_choice(console: Console, choice: dict[str, Any]) -> None:
     """What was tried, best first."""
-    columns = ("tried", "keep", "KL to dense", "exact match against dense")
+    columns = ("tried", "keep", "KL to dense", "exact match, points")
     table = plain_table(*columns, title=f"Judged by {choice['examples']} held-out examples")
     for entry in sorted(choice["tried"], key=lambda entry: (entry["keep"], entry["kl"]["value"])):
-        kl, change = Estimate.from_document(entry["kl"]), entry["exact_match_change"]
-        changed = signed(Estimate.from_document(change)) if change else ""
-        table.add_row(entry["method"], f"{entry['keep']:.3f}", number(kl, 4), changed)
+        change = entry["exact_match_change"]
+        changed = points(Estimate.from_document(change)) if change else ""
+        divergence = kl(Estimate.from_document(entry["kl"]))
+        table.add_row(entry["method"], readable_share(entry["keep"]), divergence, changed)
     console.print(table)
     console.print(f"Chosen: {choice['reason']}", markup=False)
 
 
 def _show(console: Console, result: PruneResult) -> None:
-    console.print(summary(result.selection))
-    share = result.bytes_after / result.bytes_before
-    sizes = f"{readable_size(result.bytes_before)} -> {readable_size(result.bytes_after)} ({share:.1%})"
-    console.print(f"[bold]{escape(str(result.path))}[/bold]  {sizes}")
+    """How it was chosen and checked, then the lines that card and report open with, then what to type next."""
     if result.selection.choice is not None:
         _show_choice(console, result.selection.choice)
-    for line in result.judgement.lines() if result.judgement else ():
-        console.print(line, markup=False, soft_wrap=True)
-    console.print("Every tensor equals its slice of the original.")
+    judged = result.judgement
+    forgotten = judged.forgotten.lines() if judged is not None and judged.forgotten is not None else []
+    for line in (*notes_on(result.selection), *_checked(result), *forgotten):
+        console.print(line, markup=False)
+    console.print()
+    console.print(f"[bold]{escape(str(result.path))}[/bold]")
+    for line in result.opening.lines() if result.opening is not None else ():
+        console.print(line, markup=False)
+    show_commands(console, result.following)
+
+
+def _checked(result: PruneResult) -> list[str]:
+    """What is known to be equal, and where the result loads."""
+    lines = ["Every tensor equals its slice of the original."]
     if result.logits is not None:
-        console.print(
+        lines.append(
             f"Logits equal those of the masked original: KL {result.logits.mean_kl:.1e}, top-1 agreement "
-            f"{result.logits.top1_agreement:.1%} over {result.logits.positions:,} positions."
+            f"{readable_share(result.logits.top1_agreement)} over {result.logits.positions:,} positions."
         )
-    if result.target == "stock":
-        console.print("Loads in any tool that loads the original.")
-    else:
-        console.print(
-            "Loads in Transformers after `import shape_moe`, or with trust_remote_code=True; for a checkpoint that any "
-            "tool loads, prune with --target stock (equal counts, rerouted)."
-        )
+    lines.append(
+        "Loads in any tool that loads the original."
+        if result.target == "stock"
+        else "Loads in Transformers after `import shape_moe`, or with trust_remote_code=True; for a checkpoint that "
+        "any tool loads, prune with --target stock (equal counts, rerouted)."
+    )
+    return lines

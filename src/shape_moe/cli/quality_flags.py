@@ -10,7 +10,7 @@ import typer
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.data_flags import DataFlags
 from shape_moe.cli.flag_groups import changed_flags
-from shape_moe.cli.values import parse_share, parse_values
+from shape_moe.cli.values import parse_values, share_option
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.harness import TaskOptions
@@ -48,13 +48,17 @@ class LimitFlags:
     max_kl: Annotated[
         float | None,
         typer.Option(
-            help="Limit on the KL divergence to the dense model, in nats per token.", rich_help_panel=LIMIT_PANEL
+            help="Limit on the KL divergence to the dense model (how much its predictions change), in nats per token.",
+            rich_help_panel=LIMIT_PANEL,
         ),
     ] = None
     max_drop: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SHARE", help="Limit on the fall of exact match, such as 1% or 0.01.", rich_help_panel=LIMIT_PANEL
+        float | None,
+        share_option(
+            "--max-drop",
+            "1%",
+            help="Limit on the fall of right answers (exact match), such as 1% or 0.01.",
+            rich_help_panel=LIMIT_PANEL,
         ),
     ] = None
 
@@ -64,7 +68,7 @@ class LimitFlags:
             raise UsageError("--max-kl and --max-drop exclude each other; give one of them.")
         if self.max_kl is not None:
             return Limit("max_kl", self.max_kl)
-        return Limit("max_drop", parse_share(self.max_drop, "--max-drop")) if self.max_drop is not None else None
+        return Limit("max_drop", self.max_drop) if self.max_drop is not None else None
 
 
 @dataclass
@@ -115,8 +119,8 @@ class TaskFlags:
     tasks: Annotated[
         str | None,
         typer.Option(
-            metavar="TASK,...",
-            help="Tasks of lm-evaluation-harness by name, or YAML files that define one.",
+            metavar="TASKS",
+            help="Tasks of lm-evaluation-harness by name, with commas between, or YAML files that define one.",
             rich_help_panel=TASK_PANEL,
         ),
     ] = None
@@ -139,7 +143,11 @@ class TaskFlags:
     ] = "transformers"
     engine_arg: Annotated[
         list[str] | None,
-        typer.Option(help="Argument of vllm.LLM, for example tensor_parallel_size=2.", rich_help_panel=TASK_PANEL),
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Argument of vllm.LLM, for example tensor_parallel_size=2.",
+            rich_help_panel=TASK_PANEL,
+        ),
     ] = None
 
     def options(self) -> TaskOptions | None:

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 
 def report(
-    source: Annotated[
-        str,
+    sources: Annotated[
+        list[str],
         typer.Argument(
-            metavar="SOURCE", help="A pruned checkpoint, a trace, a table of values (VALUES.csv) or a sweep's folder."
+            metavar="SOURCE",
+            help="What shape-moe wrote: pruned checkpoints, selections, traces, tables of values, and the folders or "
+            "files of sweeps, evaluations, experiments and demos; any number of them.",
         ),
     ],
     force: ForceFlag,
@@ -42,7 +44,7 @@ def report(
     """
     talk = output.output()
     result = shape_moe.report(
-        source,
+        sources,
         out,
         selection=selection,
         sweep=sweep,

@@ -18,6 +18,17 @@ from shape_moe.scoring.registry import scorers
 from shape_moe.scoring.scores import Scores
 from shape_moe.workspace import check_output_file, write_text
 
+FIRST = {
+    "scorer": "How experts are valued.",
+    "list_scorers": "",
+    "csv": "Write every value into this CSV file.",
+    "top": "Show this many experts per layer.",
+    "force": "Replace an earlier result.",
+    "as_json": "Print one JSON object on stdout.",
+    "quiet": "No progress and no notes.",
+}
+"""What --help shows, shortly; --help-all shows the rest."""
+
 
 def score(
     flags: ScoreFlags,
@@ -46,7 +57,8 @@ def score(
         check_output_file(csv, force=force.force)
     if job.is_table(source) and changed_flags(flags):
         raise UsageError(f"{source} holds values already: leave {', '.join(changed_flags(flags))} out.")
-    scores = job.score(source, flags.scorer, flags.options(seed.seed))
+    options = flags.options(seed.seed)
+    scores = job.score(job.opened(source, talk), flags.scorer, options)
     if csv is not None:
         write_text(csv, scores.table().write_csv())
         talk.note(f"Wrote {csv}")
@@ -56,6 +68,11 @@ def score(
         "values": scores.values.tolist(),
         "activations": scores.activations.tolist(),
     }
+    if scores.joined:
+        talk.note(
+            "Values are shares of their layer: the largest that an expert has in any class. --pool-classes adds the "
+            "classes up; rule global compares shares of the whole model, which select takes from the trace itself."
+        )
     talk.result(document, lambda console: _show(console, scores, top))
 
 

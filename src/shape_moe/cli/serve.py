@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from shape_moe.cli.flags import ForceFlag, ModelArgument
+from shape_moe.cli.flags import ForceFlag, ModelArgument, RevisionFlag
 from shape_moe.errors import ServingError, UsageError
 from shape_moe.literal_paths import check_plain
 
@@ -25,7 +25,7 @@ def serve(
     model: ModelArgument,
     selection: Annotated[Path, typer.Option(help="The selection to apply, or a folder that holds one.")],
     force: ForceFlag,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    hub: RevisionFlag,
 ) -> None:
     """Serve MODEL with vLLM as if it had been pruned: dropped experts are neither loaded nor allocated.
 
@@ -41,8 +41,8 @@ def serve(
     command = _vllm_command()
     from shape_moe.serving.vllm import overrides
 
-    settings = json.dumps(overrides(model, selection, revision=revision, force=force.force), separators=(",", ":"))
-    pinned = ["--revision", revision] if revision else []
+    settings = json.dumps(overrides(model, selection, revision=hub.revision, force=force.force), separators=(",", ":"))
+    pinned = ["--revision", hub.revision] if hub.revision else []
     arguments = [command, "serve", model, "--hf-overrides", settings, *pinned, *context.args]
     sys.stdout.flush()
     os.execv(command, arguments)  # noqa: S606  # this process becomes the server
@@ -57,7 +57,7 @@ def _vllm_command() -> str:
     beside = Path(sys.executable).with_name("vllm")
     command = str(beside) if beside.is_file() else shutil.which("vllm")
     if command is None:
-        raise ServingError("There is no vLLM here: install it beside this package (pip install 'shape-moe[vllm]').")
+        raise ServingError("There is no vLLM here: install it beside this package (pip install vllm==0.32.0).")
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and PLUGIN not in allowed.split(","):
         raise ServingError(f"VLLM_PLUGINS={allowed!r} keeps the plugin out: add {PLUGIN} to it, or unset it.")

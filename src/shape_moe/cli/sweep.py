@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,18 +12,19 @@ from rich.console import Console
 
 import shape_moe
 from shape_moe.cli.choice_flags import CHOICE_PANEL, WeightFlags
-from shape_moe.cli.console import plain_table
+from shape_moe.cli.console import plain_table, show_commands
 from shape_moe.cli.data_flags import DataFlags
-from shape_moe.cli.estimates import number, share, signed
-from shape_moe.cli.flags import ForceFlag, LoadFlags, MemoryFlags, ModelArgument, OutputFlags, SeedFlag
+from shape_moe.cli.estimates import kl, points, share
+from shape_moe.cli.flags import ForceFlag, LoadFlags, MemoryFlags, ModelArgument, OutputFlags, RevisionFlag, SeedFlag
 from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags
+from shape_moe.cli.values import share_option
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.keep_rate import Point
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.jobs.session import DEFAULT_SAMPLES
 from shape_moe.scoring.registry import scorers as known_scorers
 from shape_moe.selection.method import Method, check_routing, usual_routing
-from shape_moe.units import readable_size
+from shape_moe.units import readable_share, readable_size
 
 if TYPE_CHECKING:
     from shape_moe.jobs.sweep import SweepResult
@@ -30,10 +32,28 @@ if TYPE_CHECKING:
 HELPS = {
     "samples": f"Calibrate with at most this many records. Default: {DEFAULT_SAMPLES}.",
     "held_out_samples": f"Judge by at most this many examples. Default: {HELD_OUT_SAMPLES}.",
-    "generate": "Let what may be recommended answer N examples freely.",
+    "generate": "Let the candidates for a recommendation answer N examples freely.",
     "fit": "Recommend only what fits this memory, KV cache included, for example 24GiB.",
 }
 """What options that other verbs have too say to those who sweep."""
+FIRST = {
+    "data": "Your examples: file, folder or data set.",
+    "held_out": "Judge by these, not by a share of --data.",
+    "out": "Folder for what is found.",
+    "max_kl": "Limit on the KL divergence, such as 0.02.",
+    "max_drop": "Limit on the fall of right answers (1%).",
+    "keep": "Judge this keep rate; can be repeated.",
+    "scorer": "How experts are valued; all for every way.",
+    "target": "ragged: best; stock: loads in any tool.",
+    "fit": "Recommend only what fits (24GiB).",
+    "trace": "Start from a trace instead of making one.",
+    "device": "auto, cpu, cuda or cuda:N.",
+    "revision": "Branch, tag or commit of a hub model.",
+    "force": "Replace an earlier result.",
+    "as_json": "Print one JSON object on stdout.",
+    "quiet": "No progress and no notes.",
+}
+"""What --help shows, shortly; --help-all shows the rest."""
 
 
 def sweep(
@@ -44,6 +64,7 @@ def sweep(
     judged_by: HeldOutFlags,
     generation: GenerationFlags,
     memory: MemoryFlags,
+    hub: RevisionFlag,
     run: LoadFlags,
     seed: SeedFlag,
     force: ForceFlag,
@@ -54,11 +75,16 @@ def sweep(
             "--output", "-o", metavar="DIR", help="Folder for the figures, the recommended selection and the trace."
         ),
     ] = None,
-    trace: Annotated[Path | None, typer.Option(help="Start from this trace; its examples are never judged by.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Start from this trace; its examples are never used to judge.")
+    ] = None,
     keep: Annotated[
         list[float] | None,
-        typer.Option(
-            help="A keep rate to judge; can be repeated. Default: bisection to a given limit, else 0.9 to 0.25."
+        share_option(
+            "--keep",
+            "60%",
+            help="A keep rate to judge, such as 60% or 0.6; can be repeated. Default: with a limit, those that the "
+            "search for it needs; without one, eight rates from 0.9 to 0.25.",
         ),
     ] = None,
     method: Annotated[
@@ -80,7 +106,8 @@ def sweep(
     rule: Annotated[
         list[str] | None,
         typer.Option(
-            help="How layers share the budget: coverage (the default), uniform, global; can be repeated.",
+            help="How layers share the experts that are kept: coverage (the same share of value in each; the "
+            "default), uniform (the same number), global (values compared across layers). Can be repeated.",
             rich_help_panel=CHOICE_PANEL,
         ),
     ] = None,
@@ -95,7 +122,8 @@ def sweep(
     target: Annotated[
         str | None,
         typer.Option(
-            help="ragged (counts differ per layer; the default) or stock (equal counts: loads anywhere).",
+            help="ragged (each layer keeps as many experts as it needs; the default) or stock (the same number in "
+            "every layer: loads in any tool).",
             rich_help_panel=CHOICE_PANEL,
         ),
     ] = None,
@@ -112,13 +140,14 @@ def sweep(
         scoring=weights.options(seed.seed),
         held_out=HELD_OUT_SAMPLES if judged_by.held_out_samples is None else judged_by.held_out_samples,
         generation=generation.required(),
-        most_keep=memory.most_keep(model),
+        most_keep=memory.most_keep(model, hub.revision),
     )
     if trace is None and not data.data:
         raise UsageError("Give examples (--data), a trace (--trace), or both.")
     if trace is not None:
         data.refuse_unread(judged_by.held_out)
     given = data.options(run, seed.seed, DEFAULT_SAMPLES) if data.data else None
+    talk.begin("Checking the model and the examples ...")
     result = shape_moe.sweep(
         model,
         options,
@@ -126,6 +155,7 @@ def sweep(
         data=given,
         trace=trace,
         held_out=judged_by.data(data, seed.seed),
+        revision=hub.revision,
         device=run.device,
         dtype=run.dtype,
         trust_remote_code=run.trust_remote_code,
@@ -168,13 +198,13 @@ def _show(console: Console, result: SweepResult, model: str, out: Path | None) -
     console.print(f"{result.document['split']}.", markup=False)
     dense = result.document["dense"]
     quality = dense["quality"]
-    exact = f", exact match {quality['exact_match']['value']:.1%}" if "exact_match" in quality else ""
+    exact = f", exact match {readable_share(quality['exact_match']['value'])}" if "exact_match" in quality else ""
     console.print(f"Dense model: {readable_size(dense['bytes'])}, nll {quality['nll']['value']:.4f}{exact}")
     marks = {result.recommendation.chosen: "recommended"}
     places = list(enumerate(result.recommendation.points))
     for method, group in groupby(places, key=lambda place: place[1].method):
         table = plain_table(
-            "keep", "weights", "KL to dense", "same top-1", "exact match", "change", "limit", "", title=str(method)
+            "keep", "weights", "KL to dense", "same top-1", "exact match", "points", "limit", "", title=str(method)
         )
         for i, point in sorted(group, key=lambda place: -place[1].selection.kept):
             table.add_row(*_row(point), marks.get(i, ""), style="bold green" if i in marks else None)
@@ -183,11 +213,13 @@ def _show(console: Console, result: SweepResult, model: str, out: Path | None) -
     console.print(result.recommendation.reason, markup=False)
     if result.chosen is not None and out is not None:
         chosen = result.chosen.selection
-        console.print(
-            f"shape-moe prune {model} --selection {out / 'recommended.json'} -o SMALLER  writes it "
-            f"({chosen.kept:,} of {chosen.total:,} experts).",
-            markup=False,
-        )
+        size = f"{chosen.kept:,} of {chosen.total:,} experts"
+        layers = f"{len(chosen.layers)} layers of {chosen.num_experts}"
+        console.print(f"To write it ({size} in {layers}), and to look at all of this:", markup=False)
+        folder = shlex.quote(str(out))
+        recommended = shlex.quote(str(out / "recommended.json"))
+        prune = f"shape-moe prune {shlex.quote(model)} --selection {recommended} -o SMALLER"
+        show_commands(console, (prune, f"shape-moe report {folder} -o report.html"))
 
 
 def _row(point: Point) -> tuple[str, ...]:
@@ -199,11 +231,11 @@ def _row(point: Point) -> tuple[str, ...]:
     if point.healthy is False:
         words += ", unhealthy"
     return (
-        f"{point.selection.keep:.3f}",
+        readable_share(point.selection.keep),
         readable_size(point.size),
-        number(quality["kl"], 4),
+        kl(quality["kl"]),
         share(quality["top1"]),
-        f"{exact.value:.1%}" if exact else "",
-        signed(change["exact_match"]) if exact else "",
+        readable_share(exact.value) if exact else "",
+        points(change["exact_match"]) if exact else "",
         words,
     )

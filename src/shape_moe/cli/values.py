@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from shape_moe.errors import UsageError
+from shape_moe.units import share_from
 
 if TYPE_CHECKING:
     from shape_moe.selection.method import Routing
@@ -39,16 +43,28 @@ def parse_count(text: str) -> int:
     return int(match[1]) * (1024 if match[2] else 1)
 
 
-def parse_share(text: str, option: str) -> float:
-    """A share from ``1%`` or ``0.01``.
+def share_option(name: str, example: str, **settings: Any) -> Any:
+    """An option whose value is a share, written ``60%`` or ``0.6``; for use inside ``Annotated[float, ...]``.
 
-    Raises:
-        UsageError: for anything else.
+    Args:
+        name: the option's.
+        example: a percentage that makes sense for it.
+        settings: what else Typer is to know.
     """
-    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(%?)\s*", text)
-    if match is None:
-        raise UsageError(f"{option} takes a share such as 1% or 0.01, not {text!r}.")
-    return float(match[1]) / (100 if match[2] else 1)
+    return typer.Option(name, parser=share_reader(name, example), metavar="SHARE", **settings)
+
+
+def share_reader(name: str, example: str) -> Callable[[str], float]:
+    """What reads an option's share; it raises UsageError for what is none."""
+
+    def share(text: str) -> float:
+        found = share_from(str(text))  # a default is a number already
+        if found is None:
+            plain = share_from(example)
+            raise UsageError(f"{name} takes a share such as {example} or {plain:g}, not {text!r}.")
+        return found
+
+    return share
 
 
 def parse_pairs(items: list[str] | None, option: str) -> dict[str, str]:

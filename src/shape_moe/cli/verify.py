@@ -10,24 +10,31 @@ from rich.console import Console
 from rich.text import Text
 
 import shape_moe
-from shape_moe.cli.flags import DeviceFlags, OutputFlags
+from shape_moe.cli.flags import DeviceFlags, OutputFlags, RevisionFlag
 
 if TYPE_CHECKING:
     from shape_moe.jobs.verify import Check
 
 
+HELPS = {"revision": "Branch, tag or commit of --original, where it is on the hub. Default: its newest version."}
+
+
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned checkpoint.")],
+    hub: RevisionFlag,
     run: DeviceFlags,
     output: OutputFlags,
     original: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Compare every tensor with this original once more.")
     ] = None,
     endpoint: Annotated[
-        str | None, typer.Option(metavar="URL", help="Ask the canary of this OpenAI-compatible server.")
+        str | None,
+        typer.Option(
+            metavar="URL", help="Check the answers of this OpenAI-compatible server instead of loading the checkpoint."
+        ),
     ] = None,
     served_as: Annotated[
-        str | None, typer.Option(help="The checkpoint's name there; its first model if left out.")
+        str | None, typer.Option(help="The checkpoint's name on that server. Default: its first model.")
     ] = None,
 ) -> int:
     """Check a pruned checkpoint: files, config, tensors, tokenizer, and its answers to the canary.
@@ -38,6 +45,7 @@ def verify(
     checks = shape_moe.verify(
         folder,
         original=original,
+        revision=hub.revision,
         endpoint=endpoint,
         served_as=served_as,
         device=run.device,
@@ -53,7 +61,7 @@ def verify(
 def _show(console: Console, checks: list[Check]) -> None:
     words = {True: Text("ok    ", "green"), False: Text("FAILED", "bold red"), None: Text("skip  ", "yellow")}
     for check in checks:
-        console.print(words[check.passed], Text(f"{check.name}: {check.detail}"), soft_wrap=True)
+        console.print(words[check.passed], Text(f"{check.name}: {check.detail}"))
     console.print(
         Text("PASS", "bold green") if all(check.passed is not False for check in checks) else Text("FAIL", "bold red")
     )

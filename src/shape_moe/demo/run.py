@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from shape_moe.architectures.loading import load_model, load_tokenizer
 from shape_moe.architectures.snapshot import open_snapshot
@@ -18,12 +19,13 @@ from shape_moe.demo.embedded import exact_match
 from shape_moe.demo.tasks import TASKS, examples
 from shape_moe.embedded_model import embedded_model_path
 from shape_moe.errors import UsageError
+from shape_moe.evaluation.result_file import header
 from shape_moe.jobs.prune import PruneOptions, prune
 from shape_moe.jobs.report import report
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import trace
 from shape_moe.progress import SILENT, Progress
-from shape_moe.reporting.html import plotly_script
+from shape_moe.reporting.demo_rows import demo_best
 from shape_moe.scoring.registry import ScoreOptions, scorers
 from shape_moe.scoring.scores import score_trace
 from shape_moe.selection.controls import inverted_selection
@@ -36,9 +38,10 @@ from shape_moe.workspace import Workspace, write_json
 KEEP_RATES = (0.8, 0.6, 0.4, 0.25)
 CALIBRATION_EXAMPLES = 25
 EVALUATION_PROMPTS = 50
+DEMO_FILE = "demo.json"
 REPORT_FILE = "report.html"
 REPORT_KEEP = 0.6
-"""The report shows what the scorer shape keeps at this rate."""
+"""What the report shows where no model does its task."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,13 @@ class DemoResult:
 
     Attributes:
         rows: the unpruned model first, then by keep rate and scorer.
-        report: an HTML report; None where nothing is kept, or plotly is not installed.
+        report: an HTML report; None where nothing is kept.
+        document: the content of ``demo.json``.
     """
 
     rows: list[DemoRow]
     report: Path | None
+    document: dict[str, Any]
 
 
 def run_demo(
@@ -103,18 +108,26 @@ def run_demo(
         raise UsageError(f"There is no task {task!r}; there are {', '.join(TASKS)}.")
     for keep in keep_rates:
         SelectOptions(keep, Method(rule=rule))
+    job = {**header("demo"), "task": task, "rule": rule, "keep_rates": keep_rates, "seed": seed}
     with ExitStack() as stack:
         if folder is None:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             traced = _trace_task(task, seed, work, work, progress)
-            return DemoResult(_judged(traced, task, rule, keep_rates, seed, work, progress), None)
-        job = {"verb": "demo", "task": task, "rule": rule, "keep_rates": keep_rates, "seed": seed}
+            rows = _judged(traced, task, rule, keep_rates, seed, work, progress)
+            return DemoResult(rows, None, _document(job, traced, rows))
         space = stack.enter_context(Workspace(folder, job, force=force))
         traced = _trace_task(task, seed, space.path, folder, progress)
         rows = _judged(traced, task, rule, keep_rates, seed, space.path, progress)
-        write_json(space.path / "demo.json", {**job, "rows": [asdict(row) for row in rows]})
+        document = _document(job, traced, rows)
+        write_json(space.path / DEMO_FILE, document)
         space.complete()
-    return DemoResult(rows, _report(traced, task, rule, seed, folder, progress))
+    return DemoResult(rows, _report(traced, document, seed, folder, progress), document)
+
+
+def _document(job: Mapping[str, Any], traced: Trace, rows: list[DemoRow]) -> dict[str, Any]:
+    """The content of ``demo.json``."""
+    size = {"layers": len(traced.info.layers), "experts": traced.info.num_experts}
+    return {**job, **size, "rows": [asdict(row) for row in rows]}
 
 
 def _judged(
@@ -157,15 +170,14 @@ def _trace_folder(task: str) -> str:
     return f"{task}-trace"
 
 
-def _report(traced: Trace, task: str, rule: str, seed: int, folder: Path, progress: Progress) -> Path | None:
-    try:
-        plotly_script()
-    except UsageError:  # plotly is an extra
-        return None
-    options = SelectOptions(REPORT_KEEP, Method(rule=rule), ScoreOptions(seed=seed))
+def _report(traced: Trace, document: Mapping[str, Any], seed: int, folder: Path, progress: Progress) -> Path:
+    """A report on the selection that was best, of the published scorer where none was good."""
+    best, rule = demo_best(document), str(document["rule"])
+    keep, scorer = (float(best.row["keep"]), str(best.row["scorer"])) if best else (REPORT_KEEP, Method.scorer)
+    options = SelectOptions(keep, Method(scorer, rule), ScoreOptions(seed=seed))
     selection = select_from_trace(traced, options)
-    source, file = folder / _trace_folder(task), folder / REPORT_FILE
-    return report(source, file, selection=selection, model=embedded_model_path(), progress=progress).path
+    file = folder / REPORT_FILE
+    return report(folder, file, selection=selection, model=embedded_model_path(), progress=progress).path
 
 
 def _selections(traced: Trace, rule: str, keep_rates: tuple[float, ...], seed: int) -> Iterator[Selection]:

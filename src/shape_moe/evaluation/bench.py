@@ -22,6 +22,7 @@ from shape_moe.evaluation.teacher_forced import TeacherForced, compare_with_dens
 from shape_moe.journal import Journal
 from shape_moe.progress import SILENT, Advance, Progress
 from shape_moe.selection.selection import Selection
+from shape_moe.units import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,6 +77,8 @@ class Bench:
         self.reference = DenseReference()
         self._sums: Journal[dict[str, list[Any]]] = Journal(folder and folder / POINTS_FILE, "key", "sums")
         self._answers: dict[str, Generated | None] = {}
+        if self._sums:
+            progress.note(f"{counted(len(self._sums), 'point')} already done by the interrupted run.")
         with progress.phase(f"Dense model on {held_out.name}", count, "example") as advance:
             self.dense_sums = record_dense(model, held_out, self.reference, advance)
         self.dense_sums = self._by_answers(self.dense_sums, self.dense_answers if by_answers else None)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shape_moe.evaluation.generation import Generated
 from shape_moe.evaluation.held_out_set import HeldOutSet
@@ -44,16 +45,59 @@ def conclude(
         max_drop: the fall, as a share, that *safe* allows.
         notes: what else a reader should know.
     """
-    count = len(held_out.examples)
-    if left_out and len(set(left_out)) == count:
-        reason = f"The model was made from all of the {counted(count, 'example')}."
-        return not_measured(reason, "Judge by examples that it has not seen.", max_drop=max_drop)
     answered: Collection[int] = held_out.answered()
     if by_answers and answers is not None:
         dense, pruned = (_by_answers(sums, made) for sums, made in zip((dense, pruned), answers, strict=True))
         answered = answers[0].positions
-    measured = outcomes(
+    return conclude_over(
         held_out.groups,
+        dense,
+        pruned,
+        answers,
+        answered=answered,
+        calls=calls,
+        calling=calling,
+        left_out=left_out,
+        max_drop=max_drop,
+        notes=notes,
+    )
+
+
+def conclude_over(
+    groups: Sequence[str | None],
+    dense: TeacherForced,
+    pruned: TeacherForced,
+    answers: tuple[Generated, Generated] | None,
+    *,
+    answered: Collection[int],
+    calls: Mapping[int, ToolExample] | None = None,
+    calling: Collection[int] = (),
+    left_out: Collection[int] = (),
+    max_drop: float = MAX_DROP,
+    notes: Sequence[str] = (),
+    measured: NDArray[np.int64] | None = None,
+) -> Verdict:
+    """As :func:`conclude`, of examples by their classes.
+
+    Args:
+        groups: the class of each example, None where it has none.
+        dense: the dense model's sums by example.
+        pruned: the model's.
+        answers: free answers, the dense model's first; None where none were made.
+        answered: the examples that have an answer to match.
+        calls: see :func:`conclude`, as for all that follow.
+        calling: likewise.
+        left_out: likewise.
+        max_drop: likewise.
+        notes: likewise.
+        measured: see :func:`shape_moe.evaluation.outcomes.outcomes`.
+    """
+    count = len(groups)
+    if left_out and len(set(left_out)) == count:
+        reason = f"The model was made from all of the {counted(count, 'example')}."
+        return not_measured(reason, "Judge by examples that it has not seen.", max_drop=max_drop)
+    found = outcomes(
+        groups,
         dense,
         pruned,
         answered=answered,
@@ -61,10 +105,11 @@ def conclude(
         calls=calls,
         calling=calling,
         left_out=left_out,
+        measured=measured,
     )
     seen = len(set(left_out))
     said = [f"{seen} of {count} examples do not count, because calibration has seen them."] if seen else []
-    return decide(measured, max_drop=max_drop, notes=[*said, *notes])
+    return decide(found, max_drop=max_drop, notes=[*said, *notes])
 
 
 def _by_answers(sums: TeacherForced, made: Generated) -> TeacherForced:

@@ -147,6 +147,22 @@ class Evaluation:
         """For JSON."""
         return self.to_document()
 
+    @property
+    def complaints(self) -> tuple[str, ...]:
+        """What is wrong with free answers, of every model on every set."""
+        sources = {TASK: self.data, ALSO: self.also}
+        return tuple(
+            f"{model.name}, {sources.get(name) or name}: {complaint}."
+            for model in self.models
+            for name, measured in model.sets.items()
+            for complaint in (measured.health.complaints if measured.health is not None else ())
+        )
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """All that a user must not miss: complaints first."""
+        return tuple(dict.fromkeys((*self.complaints, *self.notes)))
+
     def to_document(self) -> dict[str, Any]:
         """For JSON."""
         return {
@@ -159,7 +175,7 @@ class Evaluation:
             **self.made_with.to_document(),
             "models": [found.to_document(self.by) for found in self.models],
             "faithfulness": [check.to_document() for check in self.faithfulness],
-            "warnings": list(self.notes),
+            "warnings": list(self.warnings),
         }
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from math import sqrt
 from statistics import median
@@ -181,7 +181,7 @@ class FreeAnswers:
         return float(median(self.divergences)) if self.divergences else None
 
 
-def first_divergence(one: Sequence[int], other: Sequence[int]) -> int:
+def first_divergence(one: Sequence[Hashable], other: Sequence[Hashable]) -> int:
     """How many tokens two answers share before they part."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
@@ -199,6 +199,7 @@ class Outcome:
         answers: free answers, None where there are none.
         calls: tool calls by aspect (see :func:`shape_moe.evaluation.tool_calls.compare_calls`), None where no
             example has tools.
+        kl_is_bound: whether the KL divergence is known to be that large at least, and may be larger.
     """
 
     name: str
@@ -208,6 +209,7 @@ class Outcome:
     kl: float | None = None
     answers: FreeAnswers | None = None
     calls: Mapping[str, Pairs] | None = None
+    kl_is_bound: bool = False
 
     def to_document(self) -> dict[str, Any]:
         """For JSON."""
@@ -216,7 +218,7 @@ class Outcome:
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Outcome:
         """What :meth:`to_document` described."""
-        given = {field.name: document[field.name] for field in fields(cls)}
+        given = {"kl_is_bound": False, **{f.name: document[f.name] for f in fields(cls) if f.name in document}}
         exact, agreement, answers, calls = (given[name] for name in ("exact", "agreement", "answers", "calls"))
         return cls(
             given["name"],
@@ -226,16 +228,19 @@ class Outcome:
             given["kl"],
             None if answers is None else _answers(answers),
             None if calls is None else {name: Pairs(**pairs) for name, pairs in calls.items()},
+            bool(given["kl_is_bound"]),
         )
 
     def falls(self, z: float) -> list[Fall]:
         """The falls that decide: of answers, and of tool calls where there are any."""
         found = []
         if self.exact is not None and self.exact.count and self.exact.shares[0] >= DENSE_REACHES:
-            found.append(Fall(self.name, EXACT, self.exact.count, self.exact.shares, self.exact.fall(z), self.kl))
+            fall = self.exact.fall(z)
+            found.append(Fall(self.name, EXACT, self.exact.count, self.exact.shares, fall, self.kl, self.kl_is_bound))
         elif self.agreement is not None:
             shares = (1.0, 1 - self.agreement.share)
-            found.append(Fall(self.name, TOP1, self.examples, shares, self.agreement.fall(z), self.kl))
+            fall = self.agreement.fall(z)
+            found.append(Fall(self.name, TOP1, self.examples, shares, fall, self.kl, self.kl_is_bound))
         right = (self.calls or {}).get("right")
         if right is not None and right.count:
             found.append(Fall(self.name, CALLS, right.count, right.shares, right.fall(z)))
@@ -262,6 +267,7 @@ class Fall:
         shares: the figure itself, dense first.
         fall: its fall as a share, positive for a loss.
         kl: KL divergence beside it.
+        kl_is_bound: whether it is that large at least, and may be larger.
     """
 
     name: str
@@ -270,3 +276,4 @@ class Fall:
     shares: tuple[float, float]
     fall: Estimate
     kl: float | None = None
+    kl_is_bound: bool = False

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from shape_moe.calibration.records import Record
 from shape_moe.calibration.responses import generate_answers, greedy_answers, pad_token_id, stop_ids
+from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.dense_reference import DenseReference
 from shape_moe.evaluation.generation import ends_in_loop
@@ -20,7 +22,7 @@ from shape_moe.evaluation.held_out_set import HeldOutSet
 from shape_moe.evaluation.teacher_forced import compare_with_dense, record_dense
 from shape_moe.progress import Advance
 from shape_moe.text import one_line
-from shape_moe.units import readable_kl
+from shape_moe.units import kl_at_least, readable_kl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 SOURCE = "general prompts"
 ANSWER_TOKENS = 64
 """Answers are cut off after so many tokens: enough to see a loop."""
+LANGUAGES = ("german", "french", "spanish", "chinese", "japanese")
 _SHOWN = 300
 
 
@@ -51,9 +54,31 @@ def general_records(groups: Sequence[str] | None = None) -> list[Record]:
     known = prompts()
     unknown = sorted(set(groups or ()) - set(known))
     if unknown:
-        raise UsageError(f"There is no group {unknown[0]!r} of general prompts; there are {', '.join(known)}.")
+        raise UsageError(
+            f"There is no group {unknown[0]!r} of general prompts; there are {', '.join(known)} and languages."
+        )
     asked = [(group, prompt) for group, texts in known.items() if groups is None or group in groups for prompt in texts]
     return [Record(i, f"{SOURCE}, {group}", prompt=prompt, group=group) for i, (group, prompt) in enumerate(asked)]
+
+
+def group_names(given: Sequence[str]) -> tuple[str, ...]:
+    """Groups as people name them: in any case, and ``languages`` for the five of them.
+
+    Raises:
+        UsageError: for a group that does not exist.
+    """
+    names: list[str] = []
+    for name in given:
+        names += LANGUAGES if name.strip().lower() == "languages" else (name.strip().lower(),)
+    if names:
+        general_records(names)
+    return tuple(dict.fromkeys(names))
+
+
+def kept_groups(seen: SeenPrompts) -> frozenset[str]:
+    """The groups that calibration has asked, half of their prompts or more."""
+    found = Counter(record.group for record in general_records() if record in seen)
+    return frozenset(group for group, texts in prompts().items() if 2 * found[group] >= len(texts))
 
 
 @dataclass(frozen=True)
@@ -81,6 +106,7 @@ class GroupLoss:
         kl: KL divergence from the dense model over the tokens of its answers, mean nats per token.
         loops: answers that end in a loop, the dense model's first.
         worst: the prompt at which the models differ most.
+        kept: whether the group was calibrated with, so that this is no independent judgement.
     """
 
     name: str
@@ -88,6 +114,7 @@ class GroupLoss:
     kl: float
     loops: tuple[int, int]
     worst: Answered
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,15 +123,18 @@ class Forgotten:
 
     Attributes:
         groups: the groups, the one that lost most first.
+        kl_is_bound: whether the KL divergences are known to be that large at least, and may be larger.
     """
 
     groups: tuple[GroupLoss, ...]
+    kl_is_bound: bool = False
 
     def lines(self) -> list[str]:
         """As people read it: the worst groups, and both answers to a prompt of the worst one."""
         if not self.groups:
             return []
-        shown = [f"{group.name} {readable_kl(group.kl)}{_loops(group)}" for group in self.groups]
+        kl = kl_at_least if self.kl_is_bound else readable_kl
+        shown = [f"{group.name} {kl(group.kl)}{_remarks(group)}" for group in self.groups]
         worst = self.groups[0]
         return [
             f"Off the task (KL to the dense model by kind of prompt, worst first): {', '.join(shown)}",
@@ -115,7 +145,7 @@ class Forgotten:
 
     def to_document(self) -> dict[str, Any]:
         """For JSON."""
-        return {"groups": [asdict(group) for group in self.groups]}
+        return {"groups": [asdict(group) for group in self.groups], "kl_is_bound": self.kl_is_bound}
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Forgotten:
@@ -128,9 +158,11 @@ class Forgotten:
                     float(group["kl"]),
                     (int(group["loops"][0]), int(group["loops"][1])),
                     Answered(**group["worst"]),
+                    bool(group.get("kept", False)),
                 )
                 for group in document["groups"]
-            )
+            ),
+            bool(document.get("kl_is_bound", False)),
         )
 
 
@@ -140,6 +172,9 @@ def by_group(
     kl: ArrayLike,
     tokens: ArrayLike,
     looped: tuple[ArrayLike, ArrayLike],
+    *,
+    kept: Collection[str] = (),
+    kl_is_bound: bool = False,
 ) -> Forgotten:
     """Sum up by group.
 
@@ -147,8 +182,10 @@ def by_group(
         groups: the group of each prompt.
         answered: each prompt with its answers.
         kl: KL divergence over each answer, nats.
-        tokens: tokens of each answer.
+        tokens: tokens of each answer that it was measured at.
         looped: which answers end in a loop, the dense model's first.
+        kept: groups that were calibrated with.
+        kl_is_bound: whether the divergences are lower bounds.
     """
     names, total = np.asarray(groups), np.asarray(kl, dtype=np.float64)
     count = np.asarray(tokens, dtype=np.float64)
@@ -164,9 +201,11 @@ def by_group(
                 float(total[rows].sum() / max(count[rows].sum(), 1)),
                 (int(dense[rows].sum()), int(pruned[rows].sum())),
                 answered[int(rows[int(mean.argmax())])],
+                name in kept,
             )
         )
-    return Forgotten(tuple(sorted(found, key=lambda group: (-group.kl, group.loops[0] - group.loops[1], group.name))))
+    found.sort(key=lambda group: (-group.kl, group.loops[0] - group.loops[1], group.name))
+    return Forgotten(tuple(found), kl_is_bound)
 
 
 class GeneralCheck:
@@ -219,12 +258,15 @@ class GeneralCheck:
         """Let go of what the dense model said."""
         self.reference.close()
 
-    def compare(self, model: PreTrainedModel, advance: Advance = lambda _: None) -> Forgotten:
+    def compare(
+        self, model: PreTrainedModel, advance: Advance = lambda _: None, kept: Collection[str] = ()
+    ) -> Forgotten:
         """What another model (masked or loaded from a checkpoint) has forgotten.
 
         Args:
             model: the model.
             advance: called with the number of prompts done.
+            kept: groups that it was calibrated with.
         """
         sums = compare_with_dense(model, self.held_out, self.reference)
         asked = {i: self.tokeniser.prompt(record) for i, record in enumerate(self.records)}
@@ -239,7 +281,7 @@ class GeneralCheck:
         answered = [Answered(str(r.prompt), self._text(theirs), self._text(ours)) for r, theirs, ours in texts]
         groups = [record.group or "" for record in self.records]
         looped = self._looped(self.answers), self._looped(written)
-        return by_group(groups, answered, sums.kl, sums.tokens, looped)
+        return by_group(groups, answered, sums.kl, sums.tokens, looped, kept=kept)
 
     def _text(self, tokens: list[int]) -> str:
         return str(self.tokeniser.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
@@ -249,9 +291,11 @@ class GeneralCheck:
         return np.array([ends_in_loop(answer) for answer in answers])
 
 
-def _loops(group: GroupLoss) -> str:
+def _remarks(group: GroupLoss) -> str:
     more = group.loops[1] - group.loops[0]
-    return f" ({more} more of {group.prompts} answers loop)" if more > 0 else ""
+    found = [f"{more} more of {group.prompts} answers loop"] if more > 0 else []
+    found += ["calibrated with, so no independent judgement"] if group.kept else []
+    return f" ({'; '.join(found)})" if found else ""
 
 
 def _one_line(text: str) -> str:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from shape_moe.calibration.responses import greedy_answers
 from shape_moe.errors import DataError, UsageError
 from shape_moe.evaluation.held_out_set import HeldOutSet
+from shape_moe.evaluation.spread import spread_over_classes
 from shape_moe.progress import Advance
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class GenerationOptions:
     """How answers are made and judged.
 
     Attributes:
-        examples: answer at most this many examples, spread evenly over the set.
+        examples: answer at most this many examples, of every class as many, spread evenly over each.
         max_new_tokens: upper limit of an answer's length; None allows a quarter more than the longest response.
         answer_pattern: regular expression whose last match (its first group, where it has one) is the answer proper,
             in responses and in what the model writes; None compares whole answers.
@@ -90,7 +91,7 @@ def generate(
         DataError: when no example has both a prompt and a response.
     """
     options = options or GenerationOptions()
-    positions = _spread(held_out.answered(), options.examples)
+    positions = spread_over_classes(held_out.groups, held_out.answered(), options.examples)
     if not positions:
         raise DataError(f"{held_out.name} has no example with a prompt and a response to generate from.")
     limit = answer_limit(held_out, options)
@@ -117,7 +118,11 @@ def answer_limit(held_out: HeldOutSet, options: GenerationOptions) -> int:
     """The most tokens of an answer: a quarter more than the longest response, unless the options say."""
     if options.max_new_tokens is not None:
         return options.max_new_tokens
-    longest = max(len(held_out.response(i)) for i in held_out.answered())
+    return longest_answer(max(len(held_out.response(i)) for i in held_out.answered()))
+
+
+def longest_answer(longest: int) -> int:
+    """The most tokens of an answer, where the longest response has so many."""
     return int(longest * _SPARE) + _LOOP_TOKENS
 
 
@@ -130,11 +135,16 @@ def ends_in_loop(tokens: Sequence[int]) -> bool:
     return False
 
 
-def _spread(positions: list[int], count: int) -> list[int]:
-    """At most ``count`` of the positions, evenly."""
-    if count >= len(positions):
-        return positions
-    return [positions[i * len(positions) // count] for i in range(count)]
+def answer_proper(text: str, pattern: str | re.Pattern[str] | None) -> str | None:
+    """What of an answer must be right: the last match of a pattern (its first group, where it has one), else all of it.
+
+    Runs of whitespace are one space. None where the pattern matches nothing.
+    """
+    if pattern is None:
+        return " ".join(text.split())
+    compiled = re.compile(pattern)
+    found = list(compiled.finditer(text))
+    return " ".join((found[-1][1 if compiled.groups else 0] or "").split()) if found else None
 
 
 class _Judge:
@@ -149,8 +159,4 @@ class _Judge:
         return wanted is not None and self._proper(answer) == wanted
 
     def _proper(self, tokens: Sequence[int]) -> str | None:
-        text = str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
-        if self.pattern is None:
-            return " ".join(text.split())
-        found = list(self.pattern.finditer(text))
-        return " ".join(found[-1][1 if self.pattern.groups else 0].split()) if found else None
+        return answer_proper(str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)), self.pattern)

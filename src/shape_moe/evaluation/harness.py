@@ -97,9 +97,9 @@ def check_tasks(names: Sequence[str], engine: str = "transformers") -> None:
     Raises:
         UsageError: when lm-eval (or vLLM, where it is to run them) is missing, or a task does not exist.
     """
-    _require("lm_eval", "lm-evaluation-harness", "eval")
+    _require("lm_eval", "lm-evaluation-harness", "lm-eval")
     if engine == "vllm":
-        _require("vllm", "vLLM", "vllm")
+        _require("vllm", "vLLM", "vllm==0.32.0")
     with _quietly():
         check_exist(names)
 
@@ -142,7 +142,7 @@ def run_tasks(
         ShapeMoeError: when lm-eval fails while it runs.
     """
     check_chat_template(options, tokenizer)
-    _require("lm_eval", "lm-evaluation-harness", "eval")
+    _require("lm_eval", "lm-evaluation-harness", "lm-eval")
     with _quietly(), _seeded(seed), _own_limits(model):
         loaded = load_tasks(options.names)
         from lm_eval.models.huggingface import HFLM
@@ -181,8 +181,8 @@ def run_tasks_with_vllm(
     arguments = dict(options.engine_args)
     if selection is not None:
         _refuse_decided(arguments, {"hf_overrides"})
-    _require("lm_eval", "lm-evaluation-harness", "eval")
-    _require("vllm", "vLLM", "vllm")
+    _require("lm_eval", "lm-evaluation-harness", "lm-eval")
+    _require("vllm", "vLLM", "vllm==0.32.0")
     if selection is not None:
         arguments["hf_overrides"] = overrides(path, selection, revision=arguments.get("revision"), force=force)
     # read by vLLM when it is imported, and by its processes: logs go to stderr, and no statistics to its makers
@@ -217,9 +217,9 @@ def _engine(
         gc.collect()
 
 
-def _require(module: str, name: str, extra: str) -> None:
+def _require(module: str, name: str, package: str) -> None:
     if find_spec(module) is None:
-        raise UsageError(f"{name} is not installed: pip install 'shape-moe[{extra}]'.")
+        raise UsageError(f"{name} is not installed: pip install {package}.")
 
 
 def _refuse_decided(arguments: Mapping[str, Any], taken: Collection[str]) -> None:

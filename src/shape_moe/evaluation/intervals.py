@@ -23,6 +23,10 @@ class Estimate:
     low: float
     high: float
 
+    def __post_init__(self) -> None:
+        for name in ("value", "low", "high"):  # NumPy's numbers, however they came about, are shown as plain ones
+            object.__setattr__(self, name, float(getattr(self, name)))
+
     @property
     def has_interval(self) -> bool:
         """Whether the ends are known (not NaN)."""

@@ -12,6 +12,7 @@ from shape_moe.evaluation.intervals import Estimate, examples_for, least_fall
 from shape_moe.evaluation.measures import Health, Measured
 from shape_moe.selection.method import Method
 from shape_moe.selection.selection import Selection
+from shape_moe.units import kl_at_most, readable_kl, readable_share, share_at_most
 
 KINDS = ("max_kl", "max_drop")
 KEEP_RATES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25)
@@ -95,7 +96,7 @@ class Limit:
     def __str__(self) -> str:
         if self.kind == "max_kl":
             return f"a KL divergence of {self.value:g}"
-        return f"a fall of exact match by {self.value:.1%}"
+        return f"a fall of exact match by {readable_share(self.value)}"
 
 
 DEFAULT_LIMIT = Limit("max_kl", 0.02)
@@ -309,10 +310,10 @@ def recommend(points: Sequence[Point], limit: Limit, generate: Callable[[Point],
 
 def _reason(point: Point, limit: Limit, passed_over: int) -> str:
     figure = limit.figure(point.measured)
-    shown = f"{figure.value:.4f} (at most {figure.high:.4f})"
+    shown = f"{readable_kl(figure.value)} (at most {kl_at_most(figure.high)})"
     if limit.kind == "max_drop":
-        shown = f"{figure.value:.1%} (at most {figure.high:.1%})"
-    reason = f"Keep {point.selection.keep:.3f} by {point.method} is the smallest within {limit}: {shown}"
+        shown = f"{readable_share(figure.value)} (at most {share_at_most(figure.high)})"
+    reason = f"Keep {readable_share(point.selection.keep)} by {point.method} is the smallest within {limit}: {shown}"
     if passed_over:
         reason += f"; {passed_over} smaller within the limit, but with unhealthy answers"
     return reason + "."

@@ -14,6 +14,7 @@ from shape_moe.evaluation.generation import Generated
 from shape_moe.evaluation.held_out_set import HeldOutSet
 from shape_moe.evaluation.intervals import Bootstrap, Estimate
 from shape_moe.evaluation.teacher_forced import TeacherForced
+from shape_moe.units import readable_share
 
 Figures = dict[str, Estimate]
 Groups = dict[str, dict[str, Figures]]
@@ -143,10 +144,11 @@ def health(made: Generated, dense: Generated | None, draws: Bootstrap) -> Health
     complaints = []
     for what, ours, theirs in (("loop", made.looped, dense.looped), ("do not end", ~made.ended, ~dense.ended)):
         if ours.mean() > theirs.mean() + HEALTH_LIMIT:
-            complaints.append(f"{ours.mean():.1%} of the answers {what} ({theirs.mean():.1%} of the dense model's)")
-    before, after = float(dense.lengths.mean()), float(made.lengths.mean())
-    if abs(after - before) > LENGTH_LIMIT * max(before, 1.0):
-        complaints.append(f"answers have {after:.1f} tokens on average ({before:.1f} the dense model's)")
+            after, before = (readable_share(float(found.mean())) for found in (ours, theirs))
+            complaints.append(f"{after} of the answers {what} (dense model: {before})")
+    usual, length = float(dense.lengths.mean()), float(made.lengths.mean())
+    if abs(length - usual) > LENGTH_LIMIT * max(usual, 1.0):
+        complaints.append(f"answers have {length:.1f} tokens on average (dense model: {usual:.1f})")
     return Health(
         figures, {"exact_match": draws.share_difference(made.exact, dense.exact)}, made.limit, tuple(complaints)
     )

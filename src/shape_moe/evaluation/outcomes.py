@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from shape_moe.evaluation.falls import Agreement, FreeAnswers, Outcome, Pairs
 from shape_moe.evaluation.generation import Generated
 from shape_moe.evaluation.teacher_forced import TeacherForced
@@ -23,6 +26,7 @@ def outcomes(
     calls: Mapping[int, ToolExample] | None = None,
     calling: Collection[int] = (),
     left_out: Collection[int] = (),
+    measured: NDArray[np.int64] | None = None,
 ) -> list[Outcome]:
     """What was measured, by class.
 
@@ -36,14 +40,17 @@ def outcomes(
         calling: examples whose answer calls a tool. They count for tool calls and not for exact match: a call is right
             when its arguments are, however they are written.
         left_out: examples that do not count, because calibration has seen them or something was chosen by them.
+        measured: tokens of each example at which a lower bound of the KL divergence is known, where ``pruned`` holds
+            such bounds; None where it holds the divergence itself, over all of its tokens.
     """
+    over = pruned.tokens if measured is None else measured
     names = [group or "" for group in groups]
     found = []
     for name in sorted(set(names)):
         rows = [i for i, group in enumerate(names) if group == name and i not in left_out]
         exact = [i for i in rows if i in answered and i not in calling]
         tools = [calls[i] for i in rows if i in calls] if calls else []
-        scored = int(pruned.tokens[rows].sum())
+        scored = int(over[rows].sum())
         found.append(
             Outcome(
                 name,
@@ -53,33 +60,7 @@ def outcomes(
                 float(pruned.kl[rows].sum()) / scored if scored else None,
                 FreeAnswers.of(*answers, rows) if answers else None,
                 compare_calls(tools) or None,
+                kl_is_bound=measured is not None,
             )
         )
     return found
-
-
-def spread_over_classes(groups: Sequence[str | None], positions: Sequence[int], count: int) -> list[int]:
-    """At most ``count`` of the positions: in turn of every class, evenly over each.
-
-    Args:
-        groups: the class of every example.
-        positions: the examples to draw from.
-        count: how many to take.
-    """
-    decks: dict[str, list[int]] = {}
-    for position in positions:
-        decks.setdefault(groups[position] or "", []).append(position)
-    shares = _shares([len(deck) for deck in decks.values()], count)
-    chosen: list[int] = []
-    for deck, share in zip(decks.values(), shares, strict=True):
-        chosen += [deck[i * len(deck) // share] for i in range(share)]
-    return sorted(chosen)
-
-
-def _shares(sizes: list[int], count: int) -> list[int]:
-    """How many of each: as equal as the sizes allow."""
-    shares = [0] * len(sizes)
-    for _ in range(min(count, sum(sizes))):
-        smallest = min((i for i, size in enumerate(sizes) if shares[i] < size), key=lambda i: shares[i])
-        shares[smallest] += 1
-    return shares

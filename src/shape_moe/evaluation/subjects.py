@@ -8,8 +8,13 @@ from os import PathLike
 from pathlib import Path
 
 from shape_moe.architectures.fingerprint import check_fingerprint, fingerprint
+from shape_moe.architectures.gguf_file import is_gguf
+from shape_moe.architectures.gguf_model import GgufModel
+from shape_moe.architectures.same_routers import check_same_model
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
+from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.errors import CheckpointError, UsageError
+from shape_moe.pruning.gguf_slices import embedded_selection
 from shape_moe.scoring.scores import Scores, score_trace
 from shape_moe.selection.agreement import scoring_of
 from shape_moe.selection.selection import Selection, check_against_model, load_selection, open_selection
@@ -32,6 +37,13 @@ class Candidate:
     selection: Selection | None
     trace: Trace | None
 
+    @property
+    def seen(self) -> SeenPrompts:
+        """The prompts that it was made from, as far as its trace or its selection names them."""
+        if self.trace is not None:
+            return SeenPrompts.of_source(self.trace.info.source)
+        return SeenPrompts.of_salts(self.selection.seen if self.selection is not None else None)
+
 
 def open_candidate(given: str | PathLike[str] | Selection, dense: Snapshot, trace: Trace | None = None) -> Candidate:
     """Look at what is to be judged, before any weight is loaded.
@@ -50,17 +62,27 @@ def open_candidate(given: str | PathLike[str] | Selection, dense: Snapshot, trac
         name = f"{given.method} {given.keep:.2f}"
         return _mask(name, given, dense, trace)
     path = Path(given)
-    if path.is_file():
+    if path.is_file() and not is_gguf(path):
         return _mask(_name_of(path), path, dense, trace)
     snapshot = open_snapshot(given)
     if snapshot.config.get("vocab_size") != dense.config.get("vocab_size"):
         raise CheckpointError(f"{given} has another vocabulary than {dense.name}, so the two cannot be compared.")
+    if isinstance(snapshot, GgufModel):
+        return _gguf(snapshot, path, dense, trace)
     folder = Path(snapshot.path) / "shape"
     selection = load_selection(folder / "selection.json") if (folder / "selection.json").is_file() else None
     if selection is not None and selection.fingerprint is not None:
         check_fingerprint(selection.fingerprint, fingerprint(dense), f"The checkpoint {given}", force=True)
     own = folder / "trace"
     return Candidate(path.resolve().name, snapshot, selection, load_trace(own) if own.is_dir() else trace)
+
+
+def _gguf(snapshot: GgufModel, path: Path, dense: Snapshot, trace: Trace | None) -> Candidate:
+    """A GGUF file, with the selection in its metadata where it was pruned here."""
+    selection = embedded_selection(snapshot)
+    if selection is not None and selection.fingerprint is not None and isinstance(dense, GgufModel):
+        check_same_model(selection.fingerprint, selection.model, dense, f"The file {path}", force=True)
+    return Candidate(path.resolve().name, snapshot, selection, trace)
 
 
 def open_candidates(

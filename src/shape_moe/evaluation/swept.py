@@ -109,6 +109,10 @@ class Sweep:
         made = {(p.method.scorer, p.method.rule, p.method.routing, p.kept): p for p in self.points[::-1]}
         return made.get(wanted)
 
+    def recommends(self, selection: Selection | None) -> bool:
+        """Whether a selection is the recommended one; true of none where there is one to recommend."""
+        return self.recommended is not None and self.point_of(selection) == self.points[self.recommended]
+
 
 def read_sweep(path: Path) -> Sweep:
     """Read a sweep's folder or its ``sweep.json``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ from shape_moe.progress import Advance
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from shape_moe.calibration.batches import Batch
 
 
 @dataclass(frozen=True)
@@ -86,32 +88,59 @@ def compare_with_dense(
 def _run(
     model: PreTrainedModel, held_out: HeldOutSet, reference: DenseReference, advance: Advance, *, dense: bool
 ) -> TeacherForced:
-    count = len(held_out.examples)
-    tokens, agree = np.zeros((2, count), dtype=np.int64)
-    nll, kl = np.zeros((2, count))
-    wrong = np.zeros(count, dtype=np.int64)
+    sums = Sums(held_out)
     for number, (positions, batch) in enumerate(held_out.batches()):
-        scored = scored_positions(batch)
-        outputs = scored_outputs(model, batch, scored, entered=dense)
-        row_of, column_of = (index.numpy() for index in scored.nonzero(as_tuple=True))
-        example = np.asarray(positions)[row_of]
-        targets = batch.input_ids[:, 1:][scored]
-        said = None if dense else reference.logits(number, outputs.logits.device)
-        figures = _Rows.measure(outputs, said, targets)
+        outputs = scored_outputs(model, batch, scored_positions(batch), entered=dense)
+        sums.add(positions, batch, outputs, None if dense else reference.logits(number, outputs.logits.device))
         if dense:
             reference.put(number, outputs)
+        advance(len(positions))
+    return sums.result()
+
+
+class Sums:
+    """Teacher-forced sums of one model in the making, batch by batch.
+
+    Args:
+        held_out: the examples.
+    """
+
+    def __init__(self, held_out: HeldOutSet) -> None:
+        self._held_out, count = held_out, len(held_out.examples)
+        self._tokens, self._agree, self._wrong = np.zeros((3, count), dtype=np.int64)
+        self._nll, self._kl = np.zeros((2, count))
+
+    def add(self, positions: Sequence[int], batch: Batch, outputs: Outputs, dense: RowLogits | None) -> None:
+        """Add a batch.
+
+        Args:
+            positions: where its examples stand in the set.
+            batch: the batch.
+            outputs: what the model said at its scored positions.
+            dense: what the dense model said there, None where this is the dense model.
+
+        Raises:
+            ShapeMoeError: when the logits are not finite.
+        """
+        scored = scored_positions(batch)
+        row_of, column_of = (index.numpy() for index in scored.nonzero(as_tuple=True))
+        example = np.asarray(positions)[row_of]
+        figures = _Rows.measure(outputs, dense, batch.input_ids[:, 1:][scored])
         ends = np.array([len(row.tokens) for row in batch.examples])
         for row, position in enumerate(positions):
             if batch.examples[row].spans:
-                ends[row] = batch.examples[row].prompt_length + len(held_out.response(position))
+                ends[row] = batch.examples[row].prompt_length + len(self._held_out.response(position))
         counts = column_of + 1 < ends[row_of]
-        np.add.at(tokens, example, 1)
-        np.add.at(nll, example, figures.nll)
-        np.add.at(kl, example, figures.kl)
-        np.add.at(agree, example, figures.agree)
-        np.add.at(wrong, example, ~figures.right & counts)
-        advance(len(positions))
-    return TeacherForced(tokens, nll, kl, agree, (wrong == 0) & (tokens > 0))
+        np.add.at(self._tokens, example, 1)
+        np.add.at(self._nll, example, figures.nll)
+        np.add.at(self._kl, example, figures.kl)
+        np.add.at(self._agree, example, figures.agree)
+        np.add.at(self._wrong, example, ~figures.right & counts)
+
+    def result(self) -> TeacherForced:
+        """The sums over all batches so far."""
+        exact = (self._wrong == 0) & (self._tokens > 0)
+        return TeacherForced(self._tokens, self._nll, self._kl, self._agree, exact)
 
 
 @dataclass(frozen=True)

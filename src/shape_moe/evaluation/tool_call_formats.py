@@ -129,7 +129,7 @@ def _named(name: str, arguments: Any) -> ToolCall:
     if arguments is None:
         return ToolCall(name, None, _NOT_JSON)
     if not isinstance(arguments, Mapping):
-        return ToolCall(name, None, "its arguments are no mapping")
+        return ToolCall(name, None, "its arguments are not a mapping")
     if _too_deep(arguments):
         return ToolCall(name, None, "its arguments are nested too deep")
     return ToolCall(name, arguments)

@@ -34,7 +34,7 @@ def call_problem(call: ToolCall, tools: Tools) -> str | None:
     except ValidationError as error:
         return str(error.message)
     except (SchemaError, Unresolvable, RecursionError) as error:
-        raise ValueError(f"the parameters of {call.name} are no JSON schema: {error}") from error
+        raise ValueError(f"the parameters of {call.name} are not a JSON schema: {error}") from error
     return None
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from shape_moe.calibration.records import Record
 from shape_moe.calibration.responses import greedy_answers, pad_token_id
-from shape_moe.evaluation.outcomes import FREE_ANSWERS, spread_over_classes
+from shape_moe.evaluation.outcomes import FREE_ANSWERS
+from shape_moe.evaluation.spread import spread_over_classes
 from shape_moe.evaluation.tool_call_formats import Calls, Tools, calls_of_message, parse_calls
 from shape_moe.evaluation.tool_calls import ToolExample
 from shape_moe.progress import Advance

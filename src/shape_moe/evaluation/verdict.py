@@ -14,12 +14,14 @@ from shape_moe.evaluation.falls import CALLS, Fall, FreeAnswers, Outcome
 from shape_moe.evaluation.intervals import examples_for, quantile
 from shape_moe.evaluation.measures import HEALTH_LIMIT, LENGTH_LIMIT
 from shape_moe.text import one_line
-from shape_moe.units import capitalised, counted, readable_kl, readable_share, share_at_most
+from shape_moe.units import capitalised, counted, kl_at_least, readable_kl, readable_share, share_at_most
 
 MAX_DROP = 0.02
 """The fall that a model may have and still be called safe, unless told otherwise."""
 DAMAGE = 0.1
 """A model whose fall is surely above this is damaged."""
+FEWEST_LOST = 2
+"""A class may be damaged when it lost so many examples, and more than :data:`DAMAGE` of them."""
 FEWEST = 4
 """With fewer examples a class is not measured."""
 FEWEST_SAFE = 30
@@ -73,6 +75,13 @@ class Verdict:
         return sorted(found, key=lambda fall: (-fall.fall.value, -fall.fall.high, fall.name, fall.figure))
 
     @property
+    def suspects(self) -> tuple[str, ...]:
+        """The classes that are damaged, or seem to be by what was counted, worst first."""
+        found = [fall.name for fall in self.falls if _seems_damaged(fall)]
+        found += [entry.name for entry in self.outcomes if entry.answers is not None and _is_broken(entry.answers)]
+        return tuple(name for name in dict.fromkeys(found) if name)
+
+    @property
     def answers(self) -> FreeAnswers | None:
         """The free answers of all classes together."""
         made = [outcome.answers for outcome in self.outcomes if outcome.answers is not None]
@@ -84,8 +93,7 @@ class Verdict:
         Raises:
             UsageError: for another requirement.
         """
-        if requirement not in REQUIREMENTS:
-            raise UsageError(f"--require takes {' or '.join(REQUIREMENTS)}, not {requirement!r}.")
+        check_requirement(requirement)
         return self.word in REQUIREMENTS[requirement]
 
     @property
@@ -120,6 +128,7 @@ class Verdict:
                     "pruned": fall.shares[1],
                     "fall": fall.fall.to_document(),
                     "kl": fall.kl,
+                    "kl_is_bound": fall.kl_is_bound,
                 }
                 for fall in self.falls
             ],
@@ -147,6 +156,16 @@ def not_measured(reason: str, advice: str = "", *, max_drop: float = MAX_DROP) -
     return Verdict(Word.NOT_MEASURED, reason, advice, max_drop)
 
 
+def check_requirement(requirement: str) -> None:
+    """Whether a verdict can be required.
+
+    Raises:
+        UsageError: for another word than ``safe`` and ``no-loss``.
+    """
+    if requirement not in REQUIREMENTS:
+        raise UsageError(f"--require takes {' or '.join(REQUIREMENTS)}, not {requirement!r}.")
+
+
 def check_max_drop(max_drop: float) -> None:
     """Whether a fall can be allowed.
 
@@ -171,7 +190,7 @@ def decide(outcomes: Sequence[Outcome], *, max_drop: float = MAX_DROP, notes: Se
     check_max_drop(max_drop)
     comparisons = max(1, len(_falls(outcomes, quantile())))
     judged = _Judged(Verdict(Word.NOT_MEASURED, "", "", max_drop, comparisons, tuple(outcomes)))
-    for rule in (judged.unmeasured, judged.damaged, judged.safe, judged.loss, judged.no_loss):
+    for rule in (judged.unmeasured, judged.damaged, judged.safe, judged.loss, judged.suspected, judged.no_loss):
         found = rule()
         if found is not None:
             word, reason, advice = found
@@ -214,7 +233,7 @@ class _Judged:
     def damaged(self) -> _Found:
         advice = "keep more experts, or calibrate with more examples"
         for name, answers in self.unhealthy:
-            if answers.excess >= 2 and answers.excess > DAMAGE * answers.count:
+            if _is_broken(answers):
                 return Word.DAMAGED, f"{_of(name)}{_broken(answers)}.", f"{capitalised(advice)}{_such(name)}."
         for fall in self.falls:
             if fall.figure != CALLS and fall.fall.low > DAMAGE:
@@ -240,6 +259,20 @@ class _Judged:
                 return Word.LOSS, reason + _fallen(fall), f"{advice}{_such(fall.name)}."
         for name, answers in self.unhealthy:
             return Word.LOSS, f"{_of(name)}{_broken(answers)}.", f"{advice}{_such(name)}."
+        return None
+
+    def suspected(self) -> _Found:
+        for fall in self.falls:
+            if fall.name and _seems_damaged(fall):
+                dense, pruned = (readable_share(share) for share in fall.shares)
+                needed = f"judge by {self._needed():,} examples of each class to know"
+                return (
+                    Word.LOSS,
+                    f"Class {fall.name} may be damaged: {fall.figure} falls from {dense} to {pruned} over "
+                    f"{counted(fall.examples, 'example')}, which are too few to rule out chance; a loss of up to "
+                    f"{share_at_most(fall.fall.high)} is not excluded.",
+                    f"Keep more experts, or calibrate with more examples of {fall.name}; {needed}.",
+                )
         return None
 
     def no_loss(self) -> _Found:
@@ -293,7 +326,8 @@ def describe_fall(fall: Fall) -> str:
         text += ", no fall"
     high = share_at_most(max(fall.fall.high, 0.0)).removesuffix(" %")
     text += f" (at least {readable_share(fall.fall.low).removesuffix(' %')}, " if fall.fall.low > 0 else " ("
-    kl = "" if fall.kl is None else f", KL {readable_kl(fall.kl)}"
+    shown = kl_at_least if fall.kl_is_bound else readable_kl
+    kl = "" if fall.kl is None else f", KL {shown(fall.kl)}"
     return f"{text}at most {high}){kl}, {counted(fall.examples, 'example')}"
 
 
@@ -318,8 +352,8 @@ def describe_answers(answers: FreeAnswers) -> str:
     text += f"{endless} {'does' if endless == 1 else 'do'} not end (dense {endless_before}); "
     if answers.median_divergence is None:
         return f"{text}all are the dense model's, token for token"
-    same = answers.count - len(answers.divergences)
-    return f"{text}{same} {_are(same)} the dense model's, the others part after {answers.median_divergence:.0f} tokens"
+    same, after = answers.count - len(answers.divergences), counted(round(answers.median_divergence), "token")
+    return f"{text}{same} {_are(same)} the dense model's, the others part after {after}"
 
 
 def _fallen(fall: Fall) -> str:
@@ -335,6 +369,19 @@ def _silent(outcomes: Sequence[Outcome], fall: Fall) -> str:
     """That a model makes no calls any more, where that is so."""
     made = next((outcome.calls or {} for outcome in outcomes if outcome.name == fall.name), {}).get("made")
     return "It calls no tools any more. " if made is not None and made.dense > 0 == made.pruned else ""
+
+
+def _seems_damaged(fall: Fall) -> bool:
+    """Whether more than 10 points were lost, surely or of examples too few to be sure: two of them at least."""
+    if fall.figure == CALLS:
+        return False
+    few = fall.examples < FEWEST_SAFE and round(fall.fall.value * fall.examples, 6) >= FEWEST_LOST
+    return fall.fall.low > DAMAGE or (few and fall.fall.value > DAMAGE)
+
+
+def _is_broken(answers: FreeAnswers) -> bool:
+    """Whether so many more answers than the dense model's loop or do not end that the model is damaged."""
+    return answers.excess >= 2 and answers.excess > DAMAGE * answers.count
 
 
 def _broken(answers: FreeAnswers) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 from msgspec import Meta
@@ -14,15 +14,16 @@ from shape_moe.evaluation.harness import TaskOptions
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.method import Method, Routing
-from shape_moe.tracing.trace import SegmentWeights
+from shape_moe.tracing.token_weights import TokenWeights
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model: its name in results, and where and how it is loaded."""
+    """A model: its name in results, and where (with its revision on the hub) and how it is loaded."""
 
     name: str
     model: str
+    revision: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
@@ -113,7 +114,8 @@ class ExperimentConfig:
         keep: keep rates.
         evaluation: what selections are judged by.
         seed: draws samples and resamples.
-        weights: how much prompt and response tokens count in scores.
+        weights: how much tokens count in scores; None leaves it to the scorers.
+        pool_classes: whether classes of the calibration data are added up instead of joined by their maximum.
         output: the folder for results, None where the file names none.
     """
 
@@ -124,7 +126,8 @@ class ExperimentConfig:
     keep: tuple[float, ...]
     evaluation: tuple[EvaluationSpec, ...]
     seed: int = 0
-    weights: SegmentWeights = field(default_factory=SegmentWeights)
+    weights: TokenWeights | None = None
+    pool_classes: bool = False
     output: str | None = None
 
     @property
@@ -143,7 +146,8 @@ class ExperimentConfig:
 
     def scoring(self, method: SeededMethod) -> ScoreOptions:
         """How a method's scorer is run."""
-        return ScoreOptions(self.weights, self.seed if method.seed is None else method.seed)
+        seed = self.seed if method.seed is None else method.seed
+        return ScoreOptions(self.weights, seed, pool_classes=self.pool_classes)
 
     def echo(self) -> dict[str, Any]:
         """Everything that decides the results, for JSON."""

@@ -34,7 +34,7 @@ from shape_moe.made_with import made_with
 from shape_moe.progress import Progress
 from shape_moe.selection.select import SelectOptions, TraceSelector
 from shape_moe.selection.selection import Selection
-from shape_moe.units import readable_duration
+from shape_moe.units import counted, readable_duration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,6 +74,8 @@ class Grid:
         self.plan, self.digest, self.folder, self.progress = plan, digest, folder, progress
         self.known: Journal[Document] = Journal(folder / CELLS_FILE, "cell", "figures")
         self.clock = _Clock(plan.config.cells, progress)
+        if done := sum(place[-1] != _DENSE for place in self.known):
+            progress.note(f"{counted(done, 'judged selection')} already done by the interrupted run.")
 
     def run(self) -> Document:
         """Judge every cell that is not known yet, and put the document together."""

@@ -86,7 +86,8 @@ def make_plan(config: ExperimentConfig) -> Plan:
             data = spec.tracing.data
             held_out[spec.name], left_out[spec.name] = fresh_records(data, seen, data.samples or HELD_OUT_SAMPLES)
     snapshots = {
-        spec.name: open_snapshot(spec.model, trust_remote_code=spec.trust_remote_code) for spec in config.models
+        spec.name: open_snapshot(spec.model, spec.revision, trust_remote_code=spec.trust_remote_code)
+        for spec in config.models
     }
     plan = Plan(config, snapshots, calibration, held_out, left_out)
     for model in config.models:

@@ -34,9 +34,10 @@ from shape_moe.literal_paths import expand_home
 from shape_moe.reporting.experiment_tables import EXAMPLE_METRICS, GENERATED
 from shape_moe.scoring.registry import get_scorer
 from shape_moe.selection.method import Method, check_routing
-from shape_moe.selection.rules import get_rule
+from shape_moe.selection.rules import check_by_priority
 from shape_moe.selection.select import SelectOptions
-from shape_moe.tracing.trace import SegmentWeights
+from shape_moe.tracing.token_weights import token_weights
+from shape_moe.units import share_from
 
 _RANDOM = "random"
 
@@ -63,8 +64,11 @@ class _Grid:
     routings: list[str] = field(default_factory=lambda: ["drop"])
     random_seeds: list[int] | None = None
     seed: int = 0
-    prompt_weight: float = 1.0
-    response_weight: float = 1.0
+    prompt_weight: float | None = None
+    response_weight: float | None = None
+    predicting_weight: float | None = None
+    other_weight: float | None = None
+    pool_classes: bool = False
     output: str | None = None
 
 
@@ -79,11 +83,19 @@ class _Judged:
     answer_pattern: str | None = None
 
 
+def _rate(given: Any) -> Any:
+    """A keep rate written as a percentage as its number; whatever else it is, as it is."""
+    share = share_from(given) if isinstance(given, str) else None
+    return given if share is None else share
+
+
 class _Reader:
     """Turns the file's sections into specs."""
 
     def __init__(self, top: YamlSection, base: Path) -> None:
         self.top, self.base = top, base
+        if isinstance(rates := top.content.get("keep"), list):
+            top.content["keep"] = [_rate(rate) for rate in rates]
         self.grid = top.take(_Grid)
 
     def config(self) -> ExperimentConfig:
@@ -105,7 +117,14 @@ class _Reader:
         with top.naming("routings"):
             routings = tuple(check_routing(routing) for routing in grid.routings)
         with top.naming():
-            weights = SegmentWeights(grid.prompt_weight, grid.response_weight)
+            weights = token_weights(
+                {
+                    "prompt": grid.prompt_weight,
+                    "response": grid.response_weight,
+                    "predicting": grid.predicting_weight,
+                    "other": grid.other_weight,
+                }
+            )
         return ExperimentConfig(
             models=models,
             calibration=calibration,
@@ -115,6 +134,7 @@ class _Reader:
             evaluation=evaluation,
             seed=grid.seed,
             weights=weights,
+            pool_classes=grid.pool_classes,
             output=None if grid.output is None else str(self.base / grid.output),
         )
 
@@ -209,7 +229,7 @@ class _Reader:
             with top.naming("methods" if grid.methods else "scorers"):
                 get_scorer(scorer)
             with top.naming("methods" if grid.methods else "rules"):
-                get_rule(rule)
+                check_by_priority(rule)
         seeds = grid.random_seeds or (grid.seed,)
         return tuple(
             SeededMethod(scorer, rule, seed=seed)

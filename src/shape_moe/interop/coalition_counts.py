@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.architectures.snapshot import Snapshot
-from shape_moe.calibration.batches import FOLDS, RESPONSE, SEGMENTS
+from shape_moe.calibration.batches import CELLS, FOLDS, RESPONSE
 from shape_moe.errors import DataError
 from shape_moe.interop.converted import converted_info
 from shape_moe.interop.reference import read_layers
@@ -25,6 +26,8 @@ from shape_moe.tracing.trace import Trace
 
 _SET = re.compile(r"[(\[]?\s*\d+(\s*,\s*\d+)*\s*,?\s*[)\]]?")
 _LARGEST = 2**53
+_CELL = CELLS.index("response")
+"""All tokens are counted as response; which of them predict one is not known."""
 _FOLD = 1
 """Everything is counted in one odd fold: the half of the even ones is empty, so no stability is claimed."""
 
@@ -56,12 +59,12 @@ def read_coalitions(file: Path, snapshot: Snapshot) -> Trace:
             f"{totals.max():g}; the file is not complete."
         )
     kind = np.result_type(*(table.counts for table in tables.values()))
-    shape = (len(tables), len(SEGMENTS), FOLDS)
+    shape = (len(tables), 1, len(CELLS), FOLDS)
     tokens, layer_tokens = np.zeros((*shape, snapshot.moe.num_experts), kind), np.zeros(shape, kind)
     for row, table in enumerate(tables.values()):
         counts = table.counts[:, RESPONSE]
-        np.add.at(tokens[row, RESPONSE, _FOLD], table.members, counts[:, None])
-        layer_tokens[row, RESPONSE, _FOLD] = counts.sum()
+        np.add.at(tokens[row, 0, _CELL, _FOLD], table.members, counts[:, None])
+        layer_tokens[row, 0, _CELL, _FOLD] = counts.sum()
     info = converted_info(
         snapshot,
         engine="a file of coalition counts",
@@ -69,7 +72,7 @@ def read_coalitions(file: Path, snapshot: Snapshot) -> Trace:
         examples=0,
         source={"data": str(file)},
     )
-    return Trace(info, {"tokens": tokens, "layer_tokens": layer_tokens}, tables)
+    return Trace(replace(info, cells=2), {"tokens": tokens, "layer_tokens": layer_tokens}, tables)
 
 
 def coalitions_text(trace: Trace) -> str:
@@ -77,9 +80,9 @@ def coalitions_text(trace: Trace) -> str:
     document = {
         str(layer): {
             ",".join(map(str, members)): count
-            for members, count in zip(table.members.tolist(), table.weighted(1, 1).tolist(), strict=True)
+            for members, count in zip(table.members.tolist(), table.weighted().tolist(), strict=True)
         }
-        for layer, table in trace.coalitions.items()
+        for layer, table in ((layer, table.pooled()) for layer, table in trace.coalitions.items())
     }
     return json.dumps(document, indent=2)
 

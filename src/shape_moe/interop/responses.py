@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.architectures.snapshot import Snapshot
-from shape_moe.calibration.batches import FOLDS, SEGMENTS
+from shape_moe.calibration.batches import CELLS, FOLDS, SEGMENTS
 from shape_moe.errors import DataError
 from shape_moe.interop.converted import converted_info
-from shape_moe.interop.routed_experts import Served, decode_response, segments_of
+from shape_moe.interop.routed_experts import Served, cells_of, decode_response
 from shape_moe.progress import SILENT, Progress
 from shape_moe.tracing.coalitions import CoalitionTable, merge_tables, tabulate
-from shape_moe.tracing.trace import Array, Trace
+from shape_moe.tracing.stored_statistics import Array
+from shape_moe.tracing.trace import Trace
 
 _COMPACT_ROWS = 50_000
 """Tokens whose experts are kept as they are before they are counted: memory does not grow with the file."""
@@ -77,7 +78,7 @@ def read_responses(file: Path, snapshot: Snapshot, *, skip_bad: bool = False, pr
         "skipped": skipped,
     }
     tables, statistics = tally.tables(), tally.statistics()
-    by_segment = statistics["layer_tokens"][0].sum(axis=1)
+    by_segment = statistics["layer_tokens"][0, 0].reshape(len(SEGMENTS), -1).sum(axis=1)
     tokens = {name: float(count) for name, count in zip(SEGMENTS, by_segment, strict=True)}
     info = converted_info(snapshot, engine=engine, tokens=tokens, examples=tally.examples, source=source)
     return Trace(info, statistics, dict(zip(info.layers, tables, strict=True)))
@@ -103,7 +104,7 @@ class _Tally:
     """Counts over responses, dealt into folds by their position."""
 
     def __init__(self, layers: tuple[int, ...], num_experts: int, top_k: int) -> None:
-        self.shape = (len(layers), len(SEGMENTS), FOLDS)
+        self.shape = (len(layers), 1, len(CELLS), FOLDS)
         self.examples = 0
         self._experts = num_experts
         self._tokens = np.zeros((*self.shape, num_experts), dtype=np.int64)
@@ -118,20 +119,22 @@ class _Tally:
         """Count one response."""
         fold = self.examples % FOLDS
         rows = np.arange(self.shape[0])[None, :, None] * self._experts
-        for segment, ids in segments_of(served):
+        for cell, ids in cells_of(served):
             counts = np.bincount((rows + ids).ravel(), minlength=self.shape[0] * self._experts)
-            self._tokens[:, segment, fold] += counts.reshape(self.shape[0], self._experts)
-            self._layer_tokens[:, segment, fold] += len(ids)
+            self._tokens[:, 0, cell, fold] += counts.reshape(self.shape[0], self._experts)
+            self._layer_tokens[:, 0, cell, fold] += len(ids)
             self._ids.append(ids)
-            self._cells.append(np.full(len(ids), segment * FOLDS + fold))
+            self._cells.append(np.full(len(ids), cell * FOLDS + fold))
         self.examples += 1
         if sum(len(ids) for ids in self._ids) > _COMPACT_ROWS:
             self._compact()
 
     def _compact(self) -> None:
-        members, cells = np.concatenate(self._ids), np.concatenate(self._cells)
+        members = np.concatenate(self._ids)
+        cells, folds = np.divmod(np.concatenate(self._cells), FOLDS)
+        segments, predicting = np.divmod(cells, len(SEGMENTS))
         for row, table in enumerate(self._tables):
-            new = tabulate(members[:, row], cells // FOLDS, cells % FOLDS)
+            new = tabulate(members[:, row], segments, folds, predicting)
             self._tables[row] = merge_tables([table, new], [1, 1])
         self._ids, self._cells = [], []
 

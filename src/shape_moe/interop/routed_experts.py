@@ -36,11 +36,13 @@ class Served:
         engine: what answered.
         prompt: int16 [P, L, k], experts of the prompt tokens, ascending; rows of L are the model's MoE layers.
         responses: int16 [R, L, k] for every choice, experts of the response tokens that went through the model.
+        answered: whether there is any response token, so that the last prompt token predicts one.
     """
 
     engine: Engine
     prompt: NDArray[np.int16]
     responses: tuple[NDArray[np.int16], ...]
+    answered: bool = True
 
 
 def decode_response(response: Mapping[str, Any], snapshot: Snapshot, where: str) -> Served:
@@ -68,7 +70,7 @@ def decode_response(response: Mapping[str, Any], snapshot: Snapshot, where: str)
             "one prompt and be answered whole, its prompt included."
         )
     checked = [_check(array, snapshot, where) for array in arrays]
-    return Served(engines.pop(), checked[0][:prompt], tuple(array[prompt:] for array in checked))
+    return Served(engines.pop(), checked[0][:prompt], tuple(array[prompt:] for array in checked), output > 0)
 
 
 def _payloads(response: Mapping[str, Any], where: str) -> list[str]:
@@ -174,8 +176,13 @@ def _check(array: NDArray[np.integer], snapshot: Snapshot, where: str) -> NDArra
     return ranked
 
 
-def segments_of(served: Served) -> Iterator[tuple[int, NDArray[np.int16]]]:
-    """The parts of a response, each with its segment (0 prompt, 1 response)."""
-    yield 0, served.prompt
+def cells_of(served: Served) -> Iterator[tuple[int, NDArray[np.int16]]]:
+    """The parts of a response, each with its cell (see :data:`shape_moe.calibration.batches.CELLS`).
+
+    The last response token never went through the model, so every one that did is followed by another.
+    """
+    last = len(served.prompt) - (1 if served.answered else 0)
+    yield 0, served.prompt[:last]
+    yield 1, served.prompt[last:]
     for response in served.responses:
-        yield 1, response
+        yield 3, response

@@ -25,6 +25,7 @@ from shape_moe.selection.select import SelectOptions, TraceSelector
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.engine import every_statistic
 from shape_moe.tracing.trace import Trace
+from shape_moe.units import readable_kl
 
 AUTO_METHODS = (
     ("easy-ep", "uniform"),
@@ -110,7 +111,7 @@ def auto_select(
         search = Search(bench, selector, options_of, methods, limit, size, progress)
         selection, record = _closest(search, asked.keep) if options.limit is None else _smallest(search)
         record |= {"examples": len(bench.held_out.examples), "split": plan.sentence}
-        return replace(selection, choice=record)
+        return plan.told(replace(selection, choice=record))
 
 
 def methods_to_try(
@@ -201,16 +202,18 @@ def _entry(point: Point) -> dict[str, Any]:
 
 def _reason(points: list[Point], best: int, tied: list[int]) -> str:
     chosen, point = tied[0], points[tied[0]]
-    reason = f"{point.method} with a KL divergence of {_kl(point):.4f} on held-out examples"
+    reason = f"{point.method} with a KL divergence of {readable_kl(_kl(point))} on held-out examples"
     if len(tied) > 1:
         others = [str(points[i].method) for i in tied if i != chosen]
         reason += f"; within noise of it: {', '.join(others[:_NAMED])}"
         reason += f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
         if chosen != best:
-            reason += f" (best by its figure: {points[best].method}, {_kl(points[best]):.4f}; ties go to the "
+            reason += f" (best by its figure: {points[best].method}, {readable_kl(_kl(points[best]))}; ties go to the "
             reason += "benchmark's preference)"
     beaten = [i for i in range(len(points)) if i not in tied]
     if beaten:
         nearest = min(beaten, key=lambda i: _kl(points[i]))
-        reason += f"; clearly behind, nearest first: {points[nearest].method} with {_kl(points[nearest]):.4f}"
+        figure = readable_kl(_kl(points[nearest]))
+        reason += f"; clearly behind, nearest first: {points[nearest].method}"
+        reason += f" with {figure}" if figure != readable_kl(_kl(point)) else ""
     return reason + "."

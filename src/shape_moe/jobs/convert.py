@@ -27,6 +27,7 @@ def convert(
     out: str | PathLike[str],
     *,
     model: str | PathLike[str] | None = None,
+    revision: str | None = None,
     kind: str | None = None,
     to: str | None = None,
     skip_bad: bool = False,
@@ -39,6 +40,7 @@ def convert(
         source: server responses, coalition counts or selected experts; or a trace or selection of ours.
         out: a folder where a trace is made, a file otherwise.
         model: the model that the source is about; responses and coalition counts need it.
+        revision: branch, tag or commit of that model, where it is on the hub.
         kind: what the source is, one of :data:`shape_moe.interop.kinds.KINDS`; by default its content tells.
         to: ``shape-moe`` or ``reference``; by default the other one of what the source is.
         skip_bad: leave responses that cannot be used out, and count them.
@@ -54,12 +56,12 @@ def convert(
     """
     path, target = Path(source), Path(out)
     found = _kind(path, kind)
-    _check_request(path, found, model, to, skip_bad=skip_bad)
+    _check_request(path, found, model, revision, to, skip_bad=skip_bad)
     if found in FILLERS:
         check_output(target, force=force, inputs=[path, *([model] if model else [])])
     else:
         _check_file(target, path, force=force)
-    snapshot = open_snapshot(model) if model else None
+    snapshot = open_snapshot(model, revision) if model else None
     if found == "trace":
         trace = load_trace(path)
         write_text(target, coalitions_text(trace))
@@ -83,11 +85,19 @@ def _kind(source: Path, kind: str | None) -> Kind:
 
 
 def _check_request(
-    source: Path, kind: Kind, model: str | PathLike[str] | None, to: str | None, *, skip_bad: bool
+    source: Path,
+    kind: Kind,
+    model: str | PathLike[str] | None,
+    revision: str | None,
+    to: str | None,
+    *,
+    skip_bad: bool,
 ) -> None:
     wanted: Target = "reference" if kind in _OURS else "shape-moe"
     if to not in (None, "shape-moe", "reference"):
         raise UsageError(f"--to must be shape-moe or reference, not {to!r}.")
+    if revision is not None and model is None:
+        raise UsageError("--revision says which version of --model is meant: name the model, or leave it out.")
     if to not in (None, wanted):
         raise UsageError(f"{source} ({kind}) is in that format already; it converts with --to {wanted}.")
     if kind in FILLERS and model is None:

@@ -13,7 +13,6 @@ from shape_moe.architectures.sizes import measure
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.reading import load_records
 from shape_moe.calibration.records import DataOptions, Record
-from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.calibration.sources import Data
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.evaluation.bench import Bench
@@ -21,6 +20,7 @@ from shape_moe.evaluation.conclusion import conclude
 from shape_moe.evaluation.evaluated import ALSO, TASK, Evaluated, Evaluation
 from shape_moe.evaluation.faithfulness import FEWEST_RANDOM, Faithfulness, faithfulness
 from shape_moe.evaluation.footprint import Workload, measure_footprint
+from shape_moe.evaluation.forgotten import general_records
 from shape_moe.evaluation.generation import Generated, GenerationOptions
 from shape_moe.evaluation.harness import TaskOptions, check_chat_template, check_tasks, run_tasks, run_tasks_with_vllm
 from shape_moe.evaluation.questions import Questions, Replies
@@ -29,6 +29,7 @@ from shape_moe.evaluation.task_results import TaskResult, task_changes
 from shape_moe.evaluation.teacher_forced import TeacherForced
 from shape_moe.evaluation.verdict import MAX_DROP, Verdict, check_max_drop
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES, held_out_set
+from shape_moe.jobs.judging_plan import JudgingPlan, check_minutes, plan_judging
 from shape_moe.jobs.session import ExampleOptions, ModelSession, as_example_options, load_original
 from shape_moe.jobs.trace import open_trace
 from shape_moe.made_with import MadeWith
@@ -50,11 +51,13 @@ class EvaluateOptions:
         by: field of the records whose classes are judged one by one.
         generation: how models answer freely, None for not at all.
         tasks: tasks of lm-evaluation-harness, None for none.
-        footprint: what to time, None to leave memory and speed out.
+        footprint: what to time, None to leave memory and speed out; other work on the machine spoils the figures.
         faithfulness: how many random selections every selection is compared with, 0 for none.
         trace: trace of selections given as files, and of checkpoints that hold none; faithfulness needs one.
         max_drop: the fall, as a share, that the verdict *safe* allows.
         general: ask general prompts of many kinds as well: what was forgotten off the task.
+        minutes: the longest that judging may take: of what would take longer, less is judged, and that is said; None
+            for any time. Loading, tasks, memory and speed are not counted.
         seed: draws samples, resamples and random selections.
     """
 
@@ -62,15 +65,17 @@ class EvaluateOptions:
     by: str | None = None
     generation: GenerationOptions | None = field(default_factory=GenerationOptions)
     tasks: TaskOptions | None = None
-    footprint: Workload | None = field(default_factory=Workload)
+    footprint: Workload | None = None
     faithfulness: int = 0
     trace: str | None = None
     max_drop: float = MAX_DROP
     general: bool = True
+    minutes: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_max_drop(self.max_drop)
+        check_minutes(self.minutes)
         if self.faithfulness and self.faithfulness < FEWEST_RANDOM:
             raise UsageError(f"Faithfulness needs at least {FEWEST_RANDOM} random selections, not {self.faithfulness}.")
 
@@ -81,6 +86,7 @@ def evaluate(
     *,
     data: ExampleOptions | DataOptions | Data | None = None,
     options: EvaluateOptions | None = None,
+    revision: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -95,6 +101,7 @@ def evaluate(
         data: held-out examples: a file (of which at most 400 records are used), or options that say more; None where
             tasks alone are asked for.
         options: see :class:`EvaluateOptions`.
+        revision: branch, tag or commit of the dense model, where it is on the hub.
         device: where to run; what ``data`` says of it counts where it is :class:`ExampleOptions`.
         dtype: in which dtype; likewise.
         trust_remote_code: run the code that comes with the model instead of Transformers' own, where there is some.
@@ -118,7 +125,7 @@ def evaluate(
                 raise UsageError("--by and --stratify name different fields; leave one of them out.")
             tracing = replace(tracing, data=replace(tracing.data, stratify=options.by))
         device, dtype = tracing.device, tracing.dtype
-    snapshot = open_snapshot(model, trust_remote_code=trust_remote_code)
+    snapshot = open_snapshot(model, revision, trust_remote_code=trust_remote_code)
     trace = open_trace(options.trace, snapshot, progress, force=True) if options.trace is not None else None
     known = open_candidates(candidates, snapshot, trace)
     if options.tasks is not None:
@@ -177,7 +184,7 @@ class _Run:
 
     def _warn_of_overlap(self, records: list[Any], data: DataOptions) -> None:
         for entry in self.candidates:
-            seen = SeenPrompts.of_source(entry.trace.info.source).count(records) if entry.trace else 0
+            seen = entry.seen.count(records)
             if seen:
                 self.notes.append(
                     f"{seen} of {len(records)} examples of {data.name} were used to calibrate {entry.name}: its "
@@ -231,8 +238,9 @@ class _Run:
         """The dense model and all masks on it, and what faithfulness says of every selection."""
         if self.session is not None:
             model = self.session.model
-            self.benches = self._open_benches(self.session)
-            self._ask_dense(self.session)
+            plan = self._plan(self.session)
+            self.benches = self._open_benches(self.session, plan)
+            self._ask_dense(self.session, plan)
         else:
             model = load_original(self.snapshot, self.device, self.dtype, self.progress)
         dense = Evaluated(self.snapshot.name, "dense", None, self.snapshot.total_bytes)
@@ -250,23 +258,40 @@ class _Run:
             self.session.unload()
         return models, checks
 
-    def _open_benches(self, session: ModelSession) -> dict[str, Bench]:
-        sources = {TASK: session.calibrator}
+    def _plan(self, session: ModelSession) -> JudgingPlan:
+        """How much is judged; how long that takes is said."""
+        generation, others = self.options.generation, len(self.candidates)
+        plan = plan_judging(
+            session,
+            session.calibrator,
+            answers=generation.examples if generation else 0,
+            general=len(general_records()) if self.options.general and others else 0,
+            others=others,
+            minutes=self.options.minutes,
+        )
+        self.progress.note(f"{plan.sentence}.")
+        self.notes += [plan.note] if plan.note else []
+        return plan
+
+    def _open_benches(self, session: ModelSession, plan: JudgingPlan) -> dict[str, Bench]:
+        sources, generation = {TASK: plan.maker}, self.options.generation
         if self.options.also is not None:
             sources[ALSO] = session.calibrator_of(load_records(self.options.also, self.progress), self.options.also)
+        if generation is not None:
+            generation = replace(generation, examples=max(1, min(generation.examples, plan.amounts.answers)))
         return {
             name: Bench(
                 session.model,
                 session.tokenizer,
                 held_out_set(session, maker, maker.data.name),
-                generation=self.options.generation,
+                generation=generation,
                 seed=self.options.seed,
                 progress=self.progress,
             )
             for name, maker in sources.items()
         }
 
-    def _ask_dense(self, session: ModelSession) -> None:
+    def _ask_dense(self, session: ModelSession, plan: JudgingPlan) -> None:
         """Let the dense model answer what a bench does not ask."""
         by_index = {record.index: record for record in session.calibrator.records}
         self.asked = [by_index[example.index] for example in self.benches[TASK].held_out.examples]
@@ -275,7 +300,8 @@ class _Run:
                 session.model,
                 session.calibrator.tokeniser,
                 self.asked,
-                general=self.options.general,
+                general=plan.amounts.general,
+                most=plan.amounts.calls,
                 batch_size=session.options.answers.batch_size,
                 progress=self.progress,
             )
@@ -285,7 +311,7 @@ class _Run:
         size = round(self.size.at_keep(entry.selection.kept))
         found = Evaluated(entry.name, "mask", entry.selection, size)
         with masked(model, entry.selection):
-            replies = self._ask(found, model)
+            replies = self._ask(found, model, entry)
             found.tasks = self._tasks(model)
         self._judge(found, entry.selection, replies)
         return found
@@ -296,12 +322,14 @@ class _Run:
             model = load_model(snapshot, device=self.device, dtype=self.dtype, note=self.progress.note)
             advance(1)
         found = Evaluated(entry.name, "checkpoint", entry.selection, snapshot.total_bytes)
-        self._judge(found, model, self._ask(found, model))
+        self._judge(found, model, self._ask(found, model, entry))
         found.tasks = self._tasks(model)
         return found
 
-    def _ask(self, found: Evaluated, model: PreTrainedModel) -> Replies:
-        return self.questions.ask(model, found.name) if self.questions is not None else Replies()
+    def _ask(self, found: Evaluated, model: PreTrainedModel, entry: Candidate) -> Replies:
+        if self.questions is None:
+            return Replies()
+        return self.questions.ask(model, found.name, entry.seen)
 
     def _judge(self, found: Evaluated, subject: Selection | PreTrainedModel, replies: Replies) -> None:
         """Figures and verdict over the held-out examples, where there are such."""
@@ -322,8 +350,7 @@ class _Run:
     def _verdict(self, found: Evaluated, sums: TeacherForced, made: Generated | None, replies: Replies) -> Verdict:
         """The verdict over the examples that the model was not made from."""
         bench, generation = self.benches[TASK], self.options.generation
-        trace = next(entry.trace for entry in self.candidates if entry.name == found.name)
-        seen = SeenPrompts.of_source(trace.info.source) if trace is not None else SeenPrompts()
+        seen = next(entry.seen for entry in self.candidates if entry.name == found.name)
         left_out = {i for i, record in enumerate(self.asked) if record in seen}
         theirs = bench.dense_answers
         return conclude(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shape_moe.calibration.example_maker import ExampleMaker
 from shape_moe.calibration.reading import load_records, sample_records
@@ -15,11 +16,21 @@ from shape_moe.evaluation.held_out_set import HeldOutSet
 from shape_moe.jobs.session import ModelSession
 from shape_moe.units import counted
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 HELD_OUT_SAMPLES = 400
 """Records to judge by when nothing else is said."""
 
 
-def held_out_set(session: ModelSession, calibrator: ExampleMaker, name: str, folder: Path | None = None) -> HeldOutSet:
+def held_out_set(
+    session: ModelSession,
+    calibrator: ExampleMaker,
+    name: str,
+    folder: Path | None = None,
+    *,
+    model: PreTrainedModel | None = None,
+) -> HeldOutSet:
     """Tokenise records as the session's are, with answers of the dense model where they lack one.
 
     Args:
@@ -27,6 +38,7 @@ def held_out_set(session: ModelSession, calibrator: ExampleMaker, name: str, fol
         calibrator: the records: those of the session, or of :meth:`ModelSession.calibrator_of`. It runs once.
         name: what to call the set.
         folder: where answers are kept for a later run, None for nowhere.
+        model: knows the model's configuration, where the session's is not in memory; None for the session's.
 
     Raises:
         DataError: when no record can be used, or none has a token to score.
@@ -36,15 +48,16 @@ def held_out_set(session: ModelSession, calibrator: ExampleMaker, name: str, fol
         first = next(iter(calibrator.skipped.values()))
         left_out = counted(len(calibrator.skipped), "record")
         session.progress.note(f"{name}: {left_out} left out; the first: {first}")
+    model = session.model if model is None else model
     group_of = {record.index: record.group for record in calibrator.records}
     return HeldOutSet(
         name=name,
         examples=tuple(examples),
         groups=tuple(group_of[example.index] for example in examples),
         batch_size=session.options.answers.batch_size,
-        pad_id=pad_token_id(session.model, calibrator.tokeniser),
-        stops=stop_ids(session.model),
-        vocabulary=int(session.model.config.vocab_size),
+        pad_id=pad_token_id(model, calibrator.tokeniser),
+        stops=stop_ids(model),
+        vocabulary=int(model.config.vocab_size),
     )
 
 

@@ -52,6 +52,7 @@ class Inspection:
 def inspect_model(
     model: str | PathLike[str],
     *,
+    revision: str | None = None,
     fit: int | None = None,
     context: int = 4096,
     concurrency: int = 1,
@@ -61,6 +62,7 @@ def inspect_model(
 
     Args:
         model: a folder or hub id.
+        revision: branch, tag or commit of a hub model.
         fit: bytes of a device; asks at which precision and keep rate the model fits it.
         context: tokens per sequence in the KV cache.
         concurrency: sequences in the KV cache.
@@ -70,7 +72,7 @@ def inspect_model(
         CheckpointError: when the model is missing or damaged.
         UnsupportedModelError: when it has no experts that could be removed.
     """
-    snapshot = open_headers(model)
+    snapshot = open_headers(model, revision)
     size = measure(snapshot)
     sizes = {rate: size.at_keep(budget_for(rate, size.num_experts)) for rate in keep_rates}
     if fit is None:

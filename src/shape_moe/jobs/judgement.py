@@ -6,29 +6,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from shape_moe.architectures.snapshot import Snapshot
-from shape_moe.calibration.example_maker import options_of
 from shape_moe.calibration.parts import FEWEST, MOST, Parts, three_parts
-from shape_moe.calibration.reading import load_records
-from shape_moe.calibration.records import DataOptions, Record
+from shape_moe.calibration.reading import load, load_records
+from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.seen_prompts import SeenPrompts
-from shape_moe.errors import DataError, UsageError
+from shape_moe.errors import UsageError
 from shape_moe.evaluation.bench import Bench
 from shape_moe.evaluation.conclusion import conclude
 from shape_moe.evaluation.forgotten import Forgotten, general_records
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.outcomes import FREE_ANSWERS
 from shape_moe.evaluation.questions import Questions
-from shape_moe.evaluation.verdict import MAX_DROP, REQUIREMENTS, Verdict, check_max_drop, not_measured
-from shape_moe.jobs.held_out import fresh_records, held_out_set
-from shape_moe.jobs.session import ExampleOptions, ModelSession
-from shape_moe.progress import Progress
+from shape_moe.evaluation.verdict import MAX_DROP, Verdict, check_max_drop, check_requirement, not_measured
+from shape_moe.jobs.held_out import held_out_set
+from shape_moe.jobs.judging_plan import MINUTES, check_minutes, plan_judging
+from shape_moe.jobs.session import ModelSession
+from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.masks import masked
 from shape_moe.selection.selection import Selection
-from shape_moe.tracing.trace import Trace
-from shape_moe.units import capitalised, counted
+from shape_moe.units import capitalised
 
-_ADVICE = "Judge it by examples that it was not made from: shape-moe evaluate MODEL DIR --data FILE."
+ADVICE = "Judge it by examples that it was not made from: shape-moe evaluate MODEL DIR --data FILE."
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,8 @@ class JudgementOptions:
         examples: judge by at most this many.
         answers: let both models answer at most so many of them freely.
         general: ask general prompts as well.
+        minutes: the longest that it may take: of what would take longer, less is judged, and that is said. None for
+            any time.
 
     Raises:
         UsageError: for a ``max_drop`` outside (0, 1), another requirement, and numbers that are too small.
@@ -51,11 +51,13 @@ class JudgementOptions:
     examples: int = MOST
     answers: int = FREE_ANSWERS
     general: bool = True
+    minutes: float | None = MINUTES
 
     def __post_init__(self) -> None:
         check_max_drop(self.max_drop)
-        if self.require is not None and self.require not in REQUIREMENTS:
-            raise UsageError(f"--require takes {' or '.join(REQUIREMENTS)}, not {self.require!r}.")
+        if self.require is not None:
+            check_requirement(self.require)
+        check_minutes(self.minutes)
         if self.examples < FEWEST or self.answers < 1:
             raise UsageError(f"A model is judged by {FEWEST} examples and 1 free answer at least.")
 
@@ -84,7 +86,15 @@ class Judgement:
         }
 
 
-def set_aside(data: DataOptions, options: JudgementOptions, *, choice: int = 0, give_up: bool, seed: int = 0) -> Parts:
+def set_aside(
+    data: DataOptions,
+    options: JudgementOptions,
+    *,
+    choice: int = 0,
+    give_up: bool,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> Parts:
     """Tell the records of a source apart: to calibrate, to choose by and to report by.
 
     Args:
@@ -93,63 +103,34 @@ def set_aside(data: DataOptions, options: JudgementOptions, *, choice: int = 0, 
         choice: how many to choose by.
         give_up: whether the calibration sample may give up records where the source has no others.
         seed: draws the parts.
+        progress: where to say what the source holds.
 
     Raises:
         DataError: when the source cannot be read, or too few records are left to choose by.
     """
     if data.samples is None:
-        everything = load_records(data)
+        everything = load_records(data, progress)
         return three_parts(
             everything, calibration=len(everything), choice=choice, most=options.examples, give_up=give_up, seed=seed
         )
-    wanted = load_records(replace(data, samples=data.samples + choice))
-    more = load_records(replace(data, samples=data.samples + choice + options.examples))
-    known = {record.index for record in wanted}
+    loaded = load(replace(data, samples=data.samples + choice), progress)
+    label = (loaded.label or "") if data.label is None else data.label
+    more = load_records(replace(data, samples=data.samples + choice + options.examples, label=label))
+    wanted, known = loaded.records, {record.index for record in loaded.records}
     beyond = [record for record in more if record.index not in known]
     return three_parts(
         wanted, beyond, calibration=data.samples, choice=choice, most=options.examples, give_up=give_up, seed=seed
     )
 
 
-def unseen_parts(
-    data: DataOptions, trace: Trace | None, chosen_by: Sequence[Record], options: JudgementOptions
-) -> Parts:
-    """Records of a source that nothing has seen, to report by; none, with the reason, where there are none.
-
-    Args:
-        data: the source.
-        trace: what was calibrated on.
-        chosen_by: records that something was chosen by.
-        options: how many to report by.
-    """
-    seen = SeenPrompts.of_source(trace.info.source) if trace is not None else SeenPrompts(complete=False)
-    if not seen.complete:
-        return Parts([], [], [], {"": "the trace does not name its prompts"}, "")
-    both = SeenPrompts((*seen.parts, *SeenPrompts.of_records(chosen_by).parts))
-    try:
-        records, _ = fresh_records(data, both, options.examples)
-    except DataError as error:
-        return Parts([], [], [], {"": str(error).rstrip(".")}, "")
-    return three_parts([], records, calibration=0, most=options.examples, give_up=False, seed=data.seed)
-
-
-def session_of_trace(
-    snapshot: Snapshot, trace: Trace, device: str, dtype: str, progress: Progress
-) -> ModelSession | None:
-    """The full model, reading examples as for a trace; None where the trace does not say where they are."""
-    source = trace.info.source
-    if not source.get("data") or not source.get("prompts"):
-        return None
-    data, tokens, answers = options_of(source)
-    read = ExampleOptions(data, tokens, answers, device=device, dtype=dtype)
-    try:
-        return ModelSession.open(snapshot, read, None, progress, load_records(replace(data, samples=1)))
-    except DataError:  # the examples may be gone since
-        return None
-
-
 def judge_selection(
-    session: ModelSession, parts: Parts, data: DataOptions, selection: Selection, options: JudgementOptions
+    session: ModelSession,
+    parts: Parts,
+    data: DataOptions,
+    selection: Selection,
+    options: JudgementOptions,
+    seen: SeenPrompts | None = None,
+    remarks: Sequence[str] = (),
 ) -> Judgement:
     """Judge a selection as a mask on the dense model, beside that.
 
@@ -159,17 +140,25 @@ def judge_selection(
         data: where they come from.
         selection: what the written model keeps.
         options: see :class:`JudgementOptions`.
+        seen: the prompts that it was calibrated with, None where they are not known.
+        remarks: what else a reader should know.
     """
-    reasons = [f"{group}: {why}" if group else why for group, why in parts.unmeasured.items()]
+    reasons = why_parts_unmeasured(parts)
     if not parts.report:
         return no_judgement(f"{capitalised('; '.join(reasons))}.", options)
     progress = session.progress
-    progress.note(_announcement(len(parts.report), options))
-    notes = [f"Not measured: {reason}." for reason in reasons] + [f"{parts.sentence}."]
-    held_out = held_out_set(session, session.calibrator_of(parts.report, data), "the judgement")
+    general = len(general_records()) if options.general else 0
+    maker = session.calibrator_of(parts.report, data)
+    plan = plan_judging(
+        session, maker, answers=options.answers, calls=options.answers, general=general, minutes=options.minutes
+    )
+    progress.note(f"{plan.sentence}; --no-judge leaves it out.")
+    notes = [*(f"Not measured: {reason}." for reason in reasons), f"{parts.sentence}.", *remarks]
+    notes += [plan.note] if plan.note else []
+    held_out = held_out_set(session, plan.maker, "the judgement")
     by_index = {record.index: record for record in parts.report}
     records = [by_index[example.index] for example in held_out.examples]
-    generation, model = GenerationOptions(options.answers), session.model
+    generation, model = GenerationOptions(plan.amounts.answers), session.model
     with Bench(model, session.tokenizer, held_out, generation=generation, progress=progress) as bench:
         with progress.phase("Judging the pruned model", len(held_out.examples), "example") as advance:
             sums, ours = bench.sums(selection, advance), bench.answers(selection)
@@ -178,13 +167,13 @@ def judge_selection(
             model,
             session.calibrator.tokeniser,
             records,
-            general=options.general,
-            most=options.answers,
+            general=plan.amounts.general,
+            most=plan.amounts.calls,
             batch_size=session.options.answers.batch_size,
             progress=progress,
         )
         with masked(model, selection):
-            replies = questions.ask(model, "the pruned model")
+            replies = questions.ask(model, "the pruned model", seen)
         questions.close()
         verdict = conclude(
             held_out,
@@ -196,16 +185,26 @@ def judge_selection(
             max_drop=options.max_drop,
             notes=notes,
         )
+    if (blamed := _blamed_on_pooling(verdict, selection)) is not None:
+        verdict = replace(verdict, notes=(blamed, *verdict.notes))
     return Judgement(verdict, replies.forgotten)
+
+
+def _blamed_on_pooling(verdict: Verdict, selection: Selection) -> str | None:
+    """What to say where classes were added up and one of them was lost."""
+    if not selection.pooled or not verdict.suspects:
+        return None
+    return (
+        f"Lost most: {', '.join(verdict.suspects)}. The classes were added up, as published, so that one is paid for "
+        "with another: without --preset paper and --pool-classes each is kept for its own sake."
+    )
+
+
+def why_parts_unmeasured(parts: Parts) -> list[str]:
+    """Why classes have no records to report by, each by its name where it has one."""
+    return [f"{group}: {why}" if group else why for group, why in parts.unmeasured.items()]
 
 
 def no_judgement(reason: str, options: JudgementOptions) -> Judgement:
     """The judgement where nothing could be measured."""
-    return Judgement(not_measured(reason, _ADVICE, max_drop=options.max_drop))
-
-
-def _announcement(examples: int, options: JudgementOptions) -> str:
-    """What is about to be done, before it is."""
-    asked = [counted(examples, "example"), f"up to {counted(options.answers, 'free answer')}"]
-    asked += [f"{len(general_records())} general prompts"] if options.general else []
-    return f"To be judged, dense and pruned: {', '.join(asked)}; --no-judge leaves it out."
+    return Judgement(not_measured(reason, ADVICE, max_drop=options.max_drop))

@@ -18,6 +18,7 @@ from shape_moe.jobs.held_out import fresh_records
 from shape_moe.jobs.judgement import JudgementOptions, set_aside
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options
 from shape_moe.progress import Progress
+from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import Trace
 
 
@@ -43,6 +44,11 @@ class SearchPlan:
     def data(self) -> DataOptions:
         """Where the held-out records come from."""
         return self.held_out.data
+
+    def told(self, selection: Selection) -> Selection:
+        """A selection that was chosen by the held-out examples, which then never report on it."""
+        seen = SeenPrompts.of_salts(selection.seen)
+        return replace(selection, seen=seen.with_records(self.held_out.records).by_salt())
 
     def held_out_job(self) -> list[Any]:
         """What decides the held-out examples, for a job file: their content, and which of the source they are."""
@@ -114,7 +120,7 @@ def plan_search(
     if trace is not None:
         known = _prompts_of(trace, progress, others=held_out is not None)
         records, seen = fresh_records(source, known, samples)
-        session = ModelSession.open(snapshot, replace(tracing, data=source), None, progress, records)
+        session = ModelSession.open(snapshot, replace(tracing, data=source, keep_also=()), None, progress, records)
         judged = session.calibrator
     else:
         calibration = load_records(tracing.data, progress)
@@ -167,7 +173,7 @@ def _three_part_plan(
 ) -> SearchPlan:
     """Split one source into examples to calibrate, to choose and to report by."""
     data = replace(tracing.data, samples=tracing.data.samples or DEFAULT_SAMPLES)
-    parts = set_aside(data, judgement, choice=choice, give_up=give_up, seed=seed)
+    parts = set_aside(data, judgement, choice=choice, give_up=give_up, seed=seed, progress=progress)
     session = ModelSession.open(snapshot, tracing, None, progress, parts.calibration)
     session.source_notes[SPLIT_KEY] = parts.sentence
     return SearchPlan(session, None, session.calibrator_of(parts.choice, tracing.data), parts.sentence, parts)

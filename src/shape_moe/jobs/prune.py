@@ -10,44 +10,62 @@ from pathlib import Path
 from typing import Any
 
 from shape_moe.architectures.fingerprint import fingerprint, layout_fingerprint
+from shape_moe.architectures.gguf_model import GgufModel
+from shape_moe.architectures.layered_model import why_not_layered
 from shape_moe.architectures.loading import free_memory, release_memory
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.parts import Parts
 from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.sources import Data
-from shape_moe.errors import ShapeMoeError, UsageError
+from shape_moe.errors import DataError, ShapeMoeError, UsageError
 from shape_moe.jobs.auto import ChoiceOptions, auto_select, methods_to_try
+from shape_moe.jobs.closing import card_facts, commands_after
 from shape_moe.jobs.judgement import (
     Judgement,
     JudgementOptions,
     judge_selection,
     no_judgement,
-    session_of_trace,
     set_aside,
+)
+from shape_moe.jobs.judging_examples import (
+    OTHERS,
+    Unseen,
+    examples_given,
+    examples_of_trace,
+    seen_by,
+    session_for,
     unseen_parts,
 )
+from shape_moe.jobs.layered_judgement import judge_layer_by_layer
+from shape_moe.jobs.measure import measured_curves
 from shape_moe.jobs.planning import SearchPlan, held_out_tracing, plan_search
+from shape_moe.jobs.pruned_place import PrunedPlace, place_of
 from shape_moe.jobs.select import as_select_options, check_options
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options, load_original
 from shape_moe.jobs.trace import kept_trace, open_trace
+from shape_moe.jobs.way import check_measurable, check_whole
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import Canary, CanaryResult
 from shape_moe.pruning.compare import file_hash
 from shape_moe.pruning.logits import check_logits, masked_answers, why_no_logits
 from shape_moe.pruning.writers import Writer, what_is_left_out, writer_for
-from shape_moe.reporting.model_card import CardFacts, write_card
-from shape_moe.selection.rules import budget_for
+from shape_moe.reporting.model_card import write_card
+from shape_moe.reporting.opening import Opening
+from shape_moe.selection.layer_curves import load_curves
+from shape_moe.selection.method import PUBLISHED_SAMPLES, Method
+from shape_moe.selection.rules import budget_for, check_by_priority, get_rule
 from shape_moe.selection.select import SelectOptions, select_from_trace
 from shape_moe.selection.selection import Selection, completed, load_selection, open_selection
 from shape_moe.serving.manifest import write_manifest
 from shape_moe.tracing.trace import Trace
 from shape_moe.units import capitalised, readable_size
-from shape_moe.workspace import Workspace, check_output, write_json
+from shape_moe.workspace import Workspace, write_json
 
-PAPER_SAMPLES = 25
+PAPER_SAMPLES = PUBLISHED_SAMPLES
 """Calibration examples of the published experiments."""
 _DISK_MARGIN = 64 * 2**20
-_REJECTED = ".rejected"
+GGUF_METHOD = Method(routing="reroute", target="stock")
+"""How a GGUF file is pruned when nothing else is said: llama.cpp loads equal counts only."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +74,13 @@ class PruneOptions:
 
     Attributes:
         select: how experts are chosen; None when a finished selection is given.
-        trace: the calibration set and how to trace; None when a trace or a selection is given. Its device and dtype
-            are overruled by those below.
+        trace: the calibration set and how to trace; None when a trace or a selection is given. Its device, dtype
+            and stream are overruled by those below.
         device: where to trace and to compare logits.
         dtype: in which dtype.
         trust_remote_code: run the code that comes with the original instead of Transformers' own, where there is some.
+        stream: trace and judge layer by layer (True), or with the whole model in memory (False); None decides by free
+            memory.
         choice: how candidates are judged where scorer or keep rate are left to the tool, None where they are not.
         judgement: how the pruned model is judged, None for not at all.
         check_logits: compare the pruned model's logits with the masked original's, where both fit in memory.
@@ -72,6 +92,7 @@ class PruneOptions:
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
+    stream: bool | None = None
     choice: ChoiceOptions | None = None
     judgement: JudgementOptions | None = field(default_factory=JudgementOptions)
     check_logits: bool = True
@@ -83,7 +104,7 @@ class PruneResult:
     """A pruned checkpoint.
 
     Attributes:
-        path: its folder.
+        path: its folder, or its GGUF file.
         selection: what it keeps.
         target: ``ragged`` or ``stock``.
         bytes_before: size of the original's tensors.
@@ -93,6 +114,8 @@ class PruneResult:
         notes: what the user should know.
         judgement: what pruning did to the model, None where it was not judged.
         rejected: whether the model is not as good as it was required to be, and stands in ``DIR.rejected``.
+        opening: the lines that terminal, model card and report open with.
+        following: commands to type next.
     """
 
     path: Path
@@ -105,6 +128,8 @@ class PruneResult:
     notes: tuple[str, ...] = ()
     judgement: Judgement | None = None
     rejected: bool = False
+    opening: Opening | None = None
+    following: tuple[str, ...] = ()
 
 
 @dataclass
@@ -120,6 +145,7 @@ class _Run:
         plan: which examples calibrate and which judge candidates, where those are to be judged.
         parts: the examples told apart, where nothing is chosen by some of them.
         session: what traces the calibration set, where that is given.
+        judge: what reads examples that only judge, where such are given.
         notes: what the user should know.
     """
 
@@ -131,6 +157,7 @@ class _Run:
     plan: SearchPlan | None = None
     parts: Parts | None = None
     session: ModelSession | None = None
+    judge: ModelSession | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -139,12 +166,12 @@ class _Run:
         if self.options.select is not None:
             return self.options.select.method.target
         assert self.chosen is not None
-        return self.chosen.target
+        return "stock" if isinstance(self.snapshot, GgufModel) else self.chosen.target
 
     @property
     def writer(self) -> Writer:
         """What writes the result."""
-        return writer_for(self.target)
+        return writer_for(self.snapshot, self.target)
 
 
 def prune(
@@ -167,8 +194,8 @@ def prune(
     held-out examples first; with a finished trace, ``data`` says where those come from.
 
     Args:
-        model: a folder or hub id.
-        out: folder of the pruned checkpoint.
+        model: a folder, a GGUF file or a hub id.
+        out: folder of the pruned checkpoint; of a GGUF file the pruned file.
         options: see :class:`PruneOptions`.
         data: calibration set: a file, folder or data set, a list of dictionaries or a ``datasets.Dataset`` (of which at
             most 25 records are used), or options that say more.
@@ -181,21 +208,25 @@ def prune(
     Raises:
         ShapeMoeError: when something is wrong; the message says what to do, and nothing stands under ``out``.
     """
-    options = _complete_options(options or PruneOptions(), data, keep)
+    place = place_of(model, out)
+    options = _complete_options(options or PruneOptions(), data, keep, gguf=place.file is not None)
     _check_request(options, trace, selection)
     inputs: list[str | PathLike[str]] = [p for p in (model, trace, selection) if isinstance(p, str | PathLike)]
     inputs += options.trace.data.files if options.trace else []
-    check_output(Path(out).absolute(), force=options.force, inputs=inputs)
-    if options.judgement is not None and options.judgement.require is not None:
-        place = Path(out).absolute()
-        check_output(place.with_name(place.name + _REJECTED), force=options.force)
+    rejects = options.judgement is not None and options.judgement.require is not None
+    place.check(inputs, force=options.force, rejects=rejects)
     free_memory(options.device)
     run = _Run(open_snapshot(model, revision, trust_remote_code=options.trust_remote_code), options, progress)
     _open_inputs(run, trace, selection)
     inputs += [run.snapshot.path, *(run.plan.data.files if run.plan else [])]
-    with Workspace(out, _job(run, trace), force=options.force, inputs=inputs) as work:
+    with Workspace(place.folder, _job(run, trace), force=options.force, inputs=inputs) as work:
         _check_disk(run, work.path)
-        return _carry_out(run, work)
+        return _carry_out(run, work, place)
+
+
+def _makes_curves(asked: SelectOptions) -> bool:
+    """Whether layers have to be measured before a budget can be shared out."""
+    return get_rule(asked.method.rule).by_curves and asked.curves is None
 
 
 def _open_inputs(
@@ -214,15 +245,19 @@ def _open_inputs(
     run.plan = _plan_choice(snapshot, options, run.trace, run.progress)
     if run.plan is not None:
         run.session = run.plan.session
+    elif options.trace is not None and (trace is not None or selection is not None):
+        run.judge = session_for(options.trace, snapshot, run.progress)
     elif options.trace is not None:
+        if options.select is not None and _makes_curves(options.select):
+            check_measurable(snapshot, options.trace)
         records = None
         if options.judgement is not None:
-            run.parts = set_aside(options.trace.data, options.judgement, give_up=False)
+            run.parts = set_aside(options.trace.data, options.judgement, give_up=False, progress=run.progress)
             records = run.parts.calibration
         run.session = ModelSession.open(snapshot, options.trace, None, run.progress, records)
 
 
-def _carry_out(run: _Run, work: Workspace) -> PruneResult:
+def _carry_out(run: _Run, work: Workspace, place: PrunedPlace) -> PruneResult:
     """The phases: trace, select, ask the masked original, write, ask the result the same, describe."""
     artifacts = work.path / "shape"
     artifacts.mkdir(exist_ok=True)
@@ -237,19 +272,31 @@ def _carry_out(run: _Run, work: Workspace) -> PruneResult:
     logits = None
     if canary is not None:
         canary.save(artifacts / "canary.json")
-        logits = check_logits(canary, work.path, run.options.device, run.options.dtype, run.progress)
+        logits = check_logits(canary, written.path, run.options.device, run.options.dtype, run.progress)
     before, after = run.snapshot.total_bytes, written.size
-    said = tuple(judgement.lines()) if judgement is not None else ()
-    facts = CardFacts(run.snapshot.name, before, after, selection, run.target, run.trace, left_out, said)
+    facts = card_facts(run.snapshot.name, (before, after), selection, run.trace, left_out, judgement, place.file)
     write_card(work.path, facts)
     if judgement is not None:
         write_json(artifacts / "judgement.json", judgement.to_document())
     write_manifest(work.path, run.snapshot, run.target, written.hashes, canary_missing=logits_skipped)
     required = run.options.judgement.require if run.options.judgement is not None else None
     rejected = required is not None and judgement is not None and not judgement.verdict.satisfies(required)
-    path = work.complete(suffix=_REJECTED if rejected else "")
-    notes = tuple(run.notes)
-    return PruneResult(path, selection, run.target, before, after, logits, logits_skipped, notes, judgement, rejected)
+    path = place.complete(work, rejected=rejected)
+    following = () if rejected else tuple(commands_after(facts, path))
+    return PruneResult(
+        path,
+        selection,
+        run.target,
+        before,
+        after,
+        logits,
+        logits_skipped,
+        tuple(run.notes),
+        judgement,
+        rejected,
+        facts.opening,
+        following,
+    )
 
 
 def _check_request(
@@ -263,26 +310,41 @@ def _check_request(
     if options.choice is not None:
         if selection is not None or (options.trace is None and trace is None):
             raise UsageError("Scorer auto and limits choose on held-out examples: give data (--data) or a trace.")
-    elif sum(given is not None for given in (options.trace, trace, selection)) != 1:
+        for rule in (*(options.choice.rules or ()), *([options.select.method.rule] if options.select else [])):
+            check_by_priority(rule)
+    elif sum(given is not None for given in (trace, selection)) > 1:
+        raise UsageError("--trace and --selection exclude each other; give one of them.")
+    elif options.trace is None and trace is None and selection is None:
+        raise UsageError("Give calibration data (--data), a trace (--trace) or a selection (--selection).")
+    elif options.trace is not None and options.judgement is None and (trace is not None or selection is not None):
+        raise UsageError("Beside a trace or a selection, data (--data) only judge: leave them out without judgement.")
+    asked = options.select
+    if asked is not None and _makes_curves(asked) and options.trace is None:
         raise UsageError(
-            "Give exactly one of: calibration data (--data), a trace (--trace), a selection (--selection)."
+            f"Rule {asked.method.rule} needs layer curves: make them with `shape-moe measure` and give them by "
+            "--curves, or start from --data, whose examples are then measured."
         )
     if (options.select is None) != (selection is not None):
         raise UsageError("Give a keep rate (--keep or --fit) with data or a trace, and none with a selection.")
 
 
 def _complete_options(
-    options: PruneOptions, data: ExampleOptions | DataOptions | Data | None, keep: float | None
+    options: PruneOptions, data: ExampleOptions | DataOptions | Data | None, keep: float | None, *, gguf: bool
 ) -> PruneOptions:
     if data is not None:
         samples = DEFAULT_SAMPLES if options.choice else PAPER_SAMPLES
         options = replace(options, trace=as_example_options(data, samples))
     if keep is not None:
-        options = replace(options, select=as_select_options(keep))
+        select = as_select_options(keep)
+        if gguf:
+            select = replace(select, method=GGUF_METHOD, allow_rounding=True)
+        options = replace(options, select=select)
     if options.select is None and options.choice is not None and options.choice.limit is not None:
         options = replace(options, select=as_select_options(1.0))  # the limit decides how many are kept
     if options.trace is not None:
-        options = replace(options, trace=replace(options.trace, device=options.device, dtype=options.dtype))
+        options = replace(
+            options, trace=replace(options.trace, device=options.device, dtype=options.dtype, stream=options.stream)
+        )
     return options
 
 
@@ -295,7 +357,8 @@ def _plan_choice(
         return None
     seed = select.scoring.seed
     tracing = held_out_tracing(options.trace, trace, choice.held_out, seed)
-    tracing = replace(tracing, device=options.device, dtype=options.dtype)
+    tracing = replace(tracing, device=options.device, dtype=options.dtype, stream=options.stream)
+    check_whole(snapshot, tracing)
     plan = plan_search(
         snapshot,
         tracing,
@@ -352,7 +415,7 @@ def _trace(run: _Run, folder: Path) -> None:
         replace(run.trace, info=replace(run.trace.info, canary=[])).save(folder)
     elif (session := run.session) is not None:
         if (folder / "trace.json").is_file():
-            run.progress.note("Going on with the trace of the interrupted run.")
+            run.progress.note("Using the trace that the interrupted run has made.")
         run.trace = kept_trace(lambda: session, folder)
 
 
@@ -363,7 +426,7 @@ def _selected(run: _Run, work: Path) -> Selection:
     if run.plan is not None and run.options.choice is not None:
         folder, file = work / "candidates.partial", work / "shape" / "selection.json"
         if file.is_file():
-            run.progress.note("Going on with the selection that the interrupted run has chosen.")
+            run.progress.note("Using the selection that the interrupted run has chosen.")
             chosen = load_selection(file)
         else:
             folder.mkdir(exist_ok=True)
@@ -374,34 +437,64 @@ def _selected(run: _Run, work: Path) -> Selection:
         shutil.rmtree(folder, ignore_errors=True)
         run.progress.note(f"Chosen: {chosen.choice['reason'] if chosen.choice else ''}")
         return chosen
-    return select_from_trace(run.trace, run.options.select)
+    asked = run.options.select
+    if _makes_curves(asked):
+        assert run.session is not None, "checked before"
+        file = work / "shape" / "curves.json"
+        if not file.is_file():
+            measured_curves(run.session, run.trace, asked.method, asked.scoring, run.progress).save(file)
+        asked = replace(asked, curves=load_curves(file))
+    return select_from_trace(run.trace, asked)
 
 
 def _judged(run: _Run, selection: Selection) -> Judgement:
     """What pruning did to the model, while the full model is (or can be) loaded."""
     options, device, dtype = run.options.judgement, run.options.device, run.options.dtype
     assert options is not None
-    if run.session is None:
+    if run.session is None and run.judge is None:
         reason = why_no_logits(run.snapshot, device, dtype)
-        if reason:
+        if reason and why_not_layered(run.snapshot):
             return no_judgement(f"{capitalised(reason)}.", options)
-        run.session = session_of_trace(run.snapshot, run.trace, device, dtype, run.progress) if run.trace else None
-    if run.session is None:
-        return no_judgement("There are no examples that the model was not made from.", options)
-    parts, data, chosen_by = run.parts, run.session.options.data, []
-    if run.plan is not None:
-        parts, data, chosen_by = run.plan.parts, run.plan.data, run.plan.held_out.records
-    if parts is None:
-        parts = unseen_parts(data, run.trace, chosen_by, options)
-    return judge_selection(run.session, parts, data, selection, options)
+    try:
+        found = _unseen(run, selection, options)
+    except DataError as error:
+        return no_judgement(str(error), options)
+    run.session = found.session
+    notes = [found.note] if found.note else []
+    if found.session.reads_layers:
+        return judge_layer_by_layer(found.session, found.parts, found.data, selection, options, notes)
+    seen = seen_by(run.trace, selection)
+    return judge_selection(found.session, found.parts, found.data, selection, options, seen, notes)
+
+
+def _unseen(run: _Run, selection: Selection, options: JudgementOptions) -> Unseen:
+    """The examples that the model is judged by.
+
+    Raises:
+        DataError: saying why there are none.
+    """
+    seen, session = seen_by(run.trace, selection), run.session
+    if run.judge is not None:
+        return examples_given(run.judge, seen, options)
+    if run.plan is not None and session is not None:
+        data, chosen_by = run.plan.data, run.plan.held_out.records
+        return Unseen(session, data, run.plan.parts or unseen_parts([data], seen, chosen_by, options))
+    if session is not None and run.parts is not None:
+        return Unseen(session, session.options.data, run.parts)
+    if run.trace is None:
+        raise DataError(f"There are no examples that played no part in making the model. {OTHERS}.")
+    where = {"device": run.options.device, "dtype": run.options.dtype, "stream": run.options.stream}
+    return examples_of_trace(run.snapshot, run.trace, options, where, run.progress)
 
 
 def _canary(run: _Run, selection: Selection) -> tuple[Canary | None, str | None]:
     """The masked original's answers, while the full model is (or can be) loaded; else None, and why."""
-    options, session = run.options, run.session
+    options, session = run.options, run.session or run.judge
     reason = None if options.check_logits else "--no-logits was given"
     if reason is None and session is None:
         reason = why_no_logits(run.snapshot, options.device, options.dtype)
+    if reason is None and session is not None and session.reads_layers:
+        reason = why_no_logits(run.snapshot, options.device, options.dtype) or "--stream was given"
     if reason is not None:
         run.notes.append(f"Logits were not compared: {reason}.")
         return None, reason

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 
 from shape_moe.architectures.fingerprint import check_fingerprint
+from shape_moe.architectures.gguf_file import is_gguf
 from shape_moe.architectures.moe_config import find_family
 from shape_moe.architectures.sizes import measure
 from shape_moe.architectures.snapshot import Snapshot, open_headers, open_snapshot
 from shape_moe.architectures.tensor_names import tensor_role
-from shape_moe.errors import ShapeMoeError, UsageError
+from shape_moe.errors import DataError, ShapeMoeError, UsageError
 from shape_moe.evaluation.evaluated import read_evaluation
-from shape_moe.evaluation.swept import SWEEP_FILE, read_sweep
-from shape_moe.jobs.select import is_table
+from shape_moe.evaluation.forgotten import Forgotten
+from shape_moe.evaluation.result_file import read_result
+from shape_moe.evaluation.swept import read_sweep
+from shape_moe.evaluation.verdict import Verdict
+from shape_moe.jobs.pruned_place import beside
+from shape_moe.jobs.report_sources import Found, Place, find_all, find_source
+from shape_moe.json_file import read_json
 from shape_moe.progress import SILENT, Progress
-from shape_moe.reporting.html import plotly_script, render_report
+from shape_moe.reporting.demo_rows import whole_demo
+from shape_moe.reporting.experiment_tables import whole_experiment
+from shape_moe.reporting.html import render_report
 from shape_moe.reporting.material import Material, Sizes
 from shape_moe.scoring.registry import scorers
 from shape_moe.scoring.scores import Scores, read_scores, score_trace
@@ -26,8 +35,6 @@ from shape_moe.selection.agreement import scoring_of
 from shape_moe.selection.selection import Selection, check_against_model, load_selection
 from shape_moe.tracing.trace import Trace, load_trace
 from shape_moe.workspace import check_output_file, write_text
-
-Place = str | PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -45,19 +52,8 @@ class ReportResult:
     size: int
 
 
-@dataclass(frozen=True)
-class _Found:
-    """What lies at the source."""
-
-    trace: Path | None = None
-    table: Path | None = None
-    selection: Path | None = None
-    sweep: Path | None = None
-    checkpoint: Path | None = None
-
-
 def report(
-    source: Place,
+    source: Place | Sequence[Place],
     out: Place = "report.html",
     *,
     selection: Place | Selection | None = None,
@@ -70,7 +66,9 @@ def report(
     """Write an HTML report: one file that is looked at in a browser, without a network.
 
     Args:
-        source: a pruned checkpoint's folder, a trace, a table of values (``.csv``) or a sweep's folder.
+        source: anything that a verb wrote: a pruned checkpoint's folder, a trace, a selection, a table of values
+            (``.csv``), the folder or file of a sweep, an evaluation, an experiment or a demonstration; or several of
+            these. What is of one model is shown together, as far as there is one of each kind.
         out: the file.
         selection: a selection to show, where the source does not hold one.
         sweep: a sweep's folder or its ``sweep.json``.
@@ -80,59 +78,51 @@ def report(
         progress: where to show progress.
 
     Raises:
-        UsageError: when plotly is not installed, the output exists, the source is nothing that can be shown, or inputs
-            contradict each other.
+        UsageError: when the output exists, the source is nothing that can be shown, or inputs contradict each other.
         ShapeMoeError: when an input is damaged, or was made from another model.
     """
     file = Path(out)
     file.parent.mkdir(parents=True, exist_ok=True)
     check_output_file(file, force=force)
-    plotly_script()
-    found = _find(Path(source), selection, sweep)
-    with progress.phase("Reading and scoring", 1, "source") as advance:
-        material = _gather(str(source), found, selection, evaluation, model, force=force)
-        advance(1)
+    sources = [source] if isinstance(source, str | PathLike) else list(source)
+    if not sources:
+        raise UsageError("Give at least one source to report on.")
+    with progress.phase("Reading and scoring", len(sources), "source") as advance:
+        if len(sources) == 1:
+            found = find_source(Path(sources[0]), selection, sweep)
+            if found.evaluation is not None and evaluation is not None:
+                raise UsageError(f"{sources[0]} is an evaluation already: leave --evaluation out.")
+            materials = [_gather(found, selection, evaluation or found.evaluation, model, force=force)]
+        else:
+            if isinstance(selection, Selection):
+                raise UsageError("Beside several sources, give the selection as a file.")
+            more = [place for place in (selection, sweep, evaluation) if place is not None]
+            together = find_all([*sources, *more])
+            materials = [_gather(found, None, found.evaluation, model, force=force) for found in together]
+        advance(len(sources))
     with progress.phase("Writing the report", 1, "page") as advance:
-        page, names = render_report(material)
+        page, names = render_report(materials)
         write_text(file, page)
         advance(1)
     return ReportResult(file, tuple(names), file.stat().st_size)
 
 
-def _find(source: Path, selection: Place | Selection | None, sweep: Place | None) -> _Found:
-    given = Path(sweep) if sweep is not None else None
-    if is_table(source):
-        if not source.is_file():
-            raise UsageError(f"There is no file {source}.")
-        return _Found(table=source, sweep=given)
-    if (source / SWEEP_FILE).is_file():
-        if given is not None:
-            raise UsageError(f"{source} is a sweep already: leave --sweep out.")
-        trace, recommended = source / "trace", source / "recommended.json"
-        return _Found(
-            trace=trace if trace.is_dir() else None,
-            selection=recommended if selection is None and recommended.is_file() else None,
-            sweep=source,
-        )
-    if (source / "trace.json").is_file():
-        return _Found(trace=source, sweep=given)
-    chosen = source / "shape" / "selection.json"
-    if chosen.is_file():
-        if selection is not None:
-            raise UsageError(f"{source} is a pruned checkpoint and holds its selection: leave --selection out.")
-        trace = source / "shape" / "trace"
-        return _Found(trace=trace if trace.is_dir() else None, selection=chosen, sweep=given, checkpoint=source)
-    if not source.exists():
-        raise UsageError(f"There is no folder or file {source}.")
-    raise UsageError(
-        f"{source} is neither a pruned checkpoint (shape/selection.json), a trace (trace.json), a sweep ({SWEEP_FILE}) "
-        "nor a table of values (.csv)."
-    )
+def _judgement(checkpoint: Path | None) -> tuple[Verdict | None, Forgotten | None]:
+    """What the job that wrote a checkpoint says of it."""
+    folder = beside(checkpoint) if checkpoint is not None and is_gguf(checkpoint) else checkpoint
+    file = folder / "shape" / "judgement.json" if folder is not None else None
+    if file is None or not file.is_file():
+        return None, None
+    try:
+        document = read_json(file)
+        forgotten = document.get("forgotten")
+        return Verdict.from_document(document), Forgotten.from_document(forgotten) if forgotten else None
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, UsageError) as error:
+        raise DataError(f"{file} is damaged; delete it to get a report without its verdict.") from error
 
 
 def _gather(
-    source: str,
-    found: _Found,
+    found: Found,
     selection: Place | Selection | None,
     evaluation: Place | None,
     model: Place | None,
@@ -142,19 +132,26 @@ def _gather(
     given = selection if selection is not None else found.selection
     chosen = given if isinstance(given, Selection) or given is None else load_selection(given)
     trace = load_trace(found.trace) if found.trace is not None else None
+    verdict, forgotten = _judgement(found.checkpoint)
+    experiment, demo = found.experiment, found.demo
     material = Material(
-        source=source,
+        source=found.source,
         selection=chosen,
         trace=trace,
         sweep=read_sweep(found.sweep) if found.sweep is not None else None,
         evaluation=read_evaluation(Path(evaluation)) if evaluation is not None else None,
         given_model=str(model) if model is not None else None,
+        checkpoint=found.checkpoint is not None,
+        verdict=verdict,
+        forgotten=forgotten,
+        experiment=read_result(experiment, experiment.name, "experiment", whole_experiment) if experiment else None,
+        demo=read_result(demo, demo.name, "demo", whole_demo) if demo else None,
     )
     _check_origin(material, force=force)
     rivals = _rivals(trace, chosen) if trace is not None else ()
     scores, remarks = _values(found, trace, chosen, rivals)
     if chosen is not None and scores is not None:
-        _check_shape(chosen, scores, source)
+        _check_shape(chosen, scores, found.source)
     sizes = _sizes(found.checkpoint, chosen, model) or _swept_sizes(material)
     return replace(material, scores=scores, rivals=rivals, sizes=sizes, remarks=tuple(remarks))
 
@@ -174,7 +171,7 @@ def _check_origin(material: Material, *, force: bool) -> None:
 
 
 def _values(
-    found: _Found, trace: Trace | None, selection: Selection | None, rivals: tuple[Scores, ...]
+    found: Found, trace: Trace | None, selection: Selection | None, rivals: tuple[Scores, ...]
 ) -> tuple[Scores | None, list[str]]:
     """The values to show, and what to say where they are not those that the selection was made with.
 
@@ -189,7 +186,7 @@ def _values(
     wanted, remarks = selection.scorer if selection is not None else usual, []
     if wanted not in scorers():
         remarks.append(
-            f"The selection was made by {wanted!r}, which is no scorer of this installation: the values shown are "
+            f"The selection was made by {wanted!r}, which is not a scorer of this installation: the values shown are "
             f"those of the scorer {usual}."
         )
         wanted = usual

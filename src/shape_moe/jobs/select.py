@@ -8,6 +8,7 @@ from pathlib import Path
 
 from shape_moe.architectures.moe_config import RouterFacts
 from shape_moe.errors import UsageError
+from shape_moe.progress import Progress
 from shape_moe.scoring.registry import ScoreOptions, get_scorer
 from shape_moe.scoring.scores import Scores, read_scores, score_trace
 from shape_moe.selection.select import SelectOptions, check_feasible, select_from_scores, select_from_trace
@@ -23,12 +24,30 @@ def as_select_options(given: SelectOptions | float) -> SelectOptions:
     return given if isinstance(given, SelectOptions) else SelectOptions(keep=given)
 
 
-def score(source: str | PathLike[str] | Trace, scorer: str = "shape", options: ScoreOptions | None = None) -> Scores:
-    """Score a trace (a folder or an object), or read a table of values.
+def opened(source: str | PathLike[str], progress: Progress) -> Trace | Scores:
+    """A trace or a table of values by its path; what there is to know of a trace is noted.
+
+    Raises:
+        ShapeMoeError: when it cannot be read.
+    """
+    if is_table(source):
+        return read_scores(source)
+    trace = load_trace(source)
+    for remark in trace.remarks:
+        progress.note(remark)
+    return trace
+
+
+def score(
+    source: str | PathLike[str] | Trace | Scores, scorer: str = "shape", options: ScoreOptions | None = None
+) -> Scores:
+    """Score a trace (a folder or an object), or read a table of values (values that are there already stay).
 
     Raises:
         ShapeMoeError: when the source or the scorer does not exist, or does not fit the other.
     """
+    if isinstance(source, Scores):
+        return source
     if isinstance(source, Trace):
         return score_trace(source, scorer, options)
     if is_table(source):

@@ -27,6 +27,7 @@ from shape_moe.made_with import MadeWith
 from shape_moe.progress import SILENT, Progress
 from shape_moe.scoring.registry import ScoreOptions, get_scorer
 from shape_moe.selection.method import Method
+from shape_moe.selection.rules import check_by_priority
 from shape_moe.selection.select import SelectOptions, TraceSelector
 from shape_moe.workspace import Workspace, write_json
 
@@ -64,6 +65,7 @@ class SweepOptions:
             raise UsageError(f"At least one example must be held out, not {self.held_out}.")
         for method in self.methods:
             get_scorer(method.scorer)
+            check_by_priority(method.rule)
             for keep in self.keep_rates or (1.0,):
                 self.select(method, keep)
 
@@ -100,6 +102,7 @@ def sweep(
     data: ExampleOptions | DataOptions | Data | None = None,
     trace: str | PathLike[str] | None = None,
     held_out: DataOptions | Data | None = None,
+    revision: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -117,6 +120,7 @@ def sweep(
             trace, what is to be known about tokens, answers and the device.
         trace: a finished trace.
         held_out: examples to judge by; those whose prompts calibration has seen are left out.
+        revision: branch, tag or commit of a hub model.
         device: where to run; what ``data`` says of it counts where it is :class:`ExampleOptions`.
         dtype: in which dtype; likewise.
         trust_remote_code: run the code that comes with the model instead of Transformers' own, where there is some.
@@ -127,7 +131,8 @@ def sweep(
         ShapeMoeError: when something is wrong; the message says what to do.
     """
     options = options or SweepOptions()
-    snapshot, seed = open_snapshot(model, trust_remote_code=trust_remote_code), options.scoring.seed
+    snapshot = open_snapshot(model, revision, trust_remote_code=trust_remote_code)
+    seed = options.scoring.seed
     traced = open_trace(trace, snapshot, progress, force=force) if trace is not None else None
     judged_by = held_out if isinstance(held_out, DataOptions | None) else DataOptions.of(held_out, seed=seed)
     tracing = held_out_tracing(data, traced, judged_by, seed)
@@ -149,7 +154,7 @@ def sweep(
     }
     with Workspace(out, job, force=force, inputs=inputs) as work:
         result = _swept(snapshot, options, plan, progress, work.path)
-        _write(result, work.path)
+        _write(result, plan, work.path)
         work.complete()
     return result
 
@@ -186,10 +191,10 @@ def _swept(
         return SweepResult(swept.to_document(), advice, limit)
 
 
-def _write(result: SweepResult, folder: Path) -> None:
+def _write(result: SweepResult, plan: SearchPlan, folder: Path) -> None:
     """Write the answer, and remove what only an unfinished sweep needs."""
     write_json(folder / SWEEP_FILE, result.document)
     if result.chosen is not None:
-        result.chosen.selection.save(folder / "recommended.json")
+        plan.told(result.chosen.selection).save(folder / "recommended.json")
     for name in (POINTS_FILE, ANSWERS_FILE):
         (folder / name).unlink(missing_ok=True)

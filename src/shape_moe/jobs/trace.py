@@ -8,7 +8,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shape_moe.architectures.fingerprint import UNVERIFIED, check_fingerprint, fingerprint, layout_fingerprint
+from shape_moe.architectures.fingerprint import UNVERIFIED, layout_fingerprint
+from shape_moe.architectures.same_routers import check_same_model
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.example_maker import ANSWERS_FILE
 from shape_moe.calibration.records import DataOptions
@@ -30,6 +31,7 @@ def trace(
     out: str | PathLike[str] | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    revision: str | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Trace:
@@ -41,19 +43,23 @@ def trace(
             which at most 128 records are used), or options that say more.
         out: folder for the trace; None keeps it in memory.
         tokenizer: the tokenizer of a live model.
+        revision: branch, tag or commit of a hub model.
         force: replace an existing trace at ``out``.
         progress: where to show progress.
+
+    Under ``torchrun`` the first process writes the trace; the others get back what they have made of it.
 
     Raises:
         ShapeMoeError: when something is wrong with the model, the data or the options; the message says what to do.
     """
     options = as_example_options(data, DEFAULT_SAMPLES)
-    session = ModelSession.open(model, options, tokenizer, progress)
-    if out is None:
+    session = ModelSession.open(model, options, tokenizer, progress, revision=revision)
+    if out is None or not session.ranks.leads:
         return session.trace(None)
     inputs: list[str | PathLike[str]] = [*options.data.files, *([session.snapshot.path] if session.snapshot else [])]
     with Workspace(out, {"verb": "trace", **session.job()}, force=force, inputs=inputs) as work:
-        if not (work.path / "trace.json").is_file():  # it is written last
+        # trace.json is written last; other processes wait for this one to begin
+        if session.ranks.count > 1 or not (work.path / "trace.json").is_file():
             session.trace(work.path).save(work.path)
         remove_unfinished(work.path)
         (work.path / ANSWERS_FILE).unlink(missing_ok=True)
@@ -65,16 +71,24 @@ def merge(
     out: str | PathLike[str],
     *,
     weights: Sequence[float] | None = None,
+    pool: bool = False,
     force: bool = False,
 ) -> Trace:
     """Put traces of one model together and write the result.
+
+    Args:
+        traces: their folders.
+        out: folder of the result.
+        weights: one for each, all 1 when left out.
+        pool: they are parts of one data set; else each data set becomes a class of its own.
+        force: replace an existing result.
 
     Raises:
         FingerprintError: when they are of different models.
         UsageError: when weights do not fit, or the output exists.
     """
-    merged = merge_traces([load_trace(path) for path in traces], weights)
-    job = {"verb": "merge", "traces": [str(path) for path in traces], "weights": list(weights or [])}
+    merged = merge_traces([load_trace(path) for path in traces], weights, pool=pool)
+    job = {"verb": "merge", "traces": [str(path) for path in traces], "weights": list(weights or []), "pool": pool}
     with Workspace(out, job, force=force, inputs=traces) as work:
         merged.save(work.path)
         return load_trace(work.complete())
@@ -94,10 +108,16 @@ def open_trace(given: str | PathLike[str], snapshot: Snapshot, progress: Progres
         CheckpointError: when it cannot be read.
     """
     found = load_trace(given)
-    check_fingerprint(found.info.fingerprint, fingerprint(snapshot), f"The trace {given}", force=force)
+    info = found.info
+    told = check_same_model(info.fingerprint, info.model, snapshot, f"The trace {given}", force=force)
+    if told is not None:
+        progress.note(told)
+        return found
     if found.info.layout_fingerprint not in (UNVERIFIED, layout_fingerprint(snapshot)):
         progress.note("The trace was made from another copy of this model (other names, dtypes or shapes of tensors).")
     _check_weights(found, f"The trace {given}", snapshot, progress, force=force)
+    for remark in found.remarks:
+        progress.note(remark)
     return found
 
 

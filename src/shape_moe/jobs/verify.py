@@ -8,11 +8,13 @@ from os import PathLike
 from pathlib import Path
 
 from shape_moe.architectures.fingerprint import check_fingerprint, fingerprint
+from shape_moe.architectures.gguf_file import is_gguf
 from shape_moe.architectures.loading import load_model, load_tokenizer, loaded_bytes, why_not_loadable
 from shape_moe.architectures.moe_config import PRUNING_KEY, MoeConfig, read_moe_config
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.architectures.tensor_names import tensor_role
-from shape_moe.errors import CheckpointError, ShapeMoeError, first_line
+from shape_moe.errors import CheckpointError, ShapeMoeError, UsageError, first_line
+from shape_moe.jobs.verify_gguf import gguf_checks
 from shape_moe.openai_server import OpenAIServer
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import CanaryResult, compare_canary, load_canary
@@ -48,6 +50,7 @@ def verify(
     folder: str | PathLike[str],
     *,
     original: str | PathLike[str] | None = None,
+    revision: str | None = None,
     endpoint: str | None = None,
     served_as: str | None = None,
     device: str = "auto",
@@ -57,8 +60,9 @@ def verify(
     """Check a pruned checkpoint.
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint, or a pruned GGUF file.
         original: the model that it was made from; compares every tensor with its slice once more.
+        revision: branch, tag or commit of the original, where it is on the hub.
         endpoint: address of an OpenAI-compatible server that serves the checkpoint; the canary is asked there instead
             of here.
         served_as: the name under which it serves the checkpoint, None for its first model.
@@ -71,8 +75,14 @@ def verify(
 
     Raises:
         CheckpointError: when the folder is not a pruned checkpoint at all.
+        UsageError: for a revision without an original.
     """
     path = Path(folder)
+    if revision is not None and original is None:
+        raise UsageError("--revision says which version of --original is meant: name the original, or leave it out.")
+    if is_gguf(path):
+        found = gguf_checks(path, original, endpoint, device, dtype, progress)
+        return [_guard(name, check) for name, check in found.items()]
     if not (path / "shape" / "manifest.json").is_file():
         raise CheckpointError(f"{path} is not a checkpoint written by shape-moe: it has no shape/manifest.json.")
     checks = [_guard("files", lambda: check_files(path, progress))]
@@ -80,7 +90,7 @@ def verify(
     checks.append(_guard("tensors", lambda: _check_tensors(path)))
     checks.append(_guard("tokenizer", lambda: _check_tokenizer(path)))
     if original is not None:
-        checks.append(_guard("original", lambda: _check_original(path, original, progress)))
+        checks.append(_guard("original", lambda: _check_original(path, original, revision, progress)))
     if endpoint is None:
         checks.append(_guard("canary", lambda: _check_canary(path, device, dtype)))
     else:
@@ -186,8 +196,10 @@ def _check_tokenizer(path: Path) -> tuple[bool, str]:
     return True, f"{ids:,} ids"
 
 
-def _check_original(path: Path, original: str | PathLike[str], progress: Progress) -> tuple[bool, str]:
-    snapshot, selection, manifest = open_snapshot(original), load_selection(path), read_manifest(path)
+def _check_original(
+    path: Path, original: str | PathLike[str], revision: str | None, progress: Progress
+) -> tuple[bool, str]:
+    snapshot, selection, manifest = open_snapshot(original, revision), load_selection(path), read_manifest(path)
     check_fingerprint(manifest.fingerprint, fingerprint(snapshot), "The checkpoint")
     plans = plan_checkpoint(snapshot, selection)
     with progress.phase("Comparing tensors", sum(plan.size for plan in plans), "B") as advance:

@@ -83,7 +83,7 @@ def plan_checkpoint(snapshot: WeightSource, selection: Selection) -> list[ShardP
     keeping = Keeping(snapshot.moe.family, snapshot.moe.num_layers, selection.layers, selection.routing)
     shards = []
     for source, slots in snapshot.files():
-        tensors = tuple(tensor for slot in slots if (tensor := _slice(keeping, slot)) is not None)
+        tensors = tuple(tensor for slot in slots if (tensor := slice_tensor(keeping, slot)) is not None)
         if tensors:
             shards.append((source, tensors))
     if len(shards) == 1:
@@ -94,7 +94,8 @@ def plan_checkpoint(snapshot: WeightSource, selection: Selection) -> list[ShardP
     ]
 
 
-def _slice(keeping: Keeping, slot: TensorSlot) -> SlicedTensor | None:
+def slice_tensor(keeping: Keeping, slot: TensorSlot) -> SlicedTensor | None:
+    """What is kept of a tensor, None where nothing is."""
     found = keeping.tensor(slot.name)
     if found is None:
         return None
@@ -139,7 +140,7 @@ def write_shard(plan: ShardPlan, folder: Path, progress: Progress = lambda _: No
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ShapeMoeError(
                 f"The disk of {folder.parent} is full: {plan.file_name} needs {plan.size / 2**20:,.0f} MiB. "
-                "Free some space and run the same command again; it goes on where it stopped."
+                "Free some space and run the same command again; it resumes where it stopped."
             ) from error
         raise
     temporary.replace(file)

@@ -10,8 +10,8 @@ from shape_moe.architectures.loading import (
     load_model,
     loaded_bytes,
     why_not_loadable,
-    why_not_observable,
 )
+from shape_moe.architectures.plain_model import why_not_observable
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.errors import CheckpointError
 from shape_moe.progress import Progress
@@ -43,19 +43,19 @@ def masked_answers(snapshot: Snapshot, model: PreTrainedModel, selection: Select
     return canary
 
 
-def check_logits(canary: Canary, folder: Path, device: str, dtype: str, progress: Progress) -> CanaryResult:
+def check_logits(canary: Canary, path: Path, device: str, dtype: str, progress: Progress) -> CanaryResult:
     """Load a pruned checkpoint and compare its answers with the canary.
 
     Raises:
         CheckpointError: when they differ by more than rounding.
     """
-    pruned = open_snapshot(folder)
+    pruned = open_snapshot(path)
     with progress.phase("Comparing logits", 1, "step") as advance:
         result = compare_canary(load_model(pruned, device=device, dtype=dtype), canary)
         advance(1)
     if not result.passed:
         raise CheckpointError(
             f"The pruned model's logits differ from the masked original's (KL {result.mean_kl:.2g}, top-1 agreement "
-            f"{result.top1_agreement:.1%}): the checkpoint is not what it should be. It stays in {folder}."
+            f"{result.top1_agreement:.1%}): the checkpoint is not what it should be. It stays in {path}."
         )
     return result

@@ -1,13 +1,13 @@
-"""An experiment's results as Markdown tables, from the JSON document alone."""
+"""An experiment's results as tables, from the JSON document alone: for Markdown, the terminal and the report."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from shape_moe.units import readable_size
+from shape_moe.units import readable_kl, readable_share, readable_size
 
 GENERATED = "generated_exact_match"
 EXAMPLE_METRICS = ("exact_match", GENERATED, "nll", "perplexity", "kl", "top1")
@@ -62,49 +62,215 @@ class _Metric:
         return found if found is None or found["value"] is not None else None
 
 
+EXPLANATION = (
+    "Brackets hold 95 % intervals. Bold is the best value of a column, which says nothing about chance: where "
+    "intervals overlap, more examples may change the order. Methods are compared at equal numbers of experts."
+)
+
+STARRED = EXPLANATION.replace("Bold is the best", "A star marks the best")
+"""The same where nothing is bold."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure of a table.
+
+    Attributes:
+        text: as it is shown.
+        value: the figure, None where there is none.
+        best: whether it is the best one of its column.
+    """
+
+    text: str
+    value: float | None
+    best: bool
+
+    @property
+    def marked(self) -> str:
+        """The text, with a star where the figure is the best one of its column."""
+        return f"{self.text} *" if self.best else self.text
+
+
+@dataclass(frozen=True)
+class ExperimentTable:
+    """One figure of all methods at all keep rates.
+
+    Attributes:
+        title: what it shows.
+        headings: one per column.
+        keep: the keep rates of the columns after the first.
+        is_share: whether values are shares.
+        rows: the dense model, then a row per method: its name, and a cell per keep rate.
+    """
+
+    title: str
+    headings: tuple[str, ...]
+    keep: tuple[float, ...]
+    is_share: bool
+    rows: tuple[tuple[Any, ...], ...]
+
+    def markdown(self) -> list[str]:
+        """As lines of Markdown."""
+        body = [
+            (name, *(f"**{cell.text}**" if cell.best else cell.text for cell in cells)) for name, *cells in self.rows
+        ]
+        head, *rest = [f"| {' | '.join(row)} |" for row in (self.headings, *body)]
+        return [head, f"| --- |{' ---: |' * (len(self.headings) - 1)}", *rest]
+
+
+@dataclass(frozen=True)
+class ExperimentPart:
+    """What one evaluation says of one model.
+
+    Attributes:
+        model: the model.
+        evaluation: the evaluation.
+        sizes: the model's sizes, a sentence.
+        sample: what it was measured on.
+        tables: one per figure, calibration and routing.
+        model_first: whether this is the first part of its model.
+    """
+
+    model: str
+    evaluation: str
+    sizes: str
+    sample: str
+    tables: tuple[ExperimentTable, ...]
+    model_first: bool
+
+
 def experiment_markdown(document: Document) -> str:
     """The tables of an experiment: per model and evaluation, methods down and keep rates across.
 
     Args:
         document: the content of ``experiment.json``.
     """
-    lines = ["# Experiment", "", *_preface(document)]
-    for model in document["models"]:
-        lines += ["", f"## {model['name']}", "", *_sizes(document, model["name"])]
-        for evaluation in document["evaluation"]:
-            lines += ["", f"### {model['name']}: {evaluation['name']}", ""]
-            lines += _evaluation(document, model["name"], evaluation)
-    return "\n".join([*lines, *_impossible(document)]) + "\n"
+    lines = ["# Experiment", "", experiment_preface(document), "", EXPLANATION.replace("Bold", "**Bold**")]
+    for part in experiment_parts(document):
+        if part.model_first:
+            lines += ["", f"## {part.model}", "", part.sizes]
+        lines += ["", f"### {part.model}: {part.evaluation}", "", part.sample]
+        for table in part.tables:
+            lines += ["", f"**{table.title}**", "", *table.markdown()]
+    if reasons := experiment_gaps(document):
+        lines += ["", "Not possible:", "", *(f"- {reason}" for reason in reasons)]
+    return "\n".join(lines) + "\n"
 
 
-def _preface(document: Document) -> list[str]:
+def experiment_preface(document: Document) -> str:
+    """What the figures rest on."""
     versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
     calibration = "; ".join(f"{entry['name']}: {entry['examples']} examples" for entry in document["calibration"])
-    return [
-        f"Calibration: {calibration}. Seed {document['config']['seed']}; {versions}.",
-        "",
-        "Brackets hold 95 % intervals. **Bold** is the best value of a column, which says nothing about chance: where "
-        "intervals overlap, more examples may change the order. Methods are compared at equal numbers of experts.",
+    return f"Calibration: {calibration}. Seed {document['config']['seed']}; {versions}."
+
+
+def experiment_gaps(document: Document) -> list[str]:
+    """Why some cells are empty."""
+    return list(dict.fromkeys(str(cell["reason"]) for cell in document["cells"] if cell["reason"]))
+
+
+def experiment_parts(document: Document) -> list[ExperimentPart]:
+    """The tables by model and evaluation, in the order of the document."""
+    parts = []
+    for model in document["models"]:
+        for place, evaluation in enumerate(document["evaluation"]):
+            dense = _dense(document, model["name"])["sets"][evaluation["name"]]
+            tables = tuple(_tables(document, model["name"], evaluation, dense))
+            sample = _sample(evaluation, dense)
+            if not tables:
+                sample += f" None of the figures asked for ({', '.join(evaluation['metrics'])}) is there."
+            sizes = experiment_sizes(document, model["name"])
+            parts.append(ExperimentPart(model["name"], evaluation["name"], sizes, sample, tables, place == 0))
+    return parts
+
+
+@dataclass(frozen=True)
+class BestMethod:
+    """What is best at one keep rate.
+
+    Attributes:
+        cells: evaluation, keep rate, method, and the first figure of the dense model and of this one.
+        saved: the share of the weights that is gone, None where sizes are not known.
+        options: how ``prune`` is told to do the same.
+    """
+
+    cells: tuple[str, ...]
+    saved: float | None
+    options: str
+
+
+def experiment_bests(document: Document, model: str) -> list[BestMethod]:
+    """The best method by evaluation and keep rate, where it was calibrated on what it is judged by."""
+    found = []
+    for part in experiment_parts(document):
+        own = [table for table in part.tables if f"calibrated on {part.evaluation}," in table.title] or part.tables
+        for table in own[:1] if part.model == model else ():
+            dense = table.rows[0]
+            for place, keep in enumerate(table.keep, start=1):
+                rows = [row for row in table.rows[1:] if row[place].best] or [
+                    row for row in table.rows[1:] if row[place].value is not None
+                ]
+                if rows:
+                    found.append(_best(document, part, keep, rows, (dense[place].text, rows[0][place].text)))
+    return found
+
+
+def _best(
+    document: Document, part: ExperimentPart, keep: float, rows: Sequence[tuple[Any, ...]], shown: tuple[str, str]
+) -> BestMethod:
+    name = str(rows[0][0]).partition(",")[0]
+    scorer, _, rule = name.partition("/")
+    others = f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""
+    sizes = [
+        c["bytes"] for c in document["cells"] if c["model"] == part.model and c["keep_asked"] == keep and c["bytes"]
     ]
+    dense = _dense(document, part.model)["bytes"]
+    saved = 1 - max(sizes) / dense if sizes and dense else None
+    routing = document["config"]["routings"][0]
+    options = f"--keep {100 * keep:.4g}% --scorer {scorer} --rule {rule} --routing {routing}"
+    return BestMethod((part.evaluation, _share(keep), f"{name}{others}", *shown), saved, options)
 
 
-def _sizes(document: Document, model: str) -> list[str]:
-    dense = next(entry for entry in document["dense"] if entry["model"] == model)
+def _dense(document: Document, model: str) -> Document:
+    found: Document | None = next((entry for entry in document["dense"] if entry["model"] == model), None)
+    if found is None:
+        raise ValueError(f"there is no dense model {model} in it")
+    return found
+
+
+def whole_experiment(document: Document) -> Document:
+    """The document, once it is sure that all that is shown of it is there.
+
+    Raises:
+        KeyError: when something is missing.
+        TypeError: when something is of another kind.
+        ValueError: likewise.
+    """
+    experiment_markdown(document)
+    for model in document["models"]:
+        experiment_bests(document, str(model["name"]))
+    return document
+
+
+def experiment_sizes(document: Document, model: str) -> str:
+    """The model's sizes, a sentence."""
+    dense = _dense(document, model)
     sizes: dict[float, int] = {}
     for cell in document["cells"]:
         if cell["model"] == model and cell["bytes"] is not None:
             sizes[cell["keep_asked"]] = max(cell["bytes"], sizes.get(cell["keep_asked"], 0))
     parts = [f"{readable_size(dense['bytes'])} dense"]
-    parts += [f"{readable_size(size)} at keep {keep:g}" for keep, size in sizes.items()]
-    return [f"Weights: {', '.join(parts)}."]
+    parts += [f"{readable_size(size)} at keep {_share(keep)}" for keep, size in sizes.items()]
+    return f"Weights: {', '.join(parts)}."
 
 
-def _evaluation(document: Document, model: str, evaluation: Document) -> list[str]:
-    dense = next(entry for entry in document["dense"] if entry["model"] == model)["sets"][evaluation["name"]]
-    lines = [_sample(evaluation, dense)]
+def _share(keep: float) -> str:
+    """A keep rate as it was asked for."""
+    return f"{100 * keep:.4g} %"
+
+
+def _tables(document: Document, model: str, evaluation: Document, dense: Document) -> Iterator[ExperimentTable]:
     metrics = [metric for metric in _metrics(evaluation, dense) if metric.of(dense) is not None]
-    if not metrics:
-        lines += ["", f"None of the figures asked for ({', '.join(evaluation['metrics'])}) is there."]
     for calibration in evaluation["calibration"]:
         for routing in document["config"]["routings"]:
             cells = [
@@ -115,8 +281,7 @@ def _evaluation(document: Document, model: str, evaluation: Document) -> list[st
             for metric in metrics:
                 title = f"{metric.title}; calibrated on {calibration}, routing {routing}"
                 table = _Table(evaluation["name"], metric, document["config"]["keep"], dense, cells)
-                lines += ["", f"**{title[0].upper()}{title[1:]}**", "", *table.lines()]
-    return lines
+                yield table.built(f"{title[0].upper()}{title[1:]}")
 
 
 def _sample(evaluation: Document, dense: Document) -> str:
@@ -152,20 +317,17 @@ class _Table:
             row = self.rows.setdefault(f"{cell['scorer']}/{cell['rule']}", {})
             row.setdefault(cell["keep_asked"], []).append(cell)
 
-    def lines(self) -> list[str]:
+    def built(self, title: str) -> ExperimentTable:
         best = {keep: self._best(keep) for keep in self.keep}
         dense = self.metric.of(self.dense)
         assert dense is not None
-        table = [
-            ["method", *(f"keep {keep:g}" for keep in self.keep)],
-            ["dense", *[self._figure(dense)] * len(self.keep)],
-        ]
+        rows = [("dense", *[Cell(self._figure(dense), _number(dense), False)] * len(self.keep))]
         for method, row in self.rows.items():
             seeds = max(len(cells) for cells in row.values())
             name = f"{method}, mean of {seeds} seeds" if seeds > 1 else method
-            table.append([name, *(self._entry(row.get(keep, []), best[keep]) for keep in self.keep)])
-        head, *body = [f"| {' | '.join(row)} |" for row in table]
-        return [head, f"| --- |{' ---: |' * len(self.keep)}", *body]
+            rows.append((name, *(self._entry(row.get(keep, []), best[keep]) for keep in self.keep)))
+        headings = ("method", *(f"keep {_share(keep)}" for keep in self.keep))
+        return ExperimentTable(title, headings, tuple(self.keep), self.metric.is_share, tuple(rows))
 
     def _found(self, cells: Iterable[Document]) -> list[Figure]:
         figures = (self.metric.of(cell["sets"].get(self.evaluation)) for cell in cells)
@@ -182,26 +344,30 @@ class _Table:
         known = [value for value in values if value is not None]
         return pick(known) if len(known) > 1 else None
 
-    def _entry(self, cells: Sequence[Document], best: float | None) -> str:
+    def _entry(self, cells: Sequence[Document], best: float | None) -> Cell:
         found, value = self._found(cells), self._value(cells)
         if value is None:
-            return "not possible" if any(cell["reason"] for cell in cells) else ""
+            return Cell("not possible" if any(cell["reason"] for cell in cells) else "", None, False)
         if len(found) == 1:
             text = self._figure(found[0])
         else:
             values = [figure["value"] for figure in found]
-            text = f"{self._number(value)} ({self._number(min(values))} to {self._number(max(values))})"
-        return f"**{text}**" if value == best else text
+            low, high = (self._number(end).removesuffix(" %") for end in (min(values), max(values)))
+            text = f"{self._number(value)} ({low} to {high})"
+        return Cell(text, value, value == best)
 
     def _figure(self, figure: Figure) -> str:
+        text = self._number(figure["value"])
         if figure["low"] is None:
-            return self._number(figure["value"])
-        return f"{self._number(figure['value'])} [{self._number(figure['low'])}, {self._number(figure['high'])}]"
+            return text
+        low, high = (self._number(figure[end]).removesuffix(" %") for end in ("low", "high"))
+        return text if text.removesuffix(" %") == low == high else f"{text} [{low}, {high}]"
 
     def _number(self, value: float) -> str:
-        return f"{100 * value:z.1f} %" if self.metric.is_share else f"{value:z.4f}"
+        if self.metric.key == "kl" and self.metric.task is None:
+            return readable_kl(value) if value else "0"
+        return readable_share(value) if self.metric.is_share else f"{value:z.4f}"
 
 
-def _impossible(document: Document) -> list[str]:
-    reasons = dict.fromkeys(cell["reason"] for cell in document["cells"] if cell["reason"])
-    return ["", "Not possible:", "", *(f"- {reason}" for reason in reasons)] if reasons else []
+def _number(figure: Figure) -> float:
+    return float(figure["value"])

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shape_moe.architectures.snapshot import looks_like_path
 from shape_moe.evaluation.evaluated import Evaluation
+from shape_moe.evaluation.forgotten import Forgotten
 from shape_moe.evaluation.swept import Sweep
+from shape_moe.evaluation.verdict import Verdict
 from shape_moe.reporting.figures.co_activation import lost_shares
 from shape_moe.reporting.figures.layers import kept_mass
+from shape_moe.reporting.opening import Opening, short_name
 from shape_moe.scoring.scores import Scores
 from shape_moe.selection.agreement import scoring_of
 from shape_moe.selection.selection import Selection
-from shape_moe.tracing.trace import SegmentWeights, Trace
+from shape_moe.tracing.token_weights import TokenWeights
+from shape_moe.tracing.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,11 @@ class Material:
         evaluation: quality, memory and speed.
         given_model: name of the original where the reader gave it.
         remarks: what a reader should know about how these fit together.
+        checkpoint: whether the source is a pruned checkpoint.
+        verdict: what the job that wrote the checkpoint says of it, None where it was not judged.
+        forgotten: what became of general prompts, None where they were not asked.
+        experiment: an experiment's document.
+        demo: a demonstration's document.
     """
 
     source: str
@@ -56,6 +66,11 @@ class Material:
     evaluation: Evaluation | None = None
     given_model: str | None = None
     remarks: tuple[str, ...] = ()
+    checkpoint: bool = False
+    verdict: Verdict | None = None
+    forgotten: Forgotten | None = None
+    experiment: Mapping[str, Any] | None = None
+    demo: Mapping[str, Any] | None = None
 
     @cached_property
     def model(self) -> str | None:
@@ -76,18 +91,26 @@ class Material:
 
     @property
     def model_name(self) -> str:
-        """The model's name for a heading: a hub id as it is, of a path its last part; the source's without one.
-
-        A folder ``model`` is named together with the one that it lies in.
-        """
-        name = (self.model or self.source).replace("\\", "/").rstrip("/")
-        is_path = looks_like_path(name) or name.count("/") > 1 or self.model is None
-        parts = name.split("/")
-        return "/".join(parts[-2:] if parts[-1] == "model" else parts[-1:]) if is_path else name
+        """The model's name for a heading, see :func:`~shape_moe.reporting.opening.short_name`; else the source's."""
+        return short_name(self.model or f"./{self.source}")
 
     @property
-    def weights(self) -> SegmentWeights:
-        """How much prompt and response tokens counted."""
+    def pruned_name(self) -> str:
+        """What the pruned model is called: the checkpoint's folder, where there is one."""
+        return short_name(f"./{self.source}") if self.checkpoint else f"{self.model_name}, pruned"
+
+    @cached_property
+    def opening(self) -> Opening | None:
+        """The lines that the report opens with; None where nothing was selected."""
+        if self.selection is None:
+            return None
+        sizes = (int(self.sizes.before), int(self.sizes.after)) if self.sizes is not None else None
+        samples = self.trace.info.examples if self.trace is not None else None
+        return Opening.of(self.model or f"./{self.source}", self.selection, sizes, samples, self.verdict)
+
+    @property
+    def weights(self) -> TokenWeights | None:
+        """How much tokens counted; None where every scorer has its own weights."""
         return scoring_of(self.selection).weights
 
     @cached_property

@@ -12,10 +12,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from shape_moe.architectures.families import FAMILIES
+from shape_moe.evaluation.verdict import Verdict
+from shape_moe.reporting.opening import Opening, short_name
 from shape_moe.selection.selection import Selection
 from shape_moe.text import in_code, in_markdown
 from shape_moe.tracing.trace import Trace
-from shape_moe.units import readable_size
+from shape_moe.units import readable_share, readable_size
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,9 @@ class CardFacts:
         target: ``ragged`` or ``stock``.
         trace: the trace, where there was one.
         left_out: what the original has and this checkpoint has not, beside experts; sentences.
-        verdict: what pruning did to the model, line by line; empty where it was not judged.
+        verdict: what pruning did to the model, None where it was not judged.
+        forgotten: what it did to general prompts, line by line; empty where they were not asked.
+        file: name of the GGUF file, None for a folder.
     """
 
     model: str
@@ -40,7 +44,16 @@ class CardFacts:
     target: str
     trace: Trace | None
     left_out: tuple[str, ...] = ()
-    verdict: tuple[str, ...] = ()
+    verdict: Verdict | None = None
+    forgotten: tuple[str, ...] = ()
+    file: str | None = None
+
+    @property
+    def opening(self) -> Opening:
+        """What a reader must know first."""
+        samples = self.trace.info.examples if self.trace is not None else None
+        sizes = (self.bytes_before, self.bytes_after)
+        return Opening.of(self.model, self.selection, sizes, samples, self.verdict)
 
 
 def write_card(folder: Path, facts: CardFacts) -> None:
@@ -65,11 +78,12 @@ def render_card(facts: CardFacts) -> str:
     slots = (
         "the same; a pruned expert's slot adds nothing" if selection.routing == "drop" else "the same, among kept ones"
     )
+    judged = [*(facts.verdict.lines() if facts.verdict is not None else ()), *facts.forgotten]
     return environment.get_template(
         "model_card.md.jinja"
     ).render(
-        title=f"{_name(facts.model)}, pruned to {selection.keep:.0%} of its experts",
-        model=facts.model if is_hub_id else _name(facts.model),
+        title=f"{short_name(facts.model)}, pruned to {readable_share(selection.keep)} of its experts",
+        model=facts.model if is_hub_id else short_name(facts.model),
         base_model=Markup(facts.model) if is_hub_id else None,  # noqa: S704  # letters, digits, dashes, dots
         selection=selection,
         counts=str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}",
@@ -79,11 +93,16 @@ def render_card(facts: CardFacts) -> str:
         bytes_after=facts.bytes_after,
         trace=facts.trace.info if facts.trace else None,
         target=facts.target,
+        file=facts.file,
         left_out=facts.left_out,
-        verdict=[*facts.verdict[:1], *(Markup(line) for line in facts.verdict[1:])],  # noqa: S704  # in a code block
+        method=facts.opening.method,
+        smaller=facts.opening.size,
+        verdict=facts.verdict.headline if facts.verdict is not None else "",
+        lines=[Markup(line) for line in judged[1:]],  # noqa: S704  # in a code block
         stock_class=family.stock_class if family else "the original's class",
         version=version("shape-moe"),
         size=readable_size,
+        share=readable_share,
         code=lambda text: Markup(in_code(text)),  # noqa: S704  # safe in Markdown
     )
 
@@ -91,8 +110,3 @@ def render_card(facts: CardFacts) -> str:
 def _as_it_is(content: Any) -> Any:
     """Foreign text (names of files, say) shows in Markdown as it is."""
     return in_markdown(content) if isinstance(content, str) and not isinstance(content, Markup) else content
-
-
-def _name(model: str) -> str:
-    """The last part of a path or hub id."""
-    return Path(model).resolve().name

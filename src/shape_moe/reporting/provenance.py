@@ -12,8 +12,10 @@ from shape_moe.calibration.example_maker import SPLIT_KEY, AnswerOptions
 from shape_moe.calibration.presets import PREFIX
 from shape_moe.reporting.figures.figure import percent, sentence
 from shape_moe.reporting.material import Material
+from shape_moe.selection.agreement import scoring_of
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import TraceInfo
+from shape_moe.units import readable_share
 
 Facts = list[tuple[str, str]]
 
@@ -32,7 +34,9 @@ def facts(material: Material) -> list[tuple[str, Facts]]:
 def _model(material: Material) -> Facts:
     info, selection = material.trace.info if material.trace else None, material.selection
     known = info or selection
-    prints = [info.fingerprint if info else None, selection.fingerprint if selection else None]
+    sources = (info, selection, material.sweep, material.evaluation)
+    prints = [source.fingerprint for source in sources if source is not None]
+    fingerprint = next((text for text in prints if text), "unknown" if prints or material.scores else "")
     layers = material.layers
     experts = known.num_experts if known else material.scores.num_experts if material.scores else None
     return [
@@ -42,7 +46,7 @@ def _model(material: Material) -> Facts:
         ("MoE layers", f"{len(layers)} ({_spans(layers)})" if layers else ""),
         ("Experts per layer", str(experts) if experts else ""),
         ("Experts per token", str(known.top_k) if known and known.top_k else ""),
-        ("Fingerprint", next((text for text in prints if text), "unknown")),
+        ("Fingerprint", fingerprint),
     ]
 
 
@@ -75,15 +79,17 @@ def _selection(selection: Selection) -> Facts:
     rules = {
         name.replace("_", " "): value
         for name, value in selection.constraints.items()
-        if value not in (None, [], {}, "", 1) and name != "budget_asked"
+        if value not in (None, [], {}, "", 1) and name not in ("budget_asked", "classes")
     }
+    names = ", ".join(name or "(no class)" for name in selection.classes)
     return [
         ("Scorer", selection.scorer),
         ("Rule", selection.rule),
         ("Routing", selection.routing),
-        ("Keep rate", f"{percent(selection.keep, 2)} ({selection.keep_asked:g} asked)"),
-        ("Alpha", f"{selection.alpha:.6f}" if selection.alpha is not None and selection.alpha <= 1 else ""),
+        ("Keep rate", f"{percent(selection.keep)} ({readable_share(selection.keep_asked)} asked)"),
+        ("Alpha", f"{selection.alpha:.4g}" if selection.alpha is not None and selection.alpha <= 1 else ""),
         ("Constraints", ", ".join(f"{name} {_short(value)}" for name, value in rules.items())),
+        ("Classes", f"{names}; {'added up' if selection.pooled else 'joined by their maximum'}" if names else ""),
         ("Weights and seed", ", ".join(f"{name} {value:g}" for name, value in selection.options.items())),
     ]
 
@@ -97,6 +103,10 @@ def _measurements(material: Material) -> Facts:
     found = [("Sweep", sweep.split), ("Sweep's seed", sweep.made_with.seed)] if sweep is not None else []
     if evaluation is not None:
         found += [("Evaluation", evaluation.data), ("Evaluation's seed", evaluation.made_with.seed)]
+    if material.experiment is not None:
+        found.append(("Experiment's seed", material.experiment["config"]["seed"]))
+    if material.demo is not None:
+        found.append(("Demonstration's seed", material.demo.get("seed")))
     return [(name, str(value)) for name, value in found if value is not None]
 
 
@@ -107,6 +117,7 @@ def _versions(material: Material) -> Facts:
         "Sweep": material.sweep.made_with.versions if material.sweep else {},
         "Evaluation": material.evaluation.made_with.versions if material.evaluation else {},
     }
+    made["Experiment"] = (material.experiment or {}).get("versions") or {}
     return found + [(name, ", ".join(f"{k} {v}" for k, v in versions.items())) for name, versions in made.items()]
 
 
@@ -116,17 +127,36 @@ def _sources(info: TraceInfo) -> list[Mapping[str, Any]]:
 
 def commands(material: Material) -> list[str]:
     """Shell commands that make the artifacts of this report again."""
-    found: list[str] = []
-    model = material.model_word
-    if material.trace is not None:
-        found += _trace_commands(material.trace.info, model)
+    model, sweep = material.model_word, material.sweep
+    traced = _trace_commands(material.trace.info, model) if material.trace is not None else []
+    measured = [result.made_with.command for result in (sweep, material.evaluation) if result is not None]
+    if sweep is not None and sweep.made_with.command and sweep.recommends(material.selection):
+        swept = sweep.made_with.command
+        place = shlex.quote(f"{_value_of(swept, '-o') or 'SWEEP'}/recommended.json")
+        if (trace := _value_of(swept, "--trace")) is not None:
+            traced = [command.replace(" -o trace", f" -o {shlex.quote(trace)}") for command in traced]
+        return [*traced, swept, f"shape-moe prune {model} --selection {place} -o pruned", *filter(None, measured[1:])]
+    found = traced
     if material.selection is not None:
         source = "trace" if material.trace is not None else "values.csv"
         select = _select_command(material.selection, source)
         if select:
             found += [select, f"shape-moe prune {model} --selection selection.json -o pruned"]
-    measured = [result.made_with.command for result in (material.sweep, material.evaluation) if result is not None]
     return [*found, *(command for command in measured if command)]
+
+
+def _value_of(command: str, option: str) -> str | None:
+    """What an option of a command was given, None where it was not."""
+    words = shlex.split(command)
+    return words[words.index(option) + 1] if option in words[:-1] else None
+
+
+def calibration_options(info: TraceInfo) -> str | None:
+    """The options that name the calibration examples of a trace again, None where they are not in one set of files."""
+    sources = _sources(info)
+    if len(sources) != 1 or "content_hash" not in sources[0] or sources[0].get("in_memory"):
+        return None
+    return _data_options(sources[0])
 
 
 def _trace_commands(info: TraceInfo, model: str) -> list[str]:
@@ -157,6 +187,7 @@ def _data_options(source: Mapping[str, Any]) -> str:
     options += [("--weight", f"{weight:g}") for weight in source.get("weights") or ()]
     options += [("--format", source.get("format")), ("--turns", _unless(source.get("turns"), "all"))]
     options += [("--chat-template", "chat-template.jinja" if source.get("chat_template") else None)]
+    options += [("--tokenizer", source.get("tokenizer"))]
     options += [(f"--{name}", source.get(name)) for name in ("split", "subset", "samples", "stratify")]
     options += [("--seed", source.get("seed") or None), ("--max-length", source.get("max_length"))]
     if source.get("split") == "train" and not sources[0].startswith(PREFIX):
@@ -183,6 +214,7 @@ def _select_command(selection: Selection, source: str) -> str:
         ("--rule", selection.rule),
         ("--routing", selection.routing),
         ("--target", _unless(selection.target, "ragged")),
+        ("--curves", "curves.json" if "measured" in rules else None),
         ("--tolerance", rules.get("tolerance")),
         ("--skip-layers", ",".join(map(str, rules.get("skip_layers") or ()))),
         *(("--protect", f"{layer}:{','.join(map(str, ids))}") for layer, ids in (rules.get("protect") or {}).items()),
@@ -195,8 +227,8 @@ def _select_command(selection: Selection, source: str) -> str:
 
 
 def _scoring_options(selection: Selection) -> Facts:
-    weights = {name: selection.options.get(name, 1.0) for name in ("prompt", "response")}
-    options = [(f"--{name}-weight", f"{weight:g}") for name, weight in weights.items() if weight != 1]
+    weights = scoring_of(selection).weights
+    options = [(f"--{name}-weight", f"{weight:g}") for name, weight in weights.flags.items()] if weights else []
     seed = selection.options.get("seed", 0)
     return [("--scorer", selection.scorer), *options, *([("--seed", f"{seed:g}")] if seed else [])]
 

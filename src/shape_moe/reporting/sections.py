@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from shape_moe.evaluation.swept import Sweep
+from shape_moe.reporting.demo_rows import demo_levels
+from shape_moe.reporting.experiment_tables import STARRED, experiment_gaps, experiment_parts
 from shape_moe.reporting.figures.agreement import agreement_figure
 from shape_moe.reporting.figures.coalitions import (
     MOST_SHOWN,
@@ -22,13 +25,19 @@ from shape_moe.reporting.figures.evaluation import (
     quality_figure,
     result_tables,
 )
-from shape_moe.reporting.figures.figure import Section, percent, sentence
+from shape_moe.reporting.figures.figure import Section, Table, percent, sentence
 from shape_moe.reporting.figures.layers import layer_figure
+from shape_moe.reporting.figures.sizes import demo_figure, evaluation_size_figure, experiment_figure
 from shape_moe.reporting.figures.sweep import sweep_figure
 from shape_moe.reporting.figures.values import heat_map
 from shape_moe.reporting.material import Material
 from shape_moe.selection.agreement import kept_by_scorer
 from shape_moe.selection.selection import Selection
+from shape_moe.text import one_line
+from shape_moe.units import capitalised, kl_at_least, readable_kl, readable_share, readable_size
+
+_SHOWN = 100
+"""Characters of an answer that are shown."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,10 @@ class Missing:
     commands: tuple[str, ...]
 
 
+COSTS = frozenset({"sweep", "sizes", "quality", "experiment", "demo", "forgotten", "footprint"})
+"""Sections that say what pruning costs: they come before those that say what was kept and why."""
+
+
 def sections(material: Material) -> tuple[list[Section], list[Missing]]:
     """Build what can be built.
 
@@ -56,9 +69,17 @@ def sections(material: Material) -> tuple[list[Section], list[Missing]]:
         built = build(material)
         if isinstance(built, Section):
             found.append(built)
-        else:
+        elif built is not None:
             missing.append(built)
-    return found, missing
+    return found, [] if material.experiment is not None else _together(missing)
+
+
+def _together(missing: list[Missing]) -> list[Missing]:
+    """What the same commands add, as one."""
+    titles: dict[tuple[str, ...], list[str]] = {}
+    for entry in missing:
+        titles.setdefault(entry.commands, []).append(entry.title)
+    return [Missing(capitalised(", ".join(names).lower()), commands) for commands, names in titles.items()]
 
 
 def _trace_commands(material: Material) -> tuple[str, str]:
@@ -90,7 +111,8 @@ def _values(material: Material) -> Section | Missing:
 def _layers(material: Material) -> Section | Missing:
     selection, mass = material.selection, material.kept_mass
     if selection is None or mass is None:
-        select = f"shape-moe select {shlex.quote(material.source)} --keep 0.8 -o selection.json"
+        source = material.source if material.trace is not None or material.scores is not None else "TRACE"
+        select = f"shape-moe select {shlex.quote(source)} --keep 0.8 -o selection.json"
         return Missing("What every layer keeps", (select, _report_command(material, "--selection selection.json")))
     lead = (
         "Bars show how many experts every layer keeps, diamonds above them how much of the layer's value these hold: a "
@@ -118,7 +140,7 @@ def _about_alpha(selection: Selection) -> str:
     if alpha > 1:
         return "Every expert of value is kept, and some without: no share of value describes the selection."
     return (
-        f"One alpha for all layers, {percent(alpha, 2)}: every layer keeps its best experts until their value reaches "
+        f"One alpha for all layers, {percent(alpha)}: every layer keeps its best experts until their value reaches "
         "the dashed line."
     )
 
@@ -168,8 +190,7 @@ def _sweep(material: Material) -> Section | Missing:
     if sweep is None or not sweep.points:
         command = f"shape-moe sweep {material.model_word} --trace TRACE -o SWEEP"
         return Missing("Quality against size", (command, _report_command(material, "--sweep SWEEP")))
-    ringed = ", and the ringed point is the operating point" if sweep.point_of(material.selection) else ""
-    lead = f"Each point is the model with one selection: left is smaller{ringed}."
+    lead = "Each point is the model with one selection: the further left, the smaller."
     notes = tuple(sentence(text) for text in (sweep.reason, _smaller(sweep), sweep.split) if text)
     return Section("sweep", "Quality against size", lead, (sweep_figure(sweep, material.selection),), notes=notes)
 
@@ -181,6 +202,90 @@ def _smaller(sweep: Sweep) -> str:
         return ""
     point = sweep.points[place]
     return f"The smallest selection within the limit keeps {percent(point.keep)} of the experts ({point.method})"
+
+
+def _sizes(material: Material) -> Section | None:
+    evaluation = material.evaluation
+    figure = evaluation_size_figure(evaluation) if evaluation is not None and material.sweep is None else None
+    if figure is None:
+        return None
+    lead = "Each point is a model with the share of experts that it keeps: the further left, the smaller."
+    return Section("sizes", "Quality against size", lead, (figure,))
+
+
+def _experiment(material: Material) -> Section | None:
+    document = material.experiment
+    if document is None:
+        return None
+    parts = experiment_parts(document)
+    figures = [experiment_figure(part, place) for place, part in enumerate(parts, start=1) if part.tables]
+    tables = [
+        Table(
+            f"{part.model}, {part.evaluation}: {table.title}", table.headings, tuple(_texts(row) for row in table.rows)
+        )
+        for part in parts
+        for table in part.tables
+    ]
+    notes = [STARRED]
+    notes += [f"{part.model}: {part.sizes}" for part in parts if part.model_first]
+    notes += [f"{part.model}, {part.evaluation}: {part.sample}" for part in parts]
+    notes += [f"Not possible: {reason}." for reason in experiment_gaps(document)]
+    lead = "Each line is a method: the higher it stays when fewer experts are kept (or the lower its KL), the better."
+    return Section("experiment", "Quality against size", lead, tuple(figures), tuple(tables), tuple(notes))
+
+
+def _texts(row: tuple[Any, ...]) -> tuple[str, ...]:
+    name, *cells = row
+    return (str(name), *(cell.marked for cell in cells))
+
+
+def _demo(material: Material) -> Section | None:
+    document = material.demo
+    if document is None:
+        return None
+    rows = tuple(
+        (str(row["scorer"]), readable_share(keep), readable_size(row["size"]), *_rights(row))
+        for keep, found in demo_levels(document)
+        for row in found
+    )
+    headings = ("Scorer", "Kept", "Weights", str(document["task"]), "Other tasks")
+    lead = (
+        f"Each line is a way to value experts, calibrated on {document['task']}: that task is to be kept, the others "
+        "may fade."
+    )
+    table = Table("Exact match on held-out prompts, by every scorer", headings, rows)
+    return Section("demo", "Quality against size", lead, (demo_figure(document),), (table,))
+
+
+def _rights(row: Mapping[str, Any]) -> tuple[str, str]:
+    return readable_share(float(row["on_task"])), readable_share(float(row["off_task"]))
+
+
+def _forgotten(material: Material) -> Section | None:
+    models = material.evaluation.models if material.evaluation is not None else ()
+    found = [(material.model_name, material.forgotten)] if material.forgotten is not None else []
+    found += [(model.name, model.forgotten) for model in models if model.forgotten is not None]
+    if not found:
+        return None
+    tables, notes = [], []
+    for name, forgotten in found:
+        kl = kl_at_least if forgotten.kl_is_bound else readable_kl
+        rows = tuple(
+            (group.name, f"{group.prompts}", kl(group.kl), *(f"{count}" for count in group.loops))
+            for group in forgotten.groups
+        )
+        headings = ("Group", "Prompts", "KL to dense", "Dense loops", "Pruned loops")
+        tables.append(Table(f"{name}: general prompts, worst group first", headings, rows))
+        if forgotten.groups:
+            worst = forgotten.groups[0]
+            asked = {"Prompt": worst.worst.prompt, "Dense model": worst.worst.dense, "Pruned model": worst.worst.pruned}
+            notes.append(f"{name}, for example {worst.name}:")
+            notes += [f"{who}: {one_line(text)[:_SHOWN] or '(nothing)'}" for who, text in asked.items()]
+    lead = (
+        "Short prompts of many kinds that have nothing to do with the task, answered by both models. Skills that the "
+        "task does not use are expected to fade; this decides no verdict."
+    )
+    return Section("forgotten", "What was forgotten", lead, (), tuple(tables), tuple(notes))
 
 
 def _evaluate_commands(material: Material) -> tuple[str, str]:
@@ -202,7 +307,8 @@ def _quality(material: Material) -> Section | Missing:
 def _footprint(material: Material) -> Section | Missing:
     evaluation = material.evaluation
     if evaluation is None or not any(model.footprint for model in evaluation.models):
-        return Missing("Memory and speed", _evaluate_commands(material))
+        measured, shown = _evaluate_commands(material)
+        return Missing("Memory and speed", (f"{measured} --footprint", shown))
     devices = list(dict.fromkeys(model.footprint.device for model in evaluation.models if model.footprint))
     lead = (
         "Bars compare what the models take and how fast they are on the same machine; the grey bar is the dense model."
@@ -211,13 +317,17 @@ def _footprint(material: Material) -> Section | Missing:
     return Section("footprint", "Memory and speed", lead, footprint_figures(evaluation), notes=notes)
 
 
-_BUILDERS: tuple[Callable[[Material], Section | Missing], ...] = (
-    _values,
-    _layers,
-    _coverage,
-    _coalitions,
-    _agreement,
+_BUILDERS: tuple[Callable[[Material], Section | Missing | None], ...] = (
     _sweep,
+    _sizes,
+    _experiment,
+    _demo,
     _quality,
     _footprint,
+    _forgotten,
+    _layers,
+    _values,
+    _agreement,
+    _coverage,
+    _coalitions,
 )

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from shape_moe.evaluation.evaluated import Evaluated
-from shape_moe.evaluation.measures import Measured
-from shape_moe.reporting.figures.figure import number, percent, sentence
+from shape_moe.evaluation.evaluated import ALSO
+from shape_moe.evaluation.forgotten import Forgotten
+from shape_moe.evaluation.measures import HEALTH_LIMIT, Measured
+from shape_moe.reporting.experiment_tables import experiment_preface
+from shape_moe.reporting.figures.figure import percent, sentence
 from shape_moe.reporting.figures.metrics import METRICS, known_metrics
-from shape_moe.reporting.material import Material, Sizes
+from shape_moe.reporting.material import Material
+from shape_moe.reporting.story import is_selected, shrunk
 from shape_moe.selection.selection import Selection
-from shape_moe.units import counted, readable_size
+from shape_moe.units import counted, readable_share, readable_size
 
-_SPACE = "\N{NO-BREAK SPACE}"
 _FIRM, _FAIR = 0.95, 0.9
 
 
@@ -37,24 +40,58 @@ class Tile:
 
 def headline(material: Material) -> str:
     """The page's heading."""
+    if material.demo is not None:
+        return f"Demo: {material.demo['task']} with fewer experts"
     if material.selection is not None:
-        return f"{material.model_name} with {percent(material.selection.keep)} of its experts"
+        return f"{material.model_name} with {readable_share(material.selection.keep)} of its experts"
+    if material.experiment is not None:
+        return f"Experiment on {', '.join(_models(material))}"
     if material.sweep is not None:
         return f"{material.model_name}: quality at every size"
+    if material.evaluation is not None:
+        count = sum(model.kind != "dense" for model in material.evaluation.models)
+        return f"{material.model_name} beside {counted(count, 'pruned model')}"
     return f"{material.model_name}: what its experts are worth"
 
 
 def subline(material: Material) -> str:
     """The sentence below the heading."""
-    selection = material.selection
-    if selection is None:
-        if material.sweep is not None:
-            return sentence(material.sweep.reason)
-        return "Nothing is selected yet: this report shows what the experts are worth."
-    text = f"Keeps {selection.kept:,} of {selection.total:,} experts"
-    if material.sizes is not None:
-        text += f", size {_shrunk(material.sizes)}"
-    return f"{text}. Chosen by {selection.method}."
+    if material.opening is not None:
+        return material.opening.method
+    if material.experiment is not None:
+        return experiment_preface(material.experiment)
+    if material.demo is not None:
+        return f"Calibrated on {material.demo['task']}; exact match on prompts that were not used for calibration."
+    if material.sweep is not None:
+        return sentence(material.sweep.reason)
+    if material.evaluation is not None:
+        return f"Judged by {_judged_by(material)}."
+    return "Nothing is selected yet: this report shows what the experts are worth."
+
+
+def joint_headline(materials: Sequence[Material]) -> str:
+    """The heading of a page on several models."""
+    names = dict.fromkeys(name for material in materials for name in _models(material))
+    return f"{counted(len(materials), 'result')} on {', '.join(names)}"
+
+
+def _models(material: Material) -> list[str]:
+    if material.experiment is not None:
+        return [str(entry["name"]) for entry in material.experiment["models"]]
+    return [material.model_name]
+
+
+def joint_subline(materials: Sequence[Material]) -> str:
+    """What such a page shows, one after the other."""
+    return f"{'; '.join(headline(material) for material in materials)}."
+
+
+def _judged_by(material: Material) -> str:
+    evaluation = material.evaluation
+    assert evaluation is not None
+    if evaluation.data is None:
+        return "benchmark tasks"
+    return f"{counted(evaluation.examples, 'example')} of {evaluation.data}" if evaluation.examples else evaluation.data
 
 
 def tiles(material: Material) -> list[Tile]:
@@ -72,11 +109,18 @@ def tiles(material: Material) -> list[Tile]:
         )
     if sizes is not None:
         share = sizes.after / sizes.before
-        found.append(Tile("Weights", _shrunk(sizes), f"{percent(share)} of the original ({sizes.origin})", share))
+        found.append(Tile("Weights", shrunk(sizes), f"{percent(share)} of the original ({sizes.origin})", share))
     mass = material.kept_mass
     if mass is not None and np.isfinite(mass).any():
         mean, low = float(np.nanmean(mass)), percent(float(np.nanmin(mass)))
-        found.append(Tile("Value kept", percent(mean), f"mean over layers; {low} in the lowest", mean))
+        found.append(
+            Tile(
+                "Value kept",
+                percent(mean),
+                f"by the scorer, no measure of quality; {low} in the lowest",
+                mean,
+            )
+        )
     found += _quality_tiles(material)
     if selection is not None and selection.stability is not None:
         agreement, undecided = selection.stability["agreement"], selection.stability["undecided"]
@@ -98,12 +142,6 @@ def tiles(material: Material) -> list[Tile]:
     return found
 
 
-def _shrunk(sizes: Sizes) -> str:
-    """Both sizes, with the unit once where it is the same."""
-    (before, unit), (after, unit_after) = (readable_size(size).split(" ") for size in (sizes.before, sizes.after))
-    return f"{before}{f'{_SPACE}{unit}' * (unit != unit_after)}{_SPACE}→ {after}{_SPACE}{unit_after}"
-
-
 def _quality_tiles(material: Material) -> list[Tile]:
     measured = measured_quality(material)
     if measured is None:
@@ -115,7 +153,7 @@ def _quality_tiles(material: Material) -> list[Tile]:
         return []
     detail = f"{metric.better} is better"
     if estimate.has_interval:
-        detail = f"95 % interval {number(estimate.low)} to {number(estimate.high)}; {detail}"
+        detail = f"95 % interval {metric.shown(estimate.low)} to {metric.shown(estimate.high)}; {detail}"
     return [Tile(metric.title, metric.shown(estimate.value), detail)]
 
 
@@ -127,16 +165,9 @@ def measured_quality(material: Material) -> tuple[Measured, str] | None:
             return point.measured, material.sweep.split
     if material.evaluation is not None and material.selection is not None:
         for model in material.evaluation.models:
-            if _is_selected(model, material.selection) and "task" in model.sets:
+            if is_selected(model, material.selection) and "task" in model.sets:
                 return model.sets["task"], f"Measured on {material.evaluation.data}."
     return None
-
-
-def _is_selected(model: Evaluated, selection: Selection) -> bool:
-    chosen = model.selection
-    if chosen is None or abs(chosen.keep - selection.keep) >= 0.5 / selection.total:
-        return False
-    return all(getattr(chosen, key) == getattr(selection, key) for key in ("scorer", "rule", "routing"))
 
 
 def meaning(material: Material) -> list[str]:
@@ -206,6 +237,8 @@ def _stability(selection: Selection) -> str:
 
 def _quality(material: Material) -> str:
     measured = measured_quality(material)
+    if material.verdict is not None:
+        return ""
     if measured is None:
         return (
             "Nothing here says how good the pruned model is. What the calibration examples do not show may be gone: "
@@ -218,20 +251,51 @@ def _quality(material: Material) -> str:
 
 def warnings(material: Material) -> list[str]:
     """What a reader must not miss."""
-    found = list(material.selection.warnings) if material.selection is not None else []
-    found += material.remarks
+    found = [*_lost_elsewhere(material), *_of_sweep(material)]
     if material.evaluation is not None:
-        found += material.evaluation.notes
+        found[:0] = material.evaluation.warnings
+    found += material.selection.warnings if material.selection is not None else ()
+    found += material.remarks
+    return list(dict.fromkeys(sentence(text) for text in found))
+
+
+def _lost_elsewhere(material: Material) -> list[str]:
+    """What is surely lost on other data, and general prompts that end in a loop."""
+    found = []
+    evaluation = material.evaluation
+    for model in evaluation.models if evaluation is not None else ():
+        change = model.sets[ALSO].change.get("exact_match") if ALSO in model.sets else None
+        if evaluation is not None and change is not None and change.has_interval and change.high < 0:
+            low, high = (readable_share(-end) for end in (change.high, change.low))
+            found.append(f"{model.name} on {evaluation.also}: right answers fall by {low} to {high} (95 % interval).")
+        found += _loops(model.name, model.forgotten)
+    return found + _loops(material.pruned_name, material.forgotten)
+
+
+def _loops(name: str, forgotten: Forgotten | None) -> list[str]:
+    groups = forgotten.groups if forgotten is not None else ()
+    counts = [(max(group.loops[1] - group.loops[0], 0), group.prompts) for group in groups]
+    more, asked = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
+    if more <= HEALTH_LIMIT * asked:
+        return []
+    return [
+        f"{name}, off the task: of {asked} answers to general prompts, {more} more end in a loop than with the dense "
+        "model."
+    ]
+
+
+def _of_sweep(material: Material) -> list[str]:
     sweep = material.sweep
     if sweep is None:
-        return found
+        return []
+    found = []
     point = sweep.point_of(material.selection)
     if sweep.recommended is None:
         found.append(sentence(f"The sweep recommends no selection. {sweep.reason}"))
     if point is not None and point.meets is False:
         found.append("The selection does not meet the limit on quality that the sweep was given.")
-    if point is not None and point.healthy is False:
-        found.append("The selection's generated answers loop, or do not end, more often than the dense model's.")
+    if point is not None and point.measured.health is not None and point.healthy is False:
+        found.append(f"The selection's free answers are not healthy: {'; '.join(point.measured.health.complaints)}.")
     if point is not None and point.fits is False:
         found.append("The selection does not fit the device that the sweep was given.")
     return found

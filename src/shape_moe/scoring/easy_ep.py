@@ -19,7 +19,7 @@ def easy_ep(trace: Trace, options: ScoreOptions) -> NDArray[np.float64]:
 
     Args:
         trace: a trace with output norms and residual streams.
-        options: factors on prompt and response tokens.
+        options: how much tokens count.
 
     Returns:
         float64 [L, E], in units of hidden states.

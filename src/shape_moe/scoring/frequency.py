@@ -18,7 +18,7 @@ def frequency(trace: Trace, options: ScoreOptions) -> NDArray[np.float64]:
 
     Args:
         trace: any trace.
-        options: factors on prompt and response tokens.
+        options: how much tokens count.
 
     Returns:
         float64 [L, E], in tokens.

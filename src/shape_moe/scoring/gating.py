@@ -15,7 +15,7 @@ def gating(trace: Trace, options: ScoreOptions) -> NDArray[np.float64]:
 
     Args:
         trace: a trace with gate weights.
-        options: factors on prompt and response tokens.
+        options: how much tokens count.
 
     Returns:
         float64 [L, E].
@@ -32,7 +32,7 @@ def gating_renormalised(trace: Trace, options: ScoreOptions) -> NDArray[np.float
 
     Args:
         trace: a trace with gate weights.
-        options: factors on prompt and response tokens.
+        options: how much tokens count.
 
     Returns:
         float64 [L, E], in tokens.

@@ -19,7 +19,7 @@ def reap(trace: Trace, options: ScoreOptions) -> NDArray[np.float64]:
 
     Args:
         trace: a trace with output norms.
-        options: factors on prompt and response tokens.
+        options: how much tokens count.
 
     Returns:
         float64 [L, E], in units of hidden states; 0 for experts that were never routed to.
@@ -36,7 +36,7 @@ def reap_received(trace: Trace, options: ScoreOptions) -> NDArray[np.float64]:
 
     Args:
         trace: a trace with output norms.
-        options: factors on prompt and response tokens.
+        options: how much tokens count.
 
     Returns:
         float64 [L, E], in units of hidden states; 0 for experts that were never routed to.

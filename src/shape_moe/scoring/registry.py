@@ -10,17 +10,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.registry import Registry
-from shape_moe.tracing.trace import SegmentWeights, Trace
+from shape_moe.tracing.token_weights import SegmentWeights, TokenWeights
+from shape_moe.tracing.trace import Trace
 
-_BUILT_IN = ("shape", "contribution", "frequency", "gating", "reap", "ean", "easy_ep", "random")
+_BUILT_IN = ("shape", "contribution", "replacement", "frequency", "gating", "reap", "ean", "easy_ep", "random")
 
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """What a user may choose when a trace is scored: factors on segments, and the seed of random scores."""
+    """How a trace is scored.
 
-    weights: SegmentWeights = field(default_factory=SegmentWeights)
+    Attributes:
+        weights: how much tokens count; None leaves it to the scorer.
+        seed: of random scores.
+        pool_classes: add classes of examples up before they are scored, instead of joining their scores.
+        by_layer: how the scores of classes become shares before they are joined, as the rule needs it: of their layer,
+            or of the whole model; see :func:`shape_moe.scoring.classes.joined`.
+    """
+
+    weights: TokenWeights | None = None
     seed: int = 0
+    pool_classes: bool = False
+    by_layer: bool = True
 
 
 class ScoreFunction(Protocol):
@@ -39,12 +50,29 @@ class Scorer:
         needs: names of statistics that the trace must hold, ``coalitions`` among them.
         function: the score function.
         least_top_k: fewest experts per token with which its values say anything.
+        weights: how much tokens count where nothing else is asked for.
     """
 
     name: str
     needs: tuple[str, ...]
     function: ScoreFunction
     least_top_k: int = 1
+    weights: TokenWeights = field(default_factory=SegmentWeights)
+
+    def weights_for(self, trace: Trace, asked: TokenWeights | None) -> TokenWeights:
+        """How much the tokens of a trace count.
+
+        Args:
+            trace: the trace. Where it cannot tell what tokens predict, all count alike unless something is asked for.
+            asked: the weights that are asked for, None for the scorer's own.
+
+        Raises:
+            UsageError: for weights by what tokens predict, where the trace cannot tell.
+        """
+        if asked is not None:
+            trace.check_weights(asked)
+            return asked
+        return SegmentWeights() if trace.lacks else self.weights
 
     def can_value(self, top_k: int) -> bool:
         """Whether its values say anything about a model with so many experts per token."""
@@ -61,20 +89,23 @@ _SCORERS: Registry[Scorer] = Registry(
 )
 
 
-def register(name: str, *, needs: tuple[str, ...], least_top_k: int = 1) -> Callable[[ScoreFunction], ScoreFunction]:
+def register(
+    name: str, *, needs: tuple[str, ...], least_top_k: int = 1, weights: TokenWeights | None = None
+) -> Callable[[ScoreFunction], ScoreFunction]:
     """Register a score function under a name.
 
     Args:
         name: what users type.
         needs: names of statistics that the trace must hold, or ``coalitions``.
         least_top_k: fewest experts per token with which the values say anything.
+        weights: how much tokens count where nothing else is asked for; None counts all alike.
 
     Raises:
         UsageError: when another function has that name already.
     """
 
     def add(function: ScoreFunction) -> ScoreFunction:
-        _SCORERS.add(name, Scorer(name, needs, function, least_top_k), function)
+        _SCORERS.add(name, Scorer(name, needs, function, least_top_k, weights or SegmentWeights()), function)
         return function
 
     return add

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from html import escape
 from os import PathLike
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from numpy.typing import NDArray
 
 from shape_moe.documents import MOST_EXPERTS
 from shape_moe.errors import DataError, ShapeMoeError, UsageError
-from shape_moe.scoring.registry import ScoreOptions, get_scorer
+from shape_moe.scoring.classes import joined
+from shape_moe.scoring.registry import ScoreOptions, Scorer, get_scorer
 from shape_moe.tracing.trace import Trace
 
 COLUMNS = ("Layer", "Expert_ID", "Total_Activations", "Shapley_Value")
@@ -26,18 +28,41 @@ class Scores:
         scorer: the scorer's name, or ``table`` for values that were read from a file.
         layers: decoder-layer index of every row.
         values: float64 [L, E], larger is more valuable.
-        activations: float64 [L, E], tokens routed to the expert; breaks ties.
+        activations: float64 [L, E], tokens routed to the expert.
+        class_activations: float64 [L, E], the same joined over classes as the values were, None where they were not;
+            see :mod:`shape_moe.scoring.classes`.
     """
 
     scorer: str
     layers: tuple[int, ...]
     values: NDArray[np.float64]
     activations: NDArray[np.float64]
+    class_activations: NDArray[np.float64] | None = None
+
+    @property
+    def joined(self) -> bool:
+        """Whether the values are those of several classes, joined."""
+        return self.class_activations is not None
+
+    @property
+    def tiebreak(self) -> NDArray[np.float64]:
+        """What decides between equal values of a layer, larger first, float64 [L, E]."""
+        return self.activations if self.class_activations is None else self.class_activations
 
     @property
     def num_experts(self) -> int:
         """Routed experts per layer."""
         return int(self.values.shape[1])
+
+    def __repr__(self) -> str:
+        return f"Scores({self.scorer!r}: {len(self.layers)} layers of {self.num_experts} experts)"
+
+    def to_frame(self) -> pl.DataFrame:
+        """The same as :meth:`table`, under the name that data frames go by."""
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(repr(self))}</p>{self.table()._repr_html_()}"  # notebooks' own hook
 
     def table(self) -> pl.DataFrame:
         """The scores as a table with the columns :data:`COLUMNS`, best first within a layer."""
@@ -55,6 +80,9 @@ class Scores:
 def score_trace(trace: Trace, scorer: str = "shape", options: ScoreOptions | None = None) -> Scores:
     """Score the experts of a traced model.
 
+    The scores of several classes of examples are joined by their maximum (:mod:`shape_moe.scoring.classes`), unless the
+    options pool them; those of a scorer that looks at no statistics are the same for all classes.
+
     Raises:
         UsageError: for an unknown scorer, or one that needs what the trace does not hold.
         ShapeMoeError: when the scorer returns something else than finite numbers [L, E].
@@ -62,16 +90,41 @@ def score_trace(trace: Trace, scorer: str = "shape", options: ScoreOptions | Non
     options = options or ScoreOptions()
     entry = get_scorer(scorer)
     missing = [name for name in entry.needs if name != "coalitions" and name not in trace.statistics]
+    large = [f"{name} ({trace.info.left_out[name]})" for name in missing if name in trace.info.left_out]
+    if large:
+        raise UsageError(f"Scorer {scorer!r} needs {', '.join(large)}, which was left out of this trace.")
     if missing:
+        what = f"Scorer {scorer!r} needs {', '.join(missing)}, which"
+        if trace.info.engine == "transformers":
+            raise UsageError(f"{what} this trace, made by an older version, does not hold: trace the model anew.")
         raise UsageError(
-            f"Scorer {scorer!r} needs {', '.join(missing)}, which a trace made by {trace.info.engine} does not hold; "
+            f"{what} a trace made by {trace.info.engine} does not hold; "
             "use scorer 'shape' or 'frequency', or trace the model with Transformers."
         )
-    values = np.asarray(entry.function(trace, options), dtype=np.float64)
+    options = replace(options, weights=entry.weights_for(trace, options.weights))
+    activations = trace.sums("tokens", options.weights)
+    if len(trace.info.classes) == 1 or options.pool_classes or not entry.needs:
+        return Scores(scorer, trace.info.layers, _values(entry, trace, options), activations)
+    classes = [trace.of_class(number) for number in range(len(trace.info.classes))]
+    tokens = [part.sums("tokens", options.weights) for part in classes]
+    values = [_values(entry, part, options) for part, found in zip(classes, tokens, strict=True) if found.any()]
+    if not values:
+        return Scores(scorer, trace.info.layers, np.zeros_like(activations), activations, activations)
+    return Scores(
+        scorer,
+        trace.info.layers,
+        joined(values, by_layer=options.by_layer),
+        activations,
+        joined(tokens, by_layer=True),
+    )
+
+
+def _values(scorer: Scorer, trace: Trace, options: ScoreOptions) -> NDArray[np.float64]:
+    values = np.asarray(scorer.function(trace, options), dtype=np.float64)
     wanted = (len(trace.info.layers), trace.info.num_experts)
     if values.shape != wanted or not np.isfinite(values).all():
-        raise ShapeMoeError(f"Scorer {scorer!r} must return finite numbers of shape {wanted}, not {values.shape}.")
-    return Scores(scorer, trace.info.layers, values, trace.sums("tokens", options.weights))
+        raise ShapeMoeError(f"Scorer {scorer.name!r} must return finite numbers of shape {wanted}, not {values.shape}.")
+    return values
 
 
 def _check_numbers(column: pl.Series, path: Path) -> None:

@@ -141,7 +141,7 @@ def shape(trace: Trace, options: ScoreOptions) -> NDArray[np.float64]:
 
     Args:
         trace: any trace; only its coalitions are used.
-        options: factors on the counts of prompt and response tokens.
+        options: how much tokens count.
 
     Returns:
         float64 [L, E].
@@ -149,9 +149,9 @@ def shape(trace: Trace, options: ScoreOptions) -> NDArray[np.float64]:
     Raises:
         UsageError: for a model with top-1 routing.
     """
-    weights, rows = options.weights, []
+    rows = []
     for layer in trace.info.layers:
         table = trace.coalitions[layer]
-        counts = table.weighted(weights.prompt, weights.response)
+        counts = table.weighted(options.weights)
         rows.append(shape_values(table.members, counts, trace.info.num_experts))
     return np.stack(rows)

@@ -8,19 +8,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.architectures.moe_config import RouterFacts
-from shape_moe.scoring.registry import ScoreOptions
+from shape_moe.scoring.registry import ScoreOptions, scorers
 from shape_moe.scoring.scores import Scores
 from shape_moe.selection.rules import rules as known_rules
 from shape_moe.selection.select import SelectOptions, select_from_scores
 from shape_moe.selection.selection import Selection
-from shape_moe.tracing.trace import SegmentWeights
+from shape_moe.tracing.token_weights import token_weights
 
 
 def scoring_of(selection: Selection | None) -> ScoreOptions:
-    """The segment weights and the seed that a selection was scored with; the defaults where it does not say."""
-    options = selection.options if selection is not None else {}
-    weights = SegmentWeights(float(options.get("prompt", 1.0)), float(options.get("response", 1.0)))
-    return ScoreOptions(weights, int(options.get("seed", 0)))
+    """How a selection was scored: weights, seed, and what became of classes; defaults where it does not say.
+
+    Where the selection's scorer had its own weights, every other scorer has its own too.
+    """
+    if selection is None:
+        return ScoreOptions()
+    options, rule = selection.options, known_rules().get(selection.rule)
+    weights, own = token_weights(options), scorers().get(selection.scorer)
+    return ScoreOptions(
+        None if own is not None and own.weights == weights else weights,
+        int(options.get("seed", 0)),
+        pool_classes=selection.pooled,
+        by_layer=rule is None or rule.by_layer,
+    )
 
 
 def options_of(selection: Selection) -> SelectOptions | None:

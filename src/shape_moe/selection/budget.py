@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -67,10 +67,7 @@ def choose(
     room = Room(layers, experts, constraints or Constraints())
     order = room.order(priority, np.zeros(priority.shape, dtype=np.int64) if ranks is None else ranks)
     counts = room.counts(priority, order, room.feasible(budget))
-    kept = np.zeros(priority.shape, dtype=bool)
-    for row, count in enumerate(counts):
-        kept[row, order[row][:, :count].ravel()] = True
-    return kept
+    return room.kept(order, counts)
 
 
 class Room:
@@ -94,7 +91,7 @@ class Room:
         base = [self._base(row) for row in range(layers)]
         self.base = [max(base)] * layers if constraints.equal else base
         self.chunk = self.step * constraints.groups * (layers if constraints.equal else 1)
-        self._open = [row for row in range(layers) if row not in constraints.skip_layers]
+        self.open_rows = [row for row in range(layers) if row not in constraints.skip_layers]
 
     def _base(self, row: int) -> int:
         """Experts per group that a layer keeps whatever the priorities say."""
@@ -129,7 +126,7 @@ class Room:
             BudgetError: when it cannot be met; it names the nearest that can.
         """
         low = sum(self.base) * self.rules.groups
-        high = low + sum(self.most - self.base[row] for row in self._open) * self.rules.groups
+        high = low + sum(self.most - self.base[row] for row in self.open_rows) * self.rules.groups
         if low <= budget <= high and (budget - low) % self.chunk == 0:
             return budget
         inside = low + max(0, budget - low) // self.chunk * self.chunk
@@ -158,6 +155,13 @@ class Room:
             f"the nearest that can be kept are {' and '.join(near)}.{hint}"
         )
 
+    def kept(self, order: NDArray[np.int64], counts: Sequence[int]) -> NDArray[np.bool_]:
+        """The first experts of every layer and group in their order, as many as counts per group say, bool [L, E]."""
+        kept = np.zeros((self.layers, self.experts), dtype=bool)
+        for row, count in enumerate(counts):
+            kept[row, order[row][:, :count].ravel()] = True
+        return kept
+
     def counts(self, priority: Priority, order: NDArray[np.int64], budget: int) -> list[int]:
         """Experts that each layer keeps per group, once the budget is spent."""
         counts = list(self.base)
@@ -165,7 +169,7 @@ class Room:
         if self.rules.equal:
             return [count + chunks * self.step for count in counts]
         entries: list[tuple[float, int, int]] = []
-        for row in self._open:
+        for row in self.open_rows:
             ranked = priority[row][order[row]].min(axis=0)
             entries += [(float(ranked[start]), row, start) for start in range(self.base[row], self.most, self.step)]
         for _, row, _ in sorted(entries)[:chunks]:

@@ -17,7 +17,7 @@ def inverted_selection(selection: Selection, scores: Scores, *, groups: int = 1)
 
     A faithful value makes this selection much worse than the original.
     """
-    ranks = layer_ranks(scores.values, scores.activations)
+    ranks = layer_ranks(scores.values, scores.tiebreak)
     row_of = {layer: row for row, layer in enumerate(scores.layers)}
 
     def worst(layer: int, members: range, count: int) -> list[int]:

@@ -88,6 +88,12 @@ class Method:
             raise UsageError("Target stock needs routing reroute: a stock model knows no dropped slots.")
 
 
+PUBLISHED = Method()
+"""The method that SHAPE was published with."""
+PUBLISHED_SAMPLES = 25
+"""How many examples it was calibrated with."""
+
+
 def check_routing(name: str) -> Routing:
     """A routing by its name.
 

@@ -46,7 +46,7 @@ def priority_bounds(rule: Rule, scores: Scores, rounding: float) -> tuple[Priori
     Returns:
         float64 [L, E] twice.
     """
-    values, tiebreak = scores.values, scores.activations
+    values, tiebreak = scores.values, scores.tiebreak
     priority = rule(values, tiebreak)
     if not rounding:
         return priority, priority
@@ -73,7 +73,8 @@ def near_ties(
 
     Within a layer (and router group) these are the kept and dropped experts whose ranges of priority meet; between
     layers those of the last chunks to enter and the first not to, where the chunks' ranges meet. What the number of
-    the layer decides between equal priorities is no near-tie.
+    the layer decides between equal priorities is no near-tie. Where layer curves decide how many experts a layer keeps,
+    that number is taken as it is.
 
     Args:
         rule: the rule that was used.
@@ -89,7 +90,7 @@ def near_ties(
     found = np.zeros(kept.shape, dtype=bool)
     for row in cut.rows:
         cut.mark(found, row, cut.counts[row])
-    if not constraints.equal:
+    if not constraints.equal and not rule.by_curves:
         for row, start in cut.close_chunks():
             found[row, cut.order[row][:, start : start + cut.room.step].ravel()] = True
             for edge in (start, start + cut.room.step):
@@ -107,8 +108,8 @@ class _Cut:
     ) -> None:
         layers, experts = kept.shape
         self.room = Room(layers, experts, constraints)
-        ranks = layer_ranks(scores.values, scores.activations)
-        self.priority = rule(scores.values, scores.activations)
+        ranks = layer_ranks(scores.values, scores.tiebreak)
+        self.priority = rule(scores.values, scores.tiebreak)
         self.order = self.room.order(self.priority, ranks)
         self.first, self.last = bounds
         self.ranked = rule.by_rank and constraints.groups == 1

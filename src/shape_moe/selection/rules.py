@@ -28,11 +28,22 @@ class Rule:
         function: from values [L, E] and a tiebreak [L, E] (usually tokens routed to the expert; None for none) to a
             priority [L, E], smaller is kept first.
         by_rank: whether the priority depends on ranks within layers alone.
+        within_layers: whether a layer's priorities depend on its own values alone, and not on their scale. This
+            decides how the scores of several classes are made comparable: as shares of their layer, or of the model.
+        by_curves: whether layer curves decide how many experts each layer keeps, so that scores only rank them; the
+            priority is that of equal counts and is not used to spend a budget.
     """
 
     name: str
     function: RuleFunction
     by_rank: bool = False
+    within_layers: bool = False
+    by_curves: bool = False
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether classes are made comparable layer by layer."""
+        return self.by_rank or self.within_layers
 
     def __call__(self, values: Values, tiebreak: Values | None = None) -> Priority:
         """The priority, float64 [L, E].
@@ -51,7 +62,9 @@ class Rule:
 _RULES: Registry[Rule] = Registry("rule", "shape_moe.rules", ())
 
 
-def register(name: str, *, by_rank: bool = False) -> Callable[[RuleFunction], RuleFunction]:
+def register(
+    name: str, *, by_rank: bool = False, within_layers: bool = False, by_curves: bool = False
+) -> Callable[[RuleFunction], RuleFunction]:
     """Register a function as a rule; see :class:`Rule` for the arguments.
 
     Raises:
@@ -59,7 +72,7 @@ def register(name: str, *, by_rank: bool = False) -> Callable[[RuleFunction], Ru
     """
 
     def add(function: RuleFunction) -> RuleFunction:
-        _RULES.add(name, Rule(name, function, by_rank), function)
+        _RULES.add(name, Rule(name, function, by_rank, within_layers, by_curves), function)
         return function
 
     return add
@@ -83,7 +96,7 @@ def layer_ranks(values: Values, tiebreak: Values | None = None) -> NDArray[np.in
     return ranks
 
 
-@register("coverage")
+@register("coverage", within_layers=True)
 def coverage_priority(values: Values, tiebreak: Values | None = None) -> Priority:
     r"""Priority of SHAPE's quality-coverage selection (arXiv 2606.09886).
 
@@ -133,6 +146,15 @@ def global_priority(values: Values, tiebreak: Values | None = None) -> Priority:
     return -_checked(values)
 
 
+@register("measured", by_rank=True, by_curves=True)
+def measured_priority(values: Values, tiebreak: Values | None = None) -> Priority:
+    """Ranks within layers, ``rank / E``; how many of them each layer keeps is what layer curves say.
+
+    See :mod:`shape_moe.selection.layer_curves`.
+    """
+    return uniform_priority(values, tiebreak)
+
+
 def get_rule(name: str) -> Rule:
     """Look a rule up.
 
@@ -142,9 +164,22 @@ def get_rule(name: str) -> Rule:
     return _RULES.get(name)
 
 
+def check_by_priority(name: str) -> None:
+    """Refuse a rule that needs more than scores, where several methods are compared.
+
+    Raises:
+        UsageError: for an unknown rule, and for one that goes by layer curves.
+    """
+    if get_rule(name).by_curves:
+        raise UsageError(
+            f"Rule {name} goes by layer curves, which belong to one scorer and one routing: it is for `shape-moe "
+            "select`, and for `prune` with a scorer and a keep rate."
+        )
+
+
 def rules() -> dict[str, Rule]:
-    """All rules by name, installed packages' included."""
-    return _RULES.all()
+    """All rules by name that spend a budget by a priority alone, installed packages' included."""
+    return {name: rule for name, rule in _RULES.all().items() if not rule.by_curves}
 
 
 def budget_for(keep: float, total: int) -> int:
@@ -154,7 +189,12 @@ def budget_for(keep: float, total: int) -> int:
         UsageError: for a rate outside (0, 1].
     """
     if not (isinstance(keep, int | float) and 0 < keep <= 1):
-        raise UsageError(f"The keep rate must be above 0 and at most 1, not {keep}; 0.6 keeps 60 % of the experts.")
+        number = isinstance(keep, int | float)
+        shown, meant = (f"{keep:g}", keep if 1 < keep <= 100 else 60) if number else (repr(keep), 60)
+        raise UsageError(
+            f"The keep rate must be above 0 and at most 1, not {shown}: write {meant / 100:g} or {meant:g}% to keep "
+            f"{meant:g} % of the experts."
+        )
     return math.floor(Fraction(str(keep)) * total + Fraction(1, 2))
 
 

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.architectures.moe_config import RouterFacts
+from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.errors import UsageError
 from shape_moe.scoring.registry import ScoreOptions, get_scorer
 from shape_moe.scoring.scores import Scores, score_trace
 from shape_moe.selection import guards
 from shape_moe.selection.budget import Constraints, Room, choose
+from shape_moe.selection.layer_curves import LayerCurves, choose_by_curves
 from shape_moe.selection.method import Method
 from shape_moe.selection.near_ties import near_ties, priority_bounds, rounding_of
 from shape_moe.selection.rules import Priority, bisection_budget, budget_for, get_rule, layer_ranks
 from shape_moe.selection.selection import Selection, check_selection, layers_from_mask
 from shape_moe.selection.stability import stability
+from shape_moe.tracing.token_weights import SegmentWeights, TokenWeights
 from shape_moe.tracing.trace import Trace
 
 
@@ -35,6 +39,7 @@ class SelectOptions:
         protect: expert ids by decoder layer that are kept in any case.
         multiple_of: every pruned layer keeps a multiple of this many experts.
         allow_rounding: take the nearest feasible budget below an infeasible one.
+        curves: what each layer's cut costs, for rule ``measured``.
 
     Raises:
         UsageError: for a keep rate outside (0, 1], and a method or a tolerance that does not exist or fit.
@@ -48,6 +53,7 @@ class SelectOptions:
     protect: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     multiple_of: int = 1
     allow_rounding: bool = False
+    curves: LayerCurves | None = None
 
     def __post_init__(self) -> None:
         self.method.check()
@@ -92,12 +98,20 @@ class _Picker:
     def __init__(self, options: SelectOptions, layers: tuple[int, ...], facts: RouterFacts | None) -> None:
         self.options, self.rule = options, get_rule(options.method.rule)
         self.constraints = options.constraints(layers, facts)
+        if self.rule.by_curves and options.curves is None:
+            raise UsageError(
+                f"Rule {self.rule.name} needs layer curves: make them with `shape-moe measure`, and give them by "
+                "--curves."
+            )
 
     def priority(self, scores: Scores) -> Priority:
-        return self.rule(scores.values, scores.activations)
+        return self.rule(scores.values, scores.tiebreak)
 
-    def keep(self, scores: Scores, budget: int) -> NDArray[np.bool_]:
-        ranks = layer_ranks(scores.values, scores.activations)
+    def keep(self, scores: Scores, budget: int, half: int | None = None) -> NDArray[np.bool_]:
+        ranks = layer_ranks(scores.values, scores.tiebreak)
+        if self.rule.by_curves and self.options.curves is not None:
+            room = Room(len(scores.layers), scores.num_experts, self.constraints)
+            return choose_by_curves(self.options.curves.costs(half), budget, room, ranks)
         return choose(self.priority(scores), budget, self.constraints, ranks=ranks)
 
 
@@ -120,25 +134,34 @@ class TraceSelector:
         self._tokens = trace.sums("tokens", weights)
         if not self._tokens.any():
             raise UsageError(
-                f"The trace holds {_counted(trace.info.tokens)}, and none of them count with --prompt-weight "
-                f"{weights.prompt:g} and --response-weight {weights.response:g}."
+                f"The trace holds {_counted(trace.info.tokens)}, and none of them count with {_as_flags(weights)}."
             )
         halves = [trace.half(half) for half in (0, 1)]
         self._halves = halves if all(half.sums("tokens", weights).any(axis=1).all() for half in halves) else []
-        self._scores: dict[str, tuple[Scores, list[Scores]]] = {}
+        self._scores: dict[tuple[str, bool], tuple[Scores, list[Scores]]] = {}
         self._bounds: dict[tuple[str, str], tuple[Priority, Priority]] = {}
 
-    def _scored(self, scorer: str) -> tuple[Scores, list[Scores]]:
-        if scorer not in self._scores:
-            whole = score_trace(self.trace, scorer, self.scoring)
+    def _scored(self, scorer: str, *, by_layer: bool) -> tuple[Scores, list[Scores]]:
+        key = (scorer, by_layer or len(self.trace.info.classes) == 1)
+        if key not in self._scores:
+            options = replace(self.scoring, by_layer=by_layer)
             halves = self._halves if get_scorer(scorer).needs else []
-            self._scores[scorer] = whole, [score_trace(half, scorer, self.scoring) for half in halves]
-        return self._scores[scorer]
+            whole, *parts = (score_trace(trace, scorer, options) for trace in (self.trace, *halves))
+            self._scores[key] = whole, parts
+        return self._scores[key]
+
+    def _classes(self, scores: Scores) -> dict[str, Any]:
+        """What a selection says about the classes of the trace, nothing where it has but one."""
+        names = self.trace.info.classes
+        if len(names) == 1:
+            return {}
+        return {"classes": {"names": list(names), "joined": "maximum" if scores.joined else "pooled"}}
 
     def _near_ties(self, picker: _Picker, scores: Scores, mask: NDArray[np.bool_]) -> dict[int, list[int]]:
         key = (scores.scorer, picker.rule.name)
         if key not in self._bounds:
             rounding = rounding_of(self.trace.info.dtype) if get_scorer(scores.scorer).needs else 0.0
+            rounding *= 2 if scores.joined else 1  # a share moves with its value and with the whole
             self._bounds[key] = priority_bounds(picker.rule, scores, rounding)
         tied = near_ties(picker.rule, scores, mask, picker.constraints, self._bounds[key])
         return {layer: ids for layer, ids in layers_from_mask(scores.layers, tied).items() if ids}
@@ -154,10 +177,17 @@ class TraceSelector:
             UsageError: for options that contradict each other, the trace or the model.
         """
         info, weights = self.trace.info, self.scoring.weights
-        scores, halves = self._scored(options.method.scorer)
+        weights = get_scorer(options.method.scorer).weights_for(self.trace, weights)
         picker = _Picker(options, info.layers, info.routing)
+        curves = options.curves if picker.rule.by_curves else None
+        if curves is not None:
+            curves.check(info.fingerprint, options.method, {**weights.flags, "seed": self.scoring.seed})
+        scores, halves = self._scored(options.method.scorer, by_layer=picker.rule.by_layer)
         selection, mask, budget = _selection(picker, scores, info.routing.top_k)
-        agreement = stability(*(picker.keep(half, budget) for half in halves)) if halves else None
+        if curves is not None and not (curves.has_half(0) and curves.has_half(1)):
+            halves = []
+        kept = [picker.keep(part, budget, half) for half, part in enumerate(halves)]
+        agreement = stability(*kept) if kept else None
         warnings = guards.warn_unseen(self._tokens)
         if "largest_norm" in self.trace.statistics:
             largest = self.trace.sums("largest_norm", weights)
@@ -166,13 +196,15 @@ class TraceSelector:
         warnings += guards.warn_inflation(options.method.routing, info.routing.renormalises)
         return replace(
             selection,
+            constraints={**selection.constraints, **self._classes(scores), **_predicted(curves, mask)},
             fingerprint=info.fingerprint,
             model=info.model,
             family=info.family,
             stability=agreement,
             near_ties=self._near_ties(picker, scores, mask),
-            options={"prompt": weights.prompt, "response": weights.response, "seed": self.scoring.seed},
+            options={**weights.flags, "seed": self.scoring.seed},
             warnings=tuple(warnings),
+            seen=SeenPrompts.of_source(info.source).by_salt(),
         )
 
 
@@ -208,8 +240,23 @@ def select_from_scores(scores: Scores, options: SelectOptions, *, routing: Route
             "A table of values does not say how many experts serve a token, which routing reroute must know: "
             "give --top-k."
         )
+    if get_rule(options.method.rule).by_curves:
+        raise UsageError("Rule measured goes by layer curves, which belong to a trace: select from that.")
     selection, *_ = _selection(_Picker(options, scores.layers, routing), scores, routing.top_k if routing else None)
     return replace(selection, warnings=tuple(guards.warn_unseen(scores.activations)))
+
+
+def _predicted(curves: LayerCurves | None, mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """What the layers' cuts are predicted to cost, where that was measured."""
+    if curves is None:
+        return {}
+    by_class = curves.predicted(mask.sum(axis=1))
+    return {"measured": {"tokens": float(np.sum(curves.tokens)), "predicted_kl": by_class}}
+
+
+def _as_flags(weights: TokenWeights | None) -> str:
+    given = (weights or SegmentWeights()).flags
+    return " and ".join(f"--{name}-weight {weight:g}" for name, weight in given.items())
 
 
 def _counted(tokens: Mapping[str, float]) -> str:

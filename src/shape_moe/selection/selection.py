@@ -6,21 +6,27 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from html import escape
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shape_moe.architectures.fingerprint import check_fingerprint, fingerprint
+from shape_moe.architectures.fingerprint import fingerprint
 from shape_moe.architectures.moe_config import MoeConfig
+from shape_moe.architectures.same_routers import check_same_model
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.documents import MOST_EXPERTS, as_shape
 from shape_moe.errors import CheckpointError, UsageError
 from shape_moe.json_file import read_json
 from shape_moe.selection.method import Method, Routing, check_routing
+from shape_moe.units import counted, readable_share
 from shape_moe.workspace import write_text
+
+if TYPE_CHECKING:
+    import polars as pl
 
 FORMAT_VERSION = 1
 
@@ -42,7 +48,8 @@ class Selection:
         keep_asked: the keep rate that was asked for.
         alpha: smallest dropped priority under the coverage rule: keeping ``tau < alpha`` gives this selection.
             None under other rules, when constraints decided, or when it is tied with a kept one.
-        constraints: what else was asked for.
+        constraints: what else was asked for; where the trace has several classes, their names and how they were joined
+            (``classes``: ``names``, and ``joined``, which is ``maximum`` or ``pooled``).
         mass_kept: share of each layer's non-negative score mass that is kept, None for a layer without mass.
         stability: agreement of the two halves of the data, see :mod:`shape_moe.selection.stability`.
         near_ties: experts by layer, kept or not, that rounding alone could exchange; see
@@ -50,6 +57,8 @@ class Selection:
         options: segment weights and seed used for scoring.
         warnings: what a user should know before pruning.
         choice: what was tried before this was chosen, where scorer or keep rate were left to the tool.
+        seen: salted hashes of the prompts that it was made from, by their salt (see
+            :class:`shape_moe.calibration.seen_prompts.SeenPrompts`); None where they are not known.
     """
 
     fingerprint: str | None
@@ -70,6 +79,7 @@ class Selection:
     options: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     choice: dict[str, Any] | None = None
+    seen: dict[str, list[str]] | None = field(default=None, compare=False)  # every trace has a salt of its own
 
     @property
     def kept(self) -> int:
@@ -98,6 +108,16 @@ class Selection:
         return str(self.constraints.get("target", "ragged"))
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes of examples that it was made for, none where there was but one."""
+        return tuple((self.constraints.get("classes") or {}).get("names") or ())
+
+    @property
+    def pooled(self) -> bool:
+        """Whether it was made from several classes added up, rather than joined by their maximum."""
+        return (self.constraints.get("classes") or {}).get("joined") == "pooled"
+
+    @property
     def method(self) -> Method:
         """How it was chosen."""
         return Method(self.scorer, self.rule, self.routing, self.target)
@@ -107,6 +127,30 @@ class Selection:
         """sha256 over what a model with this selection computes: the kept experts and the routing."""
         content = json.dumps([self.routing, sorted(self.layers.items())])
         return hashlib.sha256(content.encode()).hexdigest()
+
+    def __repr__(self) -> str:
+        return (
+            f"Selection({str(self.method)!r}: keeps {self.kept:,} of {counted(self.total, 'expert')} "
+            f"({readable_share(self.keep)}) in {counted(len(self.layers), 'layer')})"
+        )
+
+    def to_frame(self) -> pl.DataFrame:
+        """One row per layer: how many experts it keeps, of how many, the share of its value kept, and their ids."""
+        import polars as pl
+
+        return pl.DataFrame(
+            {
+                "layer": list(self.layers),
+                "kept": [len(ids) for ids in self.layers.values()],
+                "of": [self.num_experts] * len(self.layers),
+                "share of value kept": [self.mass_kept.get(layer) for layer in self.layers],
+                "experts": list(self.layers.values()),
+            },
+            schema_overrides={"share of value kept": pl.Float64},
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(repr(self))}</p>{self.to_frame()._repr_html_()}"  # notebooks' own hook
 
     def mask(self) -> NDArray[np.bool_]:
         """Bool [L, E], True for kept; rows follow ``layers``."""
@@ -158,7 +202,21 @@ def load_selection(path: str | PathLike[str]) -> Selection:
     """
     file = Path(path)
     file = file / "shape" / "selection.json" if file.is_dir() else file
-    document = read_json(file)
+    return selection_of(read_json(file), file)
+
+
+def selection_of(document: Any, file: Path) -> Selection:
+    """A selection out of its document.
+
+    Args:
+        document: the content of a selection file.
+        file: where it is from, for messages.
+
+    Raises:
+        CheckpointError: when it is damaged or written by a newer version.
+    """
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{file} holds no selection.")
     if document.pop("format_version", None) != FORMAT_VERSION:
         raise CheckpointError(f"{file} is not a selection, or was written in another format version.")
     document.pop("keep_met", None)
@@ -185,7 +243,9 @@ def open_selection(given: str | PathLike[str] | Selection, snapshot: Snapshot, *
     chosen = given if isinstance(given, Selection) else load_selection(given)
     if chosen.fingerprint is not None:
         name = "The selection" if isinstance(given, Selection) else f"The selection {given}"
-        check_fingerprint(chosen.fingerprint, fingerprint(snapshot), name, force=force)
+        told = check_same_model(chosen.fingerprint, chosen.model, snapshot, name, force=force)
+        if told is not None:
+            chosen = replace(chosen, warnings=(*chosen.warnings, told))
     return chosen
 
 

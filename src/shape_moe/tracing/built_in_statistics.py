@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from shape_moe.tracing.replacement import output_change
 from shape_moe.tracing.statistics import statistic
 
 if TYPE_CHECKING:
@@ -59,6 +60,41 @@ def gated_norm_turned(seen: Observed) -> torch.Tensor:
     return seen.g * seen.norms * seen.turned[:, None]
 
 
+@statistic("contribution", per="slot", meaning="<a_i, y>")
+def contribution(seen: Observed) -> torch.Tensor:
+    """Inner product of a contribution and the routed output."""
+    return seen.contribution_products.sum(2)
+
+
+@statistic("contribution_relative", per="slot", meaning="<a_i, y> / |h|^2")
+def contribution_relative(seen: Observed) -> torch.Tensor:
+    """The same relative to the residual stream; 0 where that is 0."""
+    return seen.contribution_products.sum(2) * seen.residual_square_inverse[:, None]
+
+
+@statistic(
+    "replacement",
+    per="slot",
+    meaning="|sum_B g' E - y|^2 / |h|^2, B = A without i, with the next choice",
+    next_choice=True,
+)
+def replacement(seen: Observed) -> torch.Tensor:
+    """What becomes of the routed output when the router takes its next choice; see tracing/replacement.py."""
+    return output_change(seen, "survivors")
+
+
+@statistic(
+    "replacement_trained",
+    per="slot",
+    meaning="the same with gate weights of the size that the model was trained with",
+    next_choice=True,
+    gate_scale=True,
+)
+def replacement_trained(seen: Observed) -> torch.Tensor:
+    """The same, where weights do not grow by what was removed."""
+    return output_change(seen, "trained")
+
+
 @statistic("largest_norm", per="slot", reduction="max", meaning="|E_i|")
 def largest_norm(seen: Observed) -> torch.Tensor:
     """The output's norm, of which the largest is kept."""
@@ -87,12 +123,6 @@ def output_square(seen: Observed) -> torch.Tensor:
 def residual_square(seen: Observed) -> torch.Tensor:
     """Squared norm of the residual stream."""
     return seen.residual_square
-
-
-@statistic("gram", per="pair", meaning="<a_i, a_j>")
-def gram(seen: Observed) -> torch.Tensor:
-    """Inner products of contributions."""
-    return seen.contribution_products
 
 
 @statistic("gram_relative", per="pair", meaning="<a_i, a_j> / |h|^2")

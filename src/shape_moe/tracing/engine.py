@@ -2,9 +2,10 @@
 
 An engine is opened for one model and one calibration set (:class:`Work`), and fills a trace in one call that may be
 interrupted: what it keeps in the folder that it is given lets the next call go on. A whole Transformers model
-(:mod:`shape_moe.tracing.whole_model`) and a vLLM engine (:mod:`shape_moe.tracing.vllm_engine`) are here; files of
-server responses and of coalition counts (:mod:`shape_moe.interop`) fill traces through the same :class:`Filler`. Other
-packages add engines through the entry-point group ``shape_moe.engines``.
+(:mod:`shape_moe.tracing.whole_model`), one that is read layer by layer (:mod:`shape_moe.tracing.layer_by_layer`) and a
+vLLM engine (:mod:`shape_moe.tracing.vllm_engine`) are here; files of server responses and of coalition counts
+(:mod:`shape_moe.interop`) fill traces through the same :class:`Filler`. Other packages add engines through the
+entry-point group ``shape_moe.engines``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from shape_moe.calibration.example_maker import Answerer, ExampleMaker
 from shape_moe.errors import UsageError
 from shape_moe.progress import Progress
 from shape_moe.registry import Registry
+from shape_moe.tracing.ranks import Ranks
 from shape_moe.tracing.statistics import statistics
 from shape_moe.tracing.trace import Trace, TraceInfo
 
@@ -60,20 +62,28 @@ class Work:
         model: gives the live model, which is loaded when it is first needed.
         answerer: gives what lets the live model answer prompts.
         examples: the calibration set; its ``run`` gives the examples, its ``skipped`` takes those that fail.
+        ranks: the processes that share the calibration set.
         describe: gives the trace's provenance.
+        release: lets go of the live model, where it was loaded.
+        device: where the model runs, ``auto`` for GPUs where there are some.
         dtype: in which dtype the model runs, ``auto`` for the checkpoint's.
         arguments: further arguments of the engine.
         progress: where to show progress.
+        replacement: whether to run the router's next choice for every token, and record what needs it.
     """
 
     snapshot: Snapshot | None
     model: Callable[[], PreTrainedModel]
     answerer: Callable[[], Answerer]
     examples: ExampleMaker
+    ranks: Ranks
     describe: Describe
+    release: Callable[[], None]
+    device: str
     dtype: str
     arguments: Mapping[str, Any]
     progress: Progress
+    replacement: bool = True
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,8 @@ class Engine:
         open: makes what fills one trace.
         statistics: names of the statistics that it gives, beside coalitions.
         takes_arguments: whether it takes arguments of its own.
-        shares_model: whether it leaves the model in this process, so that a larger job goes on with it.
+        shares_model: whether the model may be loaded in this process once the trace is made, so that a larger job goes
+            on with it.
     """
 
     name: str
@@ -96,7 +107,9 @@ class Engine:
 
 
 _ENGINES: Registry[Engine] = Registry(
-    "engine", "shape_moe.engines", ("shape_moe.tracing.whole_model", "shape_moe.tracing.vllm_engine")
+    "engine",
+    "shape_moe.engines",
+    ("shape_moe.tracing.whole_model", "shape_moe.tracing.layer_by_layer", "shape_moe.tracing.vllm_engine"),
 )
 
 

@@ -7,6 +7,7 @@ forward gives the result, and the outputs are computed a second time for the sta
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from shape_moe.tracing.recorder import LayerRecorder
 
 TRACED_GROUPED = "shape_moe_traced_grouped_mm"
+GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What ``grouped_mm`` can multiply."""
 RECORDER_ATTRIBUTE = "_shape_moe_recorder"
 
 
@@ -42,7 +45,7 @@ def traced_grouped_forward(
     outputs = expert_outputs(self, hidden_states, top_k_index)
     recorder = recorder_of(self)
     if recorder.recording:
-        recorder.add(hidden_states, top_k_index, top_k_weights, outputs)
+        recorder.add(hidden_states, top_k_index, top_k_weights, outputs, partial(expert_outputs, self, hidden_states))
     weighted = outputs * top_k_weights.unsqueeze(-1)
     return weighted.sum(dim=1).to(hidden_states.dtype)
 
@@ -64,7 +67,8 @@ def expert_outputs(module: Any, hidden: torch.Tensor, ids: torch.Tensor) -> torc
     def project(value: torch.Tensor, name: str) -> torch.Tensor:
         bias = getattr(module, f"{name}_bias")[sorted_ids] if module.has_bias else None
         weight = getattr(module, name)
-        result: torch.Tensor = _grouped_linear(value, weight, offsets, bias=bias, is_transposed=module.is_transposed)
+        linear = _grouped_linear if value.dtype in GROUPED_DTYPES else _linear_by_expert
+        result: torch.Tensor = linear(value, weight, offsets, bias=bias, is_transposed=module.is_transposed)
         return result
 
     value = project(hidden[order // top_k], first)
@@ -75,3 +79,13 @@ def expert_outputs(module: Any, hidden: torch.Tensor, ids: torch.Tensor) -> torc
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
     return value[inverse].view(*ids.shape, -1)
+
+
+def _linear_by_expert(
+    value: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool
+) -> torch.Tensor:
+    """The same as a grouped product, for dtypes that it does not know."""
+    parts = torch.tensor_split(value, offsets[:-1].tolist())
+    products = [part @ (w if is_transposed else w.T) for part, w in zip(parts, weight, strict=True)]
+    result = torch.cat(products)
+    return result if bias is None else result + bias

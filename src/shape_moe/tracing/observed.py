@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+
+if TYPE_CHECKING:
+    from shape_moe.tracing.replacement import NextChoice
 
 _CHUNK_BYTES = 8 * 2**20
 """Expert outputs are looked at in float32 chunks of about this size: they stay in cache, and memory stays flat."""
@@ -28,9 +31,11 @@ class Observed:
         folds: int64 [T], the fold of the token's example.
         residual_scale: the family's factor on the block's output.
         router_scores: how router logits become probabilities.
+        renormalises: whether gate weights sum to one (times a constant) over the top-k.
+        next: the router's next choice; None where it is not recorded, and where no expert is left to choose.
 
     What is derived is float64 and lies where ``g`` does (on the device that runs the model, or on the CPU where that
-    knows no float64), from inner products in full float32.
+    knows no float64), from inner products in full float32, or in float64 where the model's outputs are.
     """
 
     h: torch.Tensor
@@ -42,6 +47,8 @@ class Observed:
     folds: torch.Tensor
     residual_scale: float
     router_scores: Literal["softmax", "sigmoid"]
+    renormalises: bool = True
+    next: NextChoice | None = None
 
     @property
     def one_per_slot(self) -> torch.Tensor:
@@ -63,21 +70,22 @@ class Observed:
         return torch.cat(parts)
 
     @cached_property
-    def _inner_products(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``<E_i, E_j>`` [T, k, k], ``<E_i, h>`` [T, k] and ``|h|^2`` [T]."""
-        pairs, with_residual, squares = [], [], []
+    def _inner_products(self) -> tuple[torch.Tensor, ...]:
+        """``<E_i, E_j>`` [T, k, k], ``<E_i, h>`` [T, k], ``|h|^2`` [T], and the products of ``E_n`` [T, k + 1]."""
+        found: list[tuple[torch.Tensor, ...]] = []
+        wide = torch.promote_types(self.outputs.dtype, torch.float32)
         with _full_float32_products(self.outputs.device):
             for rows in self._chunks():
-                chunk, stream = self.outputs[rows].float(), self.h[rows].float()
-                pairs.append(torch.bmm(chunk, chunk.transpose(1, 2)))
-                with_residual.append(torch.bmm(chunk, stream.unsqueeze(2)).squeeze(2))
-                squares.append((stream * stream).sum(1))
-        home = self.g.device
-        return (
-            torch.cat(pairs).to(home).double(),
-            torch.cat(with_residual).to(home).double(),
-            torch.cat(squares).to(home).double(),
-        )
+                chunk, stream = self.outputs[rows].to(wide), self.h[rows].to(wide)
+                pairs = torch.bmm(chunk, chunk.transpose(1, 2))
+                along = torch.bmm(chunk, stream.unsqueeze(2)).squeeze(2)
+                of_next = stream[:, :0]
+                if self.next is not None:
+                    added = self.next.outputs[rows].to(wide)
+                    beside = torch.bmm(chunk, added.unsqueeze(2)).squeeze(2)
+                    of_next = torch.cat([beside, (added * added).sum(1, keepdim=True)], dim=1)
+                found.append((pairs, along, (stream * stream).sum(1), of_next))
+        return tuple(torch.cat(parts).to(self.g.device).double() for parts in zip(*found, strict=True))
 
     def _chunks(self) -> Iterator[slice]:
         tokens, top_k, hidden = self.outputs.shape
@@ -98,6 +106,11 @@ class Observed:
     def residual_square(self) -> torch.Tensor:
         """``|h|^2`` [T]."""
         return self._inner_products[2]
+
+    @property
+    def next_products(self) -> torch.Tensor:
+        """``<E_j, E_n>`` for the token's experts ``j``, and ``|E_n|^2`` last [T, k + 1]; empty without ``next``."""
+        return self._inner_products[3]
 
     @property
     def residual_square_inverse(self) -> torch.Tensor:

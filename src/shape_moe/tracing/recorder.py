@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from shape_moe.calibration.batches import FOLDS, PADDING, SEGMENTS
+from shape_moe.calibration.batches import CELLS, FOLDS, PADDING, SEGMENTS
 from shape_moe.errors import ShapeMoeError, first_line
+from shape_moe.tracing.classes import NO_CLASS
 from shape_moe.tracing.coalitions import CoalitionTable, merge_tables, tabulate
 from shape_moe.tracing.observed import Observed
+from shape_moe.tracing.replacement import NextChoice, WiderChoice, next_ids_and_weights
 from shape_moe.tracing.statistics import HALVES, Per, Reduction, Statistic, statistics
 
 if TYPE_CHECKING:
+    from shape_moe.architectures.moe_config import MoeConfig
     from shape_moe.calibration.batches import Batch
-    from shape_moe.tracing.trace import Array
+    from shape_moe.tracing.stored_statistics import Array
 
-_CELLS = len(SEGMENTS) * FOLDS
-_HALF_CELLS = len(SEGMENTS) * HALVES
 _COMPACT_ROWS = 200_000
 _NOT_FINITE = (
     "Layer {layer}: the experts' {what} are not finite; the checkpoint has NaN or infinite weights, "
@@ -30,38 +31,64 @@ _NOT_FINITE = (
 
 @dataclass
 class BatchContext:
-    """Which segment and fold every token of the running batch belongs to.
+    """Which class, cell and fold every token of the running batch belongs to.
 
-    Padding goes to one extra cell behind the real ones, which is thrown away: no tensor has to be filtered.
+    Padding goes to one extra place behind the real ones, which is thrown away: no tensor has to be filtered.
+
+    Attributes:
+        segments: int64 [T].
+        folds: int64 [T].
+        kinds: int64 [T], ``class * 4 + cell``, :data:`PADDING` for padding.
+        num_kinds: how many of them there are.
     """
 
     segments: torch.Tensor
     folds: torch.Tensor
+    kinds: torch.Tensor
+    num_kinds: int
     _on_device: dict[torch.device, _Places] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, batch: Batch) -> BatchContext:
-        """The context of a batch."""
-        return cls(batch.segments.to(torch.int64), batch.folds.to(torch.int64))
+    def of(cls, batch: Batch, classes: Sequence[str] = (NO_CLASS,)) -> BatchContext:
+        """The context of a batch, whose examples are of these classes (whatever they are, if there is but one)."""
+        places = [classes.index(e.group or NO_CLASS) if len(classes) > 1 else 0 for e in batch.examples]
+        cells = batch.cells
+        of_class = torch.tensor(places, dtype=torch.int64).repeat_interleave(batch.input_ids.shape[1])
+        kinds = torch.where(cells == PADDING, PADDING, of_class * len(CELLS) + cells)
+        return cls(batch.segments.to(torch.int64), batch.folds.to(torch.int64), kinds, len(classes) * len(CELLS))
 
     def on(self, device: torch.device) -> _Places:
         """Where every token of the batch is counted, on ``device``."""
         if device not in self._on_device:
-            real = self.segments != PADDING
-            cells = torch.where(real, self.segments * FOLDS + self.folds, _CELLS)
-            half_cells = torch.where(real, self.segments * HALVES + self.folds % HALVES, _HALF_CELLS)
-            self._on_device[device] = _Places(*(t.to(device) for t in (self.segments, self.folds, cells, half_cells)))
+            real = self.kinds != PADDING
+            cells = torch.where(real, self.kinds * FOLDS + self.folds, self.num_kinds * FOLDS)
+            halves = torch.where(real, self.kinds * HALVES + self.folds % HALVES, self.num_kinds * HALVES)
+            present, which = torch.unique(cells, return_inverse=True)
+            one_hot = torch.nn.functional.one_hot(which, len(present)).T
+            found = (self.segments, self.folds, cells, halves, present, one_hot)
+            self._on_device[device] = _Places(*(t.to(device) for t in found))
         return self._on_device[device]
 
 
 @dataclass(frozen=True)
 class _Places:
-    """Int64 [T] each: segment, fold, cell in (segment, fold), and cell in (segment, half)."""
+    """Where tokens are counted, int64.
+
+    Attributes:
+        segments: [T].
+        folds: [T].
+        cells: [T], place in (class, cell, fold).
+        half_cells: [T], place in (class, cell, half).
+        present: the different ``cells`` of the batch, ascending.
+        one_hot: [P, T], 1 where a token's cell is the one that is present.
+    """
 
     segments: torch.Tensor
     folds: torch.Tensor
     cells: torch.Tensor
     half_cells: torch.Tensor
+    present: torch.Tensor
+    one_hot: torch.Tensor
 
 
 class LayerRecorder:
@@ -69,27 +96,29 @@ class LayerRecorder:
 
     Args:
         layer: decoder-layer index, for messages.
-        num_experts: routed experts.
-        residual_scale: the family's factor on the block's output.
-        router_scores: how router logits become probabilities.
+        moe: facts about the routed experts.
         recorded: the statistics to record, None for all that are installed.
+        classes: how many classes of examples there are.
     """
 
     def __init__(
         self,
         layer: int,
-        num_experts: int,
-        residual_scale: float,
-        router_scores: Literal["softmax", "sigmoid"],
+        moe: MoeConfig,
         recorded: Sequence[Statistic] | None = None,
+        classes: int = 1,
     ) -> None:
-        self.layer, self.num_experts = layer, num_experts
-        self.scale, self.router_scores = residual_scale, router_scores
+        self._kinds = (classes, len(CELLS))
+        self._cells_in_all = classes * len(CELLS) * FOLDS
+        self._halves_in_all = classes * len(CELLS) * HALVES
+        self.layer, self.moe, self.num_experts = layer, moe, moe.num_experts
         self.recorded = tuple(statistics().values() if recorded is None else recorded)
+        self.wants_next = moe.has_next_choice and any(s.next_choice for s in self.recorded)
         self.context: BatchContext | None = None
         self.residual: torch.Tensor | None = None
         self.normed: torch.Tensor | None = None
         self.router_logits: torch.Tensor | None = None
+        self.wider: WiderChoice | None = None
         self.calls = 0
         self._checked = False
         self._sums: dict[str, torch.Tensor] = {}
@@ -116,13 +145,13 @@ class LayerRecorder:
         """The running sums, padding's cell last, on the device that runs the layer (or where it can have float64)."""
         if not self._sums:
             home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-            cells, experts = _CELLS + 1, self.num_experts
+            cells, experts = self._cells_in_all + 1, self.num_experts
             shapes = {
                 "slot": (cells * experts, len(self._of("slot"))),
                 "largest": (len(self._of("slot", "max")), cells * experts),
                 "expert": (len(self._of("expert")), cells, experts),
                 "token": (cells, len(self._of("token"))),
-                "pair": (len(self._of("pair")), (_HALF_CELLS + 1) * experts * experts),
+                "pair": (len(self._of("pair")), (self._halves_in_all + 1) * experts * experts),
             }
             self._sums = {k: torch.zeros(s, dtype=torch.float64, device=home) for k, s in shapes.items()}
             for name, array in self._kept.items():
@@ -131,7 +160,14 @@ class LayerRecorder:
         return self._sums
 
     @torch.no_grad()
-    def add(self, hidden: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, outputs: torch.Tensor) -> None:
+    def add(
+        self,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        gates: torch.Tensor,
+        outputs: torch.Tensor,
+        run: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
         """Add one call of the experts module.
 
         Args:
@@ -139,6 +175,7 @@ class LayerRecorder:
             ids: experts of every token [T, k].
             gates: gate weights as received [T, k].
             outputs: expert outputs before weighting [T, k, H].
+            run: gives the outputs of other experts, from ids [T, 1] to [T, 1, H].
 
         Raises:
             ShapeMoeError: when the batch's segments do not fit, when the residual stream is not the one that feeds
@@ -147,16 +184,19 @@ class LayerRecorder:
         context, residual, logits = self._check_call(hidden)
         sums = self._accumulators(outputs.device)
         places = context.on(sums["slot"].device)
+        ids, g = ids.to(places.cells.device, torch.int64), gates.to(places.cells.device, torch.float64)
         seen = Observed(
             h=residual,
-            ids=ids.to(places.cells.device, torch.int64),
-            g=gates.to(places.cells.device, torch.float64),
+            ids=ids,
+            g=g,
             outputs=outputs,
             router_logits=logits,
             segments=places.segments,
             folds=places.folds,
-            residual_scale=self.scale,
-            router_scores=self.router_scores,
+            residual_scale=self.moe.residual_scale,
+            router_scores=self.moe.family.router_scores,
+            renormalises=self.moe.renormalises,
+            next=self._next(ids, g, run) if self.wants_next else None,
         )
         self._add_slots(seen, places, sums)
         self._add_tokens(seen, places, sums)
@@ -164,6 +204,14 @@ class LayerRecorder:
         finite = torch.isfinite(seen.output_square).all()
         self._finite = finite if self._finite is None else self._finite & finite
         self._ids.append(seen.ids.to(torch.int16))
+
+    def _next(self, ids: torch.Tensor, g: torch.Tensor, run: Callable[[torch.Tensor], torch.Tensor]) -> NextChoice:
+        """The router's next choice, run in a call of its own: the model's own call stays as it is, bit for bit."""
+        wider, self.wider = self.wider, None
+        assert wider is not None, "the router has run"
+        chosen, weights = next_ids_and_weights(ids, g, wider, renormalises=self.moe.renormalises)
+        outputs = run(chosen.unsqueeze(1).to(wider.ids.device)).squeeze(1)
+        return NextChoice(outputs, weights)
 
     def _add_slots(self, seen: Observed, places: _Places, sums: dict[str, torch.Tensor]) -> None:
         index = (places.cells.unsqueeze(1) * self.num_experts + seen.ids).flatten()
@@ -179,9 +227,9 @@ class LayerRecorder:
         columns = [self._terms(s, seen, (tokens,)) for s in self._of("token")]
         if columns:
             _add_at(sums["token"], places.cells, torch.stack(columns, dim=-1))
-        one_hot = torch.nn.functional.one_hot(places.cells, _CELLS + 1).T.to(torch.float64)
+        one_hot = places.one_hot.to(torch.float64)
         for row, statistic in enumerate(self._of("expert")):
-            sums["expert"][row] += one_hot @ self._terms(statistic, seen, (tokens, self.num_experts))
+            sums["expert"][row, places.present] += one_hot @ self._terms(statistic, seen, (tokens, self.num_experts))
 
     def _add_pairs(self, seen: Observed, places: _Places, sums: dict[str, torch.Tensor]) -> None:
         pair = seen.ids.unsqueeze(2) * self.num_experts + seen.ids.unsqueeze(1)
@@ -258,7 +306,7 @@ class LayerRecorder:
             )
         if self._finite is not None and not bool(self._finite):
             raise ShapeMoeError(_NOT_FINITE.format(layer=self.layer, what="outputs"))
-        self._cells.append(torch.where(context.segments == PADDING, -1, context.segments * FOLDS + context.folds))
+        self._cells.append(torch.where(context.kinds == PADDING, -1, context.kinds * FOLDS + context.folds))
         if sum(len(cells) for cells in self._cells) > _COMPACT_ROWS:
             self._compact()
 
@@ -268,7 +316,9 @@ class LayerRecorder:
         members = torch.cat([ids.cpu() for ids in self._ids]).numpy()
         cells = torch.cat(self._cells).numpy()
         real = cells >= 0
-        table = tabulate(members[real], cells[real] // FOLDS, cells[real] % FOLDS)
+        kinds, folds = np.divmod(cells[real], FOLDS)
+        of_class, kinds = np.divmod(kinds, len(CELLS))
+        table = tabulate(members[real], kinds // len(SEGMENTS), folds, kinds % len(SEGMENTS), of_class)
         self._table = table if self._table is None else merge_tables([self._table, table], [1, 1])
         self._ids, self._cells = [], []
 
@@ -282,13 +332,15 @@ class LayerRecorder:
         """The running sums as they are, and the coalition table: what :meth:`restore` goes on from, bit for bit."""
         table = self.coalitions()
         sums = {name: tensor.cpu().numpy() for name, tensor in self._sums.items()}
-        counted = {"members": np.ascontiguousarray(table.members), "counts": np.ascontiguousarray(table.counts)}
+        found = {"members": table.members, "counts": table.counts, "classes": table.classes}
+        counted = {name: np.ascontiguousarray(array) for name, array in found.items()}
         return {**(sums or self._kept), **counted}
 
     def restore(self, state: Mapping[str, Array]) -> None:
         """Go on from the state of a recorder of the same layer and statistics."""
-        self._table = CoalitionTable(np.asarray(state["members"]), np.asarray(state["counts"]))
-        self._kept = {name: np.asarray(a) for name, a in state.items() if name not in ("members", "counts")}
+        table = {name: np.asarray(state[name]) for name in ("members", "counts", "classes")}
+        self._table = CoalitionTable(**table)
+        self._kept = {name: np.asarray(a) for name, a in state.items() if name not in table}
 
     def statistics(self) -> dict[str, Array]:
         """Every recorded statistic of this layer over all batches so far, without the layer axis.
@@ -297,20 +349,20 @@ class LayerRecorder:
             ShapeMoeError: when a statistic is not finite.
         """
         state = self.state()
-        cells = (len(SEGMENTS), FOLDS)
+        cells, size = (*self._kinds, FOLDS), self._cells_in_all
         result: dict[str, Array] = {}
         for column, statistic in enumerate(self._of("slot")):
-            result[statistic.name] = state["slot"][: _CELLS * self.num_experts, column].reshape(*cells, -1)
+            result[statistic.name] = state["slot"][: size * self.num_experts, column].reshape(*cells, -1)
         for row, statistic in enumerate(self._of("slot", "max")):
-            result[statistic.name] = state["largest"][row, : _CELLS * self.num_experts].reshape(*cells, -1)
+            result[statistic.name] = state["largest"][row, : size * self.num_experts].reshape(*cells, -1)
         for row, statistic in enumerate(self._of("expert")):
-            result[statistic.name] = state["expert"][row, :_CELLS].reshape(*cells, -1)
+            result[statistic.name] = state["expert"][row, :size].reshape(*cells, -1)
         for column, statistic in enumerate(self._of("token")):
-            result[statistic.name] = state["token"][:_CELLS, column].reshape(cells)
+            result[statistic.name] = state["token"][:size, column].reshape(cells)
         square = (self.num_experts, self.num_experts)
         for row, statistic in enumerate(self._of("pair")):
-            values = state["pair"][row, : _HALF_CELLS * self.num_experts**2]
-            result[statistic.name] = values.reshape(len(SEGMENTS), HALVES, *square)
+            values = state["pair"][row, : self._halves_in_all * self.num_experts**2]
+            result[statistic.name] = values.reshape(*self._kinds, HALVES, *square)
         for statistic in self.recorded:
             if not np.isfinite(result[statistic.name]).all():
                 raise ShapeMoeError(f"Layer {self.layer}: statistic {statistic.name!r} is not finite.")

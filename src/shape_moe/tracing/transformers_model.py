@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,9 @@ import torch
 from shape_moe.architectures.loading import input_device
 from shape_moe.architectures.sites import MoeSite, find_sites, live_moe_config
 from shape_moe.errors import ShapeMoeError, first_line
+from shape_moe.tracing.classes import NO_CLASS
 from shape_moe.tracing.experts import (
+    GROUPED_DTYPES,
     RECORDER_ATTRIBUTE,
     TRACED_GROUPED,
     expert_outputs,
@@ -20,14 +23,15 @@ from shape_moe.tracing.experts import (
     register_traced_experts,
 )
 from shape_moe.tracing.recorder import BatchContext, LayerRecorder
-from shape_moe.tracing.statistics import Statistic, statistics
+from shape_moe.tracing.replacement import wider_choice
+from shape_moe.tracing.statistics import Statistic, fitting, statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from shape_moe.calibration.batches import Batch
     from shape_moe.tracing.coalitions import CoalitionTable
-    from shape_moe.tracing.trace import Array
+    from shape_moe.tracing.stored_statistics import Array
 
 
 class ModelTracer:
@@ -36,30 +40,45 @@ class ModelTracer:
     Args:
         model: a Transformers causal language model with MoE layers.
         recorded: the statistics to record, None for all that are installed.
+        classes: names of the classes of examples to keep apart.
 
     Attributes:
+        left_out: statistics that would be too large and are not recorded, and why.
         implementation: the experts implementation whose logits a traced forward reproduces bit for bit.
         batches: number of batches traced.
     """
 
-    def __init__(self, model: PreTrainedModel, recorded: Sequence[Statistic] | None = None) -> None:
-        self.model = model
-        self.recorded = tuple(statistics().values() if recorded is None else recorded)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        recorded: Sequence[Statistic] | None = None,
+        classes: Sequence[str] = (NO_CLASS,),
+    ) -> None:
+        self.model, self.classes = model, tuple(classes)
         self.moe = live_moe_config(model)
         self.sites = find_sites(model)
+        wanted = tuple(statistics().values() if recorded is None else recorded)
+        wanted = tuple(s for s in wanted if self.moe.has_gate_scale or not s.gate_scale)
+        self.recorded, self.left_out = fitting(wanted, len(self.sites), len(self.classes), self.moe.num_experts)
+        top_k = self.moe.family.router_top_k
+        if not all(hasattr(site.router, top_k) for site in self.sites):
+            self._leave_out_next_choice(f"the routers of {type(model).__name__} have no attribute {top_k}")
         self.implementation = "grouped_mm" if _can_choose_experts(model) else "eager"
         self.recorders = [
             LayerRecorder(
                 site.layer,
-                self.moe.num_experts,
-                self.moe.residual_scale,
-                self.moe.family.router_scores,
+                self.moe,
                 self.recorded,
+                len(self.classes),
             )
             for site in self.sites
         ]
         self.batches = 0
         self._failed = False
+
+    def _leave_out_next_choice(self, reason: str) -> None:
+        self.left_out |= {s.name: reason for s in self.recorded if s.next_choice}
+        self.recorded = tuple(s for s in self.recorded if not s.next_choice)
 
     @property
     def dtype(self) -> str:
@@ -80,6 +99,7 @@ class ModelTracer:
                 register_traced_experts()
                 self.model.set_experts_implementation(TRACED_GROUPED)
             else:
+                self.model.set_experts_implementation("eager")
                 hooks += [site.experts.register_forward_pre_hook(_replay) for site in self.sites]
             self.model.eval()
             yield self
@@ -107,20 +127,36 @@ class ModelTracer:
         Raises:
             ShapeMoeError: when the pass cannot be recorded faithfully.
         """
-        context = BatchContext.of(batch)
-        try:
-            for recorder in self.recorders:
-                recorder.start(context)
+        with self.recording(batch):
             logits = self._forward(batch, logits_to_keep)
-            for recorder in self.recorders:
+        self.batches += 1
+        return logits
+
+    @contextmanager
+    def recording(self, batch: Batch, layer: int | None = None) -> Iterator[None]:
+        """Record what runs meanwhile as the pass of one batch.
+
+        Args:
+            batch: the batch.
+            layer: the decoder layer that the batch goes through, None for all of them. A layer without routed experts
+                leaves nothing to record.
+
+        Raises:
+            ShapeMoeError: when the pass cannot be recorded faithfully.
+        """
+        context = BatchContext.of(batch, self.classes)
+        recorders = [recorder for recorder in self.recorders if layer in (None, recorder.layer)]
+        try:
+            for recorder in recorders:
+                recorder.start(context)
+            yield
+            for recorder in recorders:
                 recorder.finish()
         except BaseException:
             self._failed = True  # some layers have added the batch, others have not
-            for recorder in self.recorders:
+            for recorder in recorders:
                 recorder.context = None
             raise
-        self.batches += 1
-        return logits
 
     @torch.no_grad()
     def failure(self, batch: Batch) -> str | None:
@@ -185,6 +221,8 @@ class ModelTracer:
 
 
 def _can_choose_experts(model: PreTrainedModel) -> bool:
+    if model.dtype not in GROUPED_DTYPES:
+        return False
     try:
         return bool(model._grouped_mm_can_dispatch())  # noqa: SLF001  # Transformers offers no public name
     except (ValueError, ImportError):
@@ -195,7 +233,7 @@ def _hook(site: MoeSite, recorder: LayerRecorder) -> list[Any]:
     def keep_residual(_module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         recorder.residual, recorder.normed = args[0], output
 
-    def keep_router(_module: torch.nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+    def keep_router(router: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not isinstance(output, tuple) or len(output) != 3:
             raise ShapeMoeError(
                 f"Layer {recorder.layer}: the router does not return (logits, weights, ids); "
@@ -203,10 +241,12 @@ def _hook(site: MoeSite, recorder: LayerRecorder) -> list[Any]:
             )
         if recorder.recording:
             recorder.router_logits = output[0]
+            if recorder.wants_next:
+                recorder.wider = wider_choice(router, recorder.moe.family.router_top_k, args, kwargs)
 
     return [
         site.residual_norm.register_forward_hook(keep_residual),
-        site.router.register_forward_hook(keep_router),
+        site.router.register_forward_hook(keep_router, with_kwargs=True),
     ]
 
 
@@ -215,4 +255,5 @@ def _replay(module: torch.nn.Module, args: tuple[torch.Tensor, torch.Tensor, tor
     recorder = recorder_of(module)
     if recorder.recording:
         with torch.no_grad():
-            recorder.add(hidden, ids, gates, expert_outputs(module, hidden, ids))
+            run = partial(expert_outputs, module, hidden)
+            recorder.add(hidden, ids, gates, run(ids), run)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from shape_moe.calibration.examples import Example, Tokeniser
 from shape_moe.calibration.records import Record
 from shape_moe.errors import ShapeMoeError, UnsupportedModelError, UsageError, first_line
 from shape_moe.literal_paths import plain_model
+from shape_moe.tracing.classes import NO_CLASS, classes_of
 from shape_moe.tracing.coalitions import CoalitionTable
 from shape_moe.tracing.engine import Work, register
 from shape_moe.tracing.trace import Trace
@@ -40,7 +42,7 @@ class VllmTracer:
         engine: further arguments of ``vllm.LLM`` (such as ``tensor_parallel_size``).
 
     Attributes:
-        statistics: ``tokens`` [layer, segment, fold, expert], once :meth:`trace` has run.
+        statistics: ``tokens`` [layer, class, cell, fold, expert], once :meth:`trace` has run.
         coalitions: the table of every MoE layer.
         implementation: engine and version, for the trace.
 
@@ -67,7 +69,7 @@ class VllmTracer:
             import vllm
         except ImportError as error:
             raise ShapeMoeError(
-                "--engine vllm needs vLLM in this environment: install shape-moe[vllm], or use --engine transformers."
+                "--engine vllm needs vLLM in this environment: pip install vllm==0.32.0, or use --engine transformers."
             ) from error
         # an example that fills the context needs room for one token more, which is sampled but never run
         os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
@@ -122,9 +124,15 @@ class VllmTracer:
         """
         from vllm import SamplingParams
 
-        moe, layers = self.snapshot.moe, list(self.snapshot.moe_layers)
+        moe, layers, classes = self.snapshot.moe, list(self.snapshot.moe_layers), classes_of(examples)
         sequences = [
-            (list(e.tokens), [list(span) for span in e.spans], position % FOLDS) for position, e in enumerate(examples)
+            (
+                list(e.tokens),
+                [list(span) for span in e.spans],
+                position % FOLDS,
+                classes.index(e.group or NO_CLASS),
+            )
+            for position, e in enumerate(examples)
         ]
         refusals = self.engine.collective_rpc("shape_moe_begin", args=(layers, moe.num_experts, sequences))
         for refusal in refusals:
@@ -133,8 +141,8 @@ class VllmTracer:
         once = SamplingParams(temperature=0, max_tokens=1)
         for start in range(0, len(sequences), _REQUESTS_PER_CALL):
             rows = sequences[start : start + _REQUESTS_PER_CALL]
-            self.engine.generate([{"prompt_token_ids": tokens} for tokens, _, _ in rows], once, use_tqdm=False)
-            progress(sum(len(tokens) for tokens, _, _ in rows))
+            self.engine.generate([{"prompt_token_ids": tokens} for tokens, *_ in rows], once, use_tqdm=False)
+            progress(sum(len(tokens) for tokens, *_ in rows))
         results = [result for result in self.engine.collective_rpc("shape_moe_end") if result is not None]
         for result in results:
             if isinstance(result, str):
@@ -143,7 +151,10 @@ class VllmTracer:
 
     def _take(self, result: dict[str, dict[str, bytes]], layers: list[int]) -> None:
         arrays = {layer: {name: from_bytes(data) for name, data in result[str(layer)].items()} for layer in layers}
-        self.coalitions = {layer: CoalitionTable(found["members"], found["counts"]) for layer, found in arrays.items()}
+        self.coalitions = {
+            layer: CoalitionTable(found["members"], found["counts"], found["classes"])
+            for layer, found in arrays.items()
+        }
         tokens = np.stack([found["tokens"] for found in arrays.values()])
         # every routed token fills k slots, so the tokens of a layer follow from those of its experts
         layer_tokens = tokens.sum(axis=-1) // self.snapshot.moe.top_k
@@ -186,7 +197,7 @@ class VllmEngine:
         with work.progress.phase("Tracing", sum(len(example.tokens) for example in examples), "token") as advance:
             tracer.trace(examples, advance)
         info = work.describe(snapshot.moe, tuple(snapshot.moe_layers), tracer.implementation, work.dtype, "vllm")
-        return Trace(info, tracer.statistics, tracer.coalitions)
+        return Trace(replace(info, classes=classes_of(examples)), tracer.statistics, tracer.coalitions)
 
     def _started(self) -> VllmTracer:
         if self._tracer is None:

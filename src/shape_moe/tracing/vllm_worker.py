@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shape_moe.calibration.batches import FOLDS, PROMPT, RESPONSE
+from shape_moe.calibration.batches import CELLS, FOLDS, RESPONSE, SEGMENTS
 from shape_moe.errors import UnsupportedModelError
 from shape_moe.tracing.coalitions import CoalitionTable, merge_tables, tabulate
 
-Sequence = tuple[list[int], list[list[int]], int]
-"""Tokens, half-open ranges of them that are response, and the fold of the example."""
+Sequence = tuple[list[int], list[list[int]], int, int]
+"""Tokens, half-open ranges of them that are response, and the fold and the class of the example."""
 _TABLES_AT_MOST = 64
 
 
 class CoalitionCounter:
-    """Counts coalitions and routed tokens by segment and fold.
+    """Counts coalitions and routed tokens by class, cell and fold.
 
     Args:
         layers: decoder-layer indices of the MoE layers.
@@ -35,11 +35,15 @@ class CoalitionCounter:
 
     def __init__(self, layers: Iterable[int], num_experts: int, sequences: Iterable[Sequence]) -> None:
         self.num_experts = num_experts
-        self._waiting: dict[tuple[int, ...], deque[tuple[list[list[int]], int]]] = defaultdict(deque)
-        for tokens, spans, fold in sequences:
-            self._waiting[tuple(tokens)].append((spans, fold))
+        self._waiting: dict[tuple[int, ...], deque[tuple[list[list[int]], int, int]]] = defaultdict(deque)
+        classes = 1
+        for tokens, spans, fold, number in sequences:
+            self._waiting[tuple(tokens)].append((spans, fold, number))
+            classes = max(classes, number + 1)
         self._tables: dict[int, list[CoalitionTable]] = {layer: [] for layer in layers}
-        self.tokens = {layer: np.zeros((2, FOLDS, num_experts), dtype=np.int64) for layer in self._tables}
+        self.tokens = {
+            layer: np.zeros((classes, len(CELLS), FOLDS, num_experts), dtype=np.int64) for layer in self._tables
+        }
 
     def add(self, input_ids: NDArray[np.int64], positions: NDArray[np.int64], routed: Mapping[int, Any]) -> None:
         """Count one forward pass.
@@ -53,7 +57,8 @@ class CoalitionCounter:
             UnsupportedModelError: when a sequence came in pieces or is not one of those announced, or when a router
                 did not report every token once.
         """
-        segments, folds = self._places(input_ids, positions)
+        segments, predicting, folds, classes = self._places(input_ids, positions)
+        cells = len(SEGMENTS) * segments + predicting
         for layer, tables in self._tables.items():
             calls = routed.get(layer, [])
             if len(calls) != 1 or len(calls[0]) != len(input_ids):
@@ -63,17 +68,16 @@ class CoalitionCounter:
                     "with another MoE backend, or with --engine transformers."
                 )
             ids = np.asarray(calls[0])
-            tables.append(tabulate(ids, segments, folds))
-            width = ids.shape[1]
-            np.add.at(self.tokens[layer], (np.repeat(segments, width), np.repeat(folds, width), ids.ravel()), 1)
+            tables.append(tabulate(ids, segments, folds, predicting, classes))
+            np.add.at(self.tokens[layer], (classes[:, None], cells[:, None], folds[:, None], ids), 1)
             if len(tables) > _TABLES_AT_MOST:
                 tables[:] = [merge_tables(tables, [1.0] * len(tables))]
 
     def _places(
         self, input_ids: NDArray[np.int64], positions: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Segment and fold of every token of a pass."""
-        segments, folds = np.full(len(input_ids), RESPONSE), np.zeros(len(input_ids), dtype=np.int64)
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Segment, whether the next token is response, fold and class of every token of a pass."""
+        segments, predicting, folds, classes = (np.zeros(len(input_ids), dtype=np.int64) for _ in range(4))
         spans = list(pairwise([*np.flatnonzero(positions == 0).tolist(), len(input_ids)]))
         whole = all(np.array_equal(positions[begin:end], np.arange(end - begin)) for begin, end in spans)
         if not spans or spans[0][0] != 0 or not whole:
@@ -82,18 +86,23 @@ class CoalitionCounter:
             known = self._waiting.get(tuple(input_ids[begin:end].tolist()))
             if not known:
                 raise UnsupportedModelError("vLLM ran a sequence that was not sent, or one of them twice.")
-            responses, folds[begin:end] = known.popleft()
-            segments[begin:end] = PROMPT
+            responses, folds[begin:end], classes[begin:end] = known.popleft()
             for first, after in responses:
                 segments[begin + first : begin + after] = RESPONSE
-        return segments, folds
+                predicting[max(begin + first - 1, begin) : begin + after - 1] = 1
+        return segments, predicting, folds, classes
 
     def result(self) -> dict[str, dict[str, bytes]]:
-        """By layer: members and counts of its coalition table, and tokens by expert, as ``.npy`` bytes."""
+        """By layer: its coalition table's arrays, and tokens by expert, as ``.npy`` bytes."""
         found = {}
         for layer, tables in self._tables.items():
             table = merge_tables(tables, [1.0] * len(tables))
-            arrays = {"members": table.members, "counts": table.counts, "tokens": self.tokens[layer]}
+            arrays = {
+                "members": table.members,
+                "counts": table.counts,
+                "classes": table.classes,
+                "tokens": self.tokens[layer],
+            }
             found[str(layer)] = {name: to_bytes(array) for name, array in arrays.items()}
         return found
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,15 +14,22 @@ from shape_moe.calibration.batches import Batch, batches
 from shape_moe.calibration.responses import pad_token_id
 from shape_moe.errors import CheckpointError, DataError, ShapeMoeError, first_line
 from shape_moe.interrupts import DeferredInterrupt
+from shape_moe.tracing.classes import classes_of
 from shape_moe.tracing.engine import Work, register
+from shape_moe.tracing.statistics import statistics
 from shape_moe.tracing.trace import Trace
+from shape_moe.units import counted
 from shape_moe.workspace import write_json
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from shape_moe.calibration.examples import Example
     from shape_moe.tracing.transformers_model import ModelTracer
 
 UNFINISHED = "so-far"
 """Names of what an unfinished trace keeps in its folder begin so."""
+NO_REPLACEMENT = "it was not asked for (--no-replacement)"
 _SAVE_SECONDS = 120.0
 _STATE = "state.safetensors"
 
@@ -47,15 +56,15 @@ class WholeModel:
             ShapeMoeError: when a batch cannot be traced; the message names the record.
             DataError: when no record could be traced.
         """
-        from shape_moe.tracing.transformers_model import ModelTracer
-
         work = self.work
-        examples = work.examples.run(work.answerer, folder)
-        tracer = ModelTracer(work.model())
+        examples = work.ranks.examples(work.examples, lambda: work.examples.run(work.answerer, folder))
+        tracer = tracer_for(work, work.model(), examples)
         done = self._go_on(tracer, folder)
         pad_id = pad_token_id(tracer.model, work.examples.tokeniser)
-        todo = list(batches(examples, work.examples.options.batch_size, pad_id))[done:]
+        todo = work.ranks.share(list(batches(examples, work.examples.options.batch_size, pad_id)))[done:]
         tokens = sum(len(example.tokens) for batch in todo for example in batch.examples)
+        if done:
+            work.progress.note(f"{done:,} of {counted(done + len(todo), 'batch', 'batches')} already done.")
         saved = time.monotonic()
         with work.progress.phase("Tracing", tokens, "token") as advance, tracer.attached(), self._stop() as stop:
             for number, batch in enumerate(todo, start=done + 1):
@@ -68,8 +77,7 @@ class WholeModel:
                 stop.check()
         if not tracer.batches:
             raise DataError(f"No record of {work.examples.data.name} could be traced.")
-        info = work.describe(tracer.moe, tracer.layers, tracer.implementation, tracer.dtype, "transformers")
-        return Trace(info, tracer.statistics(), tracer.coalitions())
+        return trace_of(work, tracer)
 
     def _stop(self) -> DeferredInterrupt:
         return DeferredInterrupt(
@@ -133,6 +141,31 @@ class WholeModel:
         for old in folder.iterdir():
             if old.name.startswith(f"{UNFINISHED}-") and old.name != place.name:
                 shutil.rmtree(old)
+
+
+def tracer_for(work: Work, model: PreTrainedModel, examples: Sequence[Example]) -> ModelTracer:
+    """What records a model over these examples, by their classes."""
+    from shape_moe.tracing.transformers_model import ModelTracer
+
+    recorded = [s for s in statistics().values() if work.replacement or not s.next_choice]
+    tracer = ModelTracer(model, recorded, classes_of(examples))
+    if not work.replacement:
+        tracer.left_out["replacement"] = NO_REPLACEMENT
+    for name, reason in tracer.left_out.items():
+        work.progress.note(f"The trace is made without {name}: {reason}.")
+    return tracer
+
+
+def trace_of(work: Work, tracer: ModelTracer) -> Trace:
+    """The trace of what was recorded."""
+    info = work.describe(tracer.moe, tracer.layers, tracer.implementation, tracer.dtype, "transformers")
+    info = replace(info, classes=tracer.classes, left_out=tracer.left_out)
+    return Trace(info, tracer.statistics(), tracer.coalitions())
+
+
+def is_unfinished(folder: Path | None) -> bool:
+    """Whether a trace of a whole model was interrupted."""
+    return folder is not None and (folder / f"{UNFINISHED}.json").is_file()
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shape_moe.reporting.figures.figure import NONE, Figure, State, Table, plain
+from shape_moe.reporting.figures.figure import Figure, State, Table, plain
 from shape_moe.scoring.scores import Scores
+from shape_moe.units import NONE
 
 
 def average_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:

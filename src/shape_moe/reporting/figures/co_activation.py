@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.coalitions import CoalitionTable
-from shape_moe.tracing.trace import SegmentWeights, Trace
+from shape_moe.tracing.token_weights import TokenWeights
+from shape_moe.tracing.trace import Trace
 
 ENOUGH = 5.0
 """Pairs that should meet, and do meet, in fewer tokens than this are not judged: a meeting or two is no habit."""
@@ -21,18 +22,18 @@ NEVER, TOO_FEW, CHANCE = 0, 255, 127
 """Codes of pairs that never meet, of which too little is known, and that meet as often as chance would have it."""
 
 
-def tokens_together(table: CoalitionTable, num_experts: int, weights: SegmentWeights) -> NDArray[np.float64]:
+def tokens_together(table: CoalitionTable, num_experts: int, weights: TokenWeights | None) -> NDArray[np.float64]:
     """How many tokens two experts serve together.
 
     Args:
         table: the layer's coalitions.
         num_experts: ``E``.
-        weights: how much prompt and response tokens count.
+        weights: how much tokens count.
 
     Returns:
         float64 [E, E], symmetric; the diagonal holds the tokens of each expert.
     """
-    counts = table.weighted(weights.prompt, weights.response).astype(np.float64)
+    counts = table.weighted(weights).astype(np.float64)
     columns = table.members.T
     alone = np.zeros(num_experts)
     flat = np.zeros(num_experts * num_experts)
@@ -156,25 +157,25 @@ def _joined(first: list[int], second: list[int], tie: NDArray[np.float64]) -> li
     return head + tail
 
 
-def experts_lost(table: CoalitionTable, kept: NDArray[np.bool_], weights: SegmentWeights) -> NDArray[np.float64]:
+def experts_lost(table: CoalitionTable, kept: NDArray[np.bool_], weights: TokenWeights | None) -> NDArray[np.float64]:
     """How the tokens of a layer divide by the number of their experts that are dropped.
 
     Args:
         table: the layer's coalitions.
         kept: bool [E].
-        weights: how much prompt and response tokens count.
+        weights: how much tokens count.
 
     Returns:
         float64 [k + 1]: share of tokens that lose 0, 1, ... k of their experts; all 0 without tokens.
     """
-    counts = table.weighted(weights.prompt, weights.response).astype(np.float64)
+    counts = table.weighted(weights).astype(np.float64)
     lost = (~kept[table.members]).sum(axis=1)
     tokens = np.bincount(lost, weights=counts, minlength=table.members.shape[1] + 1)
     whole = float(tokens.sum())
     return np.asarray(tokens / whole if whole > 0 else np.zeros(tokens.shape))
 
 
-def lost_shares(trace: Trace, selection: Selection, weights: SegmentWeights) -> NDArray[np.float64]:
+def lost_shares(trace: Trace, selection: Selection, weights: TokenWeights | None) -> NDArray[np.float64]:
     """:func:`experts_lost` of every layer of a trace, float64 [L, k + 1]."""
     mask = dict(zip(selection.layers, selection.mask(), strict=True))
     return np.stack([experts_lost(trace.coalitions[layer], mask[layer], weights) for layer in trace.info.layers])

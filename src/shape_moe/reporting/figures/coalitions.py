@@ -27,7 +27,8 @@ from shape_moe.reporting.figures.figure import (
     smallest_integers,
 )
 from shape_moe.selection.selection import Selection
-from shape_moe.tracing.trace import SegmentWeights, Trace
+from shape_moe.tracing.token_weights import TokenWeights
+from shape_moe.tracing.trace import Trace
 from shape_moe.units import counted
 
 Layers = Mapping[int, Meetings]
@@ -93,7 +94,7 @@ def lost_figure(layer_ids: Sequence[int], shares: NDArray[np.float64]) -> Figure
     )
 
 
-def co_activations(trace: Trace, weights: SegmentWeights) -> Layers:
+def co_activations(trace: Trace, weights: TokenWeights | None) -> Layers:
     """How often the experts of every layer meet."""
     experts, tables = trace.info.num_experts, trace.coalitions
     return {layer: Meetings(tokens_together(tables[layer], experts, weights)) for layer in trace.info.layers}

@@ -14,8 +14,6 @@ from shape_moe.selection.rules import layer_ranks
 from shape_moe.selection.selection import Selection
 
 _BACKGROUND_POINTS = 128
-_HIGH_ALPHA = 0.85
-"""From here on there is no place for a label above the line."""
 _LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)
 
 
@@ -25,7 +23,7 @@ def coverage_curves(scores: Scores) -> NDArray[np.float64]:
     Returns:
         float64 [L, E + 1]: entry ``n`` is what the ``n`` best experts of the layer hold; 0 in a layer without value.
     """
-    ranks = layer_ranks(scores.values, scores.activations)
+    ranks = layer_ranks(scores.values, scores.tiebreak)
     ordered = np.take_along_axis(shares(scores), np.argsort(ranks, axis=1), axis=1)
     return np.concatenate([np.zeros((len(ordered), 1)), np.cumsum(ordered, axis=1)], axis=1)
 
@@ -91,7 +89,11 @@ def _cut_trace() -> dict[str, Any]:
 
 def _legend(selection: Selection | None) -> tuple[Swatch, ...]:
     lines = (Swatch("this layer", "line", ("kept",)), Swatch("other layers", "line", ("faint",)))
-    return lines if selection is None else (*lines, Swatch("kept here", "diamond", ("mark",)))
+    if selection is None:
+        return lines
+    alpha = selection.alpha
+    line = (Swatch(f"alpha = {percent(alpha)}", "line", ("mark",)),) if alpha is not None and alpha <= 1 else ()
+    return (*lines, Swatch("kept here", "diamond", ("mark",)), *line)
 
 
 def _layout(alpha: float | None, experts: int) -> dict[str, Any]:
@@ -102,9 +104,7 @@ def _layout(alpha: float | None, experts: int) -> dict[str, Any]:
     if alpha is not None and alpha <= 1:
         line = {"color": "@mark", "width": 1.5, "dash": "dash"}
         edge = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 100 * alpha, "y1": 100 * alpha, "line": line}
-        label = {"text": f"alpha = {percent(alpha, 2)}", "font": {"color": "@mark"}, "textposition": "start"}
-        above = alpha < _HIGH_ALPHA
-        layout["shapes"] = [{**edge, "label": {**label, "yanchor": "bottom" if above else "top"}}]
+        layout["shapes"] = [edge]
     return layout
 
 

@@ -9,6 +9,7 @@ from shape_moe.evaluation.faithfulness import Faithfulness
 from shape_moe.evaluation.measures import Measured, worst_group
 from shape_moe.reporting.figures.figure import Figure, State, Swatch, Table, number, plain, shortened, with_interval
 from shape_moe.reporting.figures.metrics import METRICS, Metric, error_bars, is_wide, known_metrics, value_axis
+from shape_moe.reporting.opening import short_name
 from shape_moe.reporting.theme import SERIES
 from shape_moe.units import size_unit
 
@@ -33,7 +34,7 @@ def quality_figure(evaluation: Evaluation) -> Figure | None:
     metrics = known_metrics(measured)
     if not metrics:
         return None
-    names = _axis_names([model.name for model in evaluation.models])
+    names = _axis_names([short_name(model.name) for model in evaluation.models])
     data = [
         {
             "type": "scatter",

@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.evaluation.intervals import Estimate
+from shape_moe.units import NONE
 
-NONE = "\N{EN DASH}"
-"""Stands in tables where there is no number."""
 _CODES = {"float32": "f4", "uint8": "u1", "uint16": "u2", "int32": "i4"}
 
 
@@ -154,6 +153,17 @@ class Section:
     figures: tuple[Figure, ...] = ()
     tables: tuple[Table, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def layer_states(self) -> tuple[State, ...]:
+        """What the reader chooses between where a figure shows one layer at a time."""
+        found = (figure.states for figure in self.figures if figure.choice == "layer")
+        return max(found, key=len, default=())
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether the reader chooses a layer to be shown."""
+        return len(self.layer_states) > 1
 
 
 def packed(values: NDArray[Any] | Sequence[float]) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,7 +43,7 @@ def layer_figure(selection: Selection, mass: NDArray[np.float64]) -> Figure:
     dropped = [selection.num_experts - count for count in counts]
     known = bool(np.isfinite(mass).any())
     bars = {"type": "bar", "x": names, "xaxis": "x", "yaxis": "y"}
-    data = [
+    data: list[dict[str, Any]] = [
         {**bars, "name": "kept", "y": counts, "marker": {"color": "@kept"}},
         {**bars, "name": "dropped", "y": dropped, "marker": {"color": "@dropped"}},
     ]
@@ -66,11 +68,18 @@ def layer_figure(selection: Selection, mass: NDArray[np.float64]) -> Figure:
                 "x": names,
                 "y": [None if np.isnan(share) else 100 * share for share in mass],
                 "yaxis": "y2",
+                "cliponaxis": False,
                 "marker": {"color": "@mark", "size": 7, "symbol": "diamond"},
                 "hovertemplate": "layer %{x}: %{y:.2f} % of the value kept<extra></extra>",
             }
         )
-        layout["yaxis2"] = {"title": {"text": "value kept, %"}, "domain": [0.7, 1], "anchor": "x"}
+        layout["yaxis2"] = {
+            "title": {"text": "value kept, %"},
+            "domain": [0.7, 1],
+            "anchor": "x",
+            "range": _value_range(100 * mass[np.isfinite(mass)]),
+            "nticks": 4,
+        }
     marks = (Swatch("value kept", "diamond", ("mark",)),) if known else ()
     return Figure(
         name="layers",
@@ -83,6 +92,13 @@ def layer_figure(selection: Selection, mass: NDArray[np.float64]) -> Figure:
         narrow={"xaxis": {"nticks": 9}},
         table=_table(selection, mass),
     )
+
+
+def _value_range(shown: NDArray[np.float64]) -> list[float]:
+    """An axis with room around every marker, and several ticks even where all layers keep the same."""
+    low, high = float(shown.min()), float(shown.max())
+    room = max(0.15 * (high - low), 1.0)
+    return [max(low - room, -1.0), high + room]
 
 
 def _label(counts: list[int], mass: NDArray[np.float64]) -> str:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from shape_moe.evaluation.intervals import Estimate
 from shape_moe.evaluation.measures import Measured
-from shape_moe.reporting.figures.figure import NONE, number, with_interval
+from shape_moe.reporting.figures.figure import number
+from shape_moe.units import NONE, readable_kl, readable_share
 
 _PERCENT = "\N{NO-BREAK SPACE}%"
 _TIMES = "\N{MULTIPLICATION SIGN}"
@@ -69,11 +70,18 @@ class Metric:
         found = self.of(measured)
         if found is None:
             return NONE
-        return with_interval(self.shown(found.value), found)
+        text = self.shown(found.value)
+        if not found.has_interval:
+            return text
+        low, high = (self.shown(end).removeprefix(_TIMES).removesuffix(_PERCENT) for end in (found.low, found.high))
+        shown = text.removeprefix(_TIMES).removesuffix(_PERCENT)
+        return text if shown == low == high else f"{text} [{low}, {high}]"
 
     def shown(self, value: float) -> str:
-        """A value with its unit."""
-        return f"{self.unit}{number(value)}" if self.unit == _TIMES else f"{number(value)}{self.unit}"
+        """A value with its unit, in the digits that mean something."""
+        if self.unit == _PERCENT:
+            return readable_share(value / 100).replace(" %", _PERCENT)
+        return f"{_TIMES}{number(value)}" if self.unit == _TIMES else readable_kl(value)
 
 
 METRICS = (
@@ -115,10 +123,15 @@ def value_axis(estimates: Iterable[Estimate | None], *, log: bool) -> dict[str, 
         decades = range(math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 1)
         steps = (1, 2, 5) if len(decades) <= _FEW_DECADES else (1,)
         ticks = [step * 10.0**decade for decade in decades for step in steps]
-        axis |= {"tickmode": "array", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+        axis |= {"tickmode": "array", "tickvals": ticks, "ticktext": [_plain(tick) for tick in ticks]}
     else:
         axis |= {"tickmode": "auto"}
     return axis
+
+
+def _plain(tick: float) -> str:
+    """A number without an exponent."""
+    return f"{tick:.12f}".rstrip("0").rstrip(".")
 
 
 def error_bars(estimates: Sequence[Estimate | None], *, log: bool) -> dict[str, Any]:

@@ -6,13 +6,14 @@ from typing import Any
 
 from shape_moe.evaluation.keep_rate import SweptPoint
 from shape_moe.evaluation.swept import Sweep
-from shape_moe.reporting.figures.figure import NONE, Figure, State, Swatch, Table, in_template, percent, plain
+from shape_moe.reporting.figures.figure import Figure, State, Swatch, Table, in_template, percent, plain
 from shape_moe.reporting.figures.metrics import METRICS, Metric, error_bars, is_wide, known_metrics, value_axis
-from shape_moe.reporting.theme import SERIES
+from shape_moe.reporting.figures.sizes import mark
 from shape_moe.selection.selection import Selection
-from shape_moe.units import readable_size, size_unit
+from shape_moe.units import NONE, readable_size, size_unit
 
-_SYMBOLS = ("circle", "square", "triangle-up", "pentagon", "star", "hexagon")
+_LABELLED = 2
+"""With more lines, keep rates stand on the first ones only: elsewhere labels would cover each other."""
 
 
 def sweep_figure(sweep: Sweep, selection: Selection | None) -> Figure:
@@ -35,9 +36,10 @@ def sweep_figure(sweep: Sweep, selection: Selection | None) -> Figure:
         },
         height=430,
         states=tuple(_state(metric, sweep, groups, chosen) for metric in metrics),
-        legend=_legend(methods, axis, chosen, given=selection is not None),
+        legend=(*_legend(methods, axis, chosen, given=selection is not None), *_limit_swatch(sweep)),
         lines=(
-            "Bars are 95 % intervals. Hollow points exceed the limit, answer unhealthily, or do not fit the memory.",
+            "Numbers on the points are the share of experts kept; bars are 95 % intervals. A hollow point is beyond "
+            "the limit, gives answers that loop or do not end, or does not fit the memory.",
         ),
         table=_table(sweep, metrics),
     )
@@ -58,17 +60,15 @@ class _SizeAxis:
         return (point.size or 0) / self.divisor if self.by_size else 100 * point.keep
 
 
-def _mark(place: int) -> tuple[str, str]:
-    """Symbol and colour of a line: no two of 36 have both in common."""
-    colour = place % len(SERIES)
-    return _SYMBOLS[(colour + place // len(SERIES)) % len(_SYMBOLS)], SERIES[colour]
-
-
 def _line(place: int, group: list[SweptPoint], axis: _SizeAxis) -> dict[str, Any]:
-    symbol, colour = _mark(place)
+    symbol, colour = mark(place)
     return {
         "type": "scatter",
-        "mode": "lines+markers",
+        "mode": "lines+markers+text" if place < _LABELLED else "lines+markers",
+        "text": [_rate(point) for point in group],
+        "textposition": "top right" if place == 0 else "bottom left",
+        "textfont": {"color": colour, "size": 11},
+        "cliponaxis": False,
         "name": plain(group[0].method),
         "x": [axis.at(point) for point in group],
         "line": {"color": colour, "width": 2},
@@ -84,12 +84,16 @@ def _line(place: int, group: list[SweptPoint], axis: _SizeAxis) -> dict[str, Any
     }
 
 
+def _rate(point: SweptPoint) -> str:
+    return f"{100 * point.keep:.0f} %"
+
+
 def _size(point: SweptPoint) -> str:
     return readable_size(point.size) if point.size is not None else f"{point.kept:,} experts"
 
 
 def _legend(methods: list[str], axis: _SizeAxis, chosen: SweptPoint | None, *, given: bool) -> tuple[Swatch, ...]:
-    marks = [_mark(i) for i in range(len(methods))]
+    marks = [mark(i) for i in range(len(methods))]
     found = [
         Swatch(method, symbol, (colour[1:],), lined=True)
         for method, (symbol, colour) in zip(methods, marks, strict=True)
@@ -149,12 +153,15 @@ def _limit(metric: Metric, sweep: Sweep, dense: float | None) -> float | None:
     return None
 
 
+def _limit_swatch(sweep: Sweep) -> tuple[Swatch, ...]:
+    return (Swatch(f"limit: {sweep.limit}", "line", ("mark",)),) if sweep.limit is not None else ()
+
+
 def _limit_shape(limit: float | None, *, log: bool) -> list[dict[str, Any]]:
     if limit is None or (log and limit <= 0):
         return []
     line = {"color": "@mark", "width": 1.5, "dash": "dash"}
-    label = {"text": "limit", "font": {"color": "@mark"}, "textposition": "start", "yanchor": "bottom"}
-    return [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": limit, "y1": limit, "line": line, "label": label}]
+    return [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": limit, "y1": limit, "line": line}]
 
 
 def _label(metric: Metric, sweep: Sweep, chosen: SweptPoint | None) -> str:

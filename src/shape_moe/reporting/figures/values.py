@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.reporting.figures.figure import (
-    NONE,
     Figure,
     State,
     Swatch,
@@ -20,6 +19,7 @@ from shape_moe.reporting.figures.figure import (
 from shape_moe.scoring.scores import Scores
 from shape_moe.selection.rules import layer_ranks
 from shape_moe.selection.selection import Selection
+from shape_moe.units import NONE
 
 _FAINTEST = (0.01, 0.5)
 """The value below which experts are as faint as can be lies between these parts of their layer's mean."""
@@ -65,7 +65,7 @@ def heat_map(scores: Scores | None, selection: Selection | None) -> Figure:
     if scores is None:
         arrays["shade"] = packed(np.ones(mask.shape))
     else:
-        share, ranks = shares(scores), layer_ranks(scores.values, scores.activations)
+        share, ranks = shares(scores), layer_ranks(scores.values, scores.tiebreak)
         table = best_experts(scores, selection, share, ranks)
         arrays |= {
             "shade": packed(brightness(share)),

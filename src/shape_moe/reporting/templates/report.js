@@ -8,7 +8,7 @@
   const HALF = 330; // px, two figures side by side on paper
   const family = getComputedStyle(document.body).fontFamily;
   const config = { displayModeBar: false, scrollZoom: false, doubleClick: false };
-  const chosen = { layer: 0, views: {} };
+  const chosen = { layers: {}, views: {} }; // the layer of each part of the page
   let printing = false;
 
   // --- binary arrays -------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@
 
   // --- drawing -----------------------------------------------------------------------------------------------------
   const plotOf = (spec) => document.getElementById(`plot-${spec.name}`);
-  const viewOf = (spec) => (spec.choice === "layer" ? chosen.layer : (chosen.views[spec.name] ?? 0));
+  const viewOf = (spec) => (spec.choice === "layer" ? (chosen.layers[spec.part] ?? 0) : (chosen.views[spec.name] ?? 0));
 
   function base(narrow, height) {
     const axis = {
@@ -142,25 +142,24 @@
   }
 
   // --- choices -----------------------------------------------------------------------------------------------------
-  const selects = [...document.querySelectorAll("select[data-layer]")];
-  const layers = Math.max(0, ...selects.map((select) => select.options.length));
+  const pickers = new Map([...document.querySelectorAll("select[data-layer]")].map((list) => [Number(list.dataset.layer), list]));
 
-  function chooseLayer(index) {
-    chosen.layer = Math.min(Math.max(index, 0), layers - 1);
-    for (const select of selects) {
-      select.value = String(chosen.layer);
-      const [back, on] = select.parentElement.querySelectorAll("button");
-      back.disabled = chosen.layer === 0;
-      on.disabled = chosen.layer === layers - 1;
-    }
-    const shown = specs.filter((spec) => spec.choice === "layer" && plotOf(spec).dataset.drawn !== undefined);
-    shown.forEach((spec) => draw(spec));
+  function chooseLayer(part, index) {
+    const list = pickers.get(part);
+    const last = list.options.length - 1;
+    chosen.layers[part] = Math.min(Math.max(index, 0), last);
+    list.value = String(chosen.layers[part]);
+    const [back, on] = list.parentElement.querySelectorAll("button");
+    back.disabled = chosen.layers[part] === 0;
+    on.disabled = chosen.layers[part] === last;
+    const own = (spec) => spec.part === part && spec.choice === "layer" && plotOf(spec).dataset.drawn !== undefined;
+    specs.filter(own).forEach((spec) => draw(spec));
   }
 
-  for (const select of selects) {
-    select.addEventListener("change", () => chooseLayer(Number(select.value)));
-    for (const button of select.parentElement.querySelectorAll("button")) {
-      button.addEventListener("click", () => chooseLayer(chosen.layer + Number(button.dataset.step)));
+  for (const [part, list] of pickers) {
+    list.addEventListener("change", () => chooseLayer(part, Number(list.value)));
+    for (const button of list.parentElement.querySelectorAll("button")) {
+      button.addEventListener("click", () => chooseLayer(part, chosen.layers[part] + Number(button.dataset.step)));
     }
   }
   for (const radio of document.querySelectorAll("input[data-view]")) {
@@ -221,11 +220,11 @@
     if (spec.decode === "cells") {
       plotOf(spec).on("plotly_click", (event) => {
         const at = spec.arrays.layers.map(String).indexOf(String(event.points[0].y));
-        if (at >= 0 && layers > 0) chooseLayer(at);
+        if (at >= 0 && pickers.has(spec.part)) chooseLayer(spec.part, at);
       });
     }
     soon(() => begin(index + 1, widths));
   }
-  if (layers > 0) chooseLayer(0);
+  for (const part of pickers.keys()) chooseLayer(part, 0);
   begin(0, rooms());
 })();

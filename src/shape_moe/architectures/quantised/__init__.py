@@ -1,0 +1,1 @@
+"""How quantised weights become plain ones: one module per method, each of which registers itself."""

@@ -1,0 +1,103 @@
+"""Where a pruned model goes: a folder, or one GGUF file with a folder of what it was made by beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from shape_moe.architectures.gguf_file import is_gguf
+from shape_moe.architectures.snapshot import check_named
+from shape_moe.errors import UsageError
+from shape_moe.pruning.gguf_slices import MODEL_FILE
+from shape_moe.source_files import describe_inputs
+from shape_moe.workspace import Workspace, check_output, check_output_file
+
+REJECTED = ".rejected"
+_SUFFIX = ".gguf"
+_BESIDE = ".shape"
+
+
+@dataclass(frozen=True)
+class PrunedPlace:
+    """The place of a pruned model.
+
+    Attributes:
+        folder: the result's folder: the model, or what a GGUF file was made by (trace, selection, judgement, card).
+        file: the GGUF file, None for a model that is a folder.
+    """
+
+    folder: Path
+    file: Path | None = None
+
+    def check(self, inputs: Sequence[str | PathLike[str]], *, force: bool, rejects: bool) -> None:
+        """Refuse a place where something lies already, or that touches an input.
+
+        Args:
+            inputs: what the job reads.
+            force: replace an earlier result.
+            rejects: whether the model may come to stand beside, under the name of a rejected one.
+
+        Raises:
+            UsageError: see :func:`shape_moe.workspace.check_output`.
+        """
+        check_output(self.folder, force=force, inputs=inputs)
+        if rejects:
+            check_output(self.folder.with_name(self.folder.name + REJECTED), force=force)
+        for file in (self.file, self.rejected_file if rejects else None):
+            if file is None:
+                continue
+            check_output_file(file, force=force)
+            if str(file.resolve()) in {str(Path(name).resolve()) for name in describe_inputs(inputs)}:
+                raise UsageError(f"The output {file} is an input of this command; choose another output.")
+
+    @property
+    def rejected_file(self) -> Path | None:
+        """What a file is called that is not as good as it was required to be."""
+        return self.file.with_name(f"{self.file.stem}{REJECTED}{_SUFFIX}") if self.file is not None else None
+
+    def complete(self, work: Workspace, *, rejected: bool) -> Path:
+        """Give the result its final name; a GGUF file gets its own, complete, before the folder beside it does.
+
+        Raises:
+            ShapeMoeError: see :meth:`shape_moe.workspace.Workspace.complete`.
+        """
+        file = self.rejected_file if rejected else self.file
+        if file is not None:
+            work.check_inputs()
+            (work.path / MODEL_FILE).replace(file)
+        path = work.complete(suffix=REJECTED if rejected else "")
+        return file if file is not None else path
+
+
+def place_of(model: str | PathLike[str], out: str | PathLike[str]) -> PrunedPlace:
+    """The place of a pruned model, by what the original is.
+
+    Raises:
+        UsageError: when a GGUF model is to become a folder, or a folder a GGUF file.
+    """
+    path, named = Path(out).absolute(), Path(out).suffix == _SUFFIX
+    check_named(model)
+    if is_gguf(Path(model)):
+        if not named:
+            raise UsageError(f"A GGUF file is pruned into a GGUF file: name one, as --output {path.name}{_SUFFIX}.")
+        return PrunedPlace(beside(path), path)
+    if named:
+        raise UsageError(
+            f"{model} is not a GGUF file, so it is pruned into a folder: name one, prune with --target stock, and "
+            f"convert "
+            "the result with llama.cpp's convert_hf_to_gguf.py."
+        )
+    return PrunedPlace(path)
+
+
+def file_beside(folder: Path) -> Path | None:
+    """The pruned GGUF file that a folder lies beside, None where there is none."""
+    file = folder.with_name(folder.name.removesuffix(_BESIDE) + _SUFFIX)
+    return file if folder.name.endswith(_BESIDE) and is_gguf(file) else None
+
+
+def beside(file: Path) -> Path:
+    """The folder that holds what a pruned GGUF file was made by."""
+    return file.with_name(file.stem + _BESIDE)

@@ -1,0 +1,83 @@
+"""From a trace to layer curves to a selection, offline and in one job with everything else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import shape_moe
+from shape_moe.calibration.records import DataOptions
+from shape_moe.errors import UsageError
+from shape_moe.jobs import measure as job
+from shape_moe.jobs.auto import ChoiceOptions
+from shape_moe.jobs.prune import PruneOptions
+from shape_moe.selection.layer_curves import load_curves
+from shape_moe.selection.method import Method
+from shape_moe.selection.select import SelectOptions
+from support.data import make_examples, write_lines
+
+METHOD = Method("replacement", "measured")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    rows = [{"prompt": f"{i} plus {i + 3} is", "response": f" {2 * i + 3}."} for i in range(6)]
+    return write_lines(tmp_path_factory.mktemp("data") / "d.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def traced(embedded, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trace") / "t"
+    shape_moe.trace(embedded, DataOptions.of(data, samples=6), out)
+    return out
+
+
+def test_curves_are_measured_once_and_select_offline(embedded, data, traced, tmp_path) -> None:
+    file = tmp_path / "curves.json"
+    curves = shape_moe.measure(embedded, traced, DataOptions.of(data, samples=6), file, method=METHOD)
+    assert load_curves(file) == curves
+    costs = curves.costs()
+    assert (costs[:, -1] == 0).all()
+    assert (np.diff(costs[:, curves.counts[0] :], axis=1) <= 0).all()
+    assert (costs[:, curves.counts[0]] > 0.01).all()
+    chosen = shape_moe.select(traced, SelectOptions(0.5, METHOD, curves=curves))
+    assert chosen.kept == 64
+    assert chosen.rule == "measured"
+    with pytest.raises(UsageError, match="exists"):
+        shape_moe.measure(embedded, traced, DataOptions.of(data, samples=6), file, method=METHOD)
+
+
+def test_prune_measures_the_examples_that_it_traces(embedded, data, tmp_path) -> None:
+    options = PruneOptions(SelectOptions(0.5, METHOD), judgement=None, check_logits=False)
+    result = shape_moe.prune(embedded, tmp_path / "out", options, data=DataOptions.of(data, samples=6))
+    curves = load_curves(result.path / "shape" / "curves.json")
+    again = shape_moe.select(result.path / "shape" / "trace", SelectOptions(0.5, METHOD, curves=curves))
+    assert result.selection.layers == again.layers
+    assert result.selection.constraints["measured"]["tokens"] == float(np.sum(curves.tokens))
+
+
+def test_prune_from_a_trace_needs_curves(embedded, traced, tmp_path) -> None:
+    with pytest.raises(UsageError, match="needs layer curves.*--curves, or start from --data"):
+        shape_moe.prune(embedded, tmp_path / "out", PruneOptions(SelectOptions(0.5, METHOD)), trace=traced)
+
+
+def test_where_methods_are_compared_the_rule_is_refused(embedded, data, tmp_path) -> None:
+    choice = ChoiceOptions(rules=("measured",))
+    options = PruneOptions(SelectOptions(0.5, Method("auto")), choice=choice)
+    with pytest.raises(UsageError, match="Rule measured goes by layer curves"):
+        shape_moe.prune(embedded, tmp_path / "out", options, data=DataOptions.of(data, samples=6))
+    with pytest.raises(UsageError, match="Rule measured goes by layer curves"):
+        shape_moe.SweepOptions(methods=(METHOD,))
+
+
+def test_examples_of_every_class_come_first_and_tokens_are_bounded(monkeypatch) -> None:
+    from dataclasses import replace
+
+    examples = [replace(e, group="b" if i >= 20 else "a") for i, e in enumerate(make_examples(30))]
+    monkeypatch.setattr(job, "MOST_TOKENS", 60)
+    chosen = job._within_reach(examples)
+    assert sum(len(example.tokens) for example in chosen) <= 60
+    groups = [example.group for example in chosen]
+    assert abs(groups.count("a") - groups.count("b")) <= 1
+    monkeypatch.setattr(job, "MOST_TOKENS", 1)
+    assert job._within_reach(examples) == [examples[0]]
