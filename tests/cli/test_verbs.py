@@ -271,7 +271,9 @@ def test_values_that_cannot_be_read(call, embedded, traced, data, tmp_path) -> N
     refused(call("select", traced, "--keep", "0.6", "--protect", "abc"), 2, "LAYER:EXPERT,EXPERT")
     refused(call("select", traced, "--keep", "0.6", "--skip-layers", "x"), 2, "layer indices")
     refused(call("select", traced, "--keep", "0.6", "--skip-layers", "9"), 2, "Layer 9 is not an MoE layer")
-    refused(call("select", traced, "--keep", "0.6", "--rule", "best"), 2, "there are coverage, global, uniform")
+    refused(
+        call("select", traced, "--keep", "0.6", "--rule", "best"), 2, "there are coverage, global, measured, uniform"
+    )
     refused(call("select", traced, "--keep", "0.6", "--scorer", "best"), 2, "no scorer 'best'")
     refused(call("select", traced, "--keep", "0.6", "--routing", "maybe"), 2, "drop or reroute")
     refused(call("select", traced, "--keep", "0.6", "--target", "round"), 2, "ragged or stock")
