@@ -25,7 +25,8 @@ from shape_moe.evaluation.keep_rate import Limit
 from shape_moe.jobs.auto import AUTO_METHODS, ChoiceOptions, auto_select
 from shape_moe.jobs.held_out import held_out_set
 from shape_moe.jobs.planning import plan_search
-from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.select import AUTO
 from shape_moe.jobs.session import ExampleOptions, ModelSession
 from shape_moe.jobs.sweep import SweepOptions, sweep

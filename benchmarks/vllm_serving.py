@@ -17,7 +17,8 @@ import numpy as np
 from benchmarks.gpu.shapes import SURVIVING_OF_8
 from benchmarks.harness import paired, write
 from shape_moe.architectures.safetensors_file import make_header
-from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.selection.selection import Selection
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, WIDTH, VOCABULARY = 3, 128, 8, 2048, 768, 4096

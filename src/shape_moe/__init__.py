@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from shape_moe.jobs.evaluate_endpoints import EndpointOptions, evaluate_endpoints
     from shape_moe.jobs.inspect import inspect_model
     from shape_moe.jobs.measure import measure
-    from shape_moe.jobs.prune import PruneOptions, prune
+    from shape_moe.jobs.prune import prune
+    from shape_moe.jobs.prune_options import PruneOptions
     from shape_moe.jobs.report import report
     from shape_moe.jobs.select import score, select
     from shape_moe.jobs.session import ExampleOptions
@@ -97,7 +98,8 @@ _HOMES = {
     "experiments.run": ("experiment",),
     "jobs.inspect": ("inspect_model",),
     "jobs.measure": ("measure",),
-    "jobs.prune": ("PruneOptions", "prune"),
+    "jobs.prune": ("prune",),
+    "jobs.prune_options": ("PruneOptions",),
     "jobs.report": ("report",),
     "jobs.select": ("score", "select"),
     "jobs.session": ("ExampleOptions",),

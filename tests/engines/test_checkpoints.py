@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shape_moe.architectures.snapshot import open_snapshot
-from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.pruning.masks import masked
 from shape_moe.serving.vllm import overrides
 from support.engines import (

@@ -13,7 +13,8 @@ from itertools import product
 import pytest
 
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
-from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.pruning.masks import masked
 from shape_moe.selection.selection import Selection
 from shape_moe.serving.vllm import overrides

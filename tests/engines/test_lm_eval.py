@@ -15,7 +15,8 @@ import pytest
 from shape_moe.demo.embedded import exact_match
 from shape_moe.evaluation.harness import TaskOptions, run_tasks
 from shape_moe.evaluation.task_results import TaskResult
-from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.pruning.masks import masked
 from support.engines import environment, needs_vllm
 from support.harness_tasks import COUNT, write_tasks

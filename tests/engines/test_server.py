@@ -11,7 +11,8 @@ import pytest
 
 from shape_moe.demo.embedded import EVALUATION_SEED, exact_match
 from shape_moe.demo.tasks import TASKS, examples
-from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.verify import verify
 from shape_moe.pruning.masks import masked
 from support.engines import needs_vllm, server

@@ -20,7 +20,8 @@ from shape_moe.errors import DataError, ShapeMoeError, UsageError
 from shape_moe.evaluation import harness
 from shape_moe.evaluation.harness import TaskOptions, check_tasks, run_tasks, run_tasks_with_vllm
 from shape_moe.evaluation.task_results import paired_difference
-from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.pruning.masks import masked
 from support.harness_tasks import COUNT, addition_rows, choice_rows, write_tasks
 from support.selections import seven_of_eight

@@ -21,7 +21,8 @@ from shape_moe.jobs import auto as auto_module
 from shape_moe.jobs import prune as job
 from shape_moe.jobs import session
 from shape_moe.jobs.auto import AUTO_METHODS, ChoiceOptions, methods_to_try, tied_with
-from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.select import AUTO, check_options, select
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import trace

@@ -9,7 +9,8 @@ from safetensors import safe_open
 
 from shape_moe.errors import ShapeMoeError
 from shape_moe.jobs import prune as job
-from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
 from support.selections import seven_of_eight
 
 

@@ -21,7 +21,8 @@ from shape_moe.evaluation.task_results import task_changes
 from shape_moe.jobs import evaluate as jobs_evaluate
 from shape_moe.jobs import session
 from shape_moe.jobs.evaluate import EvaluateOptions, evaluate
-from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.progress import Silent
 from shape_moe.pruning.masks import masked

@@ -20,7 +20,8 @@ from shape_moe.calibration.records import DataOptions
 from shape_moe.errors import CheckpointError, FingerprintError, UnsupportedModelError, UsageError
 from shape_moe.jobs.inspect import inspect_model
 from shape_moe.jobs.judgement import JudgementOptions
-from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.select import select
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import trace

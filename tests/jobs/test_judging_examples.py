@@ -14,7 +14,8 @@ from shape_moe.demo.tasks import examples
 from shape_moe.evaluation.verdict import Word
 from shape_moe.jobs.judgement import JudgementOptions
 from shape_moe.jobs.judging_examples import seen_by
-from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import merge, trace
 from shape_moe.selection.select import SelectOptions, select_from_trace

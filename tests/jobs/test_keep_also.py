@@ -17,7 +17,8 @@ from shape_moe.errors import UsageError
 from shape_moe.evaluation import questions
 from shape_moe.evaluation.forgotten import general_records, group_names, kept_groups
 from shape_moe.jobs.keep_also import FIRST_INDEX, with_general
-from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.session import ExampleOptions, ModelSession
 from shape_moe.progress import SILENT
 from shape_moe.selection.select import SelectOptions

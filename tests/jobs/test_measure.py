@@ -10,7 +10,7 @@ from shape_moe.calibration.records import DataOptions
 from shape_moe.errors import UsageError
 from shape_moe.jobs import measure as job
 from shape_moe.jobs.auto import ChoiceOptions
-from shape_moe.jobs.prune import PruneOptions
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.selection.layer_curves import load_curves
 from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions

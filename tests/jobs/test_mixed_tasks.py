@@ -12,7 +12,8 @@ from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.main import run
 from shape_moe.demo.tasks import examples
 from shape_moe.jobs.judgement import JudgementOptions
-from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.pruning.masks import masked
 from shape_moe.scoring.registry import ScoreOptions

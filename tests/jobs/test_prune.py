@@ -17,7 +17,8 @@ from shape_moe.demo.embedded import exact_match
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import CheckpointError, FingerprintError, ShapeMoeError, UsageError
 from shape_moe.jobs import prune as job
-from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.select import select
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import trace

@@ -16,7 +16,8 @@ from shape_moe.evaluation.verdict import Word
 from shape_moe.jobs import session as sessions
 from shape_moe.jobs.auto import ChoiceOptions
 from shape_moe.jobs.judgement import JudgementOptions
-from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.select import as_select_options
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.verify import verify

@@ -13,7 +13,7 @@ import shape_moe
 from shape_moe.architectures.fingerprint import fingerprint
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.errors import DataError, FingerprintError, ShapeMoeError, UsageError
-from shape_moe.jobs.prune import PruneOptions
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.report import original_bytes
 from shape_moe.scoring.scores import score_trace
 from shape_moe.selection.method import Method

@@ -18,7 +18,8 @@ from shape_moe.evaluation.forgotten import general_records
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.verdict import Verdict, Word
 from shape_moe.jobs.evaluate import EvaluateOptions, evaluate
-from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import trace
 from shape_moe.selection.method import Method

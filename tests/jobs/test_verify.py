@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import CheckpointError
-from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.verify import Check, check_files, verify
 from shape_moe.progress import SILENT

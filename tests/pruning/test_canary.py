@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from shape_moe.architectures.sites import find_sites
 from shape_moe.calibration.records import DataOptions
-from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.verify import verify
 from shape_moe.pruning.canary import (

@@ -14,7 +14,8 @@ from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.architectures.tensor_names import renumbered
 from shape_moe.calibration.records import DataOptions
 from shape_moe.jobs.inspect import inspect_model
-from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import trace
 from shape_moe.jobs.verify import verify

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from shape_moe.architectures.snapshot import open_snapshot
-from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.progress import SILENT
 from shape_moe.pruning.checkpoint import _joined, _runs
 from shape_moe.pruning.writers import SafetensorsFolder, writer_for

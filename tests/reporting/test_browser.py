@@ -15,7 +15,7 @@ from selenium.webdriver.common.keys import Keys
 import shape_moe
 from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.tasks import TASKS, examples
-from shape_moe.jobs.prune import PruneOptions
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.scoring.scores import read_scores
 from shape_moe.selection.select import SelectOptions, select_from_scores, select_from_trace

@@ -18,7 +18,8 @@ from transformers.core_model_loading import WeightRenaming
 from shape_moe.architectures.families import FAMILIES, Family
 from shape_moe.architectures.loading import load_model
 from shape_moe.architectures.snapshot import open_snapshot
-from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.pruning.masks import masked
 from support.selections import random_selection
 from support.tiny_models import COMMON, random_tokens

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from shape_moe.architectures.snapshot import open_snapshot
-from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.pruning.masks import masked
 from shape_moe.pruning.modeling_shape_moe import pruned_class
 from shape_moe.pruning.surgery import prune_model

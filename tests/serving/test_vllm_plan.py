@@ -17,7 +17,8 @@ from transformers import Qwen3MoeForCausalLM
 from shape_moe.architectures.families import FAMILIES
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.errors import FingerprintError, ServingError, UnsupportedModelError, UsageError
-from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.pruning.modeling_shape_moe import pruned_class
 from shape_moe.serving.vllm import overrides
 from shape_moe.serving.vllm.building import layer_index

@@ -10,7 +10,8 @@ import pytest
 from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import UnsupportedModelError
-from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import trace
 from shape_moe.progress import Silent

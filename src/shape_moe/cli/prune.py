@@ -40,7 +40,7 @@ from shape_moe.jobs.auto import AUTO_HELD_OUT, ChoiceOptions
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.jobs.judgement import JudgementOptions
 from shape_moe.jobs.judging_plan import MINUTES
-from shape_moe.jobs.prune import PAPER_SAMPLES, PruneOptions
+from shape_moe.jobs.prune_options import PAPER_SAMPLES, PruneOptions
 from shape_moe.jobs.select import AUTO
 from shape_moe.jobs.session import DEFAULT_SAMPLES
 from shape_moe.selection.rules import budget_for

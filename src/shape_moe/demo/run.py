@@ -20,7 +20,8 @@ from shape_moe.demo.tasks import TASKS, examples
 from shape_moe.embedded_model import embedded_model_path
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.result_file import header
-from shape_moe.jobs.prune import PruneOptions, prune
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.report import report
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import trace

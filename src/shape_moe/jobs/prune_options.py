@@ -1,0 +1,111 @@
+"""What can be asked of a pruned checkpoint, and which requests name too little or too much."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from os import PathLike
+
+from shape_moe.calibration.records import DataOptions
+from shape_moe.calibration.sources import Data
+from shape_moe.errors import UsageError
+from shape_moe.jobs.auto import ChoiceOptions
+from shape_moe.jobs.judgement import (
+    JudgementOptions,
+)
+from shape_moe.jobs.select import as_select_options
+from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, as_example_options
+from shape_moe.selection.method import PUBLISHED_SAMPLES, Method
+from shape_moe.selection.rules import check_by_priority, get_rule
+from shape_moe.selection.select import SelectOptions
+from shape_moe.selection.selection import Selection
+
+PAPER_SAMPLES = PUBLISHED_SAMPLES
+"""Calibration examples of the published experiments."""
+GGUF_METHOD = Method(routing="reroute", target="stock")
+"""How a GGUF file is pruned when nothing else is said: llama.cpp loads equal counts only."""
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """What is asked of a pruned checkpoint.
+
+    Attributes:
+        select: how experts are chosen; None when a finished selection is given.
+        trace: the calibration set and how to trace; None when a trace or a selection is given. Its device, dtype
+            and stream are overruled by those below.
+        device: where to trace and to compare logits.
+        dtype: in which dtype.
+        trust_remote_code: run the code that comes with the original instead of Transformers' own, where there is some.
+        stream: trace and judge layer by layer (True), or with the whole model in memory (False); None decides by free
+            memory.
+        choice: how candidates are judged where scorer or keep rate are left to the tool, None where they are not.
+        judgement: how the pruned model is judged, None for not at all.
+        check_logits: compare the pruned model's logits with the masked original's, where both fit in memory.
+        force: replace an existing result, accept artifacts of unknown origin.
+    """
+
+    select: SelectOptions | None = None
+    trace: ExampleOptions | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    stream: bool | None = None
+    choice: ChoiceOptions | None = None
+    judgement: JudgementOptions | None = field(default_factory=JudgementOptions)
+    check_logits: bool = True
+    force: bool = False
+
+
+def complete_options(
+    options: PruneOptions, data: ExampleOptions | DataOptions | Data | None, keep: float | None, *, gguf: bool
+) -> PruneOptions:
+    """The options, with what the short forms (``data``, ``keep``) say in their places."""
+    if data is not None:
+        samples = DEFAULT_SAMPLES if options.choice else PAPER_SAMPLES
+        options = replace(options, trace=as_example_options(data, samples))
+    if keep is not None:
+        select = as_select_options(keep)
+        if gguf:
+            select = replace(select, method=GGUF_METHOD, allow_rounding=True)
+        options = replace(options, select=select)
+    if options.select is None and options.choice is not None and options.choice.limit is not None:
+        options = replace(options, select=as_select_options(1.0))  # the limit decides how many are kept
+    if options.trace is not None:
+        options = replace(
+            options, trace=replace(options.trace, device=options.device, dtype=options.dtype, stream=options.stream)
+        )
+    return options
+
+
+def check_request(
+    options: PruneOptions, trace: str | PathLike[str] | None, selection: str | PathLike[str] | Selection | None
+) -> None:
+    """Refuse requests that name too little or too much.
+
+    Raises:
+        UsageError: saying what to give.
+    """
+    if options.choice is not None:
+        if selection is not None or (options.trace is None and trace is None):
+            raise UsageError("Scorer auto and limits choose on held-out examples: give data (--data) or a trace.")
+        for rule in (*(options.choice.rules or ()), *([options.select.method.rule] if options.select else [])):
+            check_by_priority(rule)
+    elif sum(given is not None for given in (trace, selection)) > 1:
+        raise UsageError("--trace and --selection exclude each other; give one of them.")
+    elif options.trace is None and trace is None and selection is None:
+        raise UsageError("Give calibration data (--data), a trace (--trace) or a selection (--selection).")
+    elif options.trace is not None and options.judgement is None and (trace is not None or selection is not None):
+        raise UsageError("Beside a trace or a selection, data (--data) only judge: leave them out without judgement.")
+    asked = options.select
+    if asked is not None and makes_curves(asked) and options.trace is None:
+        raise UsageError(
+            f"Rule {asked.method.rule} needs layer curves: make them with `shape-moe measure` and give them by "
+            "--curves, or start from --data, whose examples are then measured."
+        )
+    if (options.select is None) != (selection is not None):
+        raise UsageError("Give a keep rate (--keep or --fit) with data or a trace, and none with a selection.")
+
+
+def makes_curves(asked: SelectOptions) -> bool:
+    """Whether layers have to be measured before a budget can be shared out."""
+    return get_rule(asked.method.rule).by_curves and asked.curves is None

@@ -1,0 +1,185 @@
+"""One pruning job on its way through its phases: trace, select, judge, ask the masked original."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from shape_moe.architectures.gguf_model import GgufModel
+from shape_moe.architectures.layered_model import why_not_layered
+from shape_moe.architectures.loading import release_memory
+from shape_moe.architectures.snapshot import Snapshot
+from shape_moe.calibration.parts import Parts
+from shape_moe.errors import DataError
+from shape_moe.jobs.auto import auto_select
+from shape_moe.jobs.judgement import (
+    Judgement,
+    JudgementOptions,
+    judge_selection,
+    no_judgement,
+)
+from shape_moe.jobs.judging_examples import (
+    OTHERS,
+    Unseen,
+    examples_given,
+    examples_of_trace,
+    seen_by,
+    unseen_parts,
+)
+from shape_moe.jobs.layered_judgement import judge_layer_by_layer
+from shape_moe.jobs.measure import measured_curves
+from shape_moe.jobs.planning import SearchPlan
+from shape_moe.jobs.prune_options import PruneOptions, makes_curves
+from shape_moe.jobs.session import ModelSession, load_original
+from shape_moe.jobs.trace import kept_trace
+from shape_moe.progress import Progress
+from shape_moe.pruning.canary import Canary
+from shape_moe.pruning.logits import masked_answers, why_no_logits
+from shape_moe.pruning.writers import Writer, writer_for
+from shape_moe.selection.layer_curves import load_curves
+from shape_moe.selection.select import select_from_trace
+from shape_moe.selection.selection import Selection, load_selection
+from shape_moe.tracing.trace import Trace
+from shape_moe.units import capitalised
+
+
+@dataclass
+class PruneRun:
+    """One pruning job on its way through the phases: what enters it, and what has come of it so far.
+
+    Attributes:
+        snapshot: the original.
+        options: what is asked.
+        progress: where to show progress.
+        chosen: a finished selection, where that is given.
+        trace: a finished trace, where that is given; later the one that was made.
+        plan: which examples calibrate and which judge candidates, where those are to be judged.
+        parts: the examples told apart, where nothing is chosen by some of them.
+        session: what traces the calibration set, where that is given.
+        judge: what reads examples that only judge, where such are given.
+        notes: what the user should know.
+    """
+
+    snapshot: Snapshot
+    options: PruneOptions
+    progress: Progress
+    chosen: Selection | None = None
+    trace: Trace | None = None
+    plan: SearchPlan | None = None
+    parts: Parts | None = None
+    session: ModelSession | None = None
+    judge: ModelSession | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def target(self) -> str:
+        """The target that the selection is made for."""
+        if self.options.select is not None:
+            return self.options.select.method.target
+        assert self.chosen is not None
+        return "stock" if isinstance(self.snapshot, GgufModel) else self.chosen.target
+
+    @property
+    def writer(self) -> Writer:
+        """What writes the result."""
+        return writer_for(self.snapshot, self.target)
+
+
+def trace_calibration(run: PruneRun, folder: Path) -> None:
+    """The trace of the job goes with its result: the one that is given, or one made now or by an interrupted run."""
+    if run.trace is not None:
+        # older traces hold the beginnings of examples
+        replace(run.trace, info=replace(run.trace.info, canary=[])).save(folder)
+    elif (session := run.session) is not None:
+        if (folder / "trace.json").is_file():
+            run.progress.note("Using the trace that the interrupted run has made.")
+        run.trace = kept_trace(lambda: session, folder)
+
+
+def selected(run: PruneRun, work: Path) -> Selection:
+    """The selection: by the method that was asked for, or by what candidates are worth on held-out examples."""
+    assert run.trace is not None
+    assert run.options.select is not None
+    if run.plan is not None and run.options.choice is not None:
+        folder, file = work / "candidates.partial", work / "shape" / "selection.json"
+        if file.is_file():
+            run.progress.note("Using the selection that the interrupted run has chosen.")
+            chosen = load_selection(file)
+        else:
+            folder.mkdir(exist_ok=True)
+            chosen = auto_select(
+                run.snapshot, run.plan, run.trace, run.options.select, run.options.choice, run.progress, folder
+            )
+            chosen.save(file)
+        shutil.rmtree(folder, ignore_errors=True)
+        run.progress.note(f"Chosen: {chosen.choice['reason'] if chosen.choice else ''}")
+        return chosen
+    asked = run.options.select
+    if makes_curves(asked):
+        assert run.session is not None, "checked before"
+        file = work / "shape" / "curves.json"
+        if not file.is_file():
+            measured_curves(run.session, run.trace, asked.method, asked.scoring, run.progress).save(file)
+        asked = replace(asked, curves=load_curves(file))
+    return select_from_trace(run.trace, asked)
+
+
+def judged(run: PruneRun, selection: Selection) -> Judgement:
+    """What pruning did to the model, while the full model is (or can be) loaded."""
+    options, device, dtype = run.options.judgement, run.options.device, run.options.dtype
+    assert options is not None
+    if run.session is None and run.judge is None:
+        reason = why_no_logits(run.snapshot, device, dtype)
+        if reason and why_not_layered(run.snapshot):
+            return no_judgement(f"{capitalised(reason)}.", options)
+    try:
+        found = _unseen(run, selection, options)
+    except DataError as error:
+        return no_judgement(str(error), options)
+    run.session = found.session
+    notes = [found.note] if found.note else []
+    if found.session.reads_layers:
+        return judge_layer_by_layer(found.session, found.parts, found.data, selection, options, notes)
+    seen = seen_by(run.trace, selection)
+    return judge_selection(found.session, found.parts, found.data, selection, options, seen, notes)
+
+
+def _unseen(run: PruneRun, selection: Selection, options: JudgementOptions) -> Unseen:
+    """The examples that the model is judged by.
+
+    Raises:
+        DataError: saying why there are none.
+    """
+    seen, session = seen_by(run.trace, selection), run.session
+    if run.judge is not None:
+        return examples_given(run.judge, seen, options)
+    if run.plan is not None and session is not None:
+        data, chosen_by = run.plan.data, run.plan.held_out.records
+        return Unseen(session, data, run.plan.parts or unseen_parts([data], seen, chosen_by, options))
+    if session is not None and run.parts is not None:
+        return Unseen(session, session.options.data, run.parts)
+    if run.trace is None:
+        raise DataError(f"There are no examples that played no part in making the model. {OTHERS}.")
+    where = {"device": run.options.device, "dtype": run.options.dtype, "stream": run.options.stream}
+    return examples_of_trace(run.snapshot, run.trace, options, where, run.progress)
+
+
+def masked_canary(run: PruneRun, selection: Selection) -> tuple[Canary | None, str | None]:
+    """The masked original's answers, while the full model is (or can be) loaded; else None, and why."""
+    options, session = run.options, run.session or run.judge
+    reason = None if options.check_logits else "--no-logits was given"
+    if reason is None and session is None:
+        reason = why_no_logits(run.snapshot, options.device, options.dtype)
+    if reason is None and session is not None and session.reads_layers:
+        reason = why_no_logits(run.snapshot, options.device, options.dtype) or "--stream was given"
+    if reason is not None:
+        run.notes.append(f"Logits were not compared: {reason}.")
+        return None, reason
+    model = session.model if session else load_original(run.snapshot, options.device, options.dtype, run.progress)
+    canary = masked_answers(run.snapshot, model, selection, run.progress)
+    if session is not None:
+        session.unload()
+    del model
+    release_memory()
+    return canary, None
