@@ -92,6 +92,7 @@ def test_an_interrupt_says_what_was_kept_and_nothing_else(monkeypatch, capsys, n
         (["serve", "M", "--selection", "S"], "shape_moe.cli.serve._vllm_command"),
         (["verify", "D"], "shape_moe.jobs.verify.verify"),
         (["evaluate", "M", "--data", "D"], "shape_moe.jobs.evaluate.evaluate"),
+        (["measure", "M", "--trace", "T", "--data", "D", "-o", "O"], "shape_moe.jobs.measure.measure"),
         (["presets"], "shape_moe.calibration.presets.presets"),
         (["experiment", "C"], "shape_moe.cli.experiment.read_config"),
         (["report", "D"], "shape_moe.jobs.report.report"),
