@@ -68,7 +68,7 @@ def test_hostile_documents(tmp_path, name, read, content) -> None:
         ({"statistics": {"gate": {"axes": "row", "reduction": "sum"}}}, "Invalid enum value .row."),
         ({"surprise": 1}, "unknown entry 'surprise'"),
         ({"canary": [["a"]]}, "Expected int, got str"),
-        ({"tokens": {"prompt": float("nan")}}, "no finite number"),
+        ({"tokens": {"prompt": float("nan")}}, "not a finite number"),
     ],
 )
 def test_damaged_traces(tmp_path, change, words) -> None:

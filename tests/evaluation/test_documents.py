@@ -111,7 +111,7 @@ def test_an_evaluation_is_read_back(data) -> None:
         st.builds(
             Evaluation,
             *(names, st.none() | names, st.none() | names, st.none() | names, counts, st.just(by), st.just(found)),
-            *(st.lists(checks, max_size=2).map(tuple), st.lists(names).map(tuple), made),
+            *(st.lists(checks, max_size=2).map(tuple), st.lists(names, unique=True).map(tuple), made),
         )
     )
     assert Evaluation.from_document(through_json(whole.to_document())) == whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,8 +19,7 @@ from shape_moe.evaluation.intervals import Estimate
 from shape_moe.evaluation.keep_rate import Limit, Point
 from shape_moe.evaluation.measures import Measured
 from shape_moe.jobs import auto as auto_module
-from shape_moe.jobs import prune as job
-from shape_moe.jobs import session
+from shape_moe.jobs import prune_run, session
 from shape_moe.jobs.auto import AUTO_METHODS, ChoiceOptions, methods_to_try, tied_with
 from shape_moe.jobs.prune import prune
 from shape_moe.jobs.prune_options import PruneOptions
@@ -79,7 +79,7 @@ def test_the_candidate_closest_to_the_dense_model_is_written(chosen, embedded, d
 def test_the_card_tells_what_was_tried(chosen) -> None:
     card = (chosen.path / "README.md").read_text()
     assert "40 held-out examples" in card
-    assert chosen.selection.choice["reason"] in card
+    assert chosen.selection.choice["reason"] in html.unescape(card)
 
 
 def test_an_interrupted_job_does_not_choose_again(chosen, embedded, data, tmp_path, monkeypatch) -> None:
@@ -92,7 +92,7 @@ def test_an_interrupted_job_does_not_choose_again(chosen, embedded, data, tmp_pa
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(logits, "record_canary", stopped_after(0, logits.record_canary)[0])
         prune(embedded, tmp_path / "out", options, data=data)
-    monkeypatch.setattr(job, "auto_select", lambda *_: pytest.fail("chosen again"))
+    monkeypatch.setattr(prune_run, "auto_select", lambda *_: pytest.fail("chosen again"))
     result = prune(embedded, tmp_path / "out", options, data=data)
     assert result.selection == chosen.selection
     names = [sorted(file.relative_to(folder) for file in folder.rglob("*")) for folder in (result.path, chosen.path)]

@@ -31,6 +31,7 @@ from shape_moe.selection.selection import load_selection
 from shape_moe.tracing.trace import load_trace
 from support.data import write_lines
 from support.interruptions import stopped_after
+from support.selections import seven_of_eight
 
 
 @pytest.fixture(scope="module")
@@ -223,10 +224,12 @@ def test_wrong_keep_rates_and_infeasible_budgets(embedded, traced, tmp_path) -> 
 
 
 def test_exactly_one_way_in(embedded, traced, data, tmp_path) -> None:
-    with pytest.raises(UsageError, match="exactly one of"):
-        prune(embedded, tmp_path / "out", options(0.6, data), trace=traced)
-    with pytest.raises(UsageError, match="exactly one of"):
+    with pytest.raises(UsageError, match="data .--data. only judge: leave them out without judgement"):
+        prune(embedded, tmp_path / "out", options(0.6, data, judgement=None), trace=traced)
+    with pytest.raises(UsageError, match="Give calibration data"):
         prune(embedded, tmp_path / "out", options(0.6))
+    with pytest.raises(UsageError, match="--trace and --selection exclude each other"):
+        prune(embedded, tmp_path / "out", options(), trace=traced, selection=seven_of_eight())
 
 
 def test_outputs_are_not_overwritten_without_force(embedded, traced, tmp_path) -> None:
@@ -323,9 +326,14 @@ def test_interrupted_jobs_go_on_where_they_stopped(embedded, data, tmp_path, mon
     assert resumed.selection == expected.selection
     first, second = contents(tmp_path / "expected"), contents(tmp_path / "out")
     assert first.keys() == second.keys()
-    salted = ["shape/manifest.json", "shape/trace/trace.json"]  # prompts are hashed with a salt of the trace's own
+    # prompts are hashed with a salt of the trace's own
+    salted = ["shape/manifest.json", "shape/selection.json", "shape/trace/trace.json"]
     assert [name for name in first if first[name] != second[name]] == salted
-    traces = [json.loads(found[salted[1]]) for found in (first, second)]
+    selections = [json.loads(found[salted[1]]) for found in (first, second)]
+    for document in selections:
+        assert [len(hashes) for hashes in document.pop("seen").values()] == [25]
+    assert selections[0] == selections[1]
+    traces = [json.loads(found[salted[2]]) for found in (first, second)]
     for document in traces:
         del document["source"]["salt"], document["source"]["prompts"]
     assert traces[0] == traces[1]

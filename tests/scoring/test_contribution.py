@@ -8,7 +8,9 @@ import shapiq
 import torch
 
 from shape_moe.calibration.batches import batches, make_batch
+from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.scoring.scores import score_trace
+from shape_moe.tracing.token_weights import SegmentWeights
 from support import brute_force
 from support.data import make_examples, trace_model
 from support.naive_trace import capture, expert_output
@@ -33,7 +35,7 @@ def test_values_equal_shapley_values_over_all_subsets(name: str) -> None:
     model = make_model(name)
     examples = make_examples(5)
     trace = trace_model(model, examples)
-    experts = trace.info.num_experts
+    experts, alike = trace.info.num_experts, ScoreOptions(SegmentWeights())
     for row, layer in enumerate(trace.info.layers):
         raw, relative = np.zeros(experts), np.zeros(experts)
         for ids, a, h in contributions(model, examples, layer):
@@ -44,11 +46,11 @@ def test_values_equal_shapley_values_over_all_subsets(name: str) -> None:
             relative[ids] += values / (h @ h)
         scale = np.abs(raw).max()
         np.testing.assert_allclose(
-            score_trace(trace, "contribution-raw").values[row], raw, rtol=1e-4, atol=1e-5 * scale
+            score_trace(trace, "contribution-raw", alike).values[row], raw, rtol=1e-4, atol=1e-5 * scale
         )
         scale = np.abs(relative).max()
         np.testing.assert_allclose(
-            score_trace(trace, "contribution").values[row], relative, rtol=1e-4, atol=1e-5 * scale
+            score_trace(trace, "contribution", alike).values[row], relative, rtol=1e-4, atol=1e-5 * scale
         )
 
 
@@ -91,7 +93,7 @@ def test_values_add_up_to_the_output() -> None:
     """Efficiency: over all experts, values sum to the squared norm of the routed output."""
     model = make_model("deepseek_v2")
     trace = trace_model(model, make_examples(6))
-    values = score_trace(trace, "contribution-raw").values
+    values = score_trace(trace, "contribution-raw", ScoreOptions(SegmentWeights())).values
     np.testing.assert_allclose(values.sum(axis=1), trace.sums("output_square"), rtol=1e-5)
 
 

@@ -74,7 +74,7 @@ def test_uniform_and_global() -> None:
 
 
 def test_unknown_rule_and_bad_values() -> None:
-    with pytest.raises(UsageError, match="no rule .best.; there are coverage, global, uniform"):
+    with pytest.raises(UsageError, match="no rule .best.; there are coverage, global, measured, uniform"):
         get_rule("best")
     for bad in (np.array([[1.0, np.nan]]), np.array([1.0, 2.0]), np.zeros((0, 4))):
         with pytest.raises(UsageError, match="finite numbers"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +183,7 @@ class Evaluation:
         """What :meth:`to_document` described."""
         fields = [classes["field"] for entry in document["models"] if (classes := entry.get("classes"))]
         data, also = (document.get(key) for key in ("data", "also"))
-        return cls(
+        found = cls(
             model=str(document["model"]),
             fingerprint=document.get("fingerprint"),
             data=None if data is None else str(data),
@@ -192,9 +192,12 @@ class Evaluation:
             by=str(fields[0]) if fields else None,
             models=tuple(Evaluated.from_document(entry) for entry in document["models"]),
             faithfulness=tuple(Faithfulness.from_document(entry) for entry in document.get("faithfulness") or ()),
-            notes=tuple(str(text) for text in document.get("warnings") or ()),
+            notes=(),
             made_with=MadeWith.from_document(document),
         )
+        complaints = set(found.complaints)  # they are written beside the notes, and are known from the models
+        notes = (str(text) for text in document.get("warnings") or ())
+        return replace(found, notes=tuple(text for text in notes if text not in complaints))
 
 
 def read_evaluation(path: Path) -> Evaluation:
