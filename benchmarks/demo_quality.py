@@ -1,4 +1,7 @@
-"""What pruning costs on the embedded model: scorers and rules over keep rates, six tasks and ten calibration seeds."""
+"""What pruning costs on the embedded model: scorers and rules over keep rates, six tasks and ten calibration seeds.
+
+Every token counts alike, for every scorer.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from shape_moe.scoring.scores import score_trace
 from shape_moe.selection.controls import inverted_selection
 from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions, select_from_trace
+from shape_moe.tracing.token_weights import SegmentWeights
 from shape_moe.tracing.trace import Trace, TraceInfo
 from shape_moe.tracing.transformers_model import ModelTracer
 
@@ -57,7 +61,7 @@ def trace_task(model, tokenizer, task: str, seed: int) -> Trace:
 
 def choose(trace: Trace, scorer: str, rule: str, keep: float, seed: int):
     """The selection of one method."""
-    name, scoring = scorer.removesuffix(", inverted"), ScoreOptions(seed=seed)
+    name, scoring = scorer.removesuffix(", inverted"), ScoreOptions(SegmentWeights(), seed)
     selection = select_from_trace(trace, SelectOptions(keep, Method(name, rule), scoring))
     return selection if name == scorer else inverted_selection(selection, score_trace(trace, name, scoring))
 
