@@ -1,7 +1,7 @@
 """GGUF files of tiny models, written with the ``gguf`` package as llama.cpp's converter lays them out.
 
 What conversion does to tensors is written here anew, in the converter's direction, and compared with llama.cpp itself
-by ``tests/engines_gguf``.
+by ``tests/llama_cpp``.
 """
 
 from __future__ import annotations

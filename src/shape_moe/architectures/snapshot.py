@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from shape_moe.architectures.config_file import read_config
 from shape_moe.architectures.gguf_file import is_gguf
@@ -32,6 +32,9 @@ from shape_moe.json_file import read_json
 
 if TYPE_CHECKING:
     import torch
+
+Part = TypeVar("Part", TensorSlot, PlainTensor)
+"""A tensor as it is stored, or as the plain model has it."""
 
 ROOT_FILES = (
     "tokenizer.json",
@@ -146,13 +149,17 @@ class Snapshot:
 
     def expert(self, layer: int, expert: int) -> tuple[TensorSlot, ...]:
         """The tensors of one expert: its own, and its rows of those that hold all experts of the layer."""
+        return self._of_expert(self.layer(layer), expert)
+
+    def _of_expert(self, tensors: Iterable[Part], expert: int) -> tuple[Part, ...]:
+        """Of a layer's tensors those of one expert, and its rows of those that hold all."""
         parts = []
-        for slot in self.layer(layer):
-            role = self.role(slot.name)
+        for tensor in tensors:
+            role = self.role(tensor.name)
             if role.role == "packed":
-                parts.append(slot.row(expert))
+                parts.append(tensor.row(expert))
             elif role.role == "expert" and role.expert == expert:
-                parts.append(slot)
+                parts.append(tensor)
         return tuple(parts)
 
     def values(self, slot: TensorSlot, form: Form = "raw") -> torch.Tensor:
@@ -214,14 +221,7 @@ class Snapshot:
 
     def plain_expert(self, layer: int, expert: int) -> tuple[PlainTensor, ...]:
         """The tensors of one expert of the plain model: its own, and its rows of those that hold all of the layer."""
-        parts = []
-        for tensor in self.plain_layer(layer):
-            role = self.role(tensor.name)
-            if role.role == "packed":
-                parts.append(tensor.row(expert))
-            elif role.role == "expert" and role.expert == expert:
-                parts.append(tensor)
-        return tuple(parts)
+        return self._of_expert(self.plain_layer(layer), expert)
 
     @property
     def total_bytes(self) -> int:

@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 
 from shape_moe.cli.flag_groups import changed_flags
-from shape_moe.cli.values import parse_layers, parse_protect, parse_routing, share_option
+from shape_moe.cli.values import parse_layers, parse_protect, share_option
 from shape_moe.errors import UsageError
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.layer_curves import LayerCurves, load_curves
-from shape_moe.selection.method import Method
+from shape_moe.selection.method import Method, routing_for
 from shape_moe.selection.select import SelectOptions
 from shape_moe.tracing.token_weights import token_weights
 
@@ -186,7 +186,7 @@ class SelectFlags:
         target = self.target or "ragged"
         return SelectOptions(
             keep=keep,
-            method=Method(score.scorer, self.rule or "coverage", parse_routing(self.routing, target), target),
+            method=Method(score.scorer, self.rule or "coverage", routing_for(target, self.routing), target),
             scoring=score.options(seed),
             tolerance=self.tolerance,
             skip_layers=parse_layers(self.skip_layers),

@@ -15,7 +15,7 @@ from shape_moe.cli.endpoint_flags import EndpointFlags
 from shape_moe.cli.evaluation_shown import show_evaluation
 from shape_moe.cli.flag_groups import changed_flags
 from shape_moe.cli.flags import REJECTED, ForceFlag, LoadFlags, OutputFlags, RevisionFlag, SeedFlag
-from shape_moe.cli.quality_flags import GenerationFlags, TaskFlags
+from shape_moe.cli.quality_flags import GenerationFlags, NoGeneral, TaskFlags
 from shape_moe.cli.values import share_option
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.evaluated import Evaluation
@@ -99,10 +99,7 @@ def evaluate(
             help="Judge only a part of the examples if all would take longer than this. Default: all of them.",
         ),
     ] = None,
-    no_general: Annotated[
-        bool,
-        typer.Option("--no-general", help="Ask no general prompts, which show what was forgotten besides the task."),
-    ] = False,
+    no_general: NoGeneral = False,
     trace: Annotated[Path | None, typer.Option(help="The trace that selections were made from.")] = None,
     footprint: Annotated[
         bool,

@@ -12,11 +12,10 @@ from shape_moe.cli.choice_flags import ScoreFlags
 from shape_moe.cli.console import plain_table
 from shape_moe.cli.data_flags import DataFlags
 from shape_moe.cli.flags import ForceFlag, LoadFlags, ModelArgument, OutputFlags, RevisionFlag, SeedFlag
-from shape_moe.cli.values import parse_routing
 from shape_moe.jobs import measure as job
 from shape_moe.jobs.session import DEFAULT_SAMPLES
 from shape_moe.selection.layer_curves import LayerCurves
-from shape_moe.selection.method import Method
+from shape_moe.selection.method import Method, routing_for
 
 FIRST = {
     "trace": "",
@@ -54,7 +53,7 @@ def measure(
     Example: shape-moe measure ./Qwen3-30B-A3B --trace traces/gsm8k --data gsm8k-train.jsonl -o curves.json
     """
     talk = output.output()
-    method = Method(score.scorer, "measured", parse_routing(routing, "ragged"))
+    method = Method(score.scorer, "measured", routing_for("ragged", routing))
     curves = job.measure(
         model,
         trace,

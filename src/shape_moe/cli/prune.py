@@ -29,9 +29,9 @@ from shape_moe.cli.flags import (
     SeedFlag,
     StreamFlag,
 )
-from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags
+from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags, NoGeneral
 from shape_moe.cli.select import notes_on
-from shape_moe.cli.values import parse_routing, share_option
+from shape_moe.cli.values import share_option
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.intervals import Estimate
 from shape_moe.evaluation.keep_rate import Limit
@@ -43,6 +43,7 @@ from shape_moe.jobs.judging_plan import MINUTES
 from shape_moe.jobs.prune_options import PAPER_SAMPLES, PruneOptions
 from shape_moe.jobs.select import AUTO
 from shape_moe.jobs.session import DEFAULT_SAMPLES
+from shape_moe.selection.method import check_routing
 from shape_moe.selection.rules import budget_for
 from shape_moe.selection.selection import Selection, load_selection
 from shape_moe.units import joined, readable_share
@@ -130,10 +131,7 @@ def prune(
         ),
     ] = None,
     no_judge: Annotated[bool, typer.Option("--no-judge", help="Do not judge the pruned model at the end.")] = False,
-    no_general: Annotated[
-        bool,
-        typer.Option("--no-general", help="Ask no general prompts, which show what was forgotten besides the task."),
-    ] = False,
+    no_general: NoGeneral = False,
     judge_minutes: Annotated[
         float,
         typer.Option(metavar="MINUTES", help="Judge only a part of the examples if all would take longer than this."),
@@ -239,7 +237,7 @@ def _choice(
     """How candidates are judged."""
     if select.tolerance is not None:
         raise UsageError("--tolerance reproduces one published selection; leave it out where candidates are judged.")
-    routing = parse_routing(select.routing, select.target or "ragged") if select.routing else None
+    routing = check_routing(select.routing) if select.routing else None
     return ChoiceOptions(
         limit=limit,
         rules=(select.rule,) if select.rule else None,

@@ -20,6 +20,12 @@ LIMIT_PANEL = "What may be lost"
 GENERATION_PANEL = "Free answers"
 TASK_PANEL = "Benchmark tasks"
 
+NoGeneral = Annotated[
+    bool,
+    typer.Option("--no-general", help="Ask no general prompts, which show what was forgotten besides the task."),
+]
+"""Of every verb that judges."""
+
 
 @dataclass
 class HeldOutFlags:

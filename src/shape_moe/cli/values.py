@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from shape_moe.errors import UsageError
 from shape_moe.units import share_from
-
-if TYPE_CHECKING:
-    from shape_moe.selection.method import Routing
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -119,18 +116,3 @@ def parse_protect(items: list[str] | None) -> dict[int, tuple[int, ...]]:
             raise UsageError(f"--protect takes LAYER:EXPERT,EXPERT, not {item!r}.")
         protect.setdefault(int(match[1]), set()).update(int(part) for part in match[2].split(","))
     return {layer: tuple(sorted(ids)) for layer, ids in protect.items()}
-
-
-def parse_routing(routing: str | None, target: str) -> Routing:
-    """The routing asked for, or the target's default.
-
-    Raises:
-        UsageError: for an unknown name.
-    """
-    if routing is None:
-        return "reroute" if target == "stock" else "drop"
-    if routing == "drop":
-        return "drop"
-    if routing == "reroute":
-        return "reroute"
-    raise UsageError(f"Routing must be drop or reroute, not {routing!r}.")

@@ -106,6 +106,15 @@ def check_routing(name: str) -> Routing:
     raise UsageError(f"Routing must be {' or '.join(ROUTINGS)}, not {name!r}.")
 
 
+def routing_for(target: str, name: str | None) -> Routing:
+    """The routing that is named, or what the target is routed by where none is.
+
+    Raises:
+        UsageError: for an unknown name.
+    """
+    return usual_routing(target) if name is None else check_routing(name)
+
+
 def usual_routing(target: str) -> Routing:
     """What a target is routed by where nothing else is said."""
     return "reroute" if target == "stock" else "drop"
