@@ -54,6 +54,25 @@ def test_unread_fields_are_named() -> None:
         normalise({"messages": TALK, "prompt": "something else"}, "r")
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("respnse", "response"), ("Response", "response"), ("completions", "completion"), ("anwser", "answer")],
+)
+def test_a_misspelt_response_is_not_written_by_the_model(key, meant) -> None:
+    for row in ({"prompt": "hi", key: "yo"}, {"instruction": "hi", key: "yo"}):
+        with pytest.raises(
+            DataError, match=f"no response, but a field '{key}'; did you mean '{meant}'.*response={key}"
+        ):
+            normalise(row, "line 1")
+    assert normalise({"prompt": "hi", key: "yo"}, "r", {"response": key}).content["response"] == "yo"
+    for row in (
+        {"prompt": "hi", "response": "yo", key: "x"},
+        {"prompt": "hi", "answer_id": "7"},
+        {"prompt": "hi", key: 1},
+    ):
+        assert normalise(row, "r").content["prompt"] == "hi"
+
+
 def test_spellings_of_one_conversation_are_one_record() -> None:
     """Arguments as text or object, tools with or without their wrapping, roles of any dialect: one content hash."""
     tool = {"name": "f", "parameters": {}}

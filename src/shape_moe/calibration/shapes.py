@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from shape_moe.calibration.conversations import (
@@ -201,6 +202,8 @@ def _asked(reading: _Reading, prompt: str, response: str | None, name: str, said
     """A prompt and its response; a conversation where a system prompt, tools, turns or thoughts go with them."""
     if not prompt:
         raise DataError(f"{reading.where}: field {name!r} is empty.")
+    if response is None:
+        _check_misspelt(reading)
     if not any(reading.row.get(key) not in (None, "", [], {}) for key in _BESIDE):
         return reading.finish({"prompt": prompt, "response": response or None}, said)
     messages = []
@@ -216,6 +219,21 @@ def _asked(reading: _Reading, prompt: str, response: str | None, name: str, said
             messages[-1]["reasoning_content"] = thought
             reading.read |= {"reasoning_content", "reasoning", "thinking"}
     return reading.finish(reading.conversation(messages), f"{said} -> messages")
+
+
+def _check_misspelt(reading: _Reading) -> None:
+    """Refuse a record without a response that has one under a name that is nearly right.
+
+    Raises:
+        DataError: with the name that was probably meant.
+    """
+    for name in reading.row.keys() - _MEANINGFUL:
+        near = get_close_matches(str(name).strip().casefold(), _RESPONSES, 1, cutoff=0.82)
+        if near and isinstance(reading.row[name], str):
+            raise DataError(
+                f"{reading.where}: the record has no response, but a field {name!r}; did you mean {near[0]!r}? "
+                f"Rename it, or give --map response={name}; if it means something else, leave it out."
+            )
 
 
 @dataclass(frozen=True)
