@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from shape_moe.calibration.example_maker import ExampleMaker
 from shape_moe.calibration.parts import FEWEST, MOST, Parts, three_parts
 from shape_moe.calibration.reading import load, load_records
 from shape_moe.calibration.records import DataOptions
@@ -15,11 +16,12 @@ from shape_moe.evaluation.bench import Bench
 from shape_moe.evaluation.conclusion import conclude
 from shape_moe.evaluation.forgotten import Forgotten, general_records
 from shape_moe.evaluation.generation import GenerationOptions
-from shape_moe.evaluation.outcomes import FREE_ANSWERS
+from shape_moe.evaluation.outcomes import FREE_ANSWERS, Seen
 from shape_moe.evaluation.questions import Questions
 from shape_moe.evaluation.verdict import MAX_DROP, Verdict, check_max_drop, check_requirement, not_measured
 from shape_moe.jobs.held_out import held_out_set
 from shape_moe.jobs.judging_plan import MINUTES, check_minutes, plan_judging
+from shape_moe.jobs.seen_examples import seen_records
 from shape_moe.jobs.session import ModelSession
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.masks import masked
@@ -149,8 +151,15 @@ def judge_selection(
     progress = session.progress
     general = len(general_records()) if options.general else 0
     maker = session.calibrator_of(parts.report, data)
+    again = seen_records(parts)
     plan = plan_judging(
-        session, maker, answers=options.answers, calls=options.answers, general=general, minutes=options.minutes
+        session,
+        maker,
+        answers=options.answers,
+        calls=options.answers,
+        general=general,
+        minutes=options.minutes,
+        seen=session.calibrator_of(again, data) if again else None,
     )
     progress.note(f"{plan.sentence}; --no-judge leaves it out.")
     notes = [*(f"Not measured: {reason}." for reason in reasons), f"{parts.sentence}.", *remarks]
@@ -163,6 +172,7 @@ def judge_selection(
         with progress.phase("Judging the pruned model", len(held_out.examples), "example") as advance:
             sums, ours = bench.sums(selection, advance), bench.answers(selection)
         theirs = bench.dense_answers
+        calibrated = _scored_again(session, plan.seen, selection) if plan.seen is not None else None
         questions = Questions(
             model,
             session.calibrator.tokeniser,
@@ -184,10 +194,18 @@ def judge_selection(
             calling=questions.calling,
             max_drop=options.max_drop,
             notes=notes,
+            seen=calibrated,
         )
     if (blamed := _blamed_on_pooling(verdict, selection)) is not None:
         verdict = replace(verdict, notes=(blamed, *verdict.notes))
     return Judgement(verdict, replies.forgotten)
+
+
+def _scored_again(session: ModelSession, maker: ExampleMaker, selection: Selection) -> Seen:
+    """What the dense and the pruned model make of examples that calibration has seen."""
+    held_out = held_out_set(session, maker, "examples that calibrated")
+    with Bench(session.model, session.tokenizer, held_out, progress=session.progress) as bench:
+        return Seen(held_out.groups, bench.dense_sums, bench.sums(selection), bench.answered)
 
 
 def _blamed_on_pooling(verdict: Verdict, selection: Selection) -> str | None:
