@@ -330,8 +330,8 @@ def test_a_class_whose_answers_become_less_probable_may_be_damaged() -> None:
     assert found.suspects == ("sums",)
     assert found.reason == (
         "Class sums may be damaged: its right answers have a probability of 83 % on average, with the dense model 90 % "
-        "(12 examples, 5 of them calibrated with). Exact match over 12 examples (100 % -> 100 %) does not exclude a "
-        f"loss of up to {share_at_most(found.falls[0].fall.high)}."
+        "(12 examples, 5 of them calibrated with). Exact match over 12 examples, from 100 % to 100 %, does not exclude "
+        f"a loss of up to {share_at_most(found.falls[0].fall.high)}."
     )
     document = json.loads(json.dumps(found.to_document()))
     assert document["suspects"] == ["sums"]

@@ -74,8 +74,8 @@ def doubted(fall: Fall) -> str:
     known = f", {likely.seen} of them calibrated with" if likely.seen else ""
     return (
         f"Class {fall.name} may be damaged: its right answers have a probability of {after} on average, with the dense "
-        f"model {before} ({counted(likely.examples, 'example')}{known}). {capitalised(fall.figure)} over {counts} "
-        f"({dense} -> {pruned}) does not exclude {open_}."
+        f"model {before} ({counted(likely.examples, 'example')}{known}). {capitalised(fall.figure)} over {counts}, "
+        f"from {dense} to {pruned}, does not exclude {open_}."
     )
 
 
