@@ -143,6 +143,14 @@ def prune(
             help="safe or no-loss: end with code 3 and leave the model in DIR.rejected if it is judged worse.",
         ),
     ] = None,
+    refit: Annotated[
+        str,
+        typer.Option(
+            metavar="on|off|auto",
+            help="Repair the kept experts without training: solve their down projections again by least squares. auto "
+            "does so where examples that neither calibrate nor report show a gain.",
+        ),
+    ] = "off",
     no_logits: Annotated[
         bool,
         typer.Option("--no-logits", help="Do not compare logits, and record no answers for later checks (the canary)."),
@@ -198,6 +206,7 @@ def prune(
         judgement=_judgement(
             limit, require, judge_minutes, data.samples if made else None, judge=not no_judge, general=not no_general
         ),
+        refit=refit,
         check_logits=not no_logits,
         force=force.force,
     )
@@ -316,6 +325,7 @@ def _document(result: PruneResult) -> dict[str, Any]:
         "logits_skipped": result.logits_skipped,
         "target": result.target,
         "choice": result.selection.choice,
+        "refit": result.selection.refit,
         "judgement": result.judgement.to_document() if result.judgement else None,
         "rejected": result.rejected,
         "opening": result.opening.lines() if result.opening else [],
@@ -354,7 +364,9 @@ def _show(console: Console, result: PruneResult) -> None:
 
 def _checked(result: PruneResult) -> list[str]:
     """What is known to be equal, and where the result loads."""
-    lines = ["Every tensor equals its slice of the original."]
+    refitted = result.selection.refit is not None
+    but = " but the kept experts' refitted down projections" if refitted else ""
+    lines = [f"Every tensor{but} equals its slice of the original."]
     if result.logits is not None:
         lines.append(
             f"Logits equal those of the masked original: KL {result.logits.mean_kl:.1e}, top-1 agreement "
