@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shape_moe.calibration.batches import batches
 from shape_moe.calibration.example_maker import ExampleMaker
@@ -15,6 +16,8 @@ from shape_moe.calibration.responses import pad_token_id
 from shape_moe.calibration.sources import Data
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.bench import Bench
+from shape_moe.evaluation.by_layers import compare_by_layers
+from shape_moe.evaluation.intervals import Bootstrap
 from shape_moe.jobs.held_out import held_out_set
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options
 from shape_moe.progress import SILENT, Progress
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from shape_moe.evaluation.teacher_forced import TeacherForced
     from shape_moe.refitting.layers import RefitRequest
     from shape_moe.refitting.refitted import Refitted
 
@@ -178,15 +182,15 @@ def choose_refit(
         request = RefitRequest(rho, stored=stored)
         found.append(refit_in_session(session, selection, request, folder / f"rho-{rho:g}"))
     candidates: list[Selection] = [selection, *(one.applied_to(selection) for one in found)]
-    held_out = held_out_set(session, chosen_by, "the choosing part", folder)
-    with Bench(session.model, session.tokenizer, held_out, comparisons=len(candidates), progress=progress) as bench:
-        with progress.phase("Judging refits", len(candidates), "candidate") as advance:
-            divergences = [_kl(bench, candidate, advance) for candidate in candidates]
-        best = min(range(1, len(candidates)), key=lambda i: (divergences[i], -i))
-        worth = always or not bench.tied(selection, candidates[best])
+    sums = _judged(session, chosen_by, candidates, folder)
+    draws = Bootstrap(len(sums[0].tokens), comparisons=len(candidates))
+    divergences = [draws.ratio(of.kl, of.tokens).value for of in sums]
+    best = min(range(1, len(candidates)), key=lambda i: (divergences[i], -i))
+    gain = draws.ratio(sums[0].kl - sums[best].kl, sums[0].tokens)
+    worth = always or gain.low > 0
     tried = [{"rho": None if i == 0 else RHOS[i - 1], "kl": kl} for i, kl in enumerate(divergences)]
     said = (
-        f"KL divergence to the dense model on {len(held_out.examples)} examples: {readable_kl(divergences[0])} as "
+        f"KL divergence to the dense model on {len(sums[0].tokens)} examples: {readable_kl(divergences[0])} as "
         f"pruned, {readable_kl(divergences[best])} refitted with rho {RHOS[best - 1]:g}"
     )
     if not worth:
@@ -200,7 +204,22 @@ def choose_refit(
     return ChosenRefit(replace(chosen, refit={**(chosen.refit or {}), "tried": tried}), notes)
 
 
-def _kl(bench: Bench, candidate: Selection, advance: Any) -> float:
-    value = bench.measured(bench.sums(candidate)).quality["kl"].value
-    advance(1)
-    return value
+def _judged(
+    session: ModelSession, chosen_by: ExampleMaker, candidates: Sequence[Selection], folder: Path
+) -> list[TeacherForced]:
+    """Teacher-forced sums of every candidate beside the dense model; where layers are read from disk in one reading."""
+    from shape_moe.architectures.layered_model import LayeredModel
+
+    progress, asked, name = session.progress, session.options, "the choosing part"
+    if session.reads_layers:
+        assert session.snapshot is not None
+        layered = LayeredModel(session.snapshot, device=asked.device, dtype=asked.dtype)
+        held_out = held_out_set(session, chosen_by, name, folder, model=layered.model)
+        with progress.phase("Judging refits", layered.num_layers, "layer") as advance:
+            return compare_by_layers(layered, held_out, candidates, advance)[1:]
+    held_out = held_out_set(session, chosen_by, name, folder)
+    with (
+        Bench(session.model, session.tokenizer, held_out, folder=folder, progress=progress) as bench,
+        progress.phase("Judging refits", len(candidates) * len(held_out.examples), "example") as advance,
+    ):
+        return [bench.sums(candidate, advance) for candidate in candidates]
