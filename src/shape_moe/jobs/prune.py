@@ -127,7 +127,7 @@ def prune(
     run = PruneRun(open_snapshot(model, revision, trust_remote_code=options.trust_remote_code), options, progress)
     _open_inputs(run, trace, selection)
     inputs += [run.snapshot.path, *(run.plan.data.files if run.plan else [])]
-    with Workspace(place.folder, _job(run, trace), force=options.force, inputs=inputs) as work:
+    with place.workspace(_job(run, trace), inputs, force=options.force, rejects=rejects) as work:
         _check_disk(run, work.path)
         return _carry_out(run, work, place)
 
