@@ -58,6 +58,8 @@ class Selection:
         options: segment weights and seed used for scoring.
         warnings: what a user should know before pruning.
         choice: what was tried before this was chosen, where scorer or keep rate were left to the tool.
+        refit: what is known of the kept experts' refitted down projections (``rho``, ``digest`` over their values),
+            None where they are the model's own.
         seen: salted hashes of the prompts that it was made from, by their salt (see
             :class:`shape_moe.calibration.seen_prompts.SeenPrompts`); None where they are not known.
         gate_scale: ``survivors`` or ``trained``, see :data:`shape_moe.architectures.moe_config.GateScale`.
@@ -81,6 +83,7 @@ class Selection:
     options: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     choice: dict[str, Any] | None = None
+    refit: dict[str, Any] | None = None
     seen: dict[str, list[str]] | None = field(default=None, compare=False)  # every trace has a salt of its own
     gate_scale: GateScale = "survivors"
 
@@ -132,8 +135,9 @@ class Selection:
 
     @property
     def digest(self) -> str:
-        """sha256 over what a model with this selection computes: the kept experts, the routing and the gate scale."""
-        content = json.dumps([self.method.routed, sorted(self.layers.items())])
+        """sha256 over what a model with this selection computes: kept experts, routing with gate scale, refitted weights."""
+        refitted = [self.refit["digest"]] if self.refit is not None else []
+        content = json.dumps([self.method.routed, sorted(self.layers.items()), *refitted])
         return hashlib.sha256(content.encode()).hexdigest()
 
     def __repr__(self) -> str:
