@@ -135,7 +135,7 @@ class Selection:
 
     @property
     def digest(self) -> str:
-        """sha256 over what a model with this selection computes: kept experts, routing, gate scale, refitted weights."""
+        """sha256 over what a model with this selection computes: experts, routing, gate scale, refitted weights."""
         refitted = [self.refit["digest"]] if self.refit is not None else []
         content = json.dumps([self.method.routed, sorted(self.layers.items()), *refitted])
         return hashlib.sha256(content.encode()).hexdigest()
