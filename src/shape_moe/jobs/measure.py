@@ -7,7 +7,8 @@ from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING
 
-from shape_moe.architectures.moe_config import RouterFacts
+from shape_moe.architectures.families import FAMILIES
+from shape_moe.architectures.moe_config import RouterFacts, check_gate_scale
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.calibration.batches import batches
 from shape_moe.calibration.records import DataOptions
@@ -95,6 +96,7 @@ def measured_curves(
     from shape_moe.evaluation.layer_costs import layer_costs
 
     info = trace.info
+    check_gate_scale(method.gate_scale, FAMILIES.get(info.family or ""), info.routing.renormalises)
     weights = get_scorer(method.scorer).weights_for(trace, scoring.weights)
     scores = score_trace(trace, method.scorer, replace(scoring, weights=weights))
     maker = session.calibrator
@@ -124,6 +126,7 @@ def measured_curves(
         scorer=method.scorer,
         options={**weights.flags, "seed": scoring.seed},
         routing=method.routing,
+        gate_scale=method.gate_scale,
         num_experts=info.num_experts,
         layers=info.layers,
         counts=counts,
@@ -142,7 +145,7 @@ def cuts_of(scores: Scores, facts: RouterFacts, method: Method) -> tuple[tuple[i
         raise UsageError(f"Every layer must keep all of its {experts} experts: there is nothing to measure.")
     room = Room(len(scores.layers), experts, Constraints(floor=floor, groups=groups))
     order = room.order(ranks.astype(float), ranks)
-    whole = replace(whole_selection(scores.layers, experts), routing=method.routing)
+    whole = replace(whole_selection(scores.layers, experts), routing=method.routing, gate_scale=method.gate_scale)
     cuts = {}
     for row, layer in enumerate(scores.layers):
         kept = [sorted(int(i) for i in order[row][:, : count // groups].ravel()) for count in counts]

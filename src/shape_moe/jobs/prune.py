@@ -39,6 +39,7 @@ from shape_moe.pruning.logits import check_logits
 from shape_moe.pruning.writers import what_is_left_out
 from shape_moe.reporting.model_card import write_card
 from shape_moe.reporting.opening import Opening
+from shape_moe.selection.method import check_for_model
 from shape_moe.selection.rules import budget_for
 from shape_moe.selection.selection import Selection, completed, open_selection
 from shape_moe.serving.manifest import write_manifest
@@ -141,6 +142,7 @@ def _open_inputs(
         run.chosen = open_selection(selection, snapshot, force=options.force)
     if options.select is not None:
         moe, automatic = snapshot.moe, options.choice is not None
+        check_for_model(options.select.method, moe)
         check_options(options.select, snapshot.moe_layers, moe.num_experts, moe.routing, automatic=automatic)
     run.writer.check(snapshot, run.chosen)
     if trace is not None:
