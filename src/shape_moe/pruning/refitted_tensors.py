@@ -83,7 +83,7 @@ def new_tensors(source: Snapshot, selection: RefittedSelection) -> dict[str, New
     Raises:
         UsageError: when the weights do not fit the model's tensors.
     """
-    keeping = Keeping(source.moe.family, source.moe.num_layers, selection.layers, selection.routing)
+    keeping = Keeping(source.moe.family, source.moe.num_layers, selection.layers, selection.cuts_router)
     found: dict[str, NewValues] = {}
     layers = set()
     for name, slot in source.tensors.items():
