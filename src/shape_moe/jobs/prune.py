@@ -38,6 +38,7 @@ from shape_moe.pruning.canary import CanaryResult
 from shape_moe.pruning.compare import file_hash
 from shape_moe.pruning.writers import what_is_left_out
 from shape_moe.reporting.opening import Opening
+from shape_moe.selection.method import check_for_model
 from shape_moe.selection.rules import budget_for
 from shape_moe.selection.selection import Selection, completed, open_selection
 from shape_moe.tracing.trace import Trace
@@ -125,7 +126,7 @@ def prune(
     run = PruneRun(open_snapshot(model, revision, trust_remote_code=options.trust_remote_code), options, progress)
     open_inputs(run, trace, selection)
     inputs += [run.snapshot.path, *(run.plan.data.files if run.plan else [])]
-    with Workspace(place.folder, describe_job(run, trace), force=options.force, inputs=inputs) as work:
+    with place.workspace(describe_job(run, trace), inputs, force=options.force, rejects=rejects) as work:
         check_disk(run, {work.path: _kept_at_most(run)})
         return _carry_out(run, work, place)
 
@@ -139,6 +140,7 @@ def open_inputs(
         run.chosen = open_selection(selection, snapshot, force=options.force)
     if options.select is not None:
         moe, automatic = snapshot.moe, options.choice is not None
+        check_for_model(options.select.method, moe)
         check_options(options.select, snapshot.moe_layers, moe.num_experts, moe.routing, automatic=automatic)
     run.writer.check(snapshot, run.chosen)
     if trace is not None:
