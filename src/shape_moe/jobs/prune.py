@@ -41,7 +41,7 @@ from shape_moe.reporting.model_card import write_card
 from shape_moe.reporting.opening import Opening
 from shape_moe.selection.method import check_for_model
 from shape_moe.selection.rules import budget_for
-from shape_moe.selection.selection import Selection, completed, open_selection
+from shape_moe.selection.selection import Selection, open_selection
 from shape_moe.serving.manifest import write_manifest
 from shape_moe.tracing.trace import Trace
 from shape_moe.units import readable_size
@@ -130,7 +130,8 @@ def prune(
     inputs += [run.snapshot.path, *(run.plan.data.files if run.plan else [])]
     with place.workspace(_job(run, trace), inputs, force=options.force, rejects=rejects) as work:
         _check_disk(run, work.path)
-        return _carry_out(run, work, place)
+        trace_calibration(run, work.path)
+        return _write(run, selected(run, work.path), work, place)
 
 
 def _open_inputs(
@@ -162,12 +163,9 @@ def _open_inputs(
         run.session = ModelSession.open(snapshot, options.trace, None, run.progress, records)
 
 
-def _carry_out(run: PruneRun, work: Workspace, place: PrunedPlace) -> PruneResult:
-    """The phases: trace, select, ask the masked original, write, ask the result the same, describe."""
+def _write(run: PruneRun, selection: Selection, work: Workspace, place: PrunedPlace) -> PruneResult:
+    """The phases that follow: judge, ask the masked original, write, ask the result the same, describe."""
     artifacts = work.path / "shape"
-    artifacts.mkdir(exist_ok=True)
-    trace_calibration(run, artifacts / "trace")
-    selection = completed(run.chosen if run.chosen is not None else selected(run, work.path), run.snapshot)
     left_out = what_is_left_out(run.snapshot)
     selection.save(artifacts / "selection.json")
     run.notes += [*selection.warnings, *left_out]

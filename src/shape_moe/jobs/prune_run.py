@@ -37,9 +37,9 @@ from shape_moe.progress import Progress
 from shape_moe.pruning.canary import Canary
 from shape_moe.pruning.logits import masked_answers, why_no_logits
 from shape_moe.pruning.writers import Writer, writer_for
-from shape_moe.selection.layer_curves import load_curves
-from shape_moe.selection.select import select_from_trace
-from shape_moe.selection.selection import Selection, load_selection
+from shape_moe.selection.layer_curves import LayerCurves, load_curves
+from shape_moe.selection.select import SelectOptions, TraceSelector
+from shape_moe.selection.selection import Selection, completed, load_selection
 from shape_moe.tracing.trace import Trace
 from shape_moe.units import capitalised
 
@@ -86,8 +86,10 @@ class PruneRun:
         return writer_for(self.snapshot, self.target)
 
 
-def trace_calibration(run: PruneRun, folder: Path) -> None:
+def trace_calibration(run: PruneRun, work: Path) -> None:
     """The trace of the job goes with its result: the one that is given, or one made now or by an interrupted run."""
+    folder = work / "shape" / "trace"
+    folder.parent.mkdir(exist_ok=True)
     if run.trace is not None:
         # older traces hold the beginnings of examples
         replace(run.trace, info=replace(run.trace.info, canary=[])).save(folder)
@@ -98,31 +100,49 @@ def trace_calibration(run: PruneRun, folder: Path) -> None:
 
 
 def selected(run: PruneRun, work: Path) -> Selection:
-    """The selection: by the method that was asked for, or by what candidates are worth on held-out examples."""
-    assert run.trace is not None
-    assert run.options.select is not None
-    if run.plan is not None and run.options.choice is not None:
-        folder, file = work / "candidates.partial", work / "shape" / "selection.json"
-        if file.is_file():
-            run.progress.note("Using the selection that the interrupted run has chosen.")
-            chosen = load_selection(file)
-        else:
-            folder.mkdir(exist_ok=True)
-            chosen = auto_select(
-                run.snapshot, run.plan, run.trace, run.options.select, run.options.choice, run.progress, folder
-            )
-            chosen.save(file)
-        shutil.rmtree(folder, ignore_errors=True)
-        run.progress.note(f"Chosen: {chosen.choice['reason'] if chosen.choice else ''}")
-        return chosen
+    """The selection: a given one, the best of candidates on held-out examples, or that of the method asked for."""
     asked = run.options.select
-    if makes_curves(asked):
-        assert run.session is not None, "checked before"
-        file = work / "shape" / "curves.json"
-        if not file.is_file():
-            measured_curves(run.session, run.trace, asked.method, asked.scoring, run.progress).save(file)
-        asked = replace(asked, curves=load_curves(file))
-    return select_from_trace(run.trace, asked)
+    if run.chosen is not None:
+        chosen = run.chosen
+    elif run.plan is not None:
+        chosen = _best_candidate(run, work)
+    else:
+        assert run.trace is not None
+        assert asked is not None
+        if makes_curves(asked):
+            asked = replace(asked, curves=_curves(run, asked, work / "shape" / "curves.json"))
+        chosen = TraceSelector(run.trace, asked.scoring).select(asked)
+    return completed(chosen, run.snapshot)
+
+
+def _best_candidate(run: PruneRun, work: Path) -> Selection:
+    """The candidate that loses least; one that an interrupted run has chosen already is taken."""
+    assert run.trace is not None
+    assert run.plan is not None
+    assert run.options.select is not None
+    assert run.options.choice is not None
+    folder, file = work / "candidates.partial", work / "shape" / "selection.json"
+    if file.is_file():
+        run.progress.note("Using the selection that the interrupted run has chosen.")
+        chosen = load_selection(file)
+    else:
+        folder.mkdir(exist_ok=True)
+        chosen = auto_select(
+            run.snapshot, run.plan, run.trace, run.options.select, run.options.choice, run.progress, folder
+        )
+        chosen.save(file)
+    shutil.rmtree(folder, ignore_errors=True)
+    run.progress.note(f"Chosen: {chosen.choice['reason'] if chosen.choice else ''}")
+    return chosen
+
+
+def _curves(run: PruneRun, asked: SelectOptions, file: Path) -> LayerCurves:
+    """What layers' cuts cost, measured now or by an interrupted run."""
+    assert run.trace is not None
+    assert run.session is not None, "checked before"
+    if not file.is_file():
+        measured_curves(run.session, run.trace, asked.method, asked.scoring, run.progress).save(file)
+    return load_curves(file)
 
 
 def judged(run: PruneRun, selection: Selection) -> Judgement:
