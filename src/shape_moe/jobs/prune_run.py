@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from shape_moe.jobs.auto import auto_select
 from shape_moe.jobs.judgement import (
     Judgement,
     JudgementOptions,
-    judge_selection,
+    judge_selections,
     no_judgement,
 )
 from shape_moe.jobs.judging_examples import (
@@ -37,7 +38,7 @@ from shape_moe.progress import Progress
 from shape_moe.pruning.canary import Canary
 from shape_moe.pruning.logits import masked_answers, why_no_logits
 from shape_moe.pruning.writers import Writer, writer_for
-from shape_moe.selection.layer_curves import LayerCurves, load_curves
+from shape_moe.selection.layer_curves import load_curves
 from shape_moe.selection.select import SelectOptions, TraceSelector
 from shape_moe.selection.selection import Selection, completed, load_selection
 from shape_moe.tracing.trace import Trace
@@ -101,18 +102,14 @@ def trace_calibration(run: PruneRun, work: Path) -> None:
 
 def selected(run: PruneRun, work: Path) -> Selection:
     """The selection: a given one, the best of candidates on held-out examples, or that of the method asked for."""
-    asked = run.options.select
     if run.chosen is not None:
-        chosen = run.chosen
-    elif run.plan is not None:
-        chosen = _best_candidate(run, work)
-    else:
-        assert run.trace is not None
-        assert asked is not None
-        if makes_curves(asked):
-            asked = replace(asked, curves=_curves(run, asked, work / "shape" / "curves.json"))
-        chosen = TraceSelector(run.trace, asked.scoring).select(asked)
-    return completed(chosen, run.snapshot)
+        return completed(run.chosen, run.snapshot)
+    if run.plan is not None:
+        return completed(_best_candidate(run, work), run.snapshot)
+    assert run.trace is not None
+    assert run.options.select is not None
+    asked = with_curves(run, run.options.select, work)
+    return completed(TraceSelector(run.trace, asked.scoring).select(asked), run.snapshot)
 
 
 def _best_candidate(run: PruneRun, work: Path) -> Selection:
@@ -136,33 +133,36 @@ def _best_candidate(run: PruneRun, work: Path) -> Selection:
     return chosen
 
 
-def _curves(run: PruneRun, asked: SelectOptions, file: Path) -> LayerCurves:
-    """What layers' cuts cost, measured now or by an interrupted run."""
-    assert run.trace is not None
+def with_curves(run: PruneRun, asked: SelectOptions, work: Path) -> SelectOptions:
+    """What is asked of a selection, with layer curves where they are needed; measured once and kept in the work."""
+    if not makes_curves(asked):
+        return asked
     assert run.session is not None, "checked before"
+    assert run.trace is not None
+    file = work / "shape" / "curves.json"
     if not file.is_file():
         measured_curves(run.session, run.trace, asked.method, asked.scoring, run.progress).save(file)
-    return load_curves(file)
+    return replace(asked, curves=load_curves(file))
 
 
-def judged(run: PruneRun, selection: Selection) -> Judgement:
-    """What pruning did to the model, while the full model is (or can be) loaded."""
+def judged(run: PruneRun, selections: Sequence[Selection]) -> list[Judgement]:
+    """What pruning did to the model, for each selection, while the full model is (or can be) loaded."""
     options, device, dtype = run.options.judgement, run.options.device, run.options.dtype
     assert options is not None
     if run.session is None and run.judge is None:
         reason = why_no_logits(run.snapshot, device, dtype)
         if reason and why_not_layered(run.snapshot):
-            return no_judgement(f"{capitalised(reason)}.", options)
+            return [no_judgement(f"{capitalised(reason)}.", options)] * len(selections)
     try:
-        found = _unseen(run, selection, options)
+        found = _unseen(run, selections[0], options)
     except DataError as error:
-        return no_judgement(str(error), options)
+        return [no_judgement(str(error), options)] * len(selections)
     run.session = found.session
     notes = [found.note] if found.note else []
     if found.session.reads_layers:
-        return judge_layer_by_layer(found.session, found.parts, found.data, selection, options, notes)
-    seen = seen_by(run.trace, selection)
-    return judge_selection(found.session, found.parts, found.data, selection, options, seen, notes)
+        return judge_layer_by_layer(found.session, found.parts, found.data, selections, options, notes)
+    seen = seen_by(run.trace, selections[0])
+    return judge_selections(found.session, found.parts, found.data, selections, options, seen, notes)
 
 
 def _unseen(run: PruneRun, selection: Selection, options: JudgementOptions) -> Unseen:
@@ -185,8 +185,8 @@ def _unseen(run: PruneRun, selection: Selection, options: JudgementOptions) -> U
     return examples_of_trace(run.snapshot, run.trace, options, where, run.progress)
 
 
-def masked_canary(run: PruneRun, selection: Selection) -> tuple[Canary | None, str | None]:
-    """The masked original's answers, while the full model is (or can be) loaded; else None, and why."""
+def masked_canaries(run: PruneRun, selections: Sequence[Selection]) -> tuple[list[Canary] | None, str | None]:
+    """The masked original's answers for each selection, while the full model is (or can be) loaded; else why not."""
     options, session = run.options, run.session or run.judge
     reason = None if options.check_logits else "--no-logits was given"
     if reason is None and session is None:
@@ -197,9 +197,9 @@ def masked_canary(run: PruneRun, selection: Selection) -> tuple[Canary | None, s
         run.notes.append(f"Logits were not compared: {reason}.")
         return None, reason
     model = session.model if session else load_original(run.snapshot, options.device, options.dtype, run.progress)
-    canary = masked_answers(run.snapshot, model, selection, run.progress)
+    canaries = [masked_answers(run.snapshot, model, selection, run.progress) for selection in selections]
     if session is not None:
         session.unload()
     del model
     release_memory()
-    return canary, None
+    return canaries, None
