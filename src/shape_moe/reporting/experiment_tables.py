@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from shape_moe.selection.method import read_routed
-from shape_moe.units import readable_kl, readable_share, readable_size
+from shape_moe.units import named_share, readable_kl, readable_share, readable_size, share_as_option
 
 GENERATED = "generated_exact_match"
 EXAMPLE_METRICS = ("exact_match", GENERATED, "nll", "perplexity", "kl", "top1")
@@ -228,7 +228,7 @@ def _best(
     dense = _dense(document, part.model)["bytes"]
     saved = 1 - max(sizes) / dense if sizes and dense else None
     routing, scale = read_routed(document["config"]["routings"][0])
-    options = f"--keep {100 * keep:.4g}% --scorer {scorer} --rule {rule} --routing {routing}"
+    options = f"--keep {share_as_option(keep)} --scorer {scorer} --rule {rule} --routing {routing}"
     if scale != "survivors":
         options += f" --gate-scale {scale}"
     return BestMethod((part.evaluation, _share(keep), f"{name}{others}", *shown), saved, options)
@@ -269,7 +269,7 @@ def experiment_sizes(document: Document, model: str) -> str:
 
 def _share(keep: float) -> str:
     """A keep rate as it was asked for."""
-    return f"{100 * keep:.4g} %"
+    return named_share(keep)
 
 
 def _tables(document: Document, model: str, evaluation: Document, dense: Document) -> Iterator[ExperimentTable]:
