@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from shape_moe.architectures.layered_model import LayeredModel
 from shape_moe.calibration.parts import Parts
 from shape_moe.calibration.records import DataOptions
 from shape_moe.errors import ShapeMoeError
-from shape_moe.evaluation.by_layers import compare_by_layers
 from shape_moe.evaluation.conclusion import conclude
-from shape_moe.jobs.held_out import held_out_set
 from shape_moe.jobs.judgement import Judgement, JudgementOptions, no_judgement, why_parts_unmeasured
+from shape_moe.jobs.search import layered_bench
 from shape_moe.jobs.session import ModelSession
 from shape_moe.selection.selection import Selection
-from shape_moe.units import capitalised, counted, readable_size
+from shape_moe.units import capitalised
 
 _LIKELIHOOD_ALONE = (
     "Judged layer by layer, by the likelihood of the right answers; for free answers, tool calls and general prompts "
@@ -29,6 +28,7 @@ def judge_layer_by_layer(
     selection: Selection,
     options: JudgementOptions,
     remarks: Sequence[str] = (),
+    folder: Path | None = None,
 ) -> Judgement:
     """Judge a selection as a mask, dense and masked hidden states going through each layer together.
 
@@ -39,24 +39,19 @@ def judge_layer_by_layer(
         selection: what the written model keeps.
         options: see :class:`shape_moe.jobs.judgement.JudgementOptions`.
         remarks: what else a reader should know.
+        folder: where an interrupted judgement goes on, None for nowhere.
     """
     assert session.snapshot is not None
     reasons = why_parts_unmeasured(parts)
     if not parts.report:
         return no_judgement(f"{capitalised('; '.join(reasons))}.", options)
-    progress, asked = session.progress, session.options
-    model = LayeredModel(session.snapshot, device=asked.device, dtype=asked.dtype)
     try:
-        maker = session.calibrator_of(parts.report, data)
-        held_out = held_out_set(session, maker, "the judgement", model=model.model)
+        bench = layered_bench(session, session.calibrator_of(parts.report, data), "the judgement", 1, 0, folder)
     except ShapeMoeError as error:  # answers that are missing cannot be written here
         return no_judgement(str(error), options)
-    session.unload()
-    progress.note(
-        f"To be judged, dense and pruned, layer by layer: {counted(len(held_out.examples), 'example')}; for that the "
-        f"weights are read once more ({readable_size(session.snapshot.total_bytes)}); --no-judge leaves it out."
-    )
-    with progress.phase("Judging layer by layer", model.num_layers, "layer") as advance:
-        dense, pruned = compare_by_layers(model, held_out, [selection], advance)
+    session.progress.note("The pruned model is judged; --no-judge leaves it out.")
+    with bench:
+        bench.prepare([selection])
+        held_out, dense, pruned = bench.held_out, bench.dense_sums, bench.sums(selection)
     notes = [*(f"Not measured: {reason}." for reason in reasons), f"{parts.sentence}.", *remarks, _LIKELIHOOD_ALONE]
     return Judgement(conclude(held_out, dense, pruned, None, max_drop=options.max_drop, notes=notes))

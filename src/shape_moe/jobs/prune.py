@@ -31,7 +31,7 @@ from shape_moe.jobs.pruned_place import PrunedPlace, place_of
 from shape_moe.jobs.select import check_options
 from shape_moe.jobs.session import ExampleOptions, ModelSession
 from shape_moe.jobs.trace import open_trace
-from shape_moe.jobs.way import check_measurable, check_whole
+from shape_moe.jobs.way import check_measurable
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import CanaryResult
 from shape_moe.pruning.compare import file_hash
@@ -169,7 +169,7 @@ def _carry_out(run: PruneRun, work: Workspace, place: PrunedPlace) -> PruneResul
     left_out = what_is_left_out(run.snapshot)
     selection.save(artifacts / "selection.json")
     run.notes += [*selection.warnings, *left_out]
-    judgement = judged(run, selection) if run.options.judgement is not None else None
+    judgement = judged(run, selection, work.path) if run.options.judgement is not None else None
     canary, logits_skipped = masked_canary(run, selection)
     written = run.writer.write(run.snapshot, selection, work.path, run.progress)
     logits = None
@@ -212,7 +212,6 @@ def _plan_choice(
     seed = select.scoring.seed
     tracing = held_out_tracing(options.trace, trace, choice.held_out, seed)
     tracing = replace(tracing, device=options.device, dtype=options.dtype, stream=options.stream)
-    check_whole(snapshot, tracing)
     plan = plan_search(
         snapshot,
         tracing,

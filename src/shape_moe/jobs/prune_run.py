@@ -125,8 +125,14 @@ def selected(run: PruneRun, work: Path) -> Selection:
     return select_from_trace(run.trace, asked)
 
 
-def judged(run: PruneRun, selection: Selection) -> Judgement:
-    """What pruning did to the model, while the full model is (or can be) loaded."""
+def judged(run: PruneRun, selection: Selection, work: Path) -> Judgement:
+    """What pruning did to the model, while the full model is (or can be) loaded.
+
+    Args:
+        run: the job.
+        selection: what is kept.
+        work: the unfinished result, in which a judgement that was interrupted goes on.
+    """
     options, device, dtype = run.options.judgement, run.options.device, run.options.dtype
     assert options is not None
     if run.session is None and run.judge is None:
@@ -140,7 +146,11 @@ def judged(run: PruneRun, selection: Selection) -> Judgement:
     run.session = found.session
     notes = [found.note] if found.note else []
     if found.session.reads_layers:
-        return judge_layer_by_layer(found.session, found.parts, found.data, selection, options, notes)
+        folder = work / "judgement.partial"
+        folder.mkdir(exist_ok=True)
+        judgement = judge_layer_by_layer(found.session, found.parts, found.data, selection, options, notes, folder)
+        shutil.rmtree(folder)
+        return judgement
     seen = seen_by(run.trace, selection)
     return judge_selection(found.session, found.parts, found.data, selection, options, seen, notes)
 
