@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from shape_moe.architectures.sites import MoeSite, find_sites, live_moe_config
+from shape_moe.pruning.down_projections import RefittedSelection, Weights, replaced_rows
 from shape_moe.selection.method import Routing
 from shape_moe.selection.selection import Selection, check_against_model
 
@@ -16,20 +17,26 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def masked(model: PreTrainedModel, selection: Selection, routing: Routing | None = None) -> Iterator[PreTrainedModel]:
+def masked(
+    model: PreTrainedModel, selection: Selection, routing: Routing | None = None, weights: Weights | None = None
+) -> Iterator[PreTrainedModel]:
     """Make a live model behave as if a selection had been applied to it.
 
     Args:
         model: the full model.
         selection: what to keep; layers that it does not name keep everything.
         routing: ``drop`` or ``reroute``; None for the selection's own.
+        weights: refitted down projections by layer (see :func:`shape_moe.refit`); None for those that the selection
+            brings along, else the model's own.
 
     Raises:
-        UsageError: when the selection does not fit the model.
+        UsageError: when the selection or the weights do not fit the model.
     """
     import torch
 
     routing = routing or selection.routing
+    if weights is None and isinstance(selection, RefittedSelection):
+        weights = selection.weights
     sites = matching_sites(model, selection, routing)
     handles: list[Any] = []
     try:
@@ -39,6 +46,8 @@ def masked(model: PreTrainedModel, selection: Selection, routing: Routing | None
                 handles.append(site.experts.register_forward_pre_hook(_zero_dropped(kept, selection.num_experts)))
             else:
                 handles.append(_Rerouted(site, kept, selection.num_experts))
+            if weights is not None and site.layer in weights:
+                handles.append(replaced_rows(site, ids, weights[site.layer]))
         yield model
     finally:
         for handle in handles:

@@ -57,6 +57,8 @@ class Selection:
         options: segment weights and seed used for scoring.
         warnings: what a user should know before pruning.
         choice: what was tried before this was chosen, where scorer or keep rate were left to the tool.
+        refit: what is known of the kept experts' refitted down projections (``rho``, ``digest`` over their values),
+            None where they are the model's own.
         seen: salted hashes of the prompts that it was made from, by their salt (see
             :class:`shape_moe.calibration.seen_prompts.SeenPrompts`); None where they are not known.
     """
@@ -79,6 +81,7 @@ class Selection:
     options: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     choice: dict[str, Any] | None = None
+    refit: dict[str, Any] | None = None
     seen: dict[str, list[str]] | None = field(default=None, compare=False)  # every trace has a salt of its own
 
     @property
@@ -124,8 +127,9 @@ class Selection:
 
     @property
     def digest(self) -> str:
-        """sha256 over what a model with this selection computes: the kept experts and the routing."""
-        content = json.dumps([self.routing, sorted(self.layers.items())])
+        """sha256 over what a model with this selection computes: kept experts, routing, and refitted weights if any."""
+        refitted = [self.refit["digest"]] if self.refit is not None else []
+        content = json.dumps([self.routing, sorted(self.layers.items()), *refitted])
         return hashlib.sha256(content.encode()).hexdigest()
 
     def __repr__(self) -> str:
