@@ -1,4 +1,4 @@
-"""The judgement of a model that is read layer by layer: dense and pruned through each layer, in one reading."""
+"""The judgement of models that are read layer by layer: dense and pruned through each layer, in one reading."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def judge_layer_by_layer(
     session: ModelSession,
     parts: Parts,
     data: DataOptions,
-    selection: Selection,
+    selections: Sequence[Selection],
     options: JudgementOptions,
     remarks: Sequence[str] = (),
     folder: Path | None = None,
-) -> Judgement:
-    """Judge a selection as a mask, dense and masked hidden states going through each layer together.
+) -> list[Judgement]:
+    """Judge selections as masks, dense and masked hidden states going through each layer together.
 
     Args:
         session: names the model and how it runs.
         parts: the records to report by, and why some classes have none.
         data: where they come from.
-        selection: what the written model keeps.
+        selections: what the written models keep.
         options: see :class:`shape_moe.jobs.judgement.JudgementOptions`.
         remarks: what else a reader should know.
         folder: where an interrupted judgement goes on, None for nowhere.
@@ -44,14 +44,14 @@ def judge_layer_by_layer(
     assert session.snapshot is not None
     reasons = why_parts_unmeasured(parts)
     if not parts.report:
-        return no_judgement(f"{capitalised('; '.join(reasons))}.", options)
+        return [no_judgement(f"{capitalised('; '.join(reasons))}.", options)] * len(selections)
     try:
         bench = layered_bench(session, session.calibrator_of(parts.report, data), "the judgement", 1, 0, folder)
     except ShapeMoeError as error:  # answers that are missing cannot be written here
-        return no_judgement(str(error), options)
-    session.progress.note("The pruned model is judged; --no-judge leaves it out.")
+        return [no_judgement(str(error), options)] * len(selections)
+    session.progress.note("What is kept is judged; --no-judge leaves it out.")
     with bench:
-        bench.prepare([selection])
-        held_out, dense, pruned = bench.held_out, bench.dense_sums, bench.sums(selection)
+        bench.prepare(selections)
+        held_out, dense, pruned = bench.held_out, bench.dense_sums, [bench.sums(selection) for selection in selections]
     notes = [*(f"Not measured: {reason}." for reason in reasons), f"{parts.sentence}.", *remarks, _LIKELIHOOD_ALONE]
-    return Judgement(conclude(held_out, dense, pruned, None, max_drop=options.max_drop, notes=notes))
+    return [Judgement(conclude(held_out, dense, sums, None, max_drop=options.max_drop, notes=notes)) for sums in pruned]
