@@ -83,6 +83,12 @@ def open_bench(
     )
 
 
+def open_layers(session: ModelSession) -> LayeredModel:
+    """A session's model, to be read layer by layer."""
+    assert session.snapshot is not None
+    return LayeredModel(session.snapshot, device=session.options.device, dtype=session.options.dtype)
+
+
 def layered_bench(
     session: ModelSession, maker: ExampleMaker, name: str, comparisons: int, seed: int, folder: Path | None
 ) -> LayeredBench:
@@ -96,9 +102,7 @@ def layered_bench(
         seed: draws the resamples of intervals.
         folder: where sums and hidden states are kept for a later run, None for nowhere.
     """
-    assert session.snapshot is not None
-    asked = session.options
-    model = LayeredModel(session.snapshot, device=asked.device, dtype=asked.dtype)
+    model = open_layers(session)
     held_out = held_out_set(session, maker, name, folder, model=model.model)
     session.unload()
     release_memory()
