@@ -80,7 +80,7 @@ def said(*data: dict, **options) -> str:
 
 def chats(*systems: str, each: int = 5) -> list[dict]:
     return [
-        {"messages": [{"role": "system", "content": s}, {"role": "user", "content": f"{i}?"}, ANSWER]}
+        {"messages": [{"role": "system", "content": s}, {"role": "user", "content": f"{s[-2:]}{i}?"}, ANSWER]}
         for i in range(each)
         for s in systems
     ]
