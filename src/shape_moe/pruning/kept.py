@@ -26,6 +26,10 @@ class Keeping:
     layers: Mapping[int, Sequence[int]]
     routing: Routing
 
+    def dimension(self, name: str) -> int:
+        """Along which dimension the experts of a tensor lie that is cut."""
+        return tensor_role(self.family, name).dimension
+
     def tensor(self, name: str) -> tuple[str, Sequence[int] | None] | None:
         """What becomes of a tensor of the original.
 
@@ -33,8 +37,8 @@ class Keeping:
             name: its name on disk.
 
         Returns:
-            Its name in the pruned checkpoint and the rows of dimension 0 that it keeps (None for all of them); None
-            for a tensor that is left behind: those of dropped experts, and of layers for multi-token prediction,
+            Its name in the pruned checkpoint and the rows that it keeps, along :meth:`dimension` (None for all of
+            them); None for a tensor that is left behind: those of dropped experts, and of layers for multi-token prediction,
             whose experts were not traced and which no loader needs.
         """
         role = tensor_role(self.family, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ def masked(model: PreTrainedModel, selection: Selection, routing: Routing | None
 
     routing = routing or selection.routing
     sites = matching_sites(model, selection, routing)
+    whole = live_moe_config(model).family.router_whole
     handles: list[Any] = []
     try:
         for site, ids in sites:
@@ -38,7 +39,7 @@ def masked(model: PreTrainedModel, selection: Selection, routing: Routing | None
             if routing == "drop":
                 handles.append(site.experts.register_forward_pre_hook(_zero_dropped(kept, selection.num_experts)))
             else:
-                handles.append(_Rerouted(site, kept, selection.num_experts))
+                handles.append(_Rerouted(site, kept, selection.num_experts, whole))
         yield model
     finally:
         for handle in handles:
@@ -78,13 +79,14 @@ def _zero_dropped(kept: torch.Tensor, total: int) -> Any:
 class _Rerouted:
     """A router that runs with the kept rows alone; its ids are translated back to those of the full model."""
 
-    def __init__(self, site: MoeSite, kept: torch.Tensor, total: int) -> None:
+    def __init__(self, site: MoeSite, kept: torch.Tensor, total: int, whole: Sequence[str]) -> None:
         import torch
+
+        from shape_moe.pruning.modeling_shape_moe import rows_of
 
         self.router: Any = site.router
         self.kept, self.total = kept, total
-        tensors = [*self.router.named_parameters(recurse=False), *self.router.named_buffers(recurse=False)]
-        self.rows = [name for name, tensor in tensors if tensor.shape[:1] == (total,)]
+        self.rows = rows_of(self.router, total, whole)
         # accelerate loads offloaded weights in a forward of its own and keeps the model's under another name
         self.attribute = "_old_forward" if hasattr(self.router, "_hf_hook") else "forward"
         self.inner: Any = torch.nn.Module()  # lets functional_call swap the router's tensors for the time of a call
@@ -95,14 +97,29 @@ class _Rerouted:
     def _forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         import torch
 
-        kept = self.kept.to(getattr(self.router, self.rows[0]).device)
-        rows = {f"router.{name}": getattr(self.router, name)[kept] for name in self.rows}
-        self.router.num_experts = len(kept)
+        rows = {}
+        for path, name, dimension in self.rows:
+            tensor = getattr(self.router.get_submodule(path), name)
+            rows[".".join(part for part in ("router", path, name) if part)] = tensor.index_select(
+                dimension, self.kept.to(tensor.device)
+            )
+        args = tuple(self._cut(argument) for argument in args)
+        kwargs = {name: self._cut(argument) for name, argument in kwargs.items()}
+        counted = hasattr(self.router, "num_experts")
+        if counted:
+            self.router.num_experts = len(self.kept)
         try:
             logits, weights, ids = torch.func.functional_call(self.inner, rows, args, kwargs)
         finally:
-            self.router.num_experts = self.total
-        return logits, weights, kept[ids]
+            if counted:
+                self.router.num_experts = self.total
+        return logits, weights, self.kept.to(ids.device)[ids]
+
+    def _cut(self, argument: Any) -> Any:
+        """An argument of the router with one number per expert (a bias that lies on the block), for the kept ones."""
+        if getattr(argument, "shape", None) != (self.total,):
+            return argument
+        return argument[self.kept.to(argument.device)]
 
     def remove(self) -> None:
         if self.replaced is None:

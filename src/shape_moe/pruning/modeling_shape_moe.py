@@ -4,7 +4,9 @@ This file travels inside pruned checkpoints, where ``trust_remote_code=True`` fi
 and transformers. A pruned checkpoint's ``config.json`` is that of the original model plus ``shape_pruning``::
 
     {"version": 1, "routing": "drop" | "reroute", "num_experts": E,
-     "modules": {"experts": "mlp.experts", "router": "mlp.gate"}, "layers": {"0": [kept ids], ...}}
+     "modules": {"experts": "mlp.experts", "router": "mlp.gate"}, "layers": {"0": [kept ids], ...},
+     "rows": {"whole": [router tensors without a row per expert],
+              "block": "mlp", "block_rows": [tensors of the block with one]}}   # where a family has such
 
 The model is built as usual (on the meta device when it is loaded), and then every listed layer's experts, and under
 ``reroute`` its router, are cut down to the kept ones. Under ``drop`` the router stays whole, and slots of pruned
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,15 +43,19 @@ def prune_in_place(model: nn.Module, pruning: dict[str, Any]) -> None:
     if pruning.get("version") != VERSION or pruning.get("routing") not in ("drop", "reroute"):
         raise ValueError("This pruned checkpoint was written in a newer format: update shape-moe.")
     wanted = {int(layer): ids for layer, ids in pruning["layers"].items()}
+    total, rows = pruning["num_experts"], pruning.get("rows", {})
     for name, module in list(model.named_modules()):
         match = re.search(r"(?:^|\.)layers\.(\d+)$", name)
-        ids = wanted.pop(int(match[1]), None) if match else None
+        experts: Any = _child(module, pruning["modules"]["experts"]) if match else None
+        ids = wanted.pop(int(match[1]), None) if match and experts is not None else None
         if ids is None:
             continue
-        experts = module.get_submodule(pruning["modules"]["experts"])
-        _keep_rows(experts, ids, pruning["num_experts"])
+        _keep_rows(experts, [("", name, 0) for name in _own_rows(experts, total)], ids)
         if pruning["routing"] == "reroute":
-            _keep_rows(module.get_submodule(pruning["modules"]["router"]), ids, pruning["num_experts"])
+            router = module.get_submodule(pruning["modules"]["router"])
+            _keep_rows(router, rows_of(router, total, rows.get("whole", ())), ids)
+            if rows.get("block_rows"):
+                _keep_rows(module.get_submodule(rows["block"]), [("", name, 0) for name in rows["block_rows"]], ids)
         else:
             experts.__class__ = _dropping(type(experts))
             experts.kept_ids, experts.total_experts = list(ids), pruning["num_experts"]
@@ -56,16 +63,52 @@ def prune_in_place(model: nn.Module, pruning: dict[str, Any]) -> None:
         raise ValueError(f"The model has no layers {sorted(wanted)}, which shape_pruning describes.")
 
 
-def _keep_rows(module: Any, ids: list[int], total: int) -> None:
-    """Cut every parameter and buffer with one row per expert."""
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        if parameter.shape[:1] == (total,):
-            rows = parameter.detach()[ids]
-            setattr(module, name, nn.Parameter(rows, requires_grad=parameter.requires_grad))
-    for name, buffer in list(module.named_buffers(recurse=False)):
-        if buffer.shape[:1] == (total,):
-            setattr(module, name, buffer[ids])
-    module.num_experts = len(ids)
+def _child(module: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _own_rows(module: nn.Module, total: int) -> list[str]:
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return [name for name, tensor in tensors if tensor.shape[:1] == (total,)]
+
+
+def rows_of(module: nn.Module, total: int, whole: Sequence[str] = ()) -> list[tuple[str, str, int]]:
+    """The tensors of a router with one row per expert, or one column where there is but one row.
+
+    Args:
+        module: the router.
+        total: number of experts.
+        whole: names of tensors that are no such, whatever their shape.
+
+    Returns:
+        The path of the module that holds each, its name there, and the dimension along which the experts lie.
+    """
+    found = []
+    for path, child in module.named_modules():
+        for name, tensor in [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]:
+            if (f"{path}.{name}" if path else name) in whole:
+                continue
+            if tensor.shape[:1] == (total,):
+                found.append((path, name, 0))
+            elif tensor.shape == (1, total):
+                found.append((path, name, 1))
+    return found
+
+
+def _keep_rows(module: nn.Module, rows: list[tuple[str, str, int]], ids: list[int]) -> None:
+    """Cut tensors down to the rows of the kept experts."""
+    for path, name, dimension in rows:
+        holder: Any = module.get_submodule(path)
+        tensor = getattr(holder, name)
+        kept = tensor.detach().index_select(dimension, torch.tensor(ids, device=tensor.device))
+        is_parameter = isinstance(tensor, nn.Parameter)
+        setattr(holder, name, nn.Parameter(kept, requires_grad=tensor.requires_grad) if is_parameter else kept)
+    counted: list[Any] = [child for child in module.modules() if hasattr(child, "num_experts")]
+    for child in counted:
+        child.num_experts = len(ids)
 
 
 def _dropping(experts_class: type[nn.Module]) -> type[nn.Module]:
@@ -106,7 +149,9 @@ def pruned_class(stock: type[transformers.PreTrainedModel]) -> type[transformers
         return known
 
     class Pruned(stock):  # type: ignore[misc]  # a base class known at run time
-        _auto_class = "AutoModelForCausalLM"
+        _auto_class = (
+            "AutoModelForCausalLM" if stock.__name__.endswith("ForCausalLM") else "AutoModelForImageTextToText"
+        )
 
         def __init__(self, config: transformers.PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
             _share_conversions(stock, type(self).__name__)
