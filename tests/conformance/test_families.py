@@ -35,13 +35,23 @@ def test_family(name: str, tmp_path: Path) -> None:
     source = tmp_path / "model"
     model.save_pretrained(source)
     snapshot = open_snapshot(source)
-    assert snapshot.moe.num_experts == EXPERTS
+    _check_facts(made, model, snapshot.moe)
     _check_trace(made, model, snapshot)
     _check_pruned(made, model, source, tmp_path)
     fused = tmp_path / "fused"
     model.save_pretrained(fused, save_original_format=False)
     if set(open_snapshot(fused).tensors) != set(snapshot.tensors):
         _check_one(made, model, fused, tmp_path / "fused-pruned", *CASES[0])
+
+
+def _check_facts(made: TinyFamily, model: Any, moe: Any) -> None:
+    """What the configuration says is what the live router does."""
+    router = made.router(made.decoder_layer(model, 0))
+    assert moe.num_experts == EXPERTS
+    assert moe.top_k == 2
+    assert (moe.groups.count if moe.groups else 1) == getattr(router, "num_group", 1)
+    if hasattr(router, "norm_topk_prob") and moe.router_scores != "other":
+        assert moe.renormalises == bool(router.norm_topk_prob)
 
 
 def _check_trace(made: TinyFamily, model: Any, snapshot: Any) -> None:
@@ -139,8 +149,10 @@ def _check_bytes(source: Path, out: Path, layers: Any, routing: str) -> None:
     kept = {name for name in whole if "experts." not in name or "shared" in name}
     assert all(torch.equal(before[name], after[name]) for name in kept)
     cut = {name for name in before if name not in kept}
-    allowed = ("experts", "gate", "router", "bias", "input_linear", "output_linear") if routing == "reroute" else (
-        "experts", "input_linear", "output_linear"
+    allowed = (
+        ("experts", "gate", "router", "bias", "input_linear", "output_linear")
+        if routing == "reroute"
+        else ("experts", "input_linear", "output_linear")
     )
     assert all(any(word in name for word in allowed) for name in cut)
     del layers

@@ -110,6 +110,61 @@ def plainly(scale: float = 1.0, *beside: str, block: str = "mlp") -> Callable[..
     return join
 
 
+def _row(seen: dict[str, Any], name: str, token: int) -> torch.Tensor:
+    return seen[name].double().flatten(0, -2)[token]
+
+
+def scaled_inside(scale: float) -> Callable[..., Join]:
+    """The block scales the experts' output, not the shared expert's."""
+    return lambda layer, seen, token: replace(plainly()(layer, seen, token), scale=scale)
+
+
+def averaged(_layer: Any, seen: dict[str, Any], token: int) -> Join:
+    """Half the experts' output, and half the shared expert's."""
+    return Join(_row(seen, "out", token) - _row(seen, "out:mlp", token), 0.5)
+
+
+def _held(norm: Any, before: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A norm with the factor of one token held fixed."""
+    factor = (before.double().square().mean() + getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0))).rsqrt()
+    return lambda output: output * factor * norm.weight.double()
+
+
+def normed_after(path: str, block: str = "mlp") -> Callable[..., Join]:
+    """The block's output passes a norm of the layer before it is added."""
+    del block
+
+    def join(layer: Any, seen: dict[str, Any], token: int) -> Join:
+        reach = _held(layer.get_submodule(path), _row(seen, f"in:{path}", token))
+        return Join(_row(seen, "out", token) - _row(seen, f"out:{path}", token), reach=reach)
+
+    return join
+
+
+normed_inside = normed_after
+
+
+def raised(path: str, block: str) -> Callable[..., Join]:
+    """The experts' output is projected up inside the block."""
+
+    def join(layer: Any, seen: dict[str, Any], token: int) -> Join:
+        weight = layer.get_submodule(path).weight.double()
+        return replace(plainly(block=block)(layer, seen, token), reach=lambda output: output @ weight.T)
+
+    return join
+
+
+def gemma(layer: Any, seen: dict[str, Any], token: int) -> Join:
+    """Two norms after the experts; the sum is scaled."""
+    first, second = "post_feedforward_layernorm_2", "post_feedforward_layernorm"
+    inner, outer = (_held(layer.get_submodule(p), _row(seen, f"in:{p}", token)) for p in (first, second))
+    stream = _row(seen, "out", token) / layer.layer_scalar.double() - _row(seen, f"out:{second}", token)
+    return Join(stream, reach=lambda output: outer(inner(output)))
+
+
+PLAINLY = plainly()
+
+
 @dataclass(frozen=True)
 class TinyFamily:
     """How a tiny model of a family is made, and where its parts are, told independently of the package's facts.
@@ -122,7 +177,8 @@ class TinyFamily:
         block_path: path of the block inside a layer.
         router_name: name of the router inside the block.
         join: how experts' outputs join the residual stream.
-        streams: why it cannot be traced layer by layer (a part of the message), None where it can.
+        no_stream: why it cannot be traced layer by layer (a part of the message), None where it can.
+        no_trace: why it has no statistics, likewise.
         routings: routings that pruned models can have.
         tolerance: largest difference of logits, relative to the largest.
     """
@@ -133,7 +189,7 @@ class TinyFamily:
     layers: str = "model.layers"
     block_path: str = "mlp"
     router_name: str = "gate"
-    join: Callable[..., Join] = plainly()
+    join: Callable[..., Join] = PLAINLY
     no_stream: str | None = None
     no_trace: str | None = None
     routings: tuple[str, ...] = ("drop", "reroute")

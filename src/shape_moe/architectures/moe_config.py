@@ -151,7 +151,7 @@ def read_moe_config(config: Config) -> MoeConfig:
     scales = (part.get(key, 1.0) for key in (family.residual_scale_key, family.routed_scale) if key is not None)
     return MoeConfig(
         family=family,
-        num_layers=int(part["num_hidden_layers"]),
+        num_layers=_num_layers(part, family),
         num_experts=num_experts,
         top_k=top_k,
         groups=_router_groups(part, family),
@@ -168,6 +168,11 @@ _FACTORS = {"sum": 1.0, "average": 0.5}
 
 def _factor(value: Any) -> float:
     return _FACTORS[value] if isinstance(value, str) else float(value)
+
+
+def _num_layers(part: Config, family: Family) -> int:
+    listed = part.get(family.layer_list or "")
+    return int(part["num_hidden_layers"]) if "num_hidden_layers" in part else len(listed or ())
 
 
 def _first(config: Config, keys: tuple[str, ...]) -> int:

@@ -35,7 +35,8 @@ _GRANITE = replace(
     transformers="5.23",
 )
 """A multiplier on what joins the residual stream, and a shared expert outside of the block."""
-_BIAS_ON_BLOCK = replace(_SIGMOID, group_keys=None, renormalises=True, block_rows=("e_score_correction_bias",))
+_UNGROUPED = replace(_SIGMOID, group_keys=None, renormalises=True)
+_BIAS_ON_BLOCK = replace(_UNGROUPED, block_rows=("e_score_correction_bias",))
 """The bias for the choice lies on the block, which hands it to the router."""
 
 NEWER: tuple[Family, ...] = (

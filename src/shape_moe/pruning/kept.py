@@ -38,8 +38,8 @@ class Keeping:
 
         Returns:
             Its name in the pruned checkpoint and the rows that it keeps, along :meth:`dimension` (None for all of
-            them); None for a tensor that is left behind: those of dropped experts, and of layers for multi-token prediction,
-            whose experts were not traced and which no loader needs.
+            them); None for a tensor that is left behind: those of dropped experts, and of layers for multi-token
+            prediction, whose experts were not traced and which no loader needs.
         """
         role = tensor_role(self.family, name)
         if role.layer >= self.num_layers:
