@@ -138,7 +138,17 @@ def methods_to_try(
         elif asked.equal_counts:  # they leave nothing to share out
             pairs = [pair for pair in pairs if pair[1] == "uniform"]
         pairs = pairs or [("frequency", "uniform")]
-    return [replace(asked, scorer=s, rule=r, routing=routing) for s, r in pairs for routing in routings]
+    return [
+        replace(
+            asked,
+            scorer=s,
+            rule=r,
+            routing=routing,
+            gate_scale=asked.gate_scale if routing == "reroute" else "survivors",
+        )
+        for s, r in pairs
+        for routing in routings
+    ]
 
 
 def _smallest(search: Search) -> tuple[Selection, dict[str, Any]]:

@@ -132,25 +132,44 @@ def judge_selection(
     seen: SeenPrompts | None = None,
     remarks: Sequence[str] = (),
 ) -> Judgement:
-    """Judge a selection as a mask on the dense model, beside that.
+    """Judge one selection; see :func:`judge_selections`."""
+    return judge_selections(session, parts, data, [selection], options, seen, remarks)[0]
+
+
+def judge_selections(
+    session: ModelSession,
+    parts: Parts,
+    data: DataOptions,
+    selections: Sequence[Selection],
+    options: JudgementOptions,
+    seen: SeenPrompts | None = None,
+    remarks: Sequence[str] = (),
+) -> list[Judgement]:
+    """Judge selections as masks on the dense model, beside that, by the same examples; the dense model answers once.
 
     Args:
         session: gives the dense model.
         parts: the records to report by, and why some classes have none.
         data: where they come from.
-        selection: what the written model keeps.
-        options: see :class:`JudgementOptions`.
-        seen: the prompts that it was calibrated with, None where they are not known.
+        selections: what the written models keep.
+        options: see :class:`JudgementOptions`; its minutes are for all of them together.
+        seen: the prompts that they were calibrated with, None where they are not known.
         remarks: what else a reader should know.
     """
     reasons = why_parts_unmeasured(parts)
     if not parts.report:
-        return no_judgement(f"{capitalised('; '.join(reasons))}.", options)
+        return [no_judgement(f"{capitalised('; '.join(reasons))}.", options)] * len(selections)
     progress = session.progress
     general = len(general_records()) if options.general else 0
     maker = session.calibrator_of(parts.report, data)
     plan = plan_judging(
-        session, maker, answers=options.answers, calls=options.answers, general=general, minutes=options.minutes
+        session,
+        maker,
+        answers=options.answers,
+        calls=options.answers,
+        general=general,
+        others=len(selections),
+        minutes=options.minutes,
     )
     progress.note(f"{plan.sentence}; --no-judge leaves it out.")
     notes = [*(f"Not measured: {reason}." for reason in reasons), f"{parts.sentence}.", *remarks]
@@ -160,8 +179,6 @@ def judge_selection(
     records = [by_index[example.index] for example in held_out.examples]
     generation, model = GenerationOptions(plan.amounts.answers), session.model
     with Bench(model, session.tokenizer, held_out, generation=generation, progress=progress) as bench:
-        with progress.phase("Judging the pruned model", len(held_out.examples), "example") as advance:
-            sums, ours = bench.sums(selection, advance), bench.answers(selection)
         theirs = bench.dense_answers
         questions = Questions(
             model,
@@ -172,22 +189,28 @@ def judge_selection(
             batch_size=session.options.answers.batch_size,
             progress=progress,
         )
-        with masked(model, selection):
-            replies = questions.ask(model, "the pruned model", seen)
+        found = []
+        for selection in selections:
+            name = "the pruned model" if len(selections) == 1 else f"the model of keep {selection.keep_asked:g}"
+            with progress.phase(f"Judging {name}", len(held_out.examples), "example") as advance:
+                sums, ours = bench.sums(selection, advance), bench.answers(selection)
+            with masked(model, selection):
+                replies = questions.ask(model, name, seen)
+            verdict = conclude(
+                held_out,
+                bench.dense_sums,
+                sums,
+                (theirs, ours) if theirs is not None and ours is not None else None,
+                calls=replies.calls,
+                calling=questions.calling,
+                max_drop=options.max_drop,
+                notes=notes,
+            )
+            if (blamed := _blamed_on_pooling(verdict, selection)) is not None:
+                verdict = replace(verdict, notes=(blamed, *verdict.notes))
+            found.append(Judgement(verdict, replies.forgotten))
         questions.close()
-        verdict = conclude(
-            held_out,
-            bench.dense_sums,
-            sums,
-            (theirs, ours) if theirs is not None and ours is not None else None,
-            calls=replies.calls,
-            calling=questions.calling,
-            max_drop=options.max_drop,
-            notes=notes,
-        )
-    if (blamed := _blamed_on_pooling(verdict, selection)) is not None:
-        verdict = replace(verdict, notes=(blamed, *verdict.notes))
-    return Judgement(verdict, replies.forgotten)
+    return found
 
 
 def _blamed_on_pooling(verdict: Verdict, selection: Selection) -> str | None:

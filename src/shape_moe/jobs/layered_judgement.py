@@ -1,4 +1,4 @@
-"""The judgement of a model that is read layer by layer: dense and pruned through each layer, in one reading."""
+"""The judgement of models that are read layer by layer: dense and pruned through each layer, in one reading."""
 
 from __future__ import annotations
 
@@ -26,37 +26,37 @@ def judge_layer_by_layer(
     session: ModelSession,
     parts: Parts,
     data: DataOptions,
-    selection: Selection,
+    selections: Sequence[Selection],
     options: JudgementOptions,
     remarks: Sequence[str] = (),
-) -> Judgement:
-    """Judge a selection as a mask, dense and masked hidden states going through each layer together.
+) -> list[Judgement]:
+    """Judge selections as masks, dense and masked hidden states going through each layer together.
 
     Args:
         session: names the model and how it runs.
         parts: the records to report by, and why some classes have none.
         data: where they come from.
-        selection: what the written model keeps.
+        selections: what the written models keep.
         options: see :class:`shape_moe.jobs.judgement.JudgementOptions`.
         remarks: what else a reader should know.
     """
     assert session.snapshot is not None
     reasons = why_parts_unmeasured(parts)
     if not parts.report:
-        return no_judgement(f"{capitalised('; '.join(reasons))}.", options)
+        return [no_judgement(f"{capitalised('; '.join(reasons))}.", options)] * len(selections)
     progress, asked = session.progress, session.options
     model = LayeredModel(session.snapshot, device=asked.device, dtype=asked.dtype)
     try:
         maker = session.calibrator_of(parts.report, data)
         held_out = held_out_set(session, maker, "the judgement", model=model.model)
     except ShapeMoeError as error:  # answers that are missing cannot be written here
-        return no_judgement(str(error), options)
+        return [no_judgement(str(error), options)] * len(selections)
     session.unload()
     progress.note(
         f"To be judged, dense and pruned, layer by layer: {counted(len(held_out.examples), 'example')}; for that the "
         f"weights are read once more ({readable_size(session.snapshot.total_bytes)}); --no-judge leaves it out."
     )
     with progress.phase("Judging layer by layer", model.num_layers, "layer") as advance:
-        dense, pruned = compare_by_layers(model, held_out, [selection], advance)
+        dense, *pruned = compare_by_layers(model, held_out, selections, advance)
     notes = [*(f"Not measured: {reason}." for reason in reasons), f"{parts.sentence}.", *remarks, _LIKELIHOOD_ALONE]
-    return Judgement(conclude(held_out, dense, pruned, None, max_drop=options.max_drop, notes=notes))
+    return [Judgement(conclude(held_out, dense, sums, None, max_drop=options.max_drop, notes=notes)) for sums in pruned]

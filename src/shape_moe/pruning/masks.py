@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from shape_moe.architectures.sites import MoeSite, find_sites, live_moe_config
+from shape_moe.pruning.down_projections import RefittedSelection, Weights, replaced_rows
 from shape_moe.selection.method import Routing
 from shape_moe.selection.selection import Selection, check_against_model
 
@@ -16,20 +17,26 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def masked(model: PreTrainedModel, selection: Selection, routing: Routing | None = None) -> Iterator[PreTrainedModel]:
+def masked(
+    model: PreTrainedModel, selection: Selection, routing: Routing | None = None, weights: Weights | None = None
+) -> Iterator[PreTrainedModel]:
     """Make a live model behave as if a selection had been applied to it.
 
     Args:
         model: the full model.
         selection: what to keep; layers that it does not name keep everything.
-        routing: ``drop`` or ``reroute``; None for the selection's own.
+        routing: ``drop`` or ``reroute``, the latter with the selection's gate scale; None for the selection's own.
+        weights: refitted down projections by layer (see :func:`shape_moe.refit`); None for those that the selection
+            brings along, else the model's own.
 
     Raises:
-        UsageError: when the selection does not fit the model.
+        UsageError: when the selection or the weights do not fit the model.
     """
     import torch
 
     routing = routing or selection.routing
+    if weights is None and isinstance(selection, RefittedSelection):
+        weights = selection.weights
     sites = matching_sites(model, selection, routing)
     whole = live_moe_config(model).family.router_whole
     handles: list[Any] = []
@@ -39,7 +46,9 @@ def masked(model: PreTrainedModel, selection: Selection, routing: Routing | None
             if routing == "drop":
                 handles.append(site.experts.register_forward_pre_hook(_zero_dropped(kept, selection.num_experts)))
             else:
-                handles.append(_Rerouted(site, kept, selection.num_experts, whole))
+                handles.append(_Rerouted(site, kept, selection, whole))
+            if weights is not None and site.layer in weights:
+                handles.append(replaced_rows(site, ids, weights[site.layer]))
         yield model
     finally:
         for handle in handles:
@@ -79,47 +88,26 @@ def _zero_dropped(kept: torch.Tensor, total: int) -> Any:
 class _Rerouted:
     """A router that runs with the kept rows alone; its ids are translated back to those of the full model."""
 
-    def __init__(self, site: MoeSite, kept: torch.Tensor, total: int, whole: Sequence[str]) -> None:
-        import torch
-
-        from shape_moe.pruning.modeling_shape_moe import rows_of
-
+    def __init__(self, site: MoeSite, kept: torch.Tensor, selection: Selection, whole: Sequence[str]) -> None:
         self.router: Any = site.router
-        self.kept, self.total = kept, total
-        self.rows = rows_of(self.router, total, whole)
+        self.kept, self.total, self.gate_scale = kept, selection.num_experts, selection.gate_scale
+        self.whole = whole
         # accelerate loads offloaded weights in a forward of its own and keeps the model's under another name
         self.attribute = "_old_forward" if hasattr(self.router, "_hf_hook") else "forward"
-        self.inner: Any = torch.nn.Module()  # lets functional_call swap the router's tensors for the time of a call
-        self.inner.router, self.inner.forward = self.router, getattr(self.router, self.attribute)
+        self.forward: Any = getattr(self.router, self.attribute)
         self.replaced = self.router.__dict__.get(self.attribute)
         setattr(self.router, self.attribute, self._forward)
 
     def _forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        import torch
+        from shape_moe.pruning.modeling_shape_moe import at_trained_scale, choose_among, router_rows
 
-        rows = {}
-        for path, name, dimension in self.rows:
-            tensor = getattr(self.router.get_submodule(path), name)
-            rows[".".join(part for part in ("router", path, name) if part)] = tensor.index_select(
-                dimension, self.kept.to(tensor.device)
-            )
-        args = tuple(self._cut(argument) for argument in args)
-        kwargs = {name: self._cut(argument) for name, argument in kwargs.items()}
-        counted = hasattr(self.router, "num_experts")
-        if counted:
-            self.router.num_experts = len(self.kept)
-        try:
-            logits, weights, ids = torch.func.functional_call(self.inner, rows, args, kwargs)
-        finally:
-            if counted:
-                self.router.num_experts = self.total
-        return logits, weights, self.kept.to(ids.device)[ids]
-
-    def _cut(self, argument: Any) -> Any:
-        """An argument of the router with one number per expert (a bias that lies on the block), for the kept ones."""
-        if getattr(argument, "shape", None) != (self.total,):
-            return argument
-        return argument[self.kept.to(argument.device)]
+        device = next(iter(router_rows(self.router, self.total, self.whole).values())).device
+        kept = self.kept.to(device)
+        logits, weights, places = choose_among(self.router, self.forward, kept, self.total, args, kwargs, self.whole)
+        if self.gate_scale == "trained":
+            everything, *_ = self.forward(*args, **kwargs)
+            weights = at_trained_scale(weights, everything, kept)
+        return logits, weights, kept[places]
 
     def remove(self) -> None:
         if self.replaced is None:

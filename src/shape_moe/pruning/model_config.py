@@ -45,8 +45,10 @@ def pruned_config(config: dict[str, Any], moe: MoeConfig, selection: Selection, 
         )
     if target == "stock":
         count = selection.equal_count
-        if count is None or selection.routing != "reroute":
-            raise UsageError("Target stock needs equal counts in every layer and routing reroute.")
+        if count is None or not selection.cuts_router:
+            raise UsageError(
+                "Target stock needs equal counts in every layer, routing reroute and gate scale survivors."
+            )
         for key in moe.family.count_keys:
             if part.get(key) is not None:
                 part[key] = count
@@ -66,6 +68,15 @@ def numbering(moe: MoeConfig, selection: Selection) -> Numbering:
     return Numbering(moe.family, selection.num_experts, selection.layers)
 
 
+def up_to_date(description: Any) -> Any:
+    """The content of :data:`PRUNING_KEY` as this version writes it, whichever version wrote it."""
+    if isinstance(description, dict) and description.get("version") == 1:
+        from shape_moe.pruning.modeling_shape_moe import VERSION
+
+        return {**description, "version": VERSION, "gate_scale": "survivors"}
+    return description
+
+
 def pruning_description(moe: MoeConfig, selection: Selection) -> dict[str, Any]:
     """The content of :data:`PRUNING_KEY`."""
     from shape_moe.pruning.modeling_shape_moe import VERSION
@@ -79,6 +90,7 @@ def pruning_description(moe: MoeConfig, selection: Selection) -> dict[str, Any]:
     return {
         "version": VERSION,
         "routing": selection.routing,
+        "gate_scale": selection.gate_scale,
         "num_experts": selection.num_experts,
         "modules": {"experts": family.inside_block(family.experts), "router": family.inside_block(family.router)},
         **({"rows": more} if family.router_whole or family.block_rows else {}),
