@@ -92,6 +92,8 @@ NEWER: tuple[Family, ...] = (
         _SIGMOID,
         model_type="kimi_linear",
         stock_class="KimiLinearForCausalLM",
+        group_keys=("num_expert_group", "topk_group"),
+        renormalises="moe_renormalize",
         disk_block="block_sparse_moe",
         projections=("w1", "w3", "w2"),
     ),
