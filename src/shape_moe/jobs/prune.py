@@ -42,7 +42,7 @@ from shape_moe.jobs.pruned_place import PrunedPlace, place_of
 from shape_moe.jobs.select import check_options
 from shape_moe.jobs.session import ExampleOptions, ModelSession
 from shape_moe.jobs.trace import open_trace
-from shape_moe.jobs.way import check_measurable, check_whole
+from shape_moe.jobs.way import check_measurable
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import CanaryResult
 from shape_moe.pruning.compare import file_hash
@@ -201,7 +201,7 @@ def _write(run: PruneRun, selection: Selection, work: Workspace, place: PrunedPl
     selection = refitted_as_asked(run, selection, work.path / REFIT_FOLDER)
     selection.save(artifacts / "selection.json")
     run.notes += [*selection.warnings, *left_out]
-    judgement = judged(run, [selection])[0] if run.options.judgement is not None else None
+    judgement = judged(run, [selection], work.path)[0] if run.options.judgement is not None else None
     canaries, skipped = masked_canaries(run, [selection])
     made = PrunedModel(selection, judgement, canaries[0] if canaries else None, skipped, left_out, place.file)
     size, hashes, logits = write_weights(run, made, work.path)
@@ -237,7 +237,6 @@ def _plan_choice(
     seed = select.scoring.seed
     tracing = held_out_tracing(options.trace, trace, choice.held_out, seed)
     tracing = replace(tracing, device=options.device, dtype=options.dtype, stream=options.stream)
-    check_whole(snapshot, tracing)
     plan = plan_search(
         snapshot,
         tracing,

@@ -190,8 +190,14 @@ def _examples_for_refit(run: PruneRun) -> tuple[ModelSession, ExampleMaker] | No
     return session, session.calibrator_of(parts.choice, session.options.data)
 
 
-def judged(run: PruneRun, selections: Sequence[Selection]) -> list[Judgement]:
-    """What pruning did to the model, for each selection, while the full model is (or can be) loaded."""
+def judged(run: PruneRun, selections: Sequence[Selection], work: Path) -> list[Judgement]:
+    """What pruning did to the model, for each selection, while the full model is (or can be) loaded.
+
+    Args:
+        run: the job.
+        selections: what is kept.
+        work: the unfinished result, in which a judgement that was interrupted goes on.
+    """
     options, device, dtype = run.options.judgement, run.options.device, run.options.dtype
     assert options is not None
     if run.session is None and run.judge is None:
@@ -205,7 +211,11 @@ def judged(run: PruneRun, selections: Sequence[Selection]) -> list[Judgement]:
     run.session = found.session
     notes = [found.note] if found.note else []
     if found.session.reads_layers:
-        return judge_layer_by_layer(found.session, found.parts, found.data, selections, options, notes)
+        folder = work / "judgement.partial"
+        folder.mkdir(exist_ok=True)
+        judgements = judge_layer_by_layer(found.session, found.parts, found.data, selections, options, notes, folder)
+        shutil.rmtree(folder)
+        return judgements
     seen = seen_by(run.trace, selections[0])
     return judge_selections(found.session, found.parts, found.data, selections, options, seen, notes)
 
