@@ -26,6 +26,7 @@ from shape_moe.jobs.evaluate import EvaluateOptions
 from shape_moe.jobs.evaluate_endpoints import EndpointOptions
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.output_file import OutputFile
+from shape_moe.units import share_as_option
 from shape_moe.workspace import write_json
 
 ALSO_SAMPLES = 100
@@ -86,7 +87,8 @@ def evaluate(
         share_option(
             "--max-drop",
             "1%",
-            help=f"How far right answers may fall for the verdict 'safe', such as 1% or 0.01. Default: {MAX_DROP:.0%}.",
+            help="How far right answers may fall for the verdict 'safe', such as 1% or 0.01. "
+            f"Default: {share_as_option(MAX_DROP)}.",
             show_default=False,
         ),
     ] = MAX_DROP,
