@@ -14,7 +14,7 @@ from shape_moe.demo.tasks import examples
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.verdict import Word
 from shape_moe.jobs import session as sessions
-from shape_moe.jobs.auto import ChoiceOptions
+from shape_moe.jobs.choice import ChoiceOptions
 from shape_moe.jobs.judgement import JudgementOptions
 from shape_moe.jobs.prune import prune
 from shape_moe.jobs.prune_options import PruneOptions

@@ -53,7 +53,7 @@ def measure(
     Example: shape-moe measure ./Qwen3-30B-A3B --trace traces/gsm8k --data gsm8k-train.jsonl -o curves.json
     """
     talk = output.output()
-    method = Method(score.scorer, "measured", routing_for("ragged", routing))
+    method = Method(score.named, "measured", routing_for("ragged", routing))
     curves = job.measure(
         model,
         trace,

@@ -58,7 +58,7 @@ def score(
     if job.is_table(source) and changed_flags(flags):
         raise UsageError(f"{source} holds values already: leave {', '.join(changed_flags(flags))} out.")
     options = flags.options(seed.seed)
-    scores = job.score(job.opened(source, talk), flags.scorer, options)
+    scores = job.score(job.opened(source, talk), flags.named, options)
     if csv is not None:
         write_text(csv, scores.table().write_csv())
         talk.note(f"Wrote {csv}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,9 +17,10 @@ from shape_moe.evaluation import measures
 from shape_moe.evaluation.dense_reference import DenseReference
 from shape_moe.evaluation.generation import Generated, GenerationOptions, generate
 from shape_moe.evaluation.held_out_set import HeldOutSet
-from shape_moe.evaluation.intervals import Bootstrap
+from shape_moe.evaluation.intervals import Bootstrap, Estimate
 from shape_moe.evaluation.measures import Groups, Measured
 from shape_moe.evaluation.teacher_forced import TeacherForced, compare_with_dense, record_dense
+from shape_moe.evaluation.worst_class import WorstClass
 from shape_moe.journal import Journal
 from shape_moe.progress import SILENT, Advance, Progress
 from shape_moe.selection.selection import Selection
@@ -49,6 +51,7 @@ class Bench:
     Attributes:
         dense_sums: teacher-forced sums of the dense model.
         draws: resamples of the examples.
+        seconds: how long the dense model took over them.
 
     Raises:
         ShapeMoeError: when the dense model's logits are not finite.
@@ -80,7 +83,9 @@ class Bench:
         if self._sums:
             progress.note(f"{counted(len(self._sums), 'point')} already done by the interrupted run.")
         with progress.phase(f"Dense model on {held_out.name}", count, "example") as advance:
+            began = time.perf_counter()
             self.dense_sums = record_dense(model, held_out, self.reference, advance)
+            self.seconds = time.perf_counter() - began
         self.dense_sums = self._by_answers(self.dense_sums, self.dense_answers if by_answers else None)
 
     def __enter__(self) -> Bench:
@@ -181,10 +186,25 @@ class Bench:
         """Figures for every class of examples by itself, where examples have classes."""
         return measures.by_group(self.held_out, sums, self.dense_sums, self.draws)
 
+    @cached_property
+    def _classes(self) -> WorstClass:
+        return WorstClass(self.held_out.groups, self.dense_sums.tokens, self.draws)
+
+    def losses(self, subject: Selection) -> dict[str, float]:
+        """KL divergence to the dense model in nats per token, of every class of examples."""
+        return self._classes.losses(self.sums(subject).kl)
+
+    def loss(self, subject: Selection) -> float:
+        """The same of the class that loses most: what candidates are compared by."""
+        return self._classes.worst(self.sums(subject).kl)
+
+    def behind(self, subject: Selection, other: Selection) -> Estimate:
+        """How much more a selection loses than another, paired, each by the class that it costs most."""
+        return self._classes.behind(self.sums(subject).kl, self.sums(other).kl)
+
     def tied(self, subject: Selection, best: Selection) -> bool:
-        """Whether a selection is no worse than another but for noise: its paired KL difference may be zero."""
-        ours, theirs = self.sums(subject), self.sums(best)
-        return self.draws.ratio(ours.kl - theirs.kl, theirs.tokens).low <= 0
+        """Whether a selection is no worse than another but for noise: the paired difference may be zero."""
+        return self.behind(subject, best).low <= 0
 
     def _answer(self, model: PreTrainedModel) -> Generated | None:
         return generate(model, self.tokenizer, self.held_out, self.generation) if self.generation else None

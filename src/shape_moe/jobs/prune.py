@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
@@ -14,8 +15,8 @@ from shape_moe.architectures.loading import free_memory
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.sources import Data
-from shape_moe.errors import ShapeMoeError
-from shape_moe.jobs.auto import methods_to_try
+from shape_moe.errors import DataError, ShapeMoeError, UsageError
+from shape_moe.jobs.choice import LEAST_HELD_OUT, methods_to_try
 from shape_moe.jobs.closing import card_facts, commands_after
 from shape_moe.jobs.judgement import (
     Judgement,
@@ -25,7 +26,7 @@ from shape_moe.jobs.judging_examples import (
     session_for,
 )
 from shape_moe.jobs.planning import SearchPlan, held_out_tracing, plan_search
-from shape_moe.jobs.prune_options import PruneOptions, check_request, complete_options, makes_curves
+from shape_moe.jobs.prune_options import PruneOptions, check_request, complete_options, makes_curves, without_choice
 from shape_moe.jobs.prune_run import PruneRun, judged, masked_canary, selected, trace_calibration
 from shape_moe.jobs.pruned_place import PrunedPlace, place_of
 from shape_moe.jobs.select import check_options
@@ -43,7 +44,7 @@ from shape_moe.selection.rules import budget_for
 from shape_moe.selection.selection import Selection, completed, open_selection
 from shape_moe.serving.manifest import write_manifest
 from shape_moe.tracing.trace import Trace
-from shape_moe.units import readable_size
+from shape_moe.units import counted, readable_size
 from shape_moe.workspace import Workspace, write_json
 
 _DISK_MARGIN = 64 * 2**20
@@ -98,15 +99,16 @@ def prune(
 
     Give exactly one of a calibration set (``data``), a finished ``trace`` or a finished ``selection``, and with the
     first two a keep rate (``keep``, or ``options.select`` to say more). ``prune(model, out, data="tasks.jsonl",
-    keep=0.6)`` is the published method. With scorer ``auto`` or a limit (``options.choice``) candidates are judged on
-    held-out examples first; with a finished trace, ``data`` says where those come from.
+    keep=0.6)`` judges several methods on a part of the data and takes the best; ``options.select`` names one
+    (``SelectOptions(0.6)`` is the published one). With a finished trace, ``data`` says where the examples to judge by
+    come from.
 
     Args:
         model: a folder, a GGUF file or a hub id.
         out: folder of the pruned checkpoint; of a GGUF file the pruned file.
         options: see :class:`PruneOptions`.
         data: calibration set: a file, folder or data set, a list of dictionaries or a ``datasets.Dataset`` (of which at
-            most 25 records are used), or options that say more.
+            most 128 records calibrate, with a named method 25), or options that say more.
         keep: keep rate.
         trace: a trace folder; skips tracing.
         selection: a selection; skips tracing and selecting.
@@ -124,7 +126,11 @@ def prune(
     rejects = options.judgement is not None and options.judgement.require is not None
     place.check(inputs, force=options.force, rejects=rejects)
     free_memory(options.device)
-    run = PruneRun(open_snapshot(model, revision, trust_remote_code=options.trust_remote_code), options, progress)
+    choice = options.choice
+    whole = options.select is not None and options.select.keep >= 1
+    fast = choice is not None and choice.limit is None and (choice.effort == "fast" or whole)
+    snapshot = open_snapshot(model, revision, trust_remote_code=options.trust_remote_code)
+    run = PruneRun(snapshot, without_choice(options) if fast else options, progress, gives_up=choice is not None)
     _open_inputs(run, trace, selection)
     inputs += [run.snapshot.path, *(run.plan.data.files if run.plan else [])]
     with Workspace(place.folder, _job(run, trace), force=options.force, inputs=inputs) as work:
@@ -145,7 +151,7 @@ def _open_inputs(
     run.writer.check(snapshot, run.chosen)
     if trace is not None:
         run.trace = open_trace(trace, snapshot, run.progress, force=options.force)
-    run.plan = _plan_choice(snapshot, options, run.trace, run.progress)
+    options = _planned(run, options)
     if run.plan is not None:
         run.session = run.plan.session
     elif options.trace is not None and (trace is not None or selection is not None):
@@ -155,7 +161,7 @@ def _open_inputs(
             check_measurable(snapshot, options.trace)
         records = None
         if options.judgement is not None:
-            run.parts = set_aside(options.trace.data, options.judgement, give_up=False, progress=run.progress)
+            run.parts = set_aside(options.trace.data, options.judgement, give_up=run.gives_up, progress=run.progress)
             records = run.parts.calibration
         run.session = ModelSession.open(snapshot, options.trace, None, run.progress, records)
 
@@ -199,6 +205,44 @@ def _carry_out(run: PruneRun, work: Workspace, place: PrunedPlace) -> PruneResul
         rejected,
         facts.opening,
         following,
+    )
+
+
+def _planned(run: PruneRun, options: PruneOptions) -> PruneOptions:
+    """The options, once it is known whether candidates can be judged; where they cannot, with a recommended method.
+
+    Raises:
+        ShapeMoeError: where candidates have to be judged and cannot.
+    """
+    choice = options.choice
+    try:
+        run.plan = _plan_choice(run.snapshot, options, run.trace, run.progress)
+        if run.plan is None or choice is None or choice.insist or choice.limit is not None:
+            return options
+        reason = _too_few(run.plan)
+    except (DataError, UsageError) as error:
+        if choice is None or choice.insist or choice.limit is not None:
+            raise
+        reason = str(error)
+    if reason is None:
+        return options
+    run.plan, run.options = None, without_choice(options)
+    assert run.options.select is not None
+    run.notes.append(
+        f"Candidates were not compared, and the recommended method was taken ({run.options.select.method}): {reason}"
+    )
+    return run.options
+
+
+def _too_few(plan: SearchPlan) -> str | None:
+    """Why the held-out examples tell no candidates apart, None where they do."""
+    counts = Counter(record.group or "" for record in plan.held_out.records)
+    name, count = min(counts.items(), key=lambda item: (item[1], item[0]))
+    if count >= LEAST_HELD_OUT:
+        return None
+    of_class = f" of class {name}" if name else ""
+    return (
+        f"only {counted(count, 'example')}{of_class} would be left to judge them by, and {LEAST_HELD_OUT} are needed."
     )
 
 

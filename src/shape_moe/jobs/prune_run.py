@@ -13,6 +13,7 @@ from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.parts import Parts
 from shape_moe.errors import DataError
 from shape_moe.jobs.auto import auto_select
+from shape_moe.jobs.curves import CurveMaker, curves_file
 from shape_moe.jobs.judgement import (
     Judgement,
     JudgementOptions,
@@ -28,7 +29,6 @@ from shape_moe.jobs.judging_examples import (
     unseen_parts,
 )
 from shape_moe.jobs.layered_judgement import judge_layer_by_layer
-from shape_moe.jobs.measure import measured_curves
 from shape_moe.jobs.planning import SearchPlan
 from shape_moe.jobs.prune_options import PruneOptions, makes_curves
 from shape_moe.jobs.session import ModelSession, load_original
@@ -38,6 +38,7 @@ from shape_moe.pruning.canary import Canary
 from shape_moe.pruning.logits import masked_answers, why_no_logits
 from shape_moe.pruning.writers import Writer, writer_for
 from shape_moe.selection.layer_curves import load_curves
+from shape_moe.selection.rules import get_rule
 from shape_moe.selection.select import select_from_trace
 from shape_moe.selection.selection import Selection, load_selection
 from shape_moe.tracing.trace import Trace
@@ -59,6 +60,7 @@ class PruneRun:
         session: what traces the calibration set, where that is given.
         judge: what reads examples that only judge, where such are given.
         notes: what the user should know.
+        gives_up: whether the calibration sample may give up records to be judged by: a named method's may not.
     """
 
     snapshot: Snapshot
@@ -71,6 +73,7 @@ class PruneRun:
     session: ModelSession | None = None
     judge: ModelSession | None = None
     notes: list[str] = field(default_factory=list)
+    gives_up: bool = False
 
     @property
     def target(self) -> str:
@@ -111,6 +114,8 @@ def selected(run: PruneRun, work: Path) -> Selection:
             chosen = auto_select(
                 run.snapshot, run.plan, run.trace, run.options.select, run.options.choice, run.progress, folder
             )
+            if (made := folder / curves_file(chosen.method)).is_file() and get_rule(chosen.rule).by_curves:
+                made.replace(work / "shape" / "curves.json")
             chosen.save(file)
         shutil.rmtree(folder, ignore_errors=True)
         run.progress.note(f"Chosen: {chosen.choice['reason'] if chosen.choice else ''}")
@@ -120,7 +125,13 @@ def selected(run: PruneRun, work: Path) -> Selection:
         assert run.session is not None, "checked before"
         file = work / "shape" / "curves.json"
         if not file.is_file():
-            measured_curves(run.session, run.trace, asked.method, asked.scoring, run.progress).save(file)
+            partial = work / "curves.partial"
+            partial.mkdir(exist_ok=True)
+            maker = CurveMaker(
+                run.session, run.session.calibrator, run.trace, asked.scoring, run.progress, folder=partial
+            )
+            maker.measured(asked.method).save(file)
+            shutil.rmtree(partial)
         asked = replace(asked, curves=load_curves(file))
     return select_from_trace(run.trace, asked)
 
