@@ -7,10 +7,10 @@ import json
 import pytest
 
 from shape_moe.errors import CheckpointError
+from shape_moe.job_record import read_job
 from shape_moe.selection.selection import load_selection
 from shape_moe.serving.manifest import read_manifest
 from shape_moe.tracing.trace import load_trace
-from shape_moe.workspace import read_job
 from support.data import synthetic_trace
 
 HOSTILE = [

@@ -30,6 +30,7 @@ NAMES = {
     "--force": "force=True",
     "--format": "DataOptions(format=)",
     "--from": "kind=",
+    "--gate-scale": "Method(gate_scale=)",
     "--generate": "GenerationOptions(examples=)",
     "--held-out": "held_out=",
     "--held-out-samples": "SweepOptions(held_out=)",

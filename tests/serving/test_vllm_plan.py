@@ -155,7 +155,7 @@ def test_unknown_descriptions_are_refused(checkpoint) -> None:
     good = served_config(checkpoint, "qwen3_moe").shape_pruning
     with pytest.raises(ServingError, match="no shape_pruning"):
         read_plan(make_config("qwen3_moe"))
-    for change in ({"version": 2}, {"routing": "other"}, {"source": "elsewhere"}):
+    for change in ({"version": 3}, {"gate_scale": "other"}, {"routing": "other"}, {"source": "elsewhere"}):
         with pytest.raises(ServingError, match="newer format"):
             read_plan(make_config("qwen3_moe", shape_pruning={**good, **change}))
     with pytest.raises(ServingError, match="must agree"):

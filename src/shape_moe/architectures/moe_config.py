@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from shape_moe.architectures.families import FAMILIES, Family, family_names
-from shape_moe.errors import UnsupportedModelError
+from shape_moe.errors import UnsupportedModelError, UsageError
 
 PRUNING_KEY = "shape_pruning"
 """The key that a pruned checkpoint's ``config.json`` gains; stock checkpoints do not have it."""
 
 Config = Mapping[str, Any]
+
+GateScale = Literal["survivors", "trained"]
+"""How large gate weights are when experts leave a router that does not renormalise them over the top-k: ``survivors``
+takes the softmax over the kept experts, so that weights grow by what was removed; ``trained`` takes it over all experts
+of the original, so that weights keep the size that the model was trained with."""
+GATE_SCALES: tuple[GateScale, ...] = get_args(GateScale)
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,29 @@ class MoeConfig:
             return RouterFacts(self.top_k, self.top_k, 1, self.renormalises)
         per_group = max(-(-self.top_k // self.groups.used), self.family.group_minimum)
         return RouterFacts(self.top_k, per_group * self.groups.count, self.groups.count, self.renormalises)
+
+
+def check_gate_scale(scale: GateScale, family: Family | None, renormalises: bool | None) -> None:
+    """Refuse gate scale ``trained`` where it would mean nothing.
+
+    Args:
+        scale: the gate scale.
+        family: facts about the model's family, None where it is not known.
+        renormalises: whether gate weights sum to one (times a constant) over the top-k, None where it is not known.
+
+    Raises:
+        UsageError: when the kept experts' weights do not grow by what leaves the router.
+    """
+    if scale == "survivors":
+        return
+    why = None
+    if family is not None and family.router_scores == "sigmoid":
+        why = "its routers score every expert by itself (a sigmoid), so no weight depends on which others are there"
+    elif renormalises:
+        why = "its routers renormalise the weights over the experts that serve a token"
+    if why is not None:
+        name = f" ({family.model_type})" if family is not None else ""
+        raise UsageError(f"Gate scale trained means nothing for this model{name}: {why}; leave --gate-scale out.")
 
 
 def find_family(config: Config) -> Family:

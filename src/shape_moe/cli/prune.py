@@ -175,7 +175,8 @@ def prune(
     automatic = selection is None and _is_automatic(preset, select, score, limit)
     if limit is not None or automatic:
         choice = _choice(limit, select, generation, judged_by.data(data, seed.seed), judged_by.held_out_samples)
-        choice = replace(choice, effort=check_effort(effort), insist=score.scorer == AUTO)
+        named_scale = select.gate_scale is not None
+        choice = replace(choice, effort=check_effort(effort), insist=score.scorer == AUTO, keeps_gate_scale=named_scale)
         score = replace(score, scorer=AUTO) if automatic else score
     elif idle := changed_flags(judged_by) + changed_flags(generation) + ([] if effort == "default" else ["--effort"]):
         raise UsageError(

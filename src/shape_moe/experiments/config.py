@@ -13,7 +13,7 @@ from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.harness import TaskOptions
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.scoring.registry import ScoreOptions
-from shape_moe.selection.method import Method, Routing
+from shape_moe.selection.method import Method, read_routed
 from shape_moe.tracing.token_weights import TokenWeights
 
 
@@ -101,6 +101,11 @@ class SeededMethod(Method):
 
     seed: int | None = None
 
+    def routed_by(self, routing: str) -> SeededMethod:
+        """The same, routed as an entry of the grid's routings says."""
+        name, scale = read_routed(routing)
+        return replace(self, routing=name, gate_scale=scale)
+
 
 @dataclass(frozen=True)
 class ExperimentConfig:
@@ -110,7 +115,7 @@ class ExperimentConfig:
         models: the models.
         calibration: what selections are made from.
         methods: scorers with rules; scorer random once per seed.
-        routings: ``drop``, ``reroute`` or both.
+        routings: ``drop``, ``reroute``, ``reroute, trained`` or several of them.
         keep: keep rates.
         evaluation: what selections are judged by.
         seed: draws samples and resamples.
@@ -122,7 +127,7 @@ class ExperimentConfig:
     models: tuple[ModelSpec, ...]
     calibration: tuple[CalibrationSpec, ...]
     methods: tuple[SeededMethod, ...]
-    routings: tuple[Routing, ...]
+    routings: tuple[str, ...]
     keep: tuple[float, ...]
     evaluation: tuple[EvaluationSpec, ...]
     seed: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,7 +162,7 @@ class _ModelRun:
         for method, scoring in runs:
             selector = selectors[scoring.seed]
             for routing in self.config.routings:
-                routed = replace(method, routing=routing)
+                routed = method.routed_by(routing)
                 cells += [self._cell(selector, spec.name, routed, keep) for keep in self.config.keep]
         return cells
 
@@ -174,7 +174,8 @@ class _ModelRun:
             cell.reason = f"{self.spec.name}, {method}, keep {keep:g}: {error}"
             return cell
         seed = "" if method.seed is None else f"-seed{method.seed}"
-        name = f"{method.scorer}-{method.rule}-{method.routing}-{keep:g}{seed}.json"
+        routed = method.routed.replace(", ", "-")
+        name = f"{method.scorer}-{method.rule}-{routed}-{keep:g}{seed}.json"
         cell.file = f"selections/{self.spec.name}/{calibration}/{name}"
         (self.folder / cell.file).parent.mkdir(parents=True, exist_ok=True)
         cell.selection.save(self.folder / cell.file)
@@ -244,7 +245,7 @@ class _ModelRun:
             "scorer": cell.method.scorer,
             "rule": cell.method.rule,
             "seed": cell.method.seed,
-            "routing": cell.method.routing,
+            "routing": cell.method.routed,
             "keep_asked": cell.keep,
             "keep": chosen.keep if chosen else None,
             "kept": chosen.kept if chosen else None,

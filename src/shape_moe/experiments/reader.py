@@ -33,7 +33,7 @@ from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions
 from shape_moe.literal_paths import expand_home
 from shape_moe.reporting.experiment_tables import EXAMPLE_METRICS, GENERATED
 from shape_moe.scoring.registry import get_scorer
-from shape_moe.selection.method import Method, check_routing
+from shape_moe.selection.method import Method, read_routed
 from shape_moe.selection.rules import check_by_priority
 from shape_moe.selection.select import SelectOptions
 from shape_moe.tracing.token_weights import token_weights
@@ -115,7 +115,9 @@ class _Reader:
             for rate in grid.keep:
                 SelectOptions(rate)
         with top.naming("routings"):
-            routings = tuple(check_routing(routing) for routing in grid.routings)
+            routings = tuple(
+                Method(routing=name, gate_scale=scale).routed for name, scale in map(read_routed, grid.routings)
+            )
         with top.naming():
             weights = token_weights(
                 {

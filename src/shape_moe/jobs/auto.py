@@ -58,7 +58,7 @@ def auto_select(
         ShapeMoeError: when nothing stays within the limit.
     """
     began = clock()
-    methods = methods_to_try(asked.method, options, trace.info.top_k, trace.statistics)
+    methods = methods_to_try(asked.method, options, trace.info.top_k, trace.statistics, snapshot.moe)
     limit, scoring = options.limit or DEFAULT_LIMIT, asked.scoring
     with open_bench(plan, options.generation, limit, len(methods), scoring.seed, progress, folder) as bench:
         curves = None
@@ -150,7 +150,7 @@ class Choice:
         """One method for every set of curves that will be made; what a set may cost is settled with that."""
         if self.curves is None or not self.measured:
             return []
-        routings = {method.routing for method in self.measured}
+        routings = {method.routed for method in self.measured}
         sets = len({method.scorer for method in self.measured}) * (len(routings) if self._every_routing else 1)
         held = sum(len(example.tokens) for example in self.search.bench.held_out.examples)
         per_candidate = held / self.curves.tokens
@@ -158,8 +158,8 @@ class Choice:
         self.passes = judged
         if self.options.passes is not None:
             self.curves.budget = max(0.0, self.options.passes - judged) / sets
-        first = self.measured[0].routing
-        chosen = [method for method in self.measured if self._every_routing or method.routing == first]
+        first = self.measured[0].routed
+        chosen = [method for method in self.measured if self._every_routing or method.routed == first]
         self.passes += sum(self.curves.passes(method) for method in chosen)
         return chosen
 
@@ -171,8 +171,8 @@ class Choice:
         """The methods to measure layers for, in the routing that the others did best in."""
         if not measured or self._every_routing or not self.points:
             return list(measured)
-        routing = self._preferred_of_tied().method.routing
-        return [replace(method, routing=routing) for method in measured]
+        settled = self._preferred_of_tied().method
+        return [replace(method, routing=settled.routing, gate_scale=settled.gate_scale) for method in measured]
 
     def _tell_time(self, first: float, measured: Sequence[Method]) -> None:
         """How long the rest takes, by the first candidate and one pass over examples that layers are measured by."""

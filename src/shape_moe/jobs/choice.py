@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
+from shape_moe.architectures.moe_config import GateScale, MoeConfig
 from shape_moe.calibration.records import DataOptions
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.generation import GenerationOptions
@@ -13,7 +14,7 @@ from shape_moe.evaluation.keep_rate import Limit
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.jobs.select import AUTO
 from shape_moe.scoring.registry import get_scorer
-from shape_moe.selection.method import ROUTINGS, Method, Routing
+from shape_moe.selection.method import ROUTINGS, Method, Routing, gate_scales
 from shape_moe.selection.recommended import LAST, RAGGED, STOCK
 from shape_moe.selection.rules import get_rule
 from shape_moe.tracing.engine import every_statistic
@@ -56,6 +57,7 @@ class ChoiceOptions:
         effort: ``fast`` judges nothing and takes the method that the benchmark recommends; ``default`` costs at most
             :data:`MOST_PASSES` forward passes of the calibration set; ``thorough`` tries more candidates, with layer
             curves in both routings and on the whole grid.
+        keeps_gate_scale: whether the gate scale that is asked for is the only one to try.
         insist: whether it is an error where candidates cannot be judged; else the recommended method is taken.
     """
 
@@ -66,6 +68,7 @@ class ChoiceOptions:
     held_out_samples: int | None = None
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     effort: Effort = "default"
+    keeps_gate_scale: bool = False
     insist: bool = False
 
     def __post_init__(self) -> None:
@@ -93,7 +96,11 @@ def pairs_to_try(*, equal_counts: bool, effort: Effort = "default") -> list[tupl
 
 
 def methods_to_try(
-    asked: Method, options: ChoiceOptions, top_k: int, statistics: Collection[str] | None = None
+    asked: Method,
+    options: ChoiceOptions,
+    top_k: int,
+    statistics: Collection[str] | None = None,
+    moe: MoeConfig | None = None,
 ) -> list[Method]:
     """The methods that are tried; a limit tries none that goes by layer curves.
 
@@ -102,6 +109,7 @@ def methods_to_try(
         options: what is left to choose.
         top_k: experts per token of the model.
         statistics: what the trace holds beside coalitions, None for all that are installed.
+        moe: the model's routed experts, which say what gate scales there are; None for the one asked for.
     """
     automatic = asked.scorer == AUTO
     routings = options.routings or (ROUTINGS if automatic and not asked.equal_counts else (asked.routing,))
@@ -117,4 +125,16 @@ def methods_to_try(
             named = dict.fromkeys(scorer for scorer, _ in pairs)
             pairs = [(scorer, rule) for scorer in named for rule in options.rules]
         pairs = pairs or [LAST]
-    return [replace(asked, scorer=s, rule=r, routing=routing) for s, r in pairs for routing in routings]
+    routed = [(routing, scale) for routing in routings for scale in _scales(asked, routing, options, moe)]
+    return [
+        replace(asked, scorer=scorer, rule=rule, routing=routing, gate_scale=scale)
+        for scorer, rule in pairs
+        for routing, scale in routed
+    ]
+
+
+def _scales(asked: Method, routing: Routing, options: ChoiceOptions, moe: MoeConfig | None) -> tuple[GateScale, ...]:
+    """The gate scales to try with a routing, ``trained`` first."""
+    if moe is None or asked.scorer != AUTO or options.keeps_gate_scale:
+        return (asked.gate_scale if routing == "reroute" else "survivors",)
+    return gate_scales(moe, routing, asked.target)

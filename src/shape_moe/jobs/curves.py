@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shape_moe.architectures.moe_config import RouterFacts
+from shape_moe.architectures.families import FAMILIES
+from shape_moe.architectures.moe_config import RouterFacts, check_gate_scale
 from shape_moe.architectures.sites import decoder_layers
 from shape_moe.calibration.example_maker import ExampleMaker
 from shape_moe.calibration.responses import pad_token_id
@@ -103,6 +104,10 @@ class CurveMaker:
         progress: where to show progress.
         passes: what one set of curves may cost, in forward passes of the calibration set; None for the whole grid.
         folder: where curves and single passes are kept for a later run, None for nowhere.
+
+    Attributes:
+        budget: the same as ``passes``; it may change before curves are made.
+        journal: file of the single passes, None for none.
     """
 
     def __init__(
@@ -118,6 +123,7 @@ class CurveMaker:
     ) -> None:
         self.session, self.maker, self.trace, self.scoring = session, maker, trace, scoring
         self.progress, self.budget, self.folder = progress, passes, folder
+        self.journal = folder and folder / JOURNAL
         self._made: dict[tuple[str, str], LayerCurves] = {}
 
     @cached_property
@@ -174,7 +180,7 @@ class CurveMaker:
 
     def known(self, method: Method) -> LayerCurves | None:
         """Curves that were made before, by this run or an interrupted one."""
-        key = (method.scorer, method.routing)
+        key = (method.scorer, method.routed)
         file = self._file(method)
         if key not in self._made and file is not None and file.is_file():
             self._made[key] = load_curves(file)
@@ -192,7 +198,7 @@ class CurveMaker:
         """
         found = self.known(method)
         if found is None:
-            found = self._made[method.scorer, method.routing] = self.measured(method)
+            found = self._made[method.scorer, method.routed] = self.measured(method)
             if (file := self._file(method)) is not None:
                 found.save(file)
         return found
@@ -214,6 +220,7 @@ class CurveMaker:
         from shape_moe.evaluation.layer_costs import layer_costs
 
         info, scoring = self.trace.info, self._weights(method)
+        check_gate_scale(method.gate_scale, FAMILIES.get(info.family or ""), info.routing.renormalises)
         scores = score_trace(self.trace, method.scorer, scoring)
         counts, examples = self._planned(method)
         cuts = cuts_of(scores, info.routing, method, counts)
@@ -227,9 +234,9 @@ class CurveMaker:
         tokens = sum(len(example.tokens) for example in examples)
         self.progress.note(
             f"Measuring {counted(len(cuts), 'layer')} at {counted(len(counts), 'count')} each over {tokens:,} tokens "
-            f"of {counted(len(examples), 'example')} ({method.scorer}, {method.routing})."
+            f"of {counted(len(examples), 'example')} ({method.scorer}, {method.routed})."
         )
-        journal: Journal[list[Any]] = Journal(self.folder and self.folder / JOURNAL, "part", "sums")
+        journal: Journal[list[Any]] = Journal(self.journal, "part", "sums")
         passes = len(todo) * len(cuts) * len(counts)
         with self.progress.phase("Measuring layers", passes, "pass") as advance:
             sums, predicting = layer_costs(
@@ -250,6 +257,7 @@ class CurveMaker:
             scorer=method.scorer,
             options={**weights.flags, "seed": scoring.seed},
             routing=method.routing,
+            gate_scale=method.gate_scale,
             num_experts=info.num_experts,
             layers=info.layers,
             counts=counts,
@@ -261,7 +269,7 @@ class CurveMaker:
 
 def curves_file(method: Method) -> str:
     """What the curves of a method are called in a folder."""
-    return f"curves-{method.scorer}-{method.routing}.json"
+    return f"curves-{method.scorer}-{method.routed.replace(', ', '-')}.json"
 
 
 def _digest(method: Method, fingerprint: str, scores: Scores, counts: Sequence[int], todo: Sequence[Batch]) -> str:
@@ -302,7 +310,7 @@ def cuts_of(scores: Scores, facts: RouterFacts, method: Method, counts: Sequence
     experts, ranks = scores.num_experts, layer_ranks(scores.values, scores.tiebreak)
     room = Room(len(scores.layers), experts, Constraints(floor=floor, groups=groups))
     order = room.order(ranks.astype(float), ranks)
-    whole = replace(whole_selection(scores.layers, experts), routing=method.routing)
+    whole = replace(whole_selection(scores.layers, experts), routing=method.routing, gate_scale=method.gate_scale)
     cuts = {}
     for row, layer in enumerate(scores.layers):
         kept = [sorted(int(i) for i in order[row][:, : count // groups].ravel()) for count in counts]

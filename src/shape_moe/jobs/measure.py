@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from os import PathLike
-from pathlib import Path
 
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.calibration.records import DataOptions
@@ -13,12 +11,13 @@ from shape_moe.jobs.curves import CurveMaker
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options
 from shape_moe.jobs.trace import open_trace
 from shape_moe.jobs.way import check_measurable
+from shape_moe.output_file import OutputFile
 from shape_moe.progress import SILENT, Progress
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.layer_curves import LayerCurves
 from shape_moe.selection.method import Method
+from shape_moe.source_files import WatchedFiles
 from shape_moe.tracing.trace import Trace
-from shape_moe.workspace import check_output_file
 
 MEASURED = Method("replacement", "measured")
 """What layers are ranked by when nothing else is said."""
@@ -45,7 +44,7 @@ def measure(
         data: examples, as a rule those that were traced; at most :data:`shape_moe.jobs.curves.MOST_TOKENS` tokens of
             them are run.
         out: file for the curves; None keeps them in memory. What an interrupted run has measured is kept beside it, in
-            ``OUT.partial``, and goes when the curves are complete.
+            ``OUT.passes``, and goes when the curves are complete.
         method: the scorer that ranks experts, and the routing in which layers are cut.
         scoring: weights and seed.
         passes: what they may cost, in forward passes of all examples: the grid shrinks to fit; None for all of it.
@@ -56,20 +55,18 @@ def measure(
     Raises:
         ShapeMoeError: when something is wrong with the model, the trace or the data; the message says what to do.
     """
-    if out is not None:
-        check_output_file(Path(out), force=force)
     options = as_example_options(data, DEFAULT_SAMPLES)
-    snapshot = open_snapshot(model, revision, trust_remote_code=options.trust_remote_code)
-    found = trace if isinstance(trace, Trace) else open_trace(trace, snapshot, progress, force=force)
-    check_measurable(snapshot, options)
-    session = ModelSession.open(snapshot, options, None, progress)
-    asked = scoring or ScoreOptions()
-    if out is None:
-        return CurveMaker(session, session.calibrator, found, asked, progress, passes=passes).of(method)
-    unfinished = Path(out).with_name(f"{Path(out).name}.partial")
-    unfinished.mkdir(exist_ok=True)
-    maker = CurveMaker(session, session.calibrator, found, asked, progress, passes=passes, folder=unfinished)
-    curves = maker.measured(method)
-    curves.save(out)
-    shutil.rmtree(unfinished)
-    return curves
+    named = [given for given in (model, trace) if isinstance(given, str | PathLike)]
+    with OutputFile(out, force=force, inputs=[*named, *options.data.files], journal=".passes") as output:
+        snapshot = open_snapshot(model, revision, trust_remote_code=options.trust_remote_code)
+        watched = WatchedFiles([snapshot.path, *named, *options.data.files])
+        found = trace if isinstance(trace, Trace) else open_trace(trace, snapshot, progress, force=force)
+        check_measurable(snapshot, options)
+        session = ModelSession.open(snapshot, options, None, progress)
+        maker = CurveMaker(session, session.calibrator, found, scoring or ScoreOptions(), progress, passes=passes)
+        maker.journal = output.journal
+        curves = maker.measured(method)
+        watched.check()
+        if out is not None:
+            curves.save(out)
+        return curves

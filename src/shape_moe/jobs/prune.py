@@ -40,6 +40,7 @@ from shape_moe.pruning.logits import check_logits
 from shape_moe.pruning.writers import what_is_left_out
 from shape_moe.reporting.model_card import write_card
 from shape_moe.reporting.opening import Opening
+from shape_moe.selection.method import check_for_model
 from shape_moe.selection.rules import budget_for
 from shape_moe.selection.selection import Selection, completed, open_selection
 from shape_moe.serving.manifest import write_manifest
@@ -133,7 +134,7 @@ def prune(
     run = PruneRun(snapshot, without_choice(options) if fast else options, progress, gives_up=choice is not None)
     _open_inputs(run, trace, selection)
     inputs += [run.snapshot.path, *(run.plan.data.files if run.plan else [])]
-    with Workspace(place.folder, _job(run, trace), force=options.force, inputs=inputs) as work:
+    with place.workspace(_job(run, trace), inputs, force=options.force, rejects=rejects) as work:
         _check_disk(run, work.path)
         return _carry_out(run, work, place)
 
@@ -147,6 +148,7 @@ def _open_inputs(
         run.chosen = open_selection(selection, snapshot, force=options.force)
     if options.select is not None:
         moe, automatic = snapshot.moe, options.choice is not None
+        check_for_model(options.select.method, moe)
         check_options(options.select, snapshot.moe_layers, moe.num_experts, moe.routing, automatic=automatic)
     run.writer.check(snapshot, run.chosen)
     if trace is not None:
@@ -270,7 +272,7 @@ def _plan_choice(
     )
     if choice.limit is not None:
         held = trace.statistics if trace is not None else plan.session.engine.statistics()
-        methods = methods_to_try(select.method, choice, snapshot.moe.top_k, held)
+        methods = methods_to_try(select.method, choice, snapshot.moe.top_k, held, snapshot.moe)
         choice.limit.check_examples(len(plan.held_out.records), len(methods))
     return plan
 

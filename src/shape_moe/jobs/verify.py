@@ -20,7 +20,7 @@ from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import CanaryResult, compare_canary, load_canary
 from shape_moe.pruning.checkpoint import plan_checkpoint
 from shape_moe.pruning.compare import compare_shard, file_hash
-from shape_moe.pruning.model_config import pruning_description
+from shape_moe.pruning.model_config import pruning_description, up_to_date
 from shape_moe.selection.selection import Selection, load_selection
 from shape_moe.serving.endpoint import ask_canary, compare_tokens
 from shape_moe.serving.manifest import added_files, read_manifest
@@ -156,13 +156,13 @@ def original_moe(snapshot: Snapshot, selection: Selection) -> MoeConfig:
 def _check_config(path: Path) -> tuple[bool, str]:
     snapshot, selection, target = open_snapshot(path), load_selection(path), read_manifest(path).target
     moe = original_moe(snapshot, selection)
-    kept = f"{selection.kept:,} of {selection.total:,} experts, routing {selection.routing}, target {target}"
+    kept = f"{selection.kept:,} of {selection.total:,} experts, routing {selection.method.routed}, target {target}"
     if target == "stock":
         counts = {snapshot.config[key] for key in moe.family.count_keys if snapshot.config.get(key) is not None}
         if counts != {selection.equal_count} or PRUNING_KEY in snapshot.config:
             return False, f"config.json says {counts} experts, the selection {selection.equal_count}"
         return True, kept
-    if snapshot.config.get(PRUNING_KEY) != pruning_description(moe, selection):
+    if up_to_date(snapshot.config.get(PRUNING_KEY)) != pruning_description(moe, selection):
         return False, f"config.json's {PRUNING_KEY} is not what shape/selection.json says"
     return True, kept
 
@@ -176,7 +176,7 @@ def _check_tensors(path: Path) -> tuple[bool, str]:
         if role.layer not in selection.layers:
             continue
         count = len(selection.layers[role.layer])
-        rows = selection.num_experts if role.role == "router" and selection.routing == "drop" else count
+        rows = selection.num_experts if role.role == "router" and not selection.cuts_router else count
         if role.role in ("packed", "router") and slot.shape[0] != rows:
             return False, f"{name} has {slot.shape[0]} rows instead of {rows}"
         if role.role == "expert":

@@ -80,7 +80,7 @@ def plan_checkpoint(snapshot: WeightSource, selection: Selection) -> list[ShardP
         UsageError: when the selection does not fit the model.
     """
     check_fits(snapshot, selection)
-    keeping = Keeping(snapshot.moe.family, snapshot.moe.num_layers, selection.layers, selection.routing)
+    keeping = Keeping(snapshot.moe.family, snapshot.moe.num_layers, selection.layers, selection.cuts_router)
     shards = []
     for source, slots in snapshot.files():
         tensors = tuple(tensor for slot in slots if (tensor := slice_tensor(keeping, slot)) is not None)

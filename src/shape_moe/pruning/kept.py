@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from shape_moe.architectures.families import Family
 from shape_moe.architectures.tensor_names import renumbered, tensor_role
-from shape_moe.selection.method import Routing
 
 
 @dataclass(frozen=True)
@@ -18,13 +17,13 @@ class Keeping:
         family: facts about the family.
         num_layers: number of decoder layers.
         layers: kept expert ids by decoder-layer index, ascending; other layers keep everything.
-        routing: ``drop`` or ``reroute``.
+        cuts_router: whether routers lose the rows of pruned experts.
     """
 
     family: Family
     num_layers: int
     layers: Mapping[int, Sequence[int]]
-    routing: Routing
+    cuts_router: bool
 
     def tensor(self, name: str) -> tuple[str, Sequence[int] | None] | None:
         """What becomes of a tensor of the original.
@@ -45,5 +44,5 @@ class Keeping:
             return name, None
         if role.role == "expert":
             return (renumbered(self.family, name, kept.index(role.expert)), None) if role.expert in kept else None
-        cut = role.role == "packed" or (role.role == "router" and self.routing == "reroute")
+        cut = role.role == "packed" or (role.role == "router" and self.cuts_router)
         return name, kept if cut else None

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from shape_moe.architectures.moe_config import GateScale
 from shape_moe.architectures.sites import MoeSite, find_sites, live_moe_config
+from shape_moe.pruning.down_projections import RefittedSelection, Weights, replaced_rows
 from shape_moe.selection.method import Routing
 from shape_moe.selection.selection import Selection, check_against_model
 
@@ -16,20 +18,26 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def masked(model: PreTrainedModel, selection: Selection, routing: Routing | None = None) -> Iterator[PreTrainedModel]:
+def masked(
+    model: PreTrainedModel, selection: Selection, routing: Routing | None = None, weights: Weights | None = None
+) -> Iterator[PreTrainedModel]:
     """Make a live model behave as if a selection had been applied to it.
 
     Args:
         model: the full model.
         selection: what to keep; layers that it does not name keep everything.
-        routing: ``drop`` or ``reroute``; None for the selection's own.
+        routing: ``drop`` or ``reroute``, the latter with the selection's gate scale; None for the selection's own.
+        weights: refitted down projections by layer (see :func:`shape_moe.refit`); None for those that the selection
+            brings along, else the model's own.
 
     Raises:
-        UsageError: when the selection does not fit the model.
+        UsageError: when the selection or the weights do not fit the model.
     """
     import torch
 
     routing = routing or selection.routing
+    if weights is None and isinstance(selection, RefittedSelection):
+        weights = selection.weights
     sites = matching_sites(model, selection, routing)
     handles: list[Any] = []
     try:
@@ -38,7 +46,9 @@ def masked(model: PreTrainedModel, selection: Selection, routing: Routing | None
             if routing == "drop":
                 handles.append(site.experts.register_forward_pre_hook(_zero_dropped(kept, selection.num_experts)))
             else:
-                handles.append(_Rerouted(site, kept, selection.num_experts))
+                handles.append(_Rerouted(site, kept, selection.num_experts, selection.gate_scale))
+            if weights is not None and site.layer in weights:
+                handles.append(replaced_rows(site, ids, weights[site.layer]))
         yield model
     finally:
         for handle in handles:
@@ -78,31 +88,24 @@ def _zero_dropped(kept: torch.Tensor, total: int) -> Any:
 class _Rerouted:
     """A router that runs with the kept rows alone; its ids are translated back to those of the full model."""
 
-    def __init__(self, site: MoeSite, kept: torch.Tensor, total: int) -> None:
-        import torch
-
+    def __init__(self, site: MoeSite, kept: torch.Tensor, total: int, gate_scale: GateScale) -> None:
         self.router: Any = site.router
-        self.kept, self.total = kept, total
-        tensors = [*self.router.named_parameters(recurse=False), *self.router.named_buffers(recurse=False)]
-        self.rows = [name for name, tensor in tensors if tensor.shape[:1] == (total,)]
+        self.kept, self.total, self.gate_scale = kept, total, gate_scale
         # accelerate loads offloaded weights in a forward of its own and keeps the model's under another name
         self.attribute = "_old_forward" if hasattr(self.router, "_hf_hook") else "forward"
-        self.inner: Any = torch.nn.Module()  # lets functional_call swap the router's tensors for the time of a call
-        self.inner.router, self.inner.forward = self.router, getattr(self.router, self.attribute)
+        self.forward: Any = getattr(self.router, self.attribute)
         self.replaced = self.router.__dict__.get(self.attribute)
         setattr(self.router, self.attribute, self._forward)
 
     def _forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        import torch
+        from shape_moe.pruning.modeling_shape_moe import at_trained_scale, choose_among, router_rows
 
-        kept = self.kept.to(getattr(self.router, self.rows[0]).device)
-        rows = {f"router.{name}": getattr(self.router, name)[kept] for name in self.rows}
-        self.router.num_experts = len(kept)
-        try:
-            logits, weights, ids = torch.func.functional_call(self.inner, rows, args, kwargs)
-        finally:
-            self.router.num_experts = self.total
-        return logits, weights, kept[ids]
+        kept = self.kept.to(next(iter(router_rows(self.router, self.total).values())).device)
+        logits, weights, places = choose_among(self.router, self.forward, kept, self.total, args, kwargs)
+        if self.gate_scale == "trained":
+            everything, *_ = self.forward(*args, **kwargs)
+            weights = at_trained_scale(weights, everything, kept)
+        return logits, weights, kept[places]
 
     def remove(self) -> None:
         if self.replaced is None:

@@ -42,8 +42,10 @@ def pruned_config(config: dict[str, Any], moe: MoeConfig, selection: Selection, 
         )
     if target == "stock":
         count = selection.equal_count
-        if count is None or selection.routing != "reroute":
-            raise UsageError("Target stock needs equal counts in every layer and routing reroute.")
+        if count is None or not selection.cuts_router:
+            raise UsageError(
+                "Target stock needs equal counts in every layer, routing reroute and gate scale survivors."
+            )
         for key in moe.family.count_keys:
             if result.get(key) is not None:
                 result[key] = count
@@ -63,6 +65,15 @@ def numbering(moe: MoeConfig, selection: Selection) -> Numbering:
     return Numbering(moe.family, selection.num_experts, selection.layers)
 
 
+def up_to_date(description: Any) -> Any:
+    """The content of :data:`PRUNING_KEY` as this version writes it, whichever version wrote it."""
+    if isinstance(description, dict) and description.get("version") == 1:
+        from shape_moe.pruning.modeling_shape_moe import VERSION
+
+        return {**description, "version": VERSION, "gate_scale": "survivors"}
+    return description
+
+
 def pruning_description(moe: MoeConfig, selection: Selection) -> dict[str, Any]:
     """The content of :data:`PRUNING_KEY`."""
     from shape_moe.pruning.modeling_shape_moe import VERSION
@@ -71,6 +82,7 @@ def pruning_description(moe: MoeConfig, selection: Selection) -> dict[str, Any]:
     return {
         "version": VERSION,
         "routing": selection.routing,
+        "gate_scale": selection.gate_scale,
         "num_experts": selection.num_experts,
         "modules": {"experts": f"{family.block}.{family.experts}", "router": f"{family.block}.{family.router}"},
         "layers": {str(layer): list(ids) for layer, ids in selection.layers.items()},

@@ -3,12 +3,14 @@
 This file travels inside pruned checkpoints, where ``trust_remote_code=True`` finds it, so it imports nothing but torch
 and transformers. A pruned checkpoint's ``config.json`` is that of the original model plus ``shape_pruning``::
 
-    {"version": 1, "routing": "drop" | "reroute", "num_experts": E,
+    {"version": 2, "routing": "drop" | "reroute", "gate_scale": "survivors" | "trained", "num_experts": E,
      "modules": {"experts": "mlp.experts", "router": "mlp.gate"}, "layers": {"0": [kept ids], ...}}
 
 The model is built as usual (on the meta device when it is loaded), and then every listed layer's experts, and under
 ``reroute`` its router, are cut down to the kept ones. Under ``drop`` the router stays whole, and slots of pruned
-experts get weight zero. The experts keep their class, and with it Transformers' fast implementations
+experts get weight zero. Under ``reroute`` with gate scale ``trained`` the router chooses among the kept experts and
+stays whole as well: the softmax that gives their weights is that over all experts. Version 1 knew no gate scale and
+means ``survivors``. The experts keep their class, and with it Transformers' fast implementations
 (``@use_experts_implementation``).
 """
 
@@ -24,7 +26,7 @@ from torch import nn
 from transformers import conversion_mapping
 
 PREFIX = "Shape"
-VERSION = 1
+VERSION = 2
 
 
 def prune_in_place(model: nn.Module, pruning: dict[str, Any]) -> None:
@@ -37,7 +39,9 @@ def prune_in_place(model: nn.Module, pruning: dict[str, Any]) -> None:
     Raises:
         ValueError: for a newer format, or when a layer of the description is not in the model.
     """
-    if pruning.get("version") != VERSION or pruning.get("routing") not in ("drop", "reroute"):
+    routing, gate_scale = pruning.get("routing"), pruning.get("gate_scale", "survivors")
+    known = routing in ("drop", "reroute") and gate_scale in ("survivors", "trained")
+    if pruning.get("version") not in (1, VERSION) or not known:
         raise ValueError("This pruned checkpoint was written in a newer format: update shape-moe.")
     wanted = {int(layer): ids for layer, ids in pruning["layers"].items()}
     for name, module in list(model.named_modules()):
@@ -47,8 +51,13 @@ def prune_in_place(model: nn.Module, pruning: dict[str, Any]) -> None:
             continue
         experts = module.get_submodule(pruning["modules"]["experts"])
         _keep_rows(experts, ids, pruning["num_experts"])
-        if pruning["routing"] == "reroute":
-            _keep_rows(module.get_submodule(pruning["modules"]["router"]), ids, pruning["num_experts"])
+        if routing == "reroute":
+            router = module.get_submodule(pruning["modules"]["router"])
+            if gate_scale == "survivors":
+                _keep_rows(router, ids, pruning["num_experts"])
+            else:
+                router.__class__ = _keeping_scale(type(router))
+                router.kept_ids, router.total_experts = list(ids), pruning["num_experts"]
         else:
             experts.__class__ = _dropping(type(experts))
             experts.kept_ids, experts.total_experts = list(ids), pruning["num_experts"]
@@ -96,6 +105,80 @@ def _dropping(experts_class: type[nn.Module]) -> type[nn.Module]:
 
     DroppingExperts.__name__ = DroppingExperts.__qualname__ = f"Dropping{experts_class.__name__}"
     return DroppingExperts
+
+
+def router_rows(router: nn.Module, total: int) -> dict[str, torch.Tensor]:
+    """A router's own parameters and buffers with one row per expert, by name."""
+    own = [*router.named_parameters(recurse=False), *router.named_buffers(recurse=False)]
+    return {name: tensor for name, tensor in own if tensor.shape[:1] == (total,)}
+
+
+def choose_among(
+    router: Any, forward: Any, kept: torch.Tensor, total: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a whole router answers when it chooses among the kept experts alone.
+
+    Args:
+        router: the router, with a row for each of ``total`` experts.
+        forward: its own forward, bound to it.
+        kept: int [K], ids of the kept experts, ascending, on the router's device.
+        total: experts before pruning.
+        args: what the router was called with.
+        kwargs: the same by name.
+
+    Returns:
+        Logits of the kept experts, weights by the softmax over these, and places in ``kept``.
+    """
+    inner: Any = nn.Module()  # lets functional_call swap the router's tensors for the time of a call
+    inner.router, inner.forward = router, forward
+    rows = {f"router.{name}": tensor[kept] for name, tensor in router_rows(router, total).items()}
+    router.num_experts = len(kept)
+    try:
+        logits, weights, places = torch.func.functional_call(inner, rows, args, kwargs)
+    finally:
+        router.num_experts = total
+    return logits, weights, places
+
+
+def at_trained_scale(weights: torch.Tensor, logits: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Gate weights as the softmax over all experts gives them, from those that the softmax over kept ones gives.
+
+    Both softmaxes have the same numerators, so that the weights differ by the kept experts' share of the whole:
+    ``exp(logsumexp of the kept logits - logsumexp of all logits)``, one factor per token.
+
+    Args:
+        weights: [T, k], by the softmax over kept experts, times a constant.
+        logits: [T, E], of all experts.
+        kept: int [K], ids of the kept experts, on the same device.
+
+    Returns:
+        Weights [T, k] in the dtype that came in.
+    """
+    fine = torch.promote_types(logits.dtype, torch.float32)
+    share = (logits[..., kept].to(fine).logsumexp(-1) - logits.to(fine).logsumexp(-1)).exp()
+    return (weights.to(fine) * share.unsqueeze(-1)).to(weights.dtype)
+
+
+def _keeping_scale(router_class: type[nn.Module]) -> type[nn.Module]:
+    """The router class with a forward that chooses among kept experts, whose weights keep their trained size."""
+
+    class KeepingScale(router_class):  # type: ignore[misc, valid-type]  # a base class known at run time
+        def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            everything, *_ = super().forward(*args, **kwargs)
+            kept = self._kept(everything.device)
+            logits, weights, places = choose_among(self, super().forward, kept, self.total_experts, args, kwargs)
+            return logits, at_trained_scale(weights, everything, kept), places
+
+        def _kept(self, device: torch.device) -> torch.Tensor:
+            # Built when first needed: a buffer that is not saved would come back empty from loading.
+            kept: torch.Tensor | None = self.__dict__.get("_kept_rows")
+            if kept is None or kept.device != device:
+                kept = torch.tensor(self.kept_ids, dtype=torch.int64, device=device)
+                self.__dict__["_kept_rows"] = kept
+            return kept
+
+    KeepingScale.__name__ = KeepingScale.__qualname__ = f"KeepingScale{router_class.__name__}"
+    return KeepingScale
 
 
 def pruned_class(stock: type[transformers.PreTrainedModel]) -> type[transformers.PreTrainedModel]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from shape_moe.selection.method import read_routed
 from shape_moe.units import readable_kl, readable_share, readable_size
 
 GENERATED = "generated_exact_match"
@@ -226,8 +227,10 @@ def _best(
     ]
     dense = _dense(document, part.model)["bytes"]
     saved = 1 - max(sizes) / dense if sizes and dense else None
-    routing = document["config"]["routings"][0]
+    routing, scale = read_routed(document["config"]["routings"][0])
     options = f"--keep {100 * keep:.4g}% --scorer {scorer} --rule {rule} --routing {routing}"
+    if scale != "survivors":
+        options += f" --gate-scale {scale}"
     return BestMethod((part.evaluation, _share(keep), f"{name}{others}", *shown), saved, options)
 
 

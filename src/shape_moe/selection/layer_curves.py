@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from shape_moe.architectures.moe_config import GateScale
 from shape_moe.documents import as_shape
 from shape_moe.errors import CheckpointError, FingerprintError, UsageError
 from shape_moe.json_file import read_json
@@ -45,6 +46,7 @@ class LayerCurves:
         classes: names of the classes of examples.
         tokens: predicting tokens by class and half of the examples.
         sums: KL divergence in nats summed over those tokens, by layer, count, class and half.
+        gate_scale: ``survivors`` or ``trained``, with which the layers were cut.
     """
 
     fingerprint: str
@@ -58,6 +60,7 @@ class LayerCurves:
     classes: tuple[str, ...]
     tokens: list[list[float]]
     sums: list[list[list[list[float]]]]
+    gate_scale: GateScale = "survivors"
 
     def __post_init__(self) -> None:
         shape = (len(self.layers), len(self.counts), len(self.classes), 2)
@@ -112,11 +115,12 @@ class LayerCurves:
         """
         if fingerprint != self.fingerprint:
             raise FingerprintError(f"The layer curves are of another model ({self.model}).")
-        asked = (method.scorer, method.routing, options)
-        if (self.scorer, self.routing, self.options) != asked:
+        own = Method(self.scorer, "measured", self.routing, gate_scale=self.gate_scale)
+        asked = (method.scorer, method.routed, options)
+        if (self.scorer, own.routed, self.options) != asked:
             weights = ", ".join(f"{name} {value:g}" for name, value in self.options.items())
             raise UsageError(
-                f"The layer curves were measured for scorer {self.scorer}, routing {self.routing} ({weights}); "
+                f"The layer curves were measured for scorer {self.scorer}, routing {own.routed} ({weights}); "
                 "measure them for what is asked here with `shape-moe measure`."
             )
 

@@ -90,12 +90,12 @@ def recommended_for(keep: float, *, equal_counts: bool) -> Recommended:
 def in_order(methods: Sequence[Method], keep: float) -> list[Method]:
     """Methods by preference at a keep rate: pairs before routings; what the benchmark does not know comes last."""
 
-    def place(method: Method) -> tuple[int, int]:
+    def place(method: Method) -> tuple[int, int, bool]:
         entry = recommended_for(keep, equal_counts=method.equal_counts)
         pair = (method.scorer, method.rule)
         by_pair = entry.pairs.index(pair) if pair in entry.pairs else len(entry.pairs)
         by_routing = entry.routings.index(method.routing) if method.routing in entry.routings else len(entry.routings)
-        return by_pair, by_routing
+        return by_pair, by_routing, method.gate_scale != "trained"
 
     return sorted(methods, key=place)
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shape_moe.architectures.moe_config import RouterFacts
+from shape_moe.architectures.families import FAMILIES
+from shape_moe.architectures.moe_config import RouterFacts, check_gate_scale
 from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.errors import UsageError
 from shape_moe.scoring.registry import ScoreOptions, get_scorer
@@ -177,6 +178,8 @@ class TraceSelector:
             UsageError: for options that contradict each other, the trace or the model.
         """
         info, weights = self.trace.info, self.scoring.weights
+        scale = options.method.gate_scale
+        check_gate_scale(scale, FAMILIES.get(info.family or ""), info.routing.renormalises)
         weights = get_scorer(options.method.scorer).weights_for(self.trace, weights)
         picker = _Picker(options, info.layers, info.routing)
         curves = options.curves if picker.rule.by_curves else None
@@ -193,7 +196,7 @@ class TraceSelector:
             largest = self.trace.sums("largest_norm", weights)
             warnings += guards.warn_lost_super_experts(info.layers, largest, mask)
         warnings += guards.warn_unstable(agreement)
-        warnings += guards.warn_inflation(options.method.routing, info.routing.renormalises)
+        warnings += guards.warn_inflation(options.method, info.routing.renormalises)
         return replace(
             selection,
             constraints={**selection.constraints, **self._classes(scores), **_predicted(curves, mask)},
@@ -290,6 +293,7 @@ def _selection(picker: _Picker, scores: Scores, top_k: int | None) -> tuple[Sele
         scorer=scores.scorer,
         rule=options.method.rule,
         routing=options.method.routing,
+        gate_scale=options.method.gate_scale,
         num_experts=scores.num_experts,
         top_k=top_k,
         layers=layers_from_mask(scores.layers, mask),

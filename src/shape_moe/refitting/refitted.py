@@ -1,0 +1,165 @@
+"""What a refit gives: new down projections, and what every layer says of its own."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shape_moe.documents import as_shape
+from shape_moe.errors import CheckpointError
+from shape_moe.json_file import read_json
+from shape_moe.pruning.down_projections import DownProjections, RefittedSelection
+from shape_moe.selection.selection import Selection
+from shape_moe.units import counted
+from shape_moe.workspace import write_json
+
+if TYPE_CHECKING:
+    import torch
+
+ENOUGH = 1.0
+"""With fewer tokens for every unknown of an output than this, a refit can fit what does not generalise."""
+
+
+@dataclass(frozen=True)
+class LayerRefit:
+    """One layer's refit; residuals are weighted sums of squares relative to the dense stream that feeds the block.
+
+    Attributes:
+        layer: decoder-layer index.
+        rho: strength of the ridge that was taken, None where the layer was left as it is.
+        tokens: tokens that were fitted.
+        unknowns: unknowns of every output: kept experts times what enters a down projection.
+        before: residual of the fitted tokens.
+        after: the same with the refitted weights as they are stored.
+        held_out_before: residual of the tokens that were kept out.
+        held_out_after: the same with the refitted weights as they are stored.
+    """
+
+    layer: int
+    rho: float | None
+    tokens: int
+    unknowns: int
+    before: float
+    after: float
+    held_out_before: float
+    held_out_after: float
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """A selection's refit.
+
+    Attributes:
+        rho: strength of the ridge that was asked for.
+        weights: down projections by layer; layers that were left as they are have none.
+        layers: what each layer says, in order.
+    """
+
+    rho: float
+    weights: dict[int, DownProjections]
+    layers: tuple[LayerRefit, ...]
+
+    @property
+    def digest(self) -> str:
+        """sha256 over all values."""
+        whole = hashlib.sha256()
+        for layer, found in sorted(self.weights.items()):
+            for name, tensor in found.named().items():
+                whole.update(f"{layer} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                whole.update(raw_bytes(tensor))
+        return whole.hexdigest()
+
+    @property
+    def tokens_per_unknown(self) -> float:
+        """Fitted tokens for every unknown of an output, in the layer that has fewest."""
+        return min((found.tokens / found.unknowns for found in self.layers), default=0.0)
+
+    def applied_to(self, selection: Selection) -> RefittedSelection:
+        """The selection that it was made for, with its weights."""
+        return RefittedSelection.of(selection, self.weights, self.to_document())
+
+    def to_document(self) -> dict[str, Any]:
+        """For JSON, without the values."""
+        return {"rho": self.rho, "digest": self.digest, "layers": [asdict(found) for found in self.layers]}
+
+    def lines(self) -> list[str]:
+        """What people should know of it."""
+        done = [found for found in self.layers if found.rho is not None]
+        lines = [
+            f"Refitted with rho {self.rho:g}: the down projections of {len(done)} of "
+            f"{counted(len(self.layers), 'layer')}; {self.tokens_per_unknown:.2g} tokens for every unknown."
+        ]
+        stronger = sum(found.rho is not None and found.rho > self.rho for found in self.layers)
+        if stronger:
+            lines.append(
+                f"{counted(stronger, 'layer')} took a larger rho, because less held back did worse on unseen tokens."
+            )
+        if self.tokens_per_unknown < ENOUGH and self.layers:
+            fewest = min(self.layers, key=lambda found: found.tokens / found.unknowns)
+            lines.append(
+                f"Calibrate with more examples for a better refit: {fewest.tokens:,} tokens stand against "
+                f"{fewest.unknowns:,} unknowns in layer {fewest.layer} (--samples, --max-tokens)."
+            )
+        return lines
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's bytes as files hold them."""
+    import torch
+
+    return tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data
+
+
+class LayerFiles:
+    """Finished layers of a refit on disk, so that an interrupted one goes on.
+
+    Args:
+        folder: where they lie, None to keep nothing.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def find(self, layer: int) -> tuple[LayerRefit, DownProjections | None] | None:
+        """A finished layer, None where it is not finished.
+
+        Raises:
+            CheckpointError: when its files are damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        if self._folder is None or not self._said(layer).is_file():
+            return None
+        said = as_shape(read_json(self._said(layer)), LayerRefit, self._said(layer), "a refitted layer")
+        if said.rho is None:
+            return said, None
+        try:
+            values = load_file(self._values(layer))
+            return said, DownProjections(values["down_proj"], values.get("down_proj_bias"))
+        except (OSError, SafetensorError, KeyError) as error:
+            raise CheckpointError(
+                f"{self._values(layer)} is damaged; delete its folder, and the refit begins anew."
+            ) from error
+
+    def put(self, said: LayerRefit, found: DownProjections | None) -> None:
+        """Keep a finished layer."""
+        from safetensors.torch import save_file
+
+        if self._folder is None:
+            return
+        if found is not None:
+            save_file({name: tensor.cpu() for name, tensor in found.named().items()}, self._values(said.layer))
+        write_json(self._said(said.layer), asdict(said))
+
+    def _said(self, layer: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"layer-{layer:03d}.json"
+
+    def _values(self, layer: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"layer-{layer:03d}.safetensors"
