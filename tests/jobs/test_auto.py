@@ -19,7 +19,7 @@ from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.intervals import Estimate
 from shape_moe.evaluation.keep_rate import Limit, Point
 from shape_moe.evaluation.measures import Measured
-from shape_moe.jobs import prune_run, session
+from shape_moe.jobs import prune_options, prune_run, session
 from shape_moe.jobs.auto import Choice, tied_with
 from shape_moe.jobs.choice import ChoiceOptions, methods_to_try, pairs_to_try
 from shape_moe.jobs.prune import prune
@@ -210,6 +210,62 @@ def test_auto_needs_examples(embedded, data, tmp_path) -> None:
         select(synthetic_trace(), job)
     with pytest.raises(UsageError, match="held-out examples"):
         prune(embedded, tmp_path / "out", PruneOptions(select=job, choice=ChoiceOptions(), device="cpu"))
+
+
+def test_a_short_request_judges_candidates(embedded, data, tmp_path, monkeypatch) -> None:
+    asked = []
+
+    def chosen_instead(snapshot, plan, trace, select, choice, *_rest) -> Selection:
+        asked.append((select.method.scorer, choice, len(plan.session.calibrator.records), len(plan.held_out.records)))
+        raise ShapeMoeError("enough")
+
+    monkeypatch.setattr(prune_run, "auto_select", chosen_instead)
+    with pytest.raises(ShapeMoeError, match="enough"):
+        prune(embedded, tmp_path / "out", PruneOptions(device="cpu"), data=data.data.files[0], keep=0.5)
+    (scorer, choice, calibration, held_out), *_ = asked
+    assert (scorer, choice) == (AUTO, ChoiceOptions())
+    assert (calibration, held_out) == (69, 34)  # two to one, of what is not kept to report by
+
+
+@pytest.mark.parametrize("effort", ["fast", "default"])
+def test_where_nothing_is_judged_the_recommended_method_is_taken(embedded, tmp_path, monkeypatch, effort) -> None:
+    monkeypatch.setattr(prune_run, "auto_select", lambda *_: pytest.fail("judged"))
+    count = 60 if effort == "fast" else 12
+    file = write_lines(tmp_path / "d.jsonl", examples("sorting", count, seed=4))
+    options = PruneOptions(
+        SelectOptions(0.5, Method(AUTO)),
+        device="cpu",
+        choice=ChoiceOptions(effort=effort),
+        judgement=None,
+        check_logits=False,
+    )
+    result = prune(embedded, tmp_path / "out", options, data=DataOptions(str(file)))
+    assert result.selection.method == Method("easy-ep", "coverage")
+    told = " ".join(result.notes)
+    assert ("recommended method was taken (easy-ep/coverage, drop): only 4 examples" in told) == (effort == "default")
+    insisting = replace(options, choice=ChoiceOptions(insist=True))
+    tiny = write_lines(tmp_path / "tiny.jsonl", examples("sorting", 3, seed=4))
+    with pytest.raises(ShapeMoeError, match="too few to calibrate with some and judge by others"):
+        prune(embedded, tmp_path / "no", insisting, data=DataOptions(str(tiny)))
+
+
+def test_a_trace_without_statistics_gets_a_method_that_it_allows() -> None:
+    asked = PruneOptions(SelectOptions(0.5, Method(AUTO)), choice=ChoiceOptions())
+    without = prune_options.without_choice
+    assert without(asked).select.method == Method("easy-ep", "coverage")
+    assert without(asked, ["tokens"], 2).select.method == Method("shape", "coverage")
+    assert without(asked, ["tokens"], 1).select.method == Method("frequency", "uniform")
+    rerouted = replace(asked, choice=ChoiceOptions(routings=("reroute",)))
+    assert without(rerouted).select.method == Method("replacement", "coverage", "reroute")
+
+
+def test_both_gate_scales_are_tried_where_a_model_has_them() -> None:
+    moe = SimpleNamespace(has_gate_scale=True)
+    tried = [str(m) for m in methods_to_try(Method(AUTO), ChoiceOptions(routings=("reroute",)), 2, None, moe)]
+    assert tried[:2] == ["easy-ep/coverage, reroute, trained", "easy-ep/coverage, reroute"]
+    named = methods_to_try(Method(AUTO), ChoiceOptions(routings=("reroute",), keeps_gate_scale=True), 2, None, moe)
+    assert {method.gate_scale for method in named} == {"survivors"}
+    assert str(in_order([Method.parse(name) for name in reversed(tried)], 0.6)[0]) == tried[0]
 
 
 class Noise:

@@ -128,10 +128,8 @@ def prune(
     place.check(inputs, force=options.force, rejects=rejects)
     free_memory(options.device)
     choice = options.choice
-    whole = options.select is not None and options.select.keep >= 1
-    fast = choice is not None and choice.limit is None and (choice.effort == "fast" or whole)
     snapshot = open_snapshot(model, revision, trust_remote_code=options.trust_remote_code)
-    run = PruneRun(snapshot, without_choice(options) if fast else options, progress, gives_up=choice is not None)
+    run = PruneRun(snapshot, options, progress, gives_up=choice is not None)
     _open_inputs(run, trace, selection)
     inputs += [run.snapshot.path, *(run.plan.data.files if run.plan else [])]
     with place.workspace(_job(run, trace), inputs, force=options.force, rejects=rejects) as work:
@@ -217,6 +215,9 @@ def _planned(run: PruneRun, options: PruneOptions) -> PruneOptions:
         ShapeMoeError: where candidates have to be judged and cannot.
     """
     choice = options.choice
+    if choice is not None and choice.limit is None and (choice.effort == "fast" or _keeps_all(options)):
+        run.options = _fixed(run, options)
+        return run.options
     try:
         run.plan = _plan_choice(run.snapshot, options, run.trace, run.progress)
         if run.plan is None or choice is None or choice.insist or choice.limit is not None:
@@ -228,12 +229,21 @@ def _planned(run: PruneRun, options: PruneOptions) -> PruneOptions:
         reason = str(error)
     if reason is None:
         return options
-    run.plan, run.options = None, without_choice(options)
+    run.plan, run.options = None, _fixed(run, options)
     assert run.options.select is not None
     run.notes.append(
         f"Candidates were not compared, and the recommended method was taken ({run.options.select.method}): {reason}"
     )
     return run.options
+
+
+def _keeps_all(options: PruneOptions) -> bool:
+    return options.select is not None and options.select.keep >= 1
+
+
+def _fixed(run: PruneRun, options: PruneOptions) -> PruneOptions:
+    held = run.trace.statistics if run.trace is not None else None
+    return without_choice(options, held, run.snapshot.moe.top_k)
 
 
 def _too_few(plan: SearchPlan) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from os import PathLike
 
@@ -14,6 +15,7 @@ from shape_moe.jobs.judgement import (
 )
 from shape_moe.jobs.select import AUTO
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, as_example_options
+from shape_moe.scoring.registry import get_scorer
 from shape_moe.selection.method import PUBLISHED_SAMPLES, Method
 from shape_moe.selection.recommended import fixed_method
 from shape_moe.selection.rules import check_by_priority, get_rule
@@ -83,15 +85,29 @@ def complete_options(
     return options
 
 
-def without_choice(options: PruneOptions) -> PruneOptions:
-    """The options with the method that is recommended where candidates cannot, or shall not, be judged."""
+def without_choice(
+    options: PruneOptions, statistics: Collection[str] | None = None, top_k: int | None = None
+) -> PruneOptions:
+    """The options with the method that is recommended where candidates cannot, or shall not, be judged.
+
+    Args:
+        options: the options.
+        statistics: what a finished trace holds beside coalitions, None for everything.
+        top_k: experts per token of the model, None for enough.
+    """
+
+    def can_use(name: str) -> bool:
+        scorer = get_scorer(name)
+        held = statistics is None or set(scorer.needs) <= {"coalitions", *statistics}
+        return held and (top_k is None or scorer.can_value(top_k))
+
     asked, choice = options.select, options.choice
     assert asked is not None
     method = asked.method
     if method.scorer == AUTO:
         if choice is not None and choice.routings:
             method = replace(method, routing=choice.routings[0])
-        method = fixed_method(method, asked.keep)
+        method = fixed_method(method, asked.keep, can_use)
         if choice is not None and choice.rules:
             method = replace(method, rule=choice.rules[0])
     return replace(options, choice=None, select=replace(asked, method=method, tolerance=None))

@@ -7,7 +7,7 @@ exact match on six tasks of the embedded model. A small model is a guide and no 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from shape_moe.selection.method import Method, Routing
@@ -100,7 +100,16 @@ def in_order(methods: Sequence[Method], keep: float) -> list[Method]:
     return sorted(methods, key=place)
 
 
-def fixed_method(asked: Method, keep: float) -> Method:
-    """The method for a keep rate where nothing can be judged, in the routing and for the target that are asked for."""
-    scorer, rule = recommended_for(keep, equal_counts=asked.equal_counts).fixed[asked.routing]
+def fixed_method(asked: Method, keep: float, can_use: Callable[[str], bool] = lambda _: True) -> Method:
+    """The method for a keep rate where nothing can be judged, in the routing and for the target that are asked for.
+
+    Args:
+        asked: says routing and target.
+        keep: the keep rate.
+        can_use: whether a scorer fits what is there; where the first one does not, the next ones are asked.
+    """
+    entry = recommended_for(keep, equal_counts=asked.equal_counts)
+    simple = [pair for pair in entry.pairs if pair[1] != "measured"]
+    pairs = (entry.fixed[asked.routing], *simple)
+    scorer, rule = next((pair for pair in pairs if can_use(pair[0])), LAST)
     return replace(asked, scorer=scorer, rule=rule)
