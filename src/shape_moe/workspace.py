@@ -22,7 +22,7 @@ from shape_moe.locks import drop_left_lock, drop_lock, lock_of, take_lock
 from shape_moe.made_with import versions
 from shape_moe.source_files import SourceFile, changed_file, changed_since, describe_inputs
 
-RESULT_FILES = ("shape/manifest.json", "trace.json", "demo.json", "sweep.json", "experiment.json")
+RESULT_FILES = ("shape/manifest.json", "trace.json", "demo.json", "sweep.json", "experiment.json", "series.json")
 """What marks a folder as a result of this tool, which ``--force`` may replace."""
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "polars")
 """What figures depend on, beside this package."""

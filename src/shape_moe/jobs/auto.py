@@ -11,8 +11,9 @@ from typing import Any
 from shape_moe.architectures.sizes import measure
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.errors import ShapeMoeError, UsageError
-from shape_moe.evaluation.bench import Bench
-from shape_moe.evaluation.keep_rate import DEFAULT_LIMIT, Point
+from shape_moe.evaluation.comparison import Comparison
+from shape_moe.evaluation.keep_rate import DEFAULT_LIMIT, Measure, Point
+from shape_moe.evaluation.layered_bench import LayeredBench
 from shape_moe.jobs.choice import ChoiceOptions, methods_to_try
 from shape_moe.jobs.curves import CurveMaker
 from shape_moe.jobs.planning import SearchPlan
@@ -62,7 +63,9 @@ def auto_select(
     limit, scoring = options.limit or DEFAULT_LIMIT, asked.scoring
     with open_bench(plan, options.generation, limit, len(methods), scoring.seed, progress, folder) as bench:
         curves = None
-        if any(get_rule(method.rule).by_curves for method in methods) and plan.calibration is not None:
+        measurable = plan.calibration is not None and not plan.session.reads_layers
+        if measurable and any(get_rule(method.rule).by_curves for method in methods):
+            assert plan.calibration is not None
             curves = CurveMaker(plan.session, plan.calibration, trace, scoring, progress, folder=folder)
 
         def options_of(method: Method, keep: float) -> SelectOptions:
@@ -132,9 +135,12 @@ class Choice:
         steps = len(self.plain) + len(measured)
         with self.search.measuring("Trying scorers, rules and routings", steps, "candidate") as judge:
             began = clock()
-            self._judge(self.plain[:1], judge)
-            self._tell_time(clock() - began, measured)
-            self._judge(self.plain[1:], judge)
+            together = isinstance(self.search.bench, LayeredBench)
+            first = self.plain if together else self.plain[:1]
+            self._judge(first, judge)
+            if not together:
+                self._tell_time(clock() - began, measured)
+            self._judge(self.plain[len(first) :], judge)
             for method in self._settled(measured):
                 self._judge([method], judge)
         if not self.points:
@@ -143,8 +149,9 @@ class Choice:
             )
         return self._decided()
 
-    def _judge(self, methods: Sequence[Method], judge: Callable[[Method, float], Point | None]) -> None:
-        self.points += [point for method in methods if (point := judge(method, self.keep)) is not None]
+    def _judge(self, methods: Sequence[Method], judge: Measure) -> None:
+        found = judge([(method, self.keep) for method in methods])
+        self.points += [point for point in found if point is not None]
 
     def _affordable(self) -> list[Method]:
         """One method for every set of curves that will be made; what a set may cost is settled with that."""
@@ -216,12 +223,12 @@ class Choice:
         }
 
 
-def tied_with(best: int, points: Sequence[Point], bench: Bench) -> list[int]:
+def tied_with(best: int, points: Sequence[Point], bench: Comparison) -> list[int]:
     """Which points are the best one, or as good but for noise, in their order."""
     return [i for i, point in enumerate(points) if i == best or bench.tied(point.selection, points[best].selection)]
 
 
-def _entry(point: Point, bench: Bench, chosen: Point) -> dict[str, Any]:
+def _entry(point: Point, bench: Comparison, chosen: Point) -> dict[str, Any]:
     """What is told of a point that was tried."""
     change = point.measured.change.get("exact_match")
     classes = bench.losses(point.selection)
@@ -236,7 +243,7 @@ def _entry(point: Point, bench: Bench, chosen: Point) -> dict[str, Any]:
     }
 
 
-def _reason(points: Sequence[Point], bench: Bench, best: int, tied: Sequence[int]) -> str:
+def _reason(points: Sequence[Point], bench: Comparison, best: int, tied: Sequence[int]) -> str:
     def loss(place: int) -> float:
         return bench.loss(points[place].selection)
 

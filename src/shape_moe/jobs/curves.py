@@ -238,7 +238,7 @@ class CurveMaker:
         )
         journal: Journal[list[Any]] = Journal(self.journal, "part", "sums")
         passes = len(todo) * len(cuts) * len(counts)
-        with self.progress.phase("Measuring layers", passes, "pass") as advance:
+        with self.progress.phase("Measuring layers", passes, "cut") as advance:
             sums, predicting = layer_costs(
                 self.session.model,
                 todo,

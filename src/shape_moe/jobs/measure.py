@@ -7,6 +7,7 @@ from os import PathLike
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.sources import Data
+from shape_moe.errors import ShapeMoeError
 from shape_moe.jobs.curves import CurveMaker
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options
 from shape_moe.jobs.trace import open_trace
@@ -66,7 +67,12 @@ def measure(
         maker = CurveMaker(session, session.calibrator, found, scoring or ScoreOptions(), progress, passes=passes)
         maker.journal = output.journal
         curves = maker.measured(method)
-        watched.check()
+        try:
+            watched.check()
+        except ShapeMoeError:
+            if output.journal is not None:  # nothing of it is worth going on from
+                output.journal.unlink(missing_ok=True)
+            raise
         if out is not None:
             curves.save(out)
         return curves

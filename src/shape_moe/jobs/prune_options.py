@@ -13,6 +13,7 @@ from shape_moe.jobs.choice import ChoiceOptions
 from shape_moe.jobs.judgement import (
     JudgementOptions,
 )
+from shape_moe.jobs.refit import check_refit
 from shape_moe.jobs.select import AUTO
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, as_example_options
 from shape_moe.scoring.registry import get_scorer
@@ -44,6 +45,8 @@ class PruneOptions:
         choice: how candidates are judged where scorer or keep rate are left to the tool, None for as usual where the
             scorer is ``auto``, and for not at all where another is named.
         judgement: how the pruned model is judged, None for not at all.
+        refit: repair the kept experts' down projections by least squares: ``on`` always, ``auto`` where examples that
+            neither calibrate nor report show a gain, ``off`` never.
         check_logits: compare the pruned model's logits with the masked original's, where both fit in memory.
         force: replace an existing result, accept artifacts of unknown origin.
     """
@@ -56,6 +59,7 @@ class PruneOptions:
     stream: bool | None = None
     choice: ChoiceOptions | None = None
     judgement: JudgementOptions | None = field(default_factory=JudgementOptions)
+    refit: str = "off"
     check_logits: bool = True
     force: bool = False
 
@@ -124,15 +128,21 @@ def check_request(
     if options.choice is not None:
         if selection is not None or (options.trace is None and trace is None):
             raise UsageError("Scorer auto and limits choose on held-out examples: give data (--data) or a trace.")
-        for rule in (*(options.choice.rules or ()), *([options.select.method.rule] if options.select else [])):
-            if options.choice.limit is not None:
-                check_by_priority(rule)
+        named = [options.select.method.rule] if options.select is not None else []
+        for rule in (*(options.choice.rules or ()), *named) if options.choice.limit is not None else ():
+            check_by_priority(rule)
     elif sum(given is not None for given in (trace, selection)) > 1:
         raise UsageError("--trace and --selection exclude each other; give one of them.")
     elif options.trace is None and trace is None and selection is None:
         raise UsageError("Give calibration data (--data), a trace (--trace) or a selection (--selection).")
     elif options.trace is not None and options.judgement is None and (trace is not None or selection is not None):
         raise UsageError("Beside a trace or a selection, data (--data) only judge: leave them out without judgement.")
+    check_refit(options.refit)
+    if options.refit != "off" and (trace is not None or selection is not None):
+        raise UsageError(
+            "--refit runs the calibration examples through the model once more: start from them (--data), without "
+            "--trace and --selection, or leave it out."
+        )
     asked = options.select
     if asked is not None and makes_curves(asked) and options.trace is None:
         raise UsageError(

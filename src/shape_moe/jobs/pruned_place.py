@@ -142,3 +142,74 @@ def made_by(file: Path) -> Path | None:
 def beside(file: Path) -> Path:
     """What the folder beside a pruned GGUF file is called."""
     return file.with_name(file.stem + _BESIDE)
+
+
+@dataclass(frozen=True)
+class SeriesPlace:
+    """The place of several pruned models that are made together: one folder, which gets its name when all are there.
+
+    Attributes:
+        folder: of the series.
+        keeps: the keep rates, largest first.
+        gguf: whether each is a GGUF file with a folder beside it.
+    """
+
+    folder: Path
+    keeps: tuple[float, ...]
+    gguf: bool
+
+    def check(self, inputs: Sequence[str | PathLike[str]], *, force: bool) -> None:
+        """Refuse a place where something lies already, or that touches an input.
+
+        Raises:
+            UsageError: see :func:`shape_moe.workspace.check_output`.
+        """
+        try:
+            check_output(self.folder, force=force or is_left_to_finish(self.folder), inputs=inputs)
+        except UsageError:
+            drop_left_lock(lock_of(self.folder))
+            raise
+
+    def name(self, keep: float, *, rejected: bool = False) -> str:
+        """What the model of a keep rate is called."""
+        return f"{self._stem(keep, rejected)}{_SUFFIX if self.gguf else ''}"
+
+    def file(self, keep: float) -> Path | None:
+        """The GGUF file of a keep rate, None where it is a folder."""
+        return self.folder / self.name(keep) if self.gguf else None
+
+    def inside(self, keep: float, work: Path) -> Path:
+        """The folder that the model of a keep rate is written into, within the work."""
+        return work / f"{self._stem(keep)}{_BESIDE if self.gguf else ''}"
+
+    def take_back(self, keep: float, work: Path) -> None:
+        """Put what an interrupted run had given its name back to where it is written."""
+        folder = self.inside(keep, work)
+        for rejected in (False, True):
+            file, done = work / self.name(keep, rejected=rejected), work / self._beside(keep, rejected)
+            if done != folder and done.is_dir():
+                done.rename(folder)
+            if self.gguf and file.is_file():
+                file.replace(folder / MODEL_FILE)
+
+    def rename(self, keep: float, work: Path, *, rejected: bool) -> None:
+        """Give a finished model its name within the work."""
+        folder = self.inside(keep, work)
+        if self.gguf:
+            (folder / MODEL_FILE).replace(work / self.name(keep, rejected=rejected))
+        if rejected:
+            folder.rename(work / self._beside(keep, rejected))
+
+    def _beside(self, keep: float, rejected: bool) -> str:
+        return f"{self._stem(keep, rejected)}{_BESIDE if self.gguf else ''}"
+
+    def _stem(self, keep: float, rejected: bool = False) -> str:
+        return f"{self.folder.name}-{keep!r}{REJECTED if rejected else ''}"
+
+
+def series_place(model: str | PathLike[str], out: str | PathLike[str], keeps: Sequence[float]) -> SeriesPlace:
+    """The place of a series: a folder; a name that ends in ``.gguf`` stands for the one without."""
+    check_named(model)
+    path = Path(out).absolute()
+    folder = path.with_name(path.name.removesuffix(_SUFFIX)) if path.name != _SUFFIX else path
+    return SeriesPlace(folder, tuple(sorted(keeps, reverse=True)), is_gguf(Path(model)))

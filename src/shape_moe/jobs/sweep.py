@@ -14,7 +14,7 @@ from shape_moe.calibration.example_maker import ANSWERS_FILE
 from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.sources import Data
 from shape_moe.errors import UsageError
-from shape_moe.evaluation.bench import POINTS_FILE
+from shape_moe.evaluation.comparison import POINTS_FILE
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.keep_rate import DEFAULT_LIMIT, KEEP_RATES, Limit, Point, Recommendation
 from shape_moe.evaluation.swept import SWEEP_FILE, Sweep
