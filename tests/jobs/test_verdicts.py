@@ -17,7 +17,8 @@ from shape_moe.evaluation import questions, tool_check
 from shape_moe.evaluation.forgotten import general_records
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.verdict import Verdict, Word
-from shape_moe.jobs.evaluate import EvaluateOptions, evaluate
+from shape_moe.jobs.evaluate import evaluate
+from shape_moe.jobs.evaluate_options import EvaluateOptions
 from shape_moe.jobs.prune import prune
 from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.session import ExampleOptions
