@@ -8,9 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shape_moe.architectures.families import FAMILIES, QUANTISATION_SCALES
-from shape_moe.architectures.moe_config import layer_count
+from shape_moe.architectures.moe_config import PRUNING_KEY
 from shape_moe.architectures.snapshot import Snapshot
-from shape_moe.architectures.tensor_names import tensor_role
 from shape_moe.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -79,8 +78,8 @@ def kind_left_aside(snapshot: Snapshot, name: str) -> str | None:
     family = FAMILIES.get(snapshot.config.get("model_type") or "")
     if family is None:
         return None
-    # the checkpoint may be a pruned one, which has no facts to prune it by
-    if _MTP.search(name) or tensor_role(family, name).layer >= layer_count(snapshot.config, family):
+    pruned = PRUNING_KEY in snapshot.config  # it holds no layers past its last one
+    if _MTP.search(name) or (not pruned and snapshot.role(name).layer >= snapshot.moe.num_layers):
         return "of multi-token-prediction layers" if family.has_mtp_layers else None
     if any(name.startswith(part) for part in family.vision):
         return "of vision parts"

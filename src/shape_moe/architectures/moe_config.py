@@ -199,11 +199,6 @@ def _factor(value: Any) -> float:
     return _FACTORS[value] if isinstance(value, str) else float(value)
 
 
-def layer_count(config: Config, family: Family) -> int:
-    """Decoder layers by a configuration, that of a pruned checkpoint too."""
-    return _num_layers(family.language_part(config), family)
-
-
 def _num_layers(part: Config, family: Family) -> int:
     listed = part.get(family.layer_list or "")
     return int(part["num_hidden_layers"]) if "num_hidden_layers" in part else len(listed or ())
