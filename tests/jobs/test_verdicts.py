@@ -17,7 +17,8 @@ from shape_moe.evaluation import questions, tool_check
 from shape_moe.evaluation.forgotten import general_records
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.verdict import Verdict, Word
-from shape_moe.jobs.evaluate import EvaluateOptions, evaluate
+from shape_moe.jobs.evaluate import evaluate
+from shape_moe.jobs.evaluate_options import EvaluateOptions
 from shape_moe.jobs.prune import prune
 from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.session import ExampleOptions
@@ -125,7 +126,8 @@ def test_the_command_opens_with_the_verdict(embedded, broken, files, tmp_path, c
     lines = out.splitlines()
     assert len(out) < 10_000  # no line is filled up to the width of a pipe
     assert lines[0] == (
-        "broken: 81 % smaller, from 6.47 MiB to 1.22 MiB; 12 % of the experts kept by reap/coverage, drop."
+        "broken (4 layers of 32 experts): 81 % smaller, from 6.47 MiB to 1.22 MiB; 12 % of the experts kept by "
+        "reap/coverage, drop."
     )
     assert lines[1].startswith("  Verdict: damaged. ")
     assert run([*arguments, "--json", "--max-drop", "1%"]) == 0
