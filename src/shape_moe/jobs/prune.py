@@ -47,6 +47,7 @@ from shape_moe.jobs.way import check_measurable
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import CanaryResult
 from shape_moe.pruning.compare import file_hash
+from shape_moe.pruning.down_projections import RefittedSelection
 from shape_moe.pruning.refitted_tensors import check_refittable
 from shape_moe.pruning.writers import what_is_left_out
 from shape_moe.reporting.opening import Opening
@@ -157,7 +158,7 @@ def open_inputs(
         check_for_model(options.select.method, moe)
         check_options(options.select, snapshot.moe_layers, moe.num_experts, moe.routing, automatic=automatic)
     run.writer.check(snapshot, run.chosen)
-    if options.refit == "on":
+    if options.refit == "on" or isinstance(run.chosen, RefittedSelection):
         check_refittable(snapshot)
     if trace is not None:
         run.trace = open_trace(trace, snapshot, run.progress, force=options.force)
