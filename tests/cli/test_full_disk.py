@@ -55,6 +55,20 @@ def commands(model: Path, made: Path, out: Path) -> dict[str, tuple[object, ...]
     data, traced = made / "data.jsonl", made / "t"
     return {
         "trace": ("trace", model, "--data", data, "-o", out, "--samples", 20, "--device", "cpu"),
+        "trace layer by layer": (
+            "trace",
+            model,
+            "--data",
+            data,
+            "-o",
+            out,
+            "--samples",
+            20,
+            "--device",
+            "cpu",
+            "--stream",
+        ),
+        "measure": ("measure", model, "--trace", traced, "--data", data, "-o", out, "--samples", 4, "--device", "cpu"),
         "merge": ("merge", traced, traced, "-o", out),
         "select": ("select", traced, "--keep", 0.6, "-o", out),
         "score": ("score", traced, "--csv", out),
