@@ -26,6 +26,7 @@ from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.progress import Silent
 from shape_moe.pruning.masks import masked
+from shape_moe.selection.select import SelectOptions
 from shape_moe.selection.selection import load_selection
 from support.data import write_lines
 from support.harness_tasks import write_tasks
@@ -53,7 +54,7 @@ def files(tmp_path_factory):
 def pruned(embedded, files, tmp_path_factory):
     """A checkpoint that has lost something."""
     out = tmp_path_factory.mktemp("pruned") / "sorting-0.4"
-    return prune(embedded, out, PruneOptions(device="cpu"), data=files["calibration"], keep=0.4).path
+    return prune(embedded, out, PruneOptions(SelectOptions(0.4), device="cpu"), data=files["calibration"]).path
 
 
 def float32(file, **more) -> ExampleOptions:
