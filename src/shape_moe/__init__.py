@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from shape_moe.jobs.convert import convert
     from shape_moe.jobs.evaluate import EvaluateOptions, evaluate
     from shape_moe.jobs.evaluate_endpoints import EndpointOptions, evaluate_endpoints
+    from shape_moe.jobs.families import families
     from shape_moe.jobs.inspect import inspect_model
     from shape_moe.jobs.measure import measure
     from shape_moe.jobs.prune import prune
@@ -70,6 +71,7 @@ __all__ = [
     "evaluate",
     "evaluate_endpoints",
     "experiment",
+    "families",
     "inspect_model",
     "load_curves",
     "load_selection",
@@ -100,6 +102,7 @@ _HOMES = {
     "jobs.evaluate": ("EvaluateOptions", "evaluate"),
     "jobs.evaluate_endpoints": ("EndpointOptions", "evaluate_endpoints"),
     "experiments.run": ("experiment",),
+    "jobs.families": ("families",),
     "jobs.inspect": ("inspect_model",),
     "jobs.measure": ("measure",),
     "jobs.prune": ("prune",),

@@ -298,7 +298,7 @@ TINY: dict[str, TinyFamily] = {
     ),
     "qwen3_5_moe": replace(_VISION, text_entries=_MIXED),
     "qwen3_vl_moe": replace(_VISION, text_entries={"rope_parameters": _ROPE_3D}),
-    "glm4v_moe": replace(_VISION, text_entries={"rope_parameters": _ROPE_3D}),
+    "glm4v_moe": replace(_VISION, text_entries={"head_dim": 16, "rope_parameters": _ROPE_3D}),
     "gemma4": TinyFamily(
         auto="AutoModelForImageTextToText",
         text_entries={"enable_moe_block": True, "layer_types": ["sliding_attention", "full_attention"]},
@@ -309,6 +309,8 @@ TINY: dict[str, TinyFamily] = {
     ),
     "aria": replace(_VISION, router_name="router"),
     "minimax_m3_vl": replace(_VISION, text_entries={**_SPARSE, "routed_scaling_factor": 1.5}, join=scaled_inside(1.5)),
+    "hy_v4": replace(_LATENT, no_trace="several residual streams"),
+    "deepseek_v4": TinyFamily(no_trace="several residual streams", routings=("drop",)),
 }
 
 

@@ -10,6 +10,10 @@ from shape_moe.architectures.family import Family
 _COUNTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
+_SEVERAL_STREAMS = (
+    "it keeps several residual streams (hyper-connections), and what a block adds to them is not one vector"
+)
+
 _SOFTMAX = Family("", "", count_keys=_COUNTS, top_k_keys=_TOP_K, transformers="5.13")
 """A softmax over all experts."""
 _SIGMOID = replace(
@@ -289,5 +293,29 @@ NEWER: tuple[Family, ...] = (
         **_WITH_VISION,
         model_type="minimax_m3_vl",
         stock_class="MiniMaxM3SparseForConditionalGeneration",
+        disk_block="block_sparse_moe",
+        projections=("w1", "w3", "w2"),
+    ),
+    replace(
+        _SIGMOID,
+        model_type="hy_v4",
+        stock_class="HYV4ForCausalLM",
+        untraceable=_SEVERAL_STREAMS,
+        not_layered=_SEVERAL_STREAMS,
+    ),
+    replace(
+        _SOFTMAX,
+        model_type="deepseek_v4",
+        stock_class="DeepseekV4ForCausalLM",
+        layers=("layers", "model.layers"),
+        disk_block="ffn",
+        router_rows=("gate.weight", "gate.bias", "gate.e_score_correction_bias"),
+        router_whole=("tid2eid",),
+        router_scores="other",
+        renormalises=True,
+        has_mtp_layers=True,
+        untraceable=_SEVERAL_STREAMS,
+        not_layered=_SEVERAL_STREAMS,
+        unrouted="its first layers route by a table of token ids",
     ),
 )
