@@ -121,7 +121,7 @@ def test_a_limit_decides_the_keep_rate(embedded, data, tmp_path) -> None:
 def test_too_few_examples_for_a_limit_are_refused_before_the_work(embedded, data, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(session, "load_original", lambda *_: pytest.fail("the model was loaded"))
     options = PruneOptions(choice=ChoiceOptions(limit=Limit("max_drop", 0.01), held_out_samples=60), device="cpu")
-    with pytest.raises(UsageError, match=r"60 held-out examples .* below 6\.0%.*judge by 381 or more"):
+    with pytest.raises(UsageError, match=r"60 held-out examples .* below 6\.1 %.*judge by 381 or more"):
         prune(embedded, tmp_path / "out", options, data=data)
     automatic = replace(options, select=SelectOptions(1.0, method=Method(AUTO)))
     with pytest.raises(UsageError, match=r"for 16 methods together.*judge by 865 or more"):

@@ -73,8 +73,9 @@ class Limit:
         if self.kind != "max_drop" or least_fall(count, comparisons) <= self.value:
             return
         together = f" for {comparisons} methods together" if comparisons > 1 else ""
+        least = share_at_most(least_fall(count, comparisons))
         raise UsageError(
-            f"{count} held-out examples cannot show a fall of exact match below {least_fall(count, comparisons):.1%}"
+            f"{count} held-out examples cannot show a fall of exact match below {least}"
             f"{together}, even if no answer changes: judge by {examples_for(self.value, comparisons):,} or more "
             "(--held-out-samples), allow a larger fall, or use --max-kl."
         )
@@ -88,8 +89,9 @@ class Limit:
         right = dense.quality["exact_match"].value if "exact_match" in dense.quality else 0.0
         if self.kind == "max_drop" and right < _MOSTLY:
             raise UsageError(
-                f"The dense model gives the exact response to only {right:.0%} of the held-out examples, so a fall of "
-                "that share says little: name the part that must be right with --answer-pattern REGEX, or use --max-kl."
+                f"The dense model gives the exact response to only {readable_share(right)} of the held-out examples, "
+                "so a fall of that share says little: name the part that must be right with --answer-pattern REGEX, or "
+                "use --max-kl."
             )
 
     def __str__(self) -> str:

@@ -12,10 +12,10 @@ from typing import Any
 from shape_moe.architectures.fingerprint import fingerprint, layout_fingerprint
 from shape_moe.architectures.loading import free_memory
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
-from shape_moe.calibration.parts import FEWEST
+from shape_moe.calibration.parts import FEWEST, Parts
 from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.sources import Data
-from shape_moe.errors import ShapeMoeError
+from shape_moe.errors import DataError, ShapeMoeError
 from shape_moe.jobs.auto import AUTO_HELD_OUT, methods_to_try
 from shape_moe.jobs.closing import commands_after
 from shape_moe.jobs.judgement import (
@@ -167,13 +167,31 @@ def open_inputs(
     elif options.trace is not None:
         if options.select is not None and makes_curves(options.select):
             check_measurable(snapshot, options.trace)
-        records, refits = None, run.may_refit
-        if options.judgement is not None or refits:
-            judging = options.judgement or JudgementOptions(examples=FEWEST)
-            choice = AUTO_HELD_OUT if refits else 0
-            run.parts = set_aside(options.trace.data, judging, choice=choice, give_up=False, progress=run.progress)
-            records = run.parts.calibration
+        run.parts = _told_apart(run, options.trace.data)
+        records = run.parts.calibration if run.parts is not None else None
         run.session = ModelSession.open(snapshot, options.trace, None, run.progress, records)
+
+
+def _told_apart(run: PruneRun, data: DataOptions) -> Parts | None:
+    """The examples to calibrate, to choose a refit by, and to report by; None where all of them calibrate.
+
+    Raises:
+        DataError: when too few are left to choose by, and a refit must be chosen.
+    """
+    judging = run.options.judgement
+    if run.may_refit:
+        try:
+            return set_aside(
+                data,
+                judging or JudgementOptions(examples=FEWEST),
+                choice=AUTO_HELD_OUT,
+                give_up=False,
+                progress=run.progress,
+            )
+        except DataError:
+            if run.options.refit == "on":
+                raise
+    return set_aside(data, judging, give_up=False, progress=run.progress) if judging is not None else None
 
 
 def _write(run: PruneRun, selection: Selection, work: Workspace, place: PrunedPlace) -> PruneResult:
