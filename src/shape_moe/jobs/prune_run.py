@@ -15,6 +15,7 @@ from shape_moe.calibration.example_maker import ExampleMaker
 from shape_moe.calibration.parts import Parts
 from shape_moe.errors import DataError
 from shape_moe.jobs.auto import auto_select
+from shape_moe.jobs.curves import CurveMaker, curves_file
 from shape_moe.jobs.judgement import (
     Judgement,
     JudgementOptions,
@@ -30,7 +31,6 @@ from shape_moe.jobs.judging_examples import (
     unseen_parts,
 )
 from shape_moe.jobs.layered_judgement import judge_layer_by_layer
-from shape_moe.jobs.measure import measured_curves
 from shape_moe.jobs.planning import SearchPlan
 from shape_moe.jobs.prune_options import PruneOptions, makes_curves
 from shape_moe.jobs.refit import choose_refit
@@ -42,6 +42,7 @@ from shape_moe.pruning.logits import masked_answers, why_no_logits
 from shape_moe.pruning.refitted_tensors import stored_dtype, why_not_refittable
 from shape_moe.pruning.writers import Writer, writer_for
 from shape_moe.selection.layer_curves import load_curves
+from shape_moe.selection.rules import get_rule
 from shape_moe.selection.select import SelectOptions, TraceSelector
 from shape_moe.selection.selection import Selection, completed, load_selection
 from shape_moe.tracing.trace import Trace
@@ -66,6 +67,7 @@ class PruneRun:
         session: what traces the calibration set, where that is given.
         judge: what reads examples that only judge, where such are given.
         notes: what the user should know.
+        asked: the options as they were given; those of the job name a method where nothing can be judged.
     """
 
     snapshot: Snapshot
@@ -78,6 +80,10 @@ class PruneRun:
     session: ModelSession | None = None
     judge: ModelSession | None = None
     notes: list[str] = field(default_factory=list)
+    asked: PruneOptions = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.asked = self.options
 
     @property
     def target(self) -> str:
@@ -86,6 +92,11 @@ class PruneRun:
             return self.options.select.method.target
         assert self.chosen is not None
         return "stock" if isinstance(self.snapshot, GgufModel) else self.chosen.target
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the method was left to the tool, though nothing may have been judged for that."""
+        return self.asked.choice is not None
 
     @property
     def may_refit(self) -> bool:
@@ -140,6 +151,8 @@ def _best_candidate(run: PruneRun, work: Path) -> Selection:
         chosen = auto_select(
             run.snapshot, run.plan, run.trace, run.options.select, run.options.choice, run.progress, folder
         )
+        if (made := folder / curves_file(chosen.method)).is_file() and get_rule(chosen.rule).by_curves:
+            made.replace(work / "shape" / "curves.json")
         chosen.save(file)
     shutil.rmtree(folder, ignore_errors=True)
     run.progress.note(f"Chosen: {chosen.choice['reason'] if chosen.choice else ''}")
@@ -154,7 +167,11 @@ def with_curves(run: PruneRun, asked: SelectOptions, work: Path) -> SelectOption
     assert run.trace is not None
     file = work / "shape" / "curves.json"
     if not file.is_file():
-        measured_curves(run.session, run.trace, asked.method, asked.scoring, run.progress).save(file)
+        partial = work / "curves.partial"
+        partial.mkdir(exist_ok=True)
+        maker = CurveMaker(run.session, run.session.calibrator, run.trace, asked.scoring, run.progress, folder=partial)
+        maker.measured(asked.method).save(file)
+        shutil.rmtree(partial)
     return replace(asked, curves=load_curves(file))
 
 
