@@ -48,6 +48,7 @@ from shape_moe.jobs.way import check_measurable
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import CanaryResult
 from shape_moe.pruning.compare import file_hash
+from shape_moe.pruning.down_projections import RefittedSelection
 from shape_moe.pruning.refitted_tensors import check_refittable
 from shape_moe.pruning.writers import what_is_left_out
 from shape_moe.reporting.opening import Opening
@@ -161,7 +162,7 @@ def open_inputs(
     run.writer.check(snapshot, run.chosen)
     gguf = isinstance(snapshot, GgufModel)
     run.progress.note(what_loads(snapshot.moe.family.model_type, run.target, gguf=gguf))
-    if options.refit == "on":
+    if options.refit == "on" or isinstance(run.chosen, RefittedSelection):
         check_refittable(snapshot)
     if trace is not None:
         run.trace = open_trace(trace, snapshot, run.progress, force=options.force)
