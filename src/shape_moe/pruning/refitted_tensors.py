@@ -42,8 +42,9 @@ def check_refittable(source: Snapshot) -> None:
 def why_not_refittable(source: Snapshot) -> str | None:
     """Why refitted down projections cannot be written in a model's own format, and what to do; None where they can."""
     name = source.name
-    if (nonlinear := why_family_not_refittable(source.moe.family)) is not None:
-        return f"{nonlinear[0].upper()}{nonlinear[1:]}; leave --refit out."
+    family = source.moe.family
+    if family.why_no_refit is not None:
+        return f"A refit is not possible for {family.model_type}: {family.why_no_refit}; leave --refit out."
     if source.path.is_file():
         return (
             f"{name} is a GGUF file, whose quantised blocks cannot hold refitted weights: prune the original model "
@@ -59,18 +60,6 @@ def why_not_refittable(source: Snapshot) -> str | None:
         f"{name} stores its experts as {label}, in which refitted weights cannot be written: dequantise the model "
         "first (load it in Transformers and save it by save_pretrained) and prune that, or leave --refit out."
     )
-
-
-def why_family_not_refittable(family: Family) -> str | None:
-    """Why a family's down projections cannot be solved for layer by layer, None where they can."""
-    why = None
-    if family.after:
-        why = "a norm stands between its experts and the residual stream, which is then not linear in their weights"
-    elif family.latent:
-        why = "its experts work in a narrower space of their own"
-    elif family.not_layered is not None:
-        why = family.not_layered
-    return None if why is None else f"models of family {family.model_type} cannot be refitted: {why}"
 
 
 def stored_dtype(source: Snapshot) -> torch.dtype:

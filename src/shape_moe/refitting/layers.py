@@ -26,7 +26,6 @@ from shape_moe.errors import ShapeMoeError, UnsupportedModelError
 from shape_moe.progress import Advance
 from shape_moe.pruning.down_projections import DownProjections
 from shape_moe.pruning.masks import masked
-from shape_moe.pruning.refitted_tensors import why_family_not_refittable
 from shape_moe.refitting.refitted import LayerFiles, LayerRefit, Refitted
 from shape_moe.refitting.seen import ExpertInputs, entering_stream
 from shape_moe.refitting.solver import Problem, solve
@@ -111,8 +110,8 @@ class RefitPass:
         import torch
 
         moe = live_moe_config(engine.model)
-        if (reason := why_family_not_refittable(moe.family)) is not None:
-            raise UnsupportedModelError(f"{reason[0].upper()}{reason[1:]}.")
+        if (reason := moe.family.why_no_refit) is not None:
+            raise UnsupportedModelError(f"A refit is not possible for {moe.family.model_type}: {reason}.")
         self.engine, self.selection, self.batches, self.request = engine, selection, list(batches), request
         self.files = files or LayerFiles()
         self.sites = {site.layer: site for site in find_sites(engine.model)}
