@@ -249,6 +249,7 @@ class TraceSelector:
             options={**weights.flags, "seed": self.scoring.seed},
             warnings=tuple(warnings),
             seen=SeenPrompts.of_source(info.source).by_salt(),
+            routers=info.routers,
         )
 
 

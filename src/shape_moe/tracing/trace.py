@@ -15,6 +15,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from shape_moe.architectures.moe_config import RouterFacts
+from shape_moe.architectures.same_routers import RouterHashes
 from shape_moe.calibration.batches import CELLS
 from shape_moe.documents import MOST_EXPERTS, as_shape
 from shape_moe.errors import CheckpointError, FingerprintError, UsageError
@@ -59,6 +60,8 @@ class TraceInfo:
             that of examples without a class.
         cells: 4, or 2 where it is not known which tokens predict a response: all are counted as if they did not.
         left_out: statistics that were not recorded, and why.
+        routers: hashes of the model's router rows, by which it is recognised when it is stored otherwise (see
+            :mod:`shape_moe.architectures.same_routers`); None for a live model, and in older traces.
     """
 
     fingerprint: str
@@ -81,6 +84,7 @@ class TraceInfo:
     classes: tuple[str, ...] = (NO_CLASS,)
     cells: Literal[2, 4] = 4
     left_out: dict[str, str] = field(default_factory=dict)
+    routers: RouterHashes | None = None
 
     @property
     def top_k(self) -> int:
