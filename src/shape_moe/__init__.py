@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from shape_moe.jobs.prune import prune
     from shape_moe.jobs.prune_options import PruneOptions
     from shape_moe.jobs.prune_series import prune_series
+    from shape_moe.jobs.refit import refit
     from shape_moe.jobs.report import report
     from shape_moe.jobs.select import score, select
     from shape_moe.jobs.session import ExampleOptions
@@ -79,6 +80,7 @@ __all__ = [
     "prune",
     "prune_model",
     "prune_series",
+    "refit",
     "report",
     "score",
     "select",
@@ -103,6 +105,7 @@ _HOMES = {
     "jobs.prune": ("prune",),
     "jobs.prune_options": ("PruneOptions",),
     "jobs.prune_series": ("prune_series",),
+    "jobs.refit": ("refit",),
     "jobs.report": ("report",),
     "jobs.select": ("score", "select"),
     "jobs.session": ("ExampleOptions",),

@@ -58,6 +58,7 @@ NAMES = {
     "--predicting-weight": "PredictingWeights(predicting=)",
     "--prompt-weight": "SegmentWeights(prompt=)",
     "--protect": "SelectOptions(protect=)",
+    "--refit": "PruneOptions(refit=)",
     "--require": "JudgementOptions(require=)",
     "--response-weight": "SegmentWeights(response=)",
     "--responses-from": "AnswerOptions(responses_from=)",

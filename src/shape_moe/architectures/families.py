@@ -29,7 +29,8 @@ class Family:
         router_rows: router tensors on disk with one row per expert, relative to the block on disk; in the original
             layout and in that of the live model, which ``save_pretrained(save_original_format=False)`` writes.
         projections: an expert's gate, up and down projections on disk, None where they are packed.
-        packed: tensors on disk that hold all experts of a layer outside of ``experts``, relative to the block.
+        packed: tensors on disk that hold all experts of a layer outside of ``experts``, relative to the block; the down
+            projections last.
         residual_norm: norm in the decoder layer whose input is the residual stream that feeds the block.
         residual_scale_key: config key of the factor on the block's output, None where there is none.
         router_scores: how router logits become probabilities.

@@ -73,6 +73,22 @@ def tensor_role(family: Family, name: str) -> TensorRole:
     return TensorRole("other")
 
 
+def down_projection(family: Family, name: str) -> Literal["down_proj", "down_proj_bias"] | None:
+    """What of the experts' down projections a tensor is, by the live module's name for it; None for anything else.
+
+    Only unquantised layouts are known: an expert's own matrix, a stack of all, and the live model's own.
+    """
+    expert, packed, inside = _patterns(family)
+    if (match := expert.match(name)) and family.projections is not None:
+        down = family.projections[2]
+        return {f"{down}.weight": "down_proj", f"{down}.bias": "down_proj_bias"}.get(match[4])  # type: ignore[return-value]
+    if match := packed.match(name):
+        return match[3] if match[3] in ("down_proj", "down_proj_bias") else None  # type: ignore[return-value]
+    if (match := inside.match(name)) and family.packed and match[3] == family.packed[-1]:
+        return "down_proj"
+    return None
+
+
 def is_router_part(family: Family, name: str) -> bool:
     """Whether a tensor lies inside the router, known to the family's facts or not."""
     return re.match(rf"^model\.layers\.\d+\.{_block(family)}\.{family.disk_router}\.", name) is not None

@@ -152,6 +152,14 @@ def prune(
             help="safe or no-loss: end with code 3 and leave the model in DIR.rejected if it is judged worse.",
         ),
     ] = None,
+    refit: Annotated[
+        str,
+        typer.Option(
+            metavar="on|off|auto",
+            help="Repair the kept experts without training: solve their down projections again by least squares. auto "
+            "does so where examples that neither calibrate nor report show a gain.",
+        ),
+    ] = "off",
     no_logits: Annotated[
         bool,
         typer.Option("--no-logits", help="Do not compare logits, and record no answers for later checks (the canary)."),
@@ -208,6 +216,7 @@ def prune(
         judgement=_judgement(
             limit, require, judge_minutes, data.samples if made else None, judge=not no_judge, general=not no_general
         ),
+        refit=refit,
         check_logits=not no_logits,
         force=force.force,
     )

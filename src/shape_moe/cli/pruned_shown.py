@@ -32,6 +32,7 @@ def pruned_document(result: PruneResult) -> dict[str, Any]:
         "logits_skipped": result.logits_skipped,
         "target": result.target,
         "choice": result.selection.choice,
+        "refit": result.selection.refit,
         "judgement": result.judgement.to_document() if result.judgement else None,
         "rejected": result.rejected,
         "opening": result.opening.lines() if result.opening else [],
@@ -55,7 +56,7 @@ def show_series(console: Console, result: SeriesResult) -> None:
     console.print(f"[bold]{escape(str(result.path))}[/bold]")
     console.print(table)
     compared = all(model.logits is not None for model in result.models)
-    console.print("Every tensor equals its slice of the original.", markup=False)
+    console.print(_equal(any(model.selection.refit is not None for model in result.models)), markup=False)
     if compared:
         console.print("Logits equal those of the masked original, for each model.", markup=False)
     console.print(checked_lines(result.models[0])[-1], markup=False)
@@ -64,7 +65,7 @@ def show_series(console: Console, result: SeriesResult) -> None:
 
 def checked_lines(result: PruneResult) -> list[str]:
     """What is known to be equal, and where the result loads."""
-    lines = ["Every tensor equals its slice of the original."]
+    lines = [_equal(result.selection.refit is not None)]
     if result.logits is not None:
         lines.append(
             f"Logits equal those of the masked original: KL {result.logits.mean_kl:.1e}, top-1 agreement "
@@ -77,3 +78,9 @@ def checked_lines(result: PruneResult) -> list[str]:
         "any tool loads, prune with --target stock (equal counts, rerouted)."
     )
     return lines
+
+
+def _equal(refitted: bool) -> str:  # read at the call
+    """What is known of the tensors."""
+    but = " but the kept experts' refitted down projections" if refitted else ""
+    return f"Every tensor{but} equals its slice of the original."

@@ -12,13 +12,15 @@ from typing import Any
 from shape_moe.architectures.fingerprint import fingerprint, layout_fingerprint
 from shape_moe.architectures.loading import free_memory
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
+from shape_moe.calibration.parts import FEWEST
 from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.sources import Data
 from shape_moe.errors import ShapeMoeError
-from shape_moe.jobs.auto import methods_to_try
+from shape_moe.jobs.auto import AUTO_HELD_OUT, methods_to_try
 from shape_moe.jobs.closing import commands_after
 from shape_moe.jobs.judgement import (
     Judgement,
+    JudgementOptions,
     set_aside,
 )
 from shape_moe.jobs.judging_examples import (
@@ -26,7 +28,15 @@ from shape_moe.jobs.judging_examples import (
 )
 from shape_moe.jobs.planning import SearchPlan, held_out_tracing, plan_search
 from shape_moe.jobs.prune_options import PruneOptions, check_request, complete_options, makes_curves
-from shape_moe.jobs.prune_run import PruneRun, judged, masked_canaries, selected, trace_calibration
+from shape_moe.jobs.prune_run import (
+    REFIT_FOLDER,
+    PruneRun,
+    judged,
+    masked_canaries,
+    refitted_as_asked,
+    selected,
+    trace_calibration,
+)
 from shape_moe.jobs.pruned_model import PrunedModel, describe, write_weights
 from shape_moe.jobs.pruned_place import PrunedPlace, place_of
 from shape_moe.jobs.select import check_options
@@ -36,6 +46,7 @@ from shape_moe.jobs.way import check_measurable, check_whole
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import CanaryResult
 from shape_moe.pruning.compare import file_hash
+from shape_moe.pruning.refitted_tensors import check_refittable
 from shape_moe.pruning.writers import what_is_left_out
 from shape_moe.reporting.opening import Opening
 from shape_moe.selection.method import check_for_model
@@ -143,6 +154,8 @@ def open_inputs(
         check_for_model(options.select.method, moe)
         check_options(options.select, snapshot.moe_layers, moe.num_experts, moe.routing, automatic=automatic)
     run.writer.check(snapshot, run.chosen)
+    if options.refit == "on":
+        check_refittable(snapshot)
     if trace is not None:
         run.trace = open_trace(trace, snapshot, run.progress, force=options.force)
     run.plan = _plan_choice(snapshot, options, run.trace, run.progress)
@@ -153,9 +166,11 @@ def open_inputs(
     elif options.trace is not None:
         if options.select is not None and makes_curves(options.select):
             check_measurable(snapshot, options.trace)
-        records = None
-        if options.judgement is not None:
-            run.parts = set_aside(options.trace.data, options.judgement, give_up=False, progress=run.progress)
+        records, refits = None, run.may_refit
+        if options.judgement is not None or refits:
+            judging = options.judgement or JudgementOptions(examples=FEWEST)
+            choice = AUTO_HELD_OUT if refits else 0
+            run.parts = set_aside(options.trace.data, judging, choice=choice, give_up=False, progress=run.progress)
             records = run.parts.calibration
         run.session = ModelSession.open(snapshot, options.trace, None, run.progress, records)
 
@@ -167,12 +182,14 @@ def _carry_out(run: PruneRun, work: Workspace, place: PrunedPlace) -> PruneResul
     trace_calibration(run, artifacts / "trace")
     selection = completed(run.chosen if run.chosen is not None else selected(run, work.path), run.snapshot)
     left_out = what_is_left_out(run.snapshot)
+    selection = refitted_as_asked(run, selection, work.path / REFIT_FOLDER)
     selection.save(artifacts / "selection.json")
     run.notes += [*selection.warnings, *left_out]
     judgement = judged(run, [selection])[0] if run.options.judgement is not None else None
     canaries, skipped = masked_canaries(run, [selection])
     made = PrunedModel(selection, judgement, canaries[0] if canaries else None, skipped, left_out, place.file)
     size, hashes, logits = write_weights(run, made, work.path)
+    shutil.rmtree(work.path / REFIT_FOLDER, ignore_errors=True)
     facts = made.facts(run, size)
     describe(run, made, work.path, facts, hashes)
     rejected = made.rejected(run)
@@ -251,7 +268,8 @@ def check_disk(run: PruneRun, needs: Mapping[Path, int]) -> None:
         ShapeMoeError: saying what is needed and what is free.
     """
     there = [run.writer.bytes_there(folder) if folder.is_dir() else 0 for folder in needs]
-    needed = sum(run.writer.bytes_for(run.snapshot, kept) for kept in needs.values()) + _DISK_MARGIN - sum(there)
+    whole = sum(run.writer.bytes_for(run.snapshot, kept) for kept in needs.values())
+    needed = whole * (1 + run.may_refit) + _DISK_MARGIN - sum(there)  # three candidates of a third of every expert
     place = next(iter(needs))
     while not place.is_dir():
         place = place.parent

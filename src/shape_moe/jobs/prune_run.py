@@ -32,17 +32,22 @@ from shape_moe.jobs.layered_judgement import judge_layer_by_layer
 from shape_moe.jobs.measure import measured_curves
 from shape_moe.jobs.planning import SearchPlan
 from shape_moe.jobs.prune_options import PruneOptions, makes_curves
+from shape_moe.jobs.refit import choose_refit
 from shape_moe.jobs.session import ModelSession, load_original
 from shape_moe.jobs.trace import kept_trace
 from shape_moe.progress import Progress
 from shape_moe.pruning.canary import Canary
 from shape_moe.pruning.logits import masked_answers, why_no_logits
+from shape_moe.pruning.refitted_tensors import stored_dtype, why_not_refittable
 from shape_moe.pruning.writers import Writer, writer_for
 from shape_moe.selection.layer_curves import load_curves
 from shape_moe.selection.select import SelectOptions, select_from_trace
 from shape_moe.selection.selection import Selection, load_selection
 from shape_moe.tracing.trace import Trace
 from shape_moe.units import capitalised
+
+REFIT_FOLDER = "refit.partial"
+"""Where candidates of a refit lie until the checkpoint is written."""
 
 
 @dataclass
@@ -80,6 +85,13 @@ class PruneRun:
             return self.options.select.method.target
         assert self.chosen is not None
         return "stock" if isinstance(self.snapshot, GgufModel) else self.chosen.target
+
+    @property
+    def may_refit(self) -> bool:
+        """Whether the kept experts' down projections may come to be refitted."""
+        if self.options.refit == "auto":
+            return why_not_refittable(self.snapshot) is None
+        return self.options.refit == "on"
 
     @property
     def writer(self) -> Writer:
@@ -129,6 +141,28 @@ def with_curves(run: PruneRun, asked: SelectOptions, work: Path) -> SelectOption
     if not file.is_file():
         measured_curves(run.session, run.trace, asked.method, asked.scoring, run.progress).save(file)
     return replace(asked, curves=load_curves(file))
+
+
+def refitted_as_asked(run: PruneRun, selection: Selection, folder: Path) -> Selection:
+    """The selection with refitted weights, where they are asked for and, if that is left open, worth it."""
+    if run.options.refit == "off":
+        return selection
+    if (reason := why_not_refittable(run.snapshot)) is not None:
+        run.progress.note(f"Not refitted: {reason}")
+        return selection
+    session, plan, parts = run.session, run.plan, run.parts
+    assert session is not None, "checked before"
+    if plan is not None:
+        records, data = plan.held_out.records, plan.data
+    else:
+        assert parts is not None, "set aside before"
+        records, data = parts.choice, session.options.data
+    maker = session.calibrator_of(list(records), data)
+    found = choose_refit(
+        session, selection, maker, stored_dtype(run.snapshot), folder, always=run.options.refit == "on"
+    )
+    run.notes += found.notes
+    return found.selection
 
 
 def judged(run: PruneRun, selections: Sequence[Selection]) -> list[Judgement]:

@@ -18,9 +18,11 @@ from shape_moe.jobs.closing import commands_after
 from shape_moe.jobs.prune import PruneResult, check_disk, describe_job, open_inputs
 from shape_moe.jobs.prune_options import PruneOptions, check_request, complete_options
 from shape_moe.jobs.prune_run import (
+    REFIT_FOLDER,
     PruneRun,
     judged,
     masked_canaries,
+    refitted_as_asked,
     selected,
     trace_calibration,
     with_curves,
@@ -134,7 +136,11 @@ def _carry_out(run: PruneRun, work: Workspace, place: SeriesPlace) -> SeriesResu
     """The phases: trace, select all, judge all, ask the masked original, write and check each, describe."""
     (work.path / "shape").mkdir(exist_ok=True)
     trace_calibration(run, work.path / "shape" / "trace")
-    selections = _selections(run, work.path, place)
+    refits = work.path / REFIT_FOLDER
+    selections = [
+        refitted_as_asked(run, selection, refits / f"{rate:g}")
+        for rate, selection in zip(place.keeps, _selections(run, work.path, place), strict=True)
+    ]
     left_out = what_is_left_out(run.snapshot)
     run.notes += [*_said_of_all(selections), *left_out]
     judgements = judged(run, selections) if run.options.judgement is not None else [None] * len(selections)
@@ -145,6 +151,7 @@ def _carry_out(run: PruneRun, work: Workspace, place: SeriesPlace) -> SeriesResu
         for rate, selection, judgement, canary in zip(place.keeps, selections, judgements, canaries, strict=True)
     ]
     written = [_write(run, each, place, rate, work.path) for rate, each in zip(place.keeps, made, strict=True)]
+    shutil.rmtree(refits, ignore_errors=True)
     series = Series(tuple(_row(run, each, place, size) for each, (size, _, _) in zip(made, written, strict=True)))
     results = []
     for rate, each, (size, hashes, logits) in zip(place.keeps, made, written, strict=True):

@@ -21,6 +21,7 @@ from shape_moe.pruning.canary import CanaryResult, compare_canary, load_canary
 from shape_moe.pruning.checkpoint import plan_checkpoint
 from shape_moe.pruning.compare import compare_shard, file_hash
 from shape_moe.pruning.model_config import pruning_description, up_to_date
+from shape_moe.pruning.refitted_tensors import read_refit_file
 from shape_moe.selection.selection import Selection, load_selection
 from shape_moe.serving.endpoint import ask_canary, compare_tokens
 from shape_moe.serving.manifest import added_files, read_manifest
@@ -201,11 +202,13 @@ def _check_original(
 ) -> tuple[bool, str]:
     snapshot, selection, manifest = open_snapshot(original, revision), load_selection(path), read_manifest(path)
     check_fingerprint(manifest.fingerprint, fingerprint(snapshot), "The checkpoint")
-    plans = plan_checkpoint(snapshot, selection)
+    new = read_refit_file(path, selection, snapshot.moe.family)
+    plans = plan_checkpoint(snapshot, selection, new)
     with progress.phase("Comparing tensors", sum(plan.size for plan in plans), "B") as advance:
         for plan in plans:
             compare_shard(plan, path / plan.file_name, advance)
-    return True, f"{sum(len(plan.tensors) for plan in plans):,} tensors equal their slice of {original}"
+    sliced = f"{sum(len(plan.tensors) for plan in plans) - len(new):,} tensors equal their slice of {original}"
+    return True, sliced + (f"; {len(new):,} down projections are as they were refitted" if new else "")
 
 
 def _check_canary(path: Path, device: str, dtype: str) -> tuple[bool | None, str]:
