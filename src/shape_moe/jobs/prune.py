@@ -41,6 +41,7 @@ from shape_moe.jobs.pruned_model import PrunedModel, describe, write_weights
 from shape_moe.jobs.pruned_place import PrunedPlace, place_of
 from shape_moe.jobs.select import check_options
 from shape_moe.jobs.session import ExampleOptions, ModelSession
+from shape_moe.jobs.sliced_imatrix import open_imatrix
 from shape_moe.jobs.trace import open_trace
 from shape_moe.jobs.way import check_measurable, check_whole
 from shape_moe.progress import SILENT, Progress
@@ -131,6 +132,7 @@ def prune(
     check_request(options, trace, selection)
     inputs: list[str | PathLike[str]] = [p for p in (model, trace, selection) if isinstance(p, str | PathLike)]
     inputs += options.trace.data.files if options.trace else []
+    inputs += [options.imatrix] if options.imatrix is not None else []
     rejects = options.judgement is not None and options.judgement.require is not None
     place.check(inputs, force=options.force, rejects=rejects)
     free_memory(options.device)
@@ -149,13 +151,7 @@ def open_inputs(
     snapshot, options = run.snapshot, run.options
     if selection is not None:
         run.chosen = open_selection(selection, snapshot, force=options.force)
-    if options.select is not None:
-        moe, automatic = snapshot.moe, options.choice is not None
-        check_for_model(options.select.method, moe)
-        check_options(options.select, snapshot.moe_layers, moe.num_experts, moe.routing, automatic=automatic)
-    run.writer.check(snapshot, run.chosen)
-    if options.refit == "on":
-        check_refittable(snapshot)
+    _check_options(run)
     if trace is not None:
         run.trace = open_trace(trace, snapshot, run.progress, force=options.force)
     run.plan = _plan_choice(snapshot, options, run.trace, run.progress)
@@ -164,15 +160,35 @@ def open_inputs(
     elif options.trace is not None and (trace is not None or selection is not None):
         run.judge = session_for(options.trace, snapshot, run.progress)
     elif options.trace is not None:
-        if options.select is not None and makes_curves(options.select):
-            check_measurable(snapshot, options.trace)
-        records, refits = None, run.may_refit
-        if options.judgement is not None or refits:
-            judging = options.judgement or JudgementOptions(examples=FEWEST)
-            choice = AUTO_HELD_OUT if refits else 0
-            run.parts = set_aside(options.trace.data, judging, choice=choice, give_up=False, progress=run.progress)
-            records = run.parts.calibration
-        run.session = ModelSession.open(snapshot, options.trace, None, run.progress, records)
+        _open_session(run, options.trace)
+
+
+def _check_options(run: PruneRun) -> None:
+    """Check against the model what is asked of its pruned form, and read what is to be sliced with it."""
+    snapshot, options = run.snapshot, run.options
+    if options.select is not None:
+        moe, automatic = snapshot.moe, options.choice is not None
+        check_for_model(options.select.method, moe)
+        check_options(options.select, snapshot.moe_layers, moe.num_experts, moe.routing, automatic=automatic)
+    run.writer.check(snapshot, run.chosen)
+    if options.imatrix is not None:
+        run.imatrix = open_imatrix(Path(options.imatrix), snapshot, run.target)
+    if options.refit == "on":
+        check_refittable(snapshot)
+
+
+def _open_session(run: PruneRun, tracing: ExampleOptions) -> None:
+    """Open what traces the calibration set, and tell its examples apart where something is judged by some of them."""
+    snapshot, options = run.snapshot, run.options
+    if options.select is not None and makes_curves(options.select):
+        check_measurable(snapshot, tracing)
+    records, refits = None, run.may_refit
+    if options.judgement is not None or refits:
+        judging = options.judgement or JudgementOptions(examples=FEWEST)
+        choice = AUTO_HELD_OUT if refits else 0
+        run.parts = set_aside(tracing.data, judging, choice=choice, give_up=False, progress=run.progress)
+        records = run.parts.calibration
+    run.session = ModelSession.open(snapshot, tracing, None, run.progress, records)
 
 
 def _carry_out(run: PruneRun, work: Workspace, place: PrunedPlace) -> PruneResult:

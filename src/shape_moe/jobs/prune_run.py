@@ -13,6 +13,7 @@ from shape_moe.architectures.loading import release_memory
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.parts import Parts
 from shape_moe.errors import DataError
+from shape_moe.interop.imatrix import Imatrix
 from shape_moe.jobs.auto import auto_select
 from shape_moe.jobs.judgement import (
     Judgement,
@@ -65,6 +66,7 @@ class PruneRun:
         session: what traces the calibration set, where that is given.
         judge: what reads examples that only judge, where such are given.
         notes: what the user should know.
+        imatrix: of the original, where one is given.
     """
 
     snapshot: Snapshot
@@ -77,6 +79,7 @@ class PruneRun:
     session: ModelSession | None = None
     judge: ModelSession | None = None
     notes: list[str] = field(default_factory=list)
+    imatrix: Imatrix | None = None
 
     @property
     def target(self) -> str:

@@ -124,6 +124,7 @@ class Trace:
         """What who uses the trace should know of it, in sentences."""
         found = [f"{capitalised(self.lacks)}: scorers count all tokens alike."] if self.lacks else []
         found += [f"The trace is made without {name}: {reason}." for name, reason in self.info.left_out.items()]
+        found += map(str, self.info.source.get("remarks") or ())
         return tuple(found)
 
     def sums(self, name: str, weights: TokenWeights | None = None) -> NDArray[np.float64]:
