@@ -38,6 +38,26 @@ class CalibrationSpec:
 
 
 @dataclass(frozen=True)
+class PublishedFigures:
+    """What others have published for an evaluation, to be held against its figures.
+
+    Attributes:
+        metric: key of the figure that corresponds to theirs.
+        percent: by model of the grid, and by method (``scorer/rule``, or ``dense``): percent, by keep rate where it is
+            not the dense model's.
+        source: where it was published.
+        differences: how their stack is known to differ from this one.
+        routing: how they routed.
+    """
+
+    metric: str
+    percent: dict[str, dict[str, float | dict[str, float]]]
+    source: str = ""
+    differences: tuple[str, ...] = ()
+    routing: str = "drop"
+
+
+@dataclass(frozen=True)
 class ExamplesSpec:
     """An evaluation by held-out examples.
 
@@ -47,6 +67,7 @@ class ExamplesSpec:
         generation: how models answer freely, None for not at all.
         metrics: the figures that tables show.
         calibration: the calibration tasks whose selections are judged by it.
+        published: figures of others to hold against its own, None without any.
     """
 
     name: str
@@ -54,6 +75,7 @@ class ExamplesSpec:
     generation: GenerationOptions | None
     metrics: tuple[str, ...]
     calibration: tuple[str, ...]
+    published: PublishedFigures | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +92,7 @@ class TaskSpec:
         unsafe_code: run code that the model writes.
         metrics: the task's metrics that tables show, empty for all.
         calibration: the calibration tasks whose selections are judged by it.
+        published: figures of others to hold against its own, None without any.
     """
 
     name: str
@@ -81,6 +104,7 @@ class TaskSpec:
     unsafe_code: bool = False
     metrics: tuple[str, ...] = ()
     calibration: tuple[str, ...] = ()
+    published: PublishedFigures | None = None
 
     @property
     def options(self) -> TaskOptions:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from shape_moe.jobs.trace import kept_trace
 from shape_moe.journal import Journal
 from shape_moe.made_with import made_with
 from shape_moe.progress import Progress
+from shape_moe.reporting.published_figures import published_rows
 from shape_moe.selection.select import SelectOptions, TraceSelector
 from shape_moe.selection.selection import Selection
 from shape_moe.units import counted, readable_duration
@@ -84,7 +85,7 @@ class Grid:
 
     def _document(self, parts: list[Document]) -> Document:
         config, hashes = self.plan.config, self.plan.hashes
-        return {
+        document = {
             "format_version": FORMAT_VERSION,
             "verb": "experiment",
             "config": config.echo(),
@@ -105,9 +106,13 @@ class Grid:
             "cells": [cell for part in parts for cell in part["cells"]],
             **made_with(config.seed),
         }
+        published = published_rows(document)
+        return {**document, "published": published} if published else document
 
     def _evaluation(self, spec: EvaluationSpec) -> Document:
-        common = {"name": spec.name, "metrics": list(spec.metrics), "calibration": list(spec.calibration)}
+        common: Document = {"name": spec.name, "metrics": list(spec.metrics), "calibration": list(spec.calibration)}
+        if spec.published is not None:
+            common["published"] = asdict(spec.published)
         if not isinstance(spec, ExamplesSpec):
             options = {"limit": spec.limit, "fewshot": spec.fewshot, "chat_template": spec.chat_template}
             return {**common, "kind": "task", "task": spec.task, **options}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from shape_moe.calibration.example_maker import ExampleMaker
 from shape_moe.calibration.parts import FEWEST, MOST, Parts, three_parts
 from shape_moe.calibration.reading import load, load_records
 from shape_moe.calibration.records import DataOptions
@@ -15,11 +16,12 @@ from shape_moe.evaluation.bench import Bench
 from shape_moe.evaluation.conclusion import conclude
 from shape_moe.evaluation.forgotten import Forgotten, general_records
 from shape_moe.evaluation.generation import GenerationOptions
-from shape_moe.evaluation.outcomes import FREE_ANSWERS
+from shape_moe.evaluation.outcomes import FREE_ANSWERS, Seen
 from shape_moe.evaluation.questions import Questions
 from shape_moe.evaluation.verdict import MAX_DROP, Verdict, check_max_drop, check_requirement, not_measured
 from shape_moe.jobs.held_out import held_out_set
 from shape_moe.jobs.judging_plan import MINUTES, check_minutes, plan_judging
+from shape_moe.jobs.seen_examples import seen_records
 from shape_moe.jobs.session import ModelSession
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.masks import masked
@@ -162,6 +164,7 @@ def judge_selections(
     progress = session.progress
     general = len(general_records()) if options.general else 0
     maker = session.calibrator_of(parts.report, data)
+    again = seen_records(parts)
     plan = plan_judging(
         session,
         maker,
@@ -170,6 +173,7 @@ def judge_selections(
         general=general,
         others=len(selections),
         minutes=options.minutes,
+        seen=session.calibrator_of(again, data) if again else None,
     )
     progress.note(f"{plan.sentence}; --no-judge leaves it out.")
     notes = [*(f"Not measured: {reason}." for reason in reasons), f"{parts.sentence}.", *remarks]
@@ -180,6 +184,7 @@ def judge_selections(
     generation, model = GenerationOptions(plan.amounts.answers), session.model
     with Bench(model, session.tokenizer, held_out, generation=generation, progress=progress) as bench:
         theirs = bench.dense_answers
+        calibrated = _scored_again(session, plan.seen, selections)
         questions = Questions(
             model,
             session.calibrator.tokeniser,
@@ -190,7 +195,7 @@ def judge_selections(
             progress=progress,
         )
         found = []
-        for selection in selections:
+        for selection, known in zip(selections, calibrated, strict=True):
             name = "the pruned model" if len(selections) == 1 else f"the model of keep {selection.keep_asked:g}"
             with progress.phase(f"Judging {name}", len(held_out.examples), "example") as advance:
                 sums, ours = bench.sums(selection, advance), bench.answers(selection)
@@ -205,12 +210,24 @@ def judge_selections(
                 calling=questions.calling,
                 max_drop=options.max_drop,
                 notes=notes,
+                seen=known,
             )
             if (blamed := _blamed_on_pooling(verdict, selection)) is not None:
                 verdict = replace(verdict, notes=(blamed, *verdict.notes))
             found.append(Judgement(verdict, replies.forgotten))
         questions.close()
     return found
+
+
+def _scored_again(
+    session: ModelSession, maker: ExampleMaker | None, selections: Sequence[Selection]
+) -> list[Seen | None]:
+    """What the dense and each pruned model make of examples that calibration has seen; None each without such."""
+    if maker is None:
+        return [None] * len(selections)
+    held_out = held_out_set(session, maker, "examples that calibrated")
+    with Bench(session.model, session.tokenizer, held_out, progress=session.progress) as bench:
+        return [Seen(held_out.groups, bench.dense_sums, bench.sums(one), bench.answered) for one in selections]
 
 
 def _blamed_on_pooling(verdict: Verdict, selection: Selection) -> str | None:

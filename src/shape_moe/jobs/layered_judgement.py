@@ -10,8 +10,10 @@ from shape_moe.calibration.records import DataOptions
 from shape_moe.errors import ShapeMoeError
 from shape_moe.evaluation.by_layers import compare_by_layers
 from shape_moe.evaluation.conclusion import conclude
+from shape_moe.evaluation.outcomes import Seen
 from shape_moe.jobs.held_out import held_out_set
 from shape_moe.jobs.judgement import Judgement, JudgementOptions, no_judgement, why_parts_unmeasured
+from shape_moe.jobs.seen_examples import seen_records
 from shape_moe.jobs.session import ModelSession
 from shape_moe.selection.selection import Selection
 from shape_moe.units import capitalised, counted, readable_size
@@ -47,8 +49,11 @@ def judge_layer_by_layer(
     progress, asked = session.progress, session.options
     model = LayeredModel(session.snapshot, device=asked.device, dtype=asked.dtype)
     try:
-        maker = session.calibrator_of(parts.report, data)
+        maker, again = session.calibrator_of(parts.report, data), seen_records(parts)
         held_out = held_out_set(session, maker, "the judgement", model=model.model)
+        known = session.calibrator_of(again, data) if again else None
+        calibrated = held_out_set(session, known, "examples that calibrated", model=model.model) if known else None
+        everything = held_out if calibrated is None else held_out.with_others(calibrated)
     except ShapeMoeError as error:  # answers that are missing cannot be written here
         return [no_judgement(str(error), options)] * len(selections)
     session.unload()
@@ -57,6 +62,14 @@ def judge_layer_by_layer(
         f"weights are read once more ({readable_size(session.snapshot.total_bytes)}); --no-judge leaves it out."
     )
     with progress.phase("Judging layer by layer", model.num_layers, "layer") as advance:
-        dense, *pruned = compare_by_layers(model, held_out, selections, advance)
+        dense, *pruned = compare_by_layers(model, everything, selections, advance)
     notes = [*(f"Not measured: {reason}." for reason in reasons), f"{parts.sentence}.", *remarks, _LIKELIHOOD_ALONE]
-    return [Judgement(conclude(held_out, dense, sums, None, max_drop=options.max_drop, notes=notes)) for sums in pruned]
+    count, found = len(held_out.examples), []
+    for sums in pruned:
+        seen = None
+        if calibrated is not None:
+            seen = Seen(calibrated.groups, dense.part(count, None), sums.part(count, None), calibrated.answered())
+        ours, theirs = sums.part(0, count), dense.part(0, count)
+        verdict = conclude(held_out, theirs, ours, None, max_drop=options.max_drop, notes=notes, seen=seen)
+        found.append(Judgement(verdict))
+    return found

@@ -52,7 +52,7 @@ from shape_moe.pruning.writers import what_is_left_out
 from shape_moe.reporting.opening import Opening
 from shape_moe.selection.method import check_for_model
 from shape_moe.selection.rules import budget_for
-from shape_moe.selection.selection import Selection, completed, open_selection
+from shape_moe.selection.selection import Selection, open_selection
 from shape_moe.tracing.trace import Trace
 from shape_moe.units import readable_size
 from shape_moe.workspace import Workspace
@@ -141,7 +141,8 @@ def prune(
     inputs += [run.snapshot.path, *(run.plan.data.files if run.plan else [])]
     with place.workspace(describe_job(run, trace), inputs, force=options.force, rejects=rejects) as work:
         check_disk(run, {work.path: _kept_at_most(run)})
-        return _carry_out(run, work, place)
+        trace_calibration(run, work.path)
+        return _write(run, selected(run, work.path), work, place)
 
 
 def open_inputs(
@@ -191,12 +192,9 @@ def _open_session(run: PruneRun, tracing: ExampleOptions) -> None:
     run.session = ModelSession.open(snapshot, tracing, None, run.progress, records)
 
 
-def _carry_out(run: PruneRun, work: Workspace, place: PrunedPlace) -> PruneResult:
-    """The phases: trace, select, judge, ask the masked original, write, ask the result the same, describe."""
+def _write(run: PruneRun, selection: Selection, work: Workspace, place: PrunedPlace) -> PruneResult:
+    """The phases that follow: refit, judge, ask the masked original, write, ask the result the same, describe."""
     artifacts = work.path / "shape"
-    artifacts.mkdir(exist_ok=True)
-    trace_calibration(run, artifacts / "trace")
-    selection = completed(run.chosen if run.chosen is not None else selected(run, work.path), run.snapshot)
     left_out = what_is_left_out(run.snapshot)
     selection = refitted_as_asked(run, selection, work.path / REFIT_FOLDER)
     selection.save(artifacts / "selection.json")

@@ -42,8 +42,8 @@ from shape_moe.pruning.logits import masked_answers, why_no_logits
 from shape_moe.pruning.refitted_tensors import stored_dtype, why_not_refittable
 from shape_moe.pruning.writers import Writer, writer_for
 from shape_moe.selection.layer_curves import load_curves
-from shape_moe.selection.select import SelectOptions, select_from_trace
-from shape_moe.selection.selection import Selection, load_selection
+from shape_moe.selection.select import SelectOptions, TraceSelector
+from shape_moe.selection.selection import Selection, completed, load_selection
 from shape_moe.tracing.trace import Trace
 from shape_moe.units import capitalised
 
@@ -102,8 +102,10 @@ class PruneRun:
         return writer_for(self.snapshot, self.target)
 
 
-def trace_calibration(run: PruneRun, folder: Path) -> None:
+def trace_calibration(run: PruneRun, work: Path) -> None:
     """The trace of the job goes with its result: the one that is given, or one made now or by an interrupted run."""
+    folder = work / "shape" / "trace"
+    folder.parent.mkdir(exist_ok=True)
     if run.trace is not None:
         # older traces hold the beginnings of examples
         replace(run.trace, info=replace(run.trace.info, canary=[])).save(folder)
@@ -114,24 +116,36 @@ def trace_calibration(run: PruneRun, folder: Path) -> None:
 
 
 def selected(run: PruneRun, work: Path) -> Selection:
-    """The selection: by the method that was asked for, or by what candidates are worth on held-out examples."""
+    """The selection: a given one, the best of candidates on held-out examples, or that of the method asked for."""
+    if run.chosen is not None:
+        return completed(run.chosen, run.snapshot)
+    if run.plan is not None:
+        return completed(_best_candidate(run, work), run.snapshot)
     assert run.trace is not None
     assert run.options.select is not None
-    if run.plan is not None and run.options.choice is not None:
-        folder, file = work / "candidates.partial", work / "shape" / "selection.json"
-        if file.is_file():
-            run.progress.note("Using the selection that the interrupted run has chosen.")
-            chosen = load_selection(file)
-        else:
-            folder.mkdir(exist_ok=True)
-            chosen = auto_select(
-                run.snapshot, run.plan, run.trace, run.options.select, run.options.choice, run.progress, folder
-            )
-            chosen.save(file)
-        shutil.rmtree(folder, ignore_errors=True)
-        run.progress.note(f"Chosen: {chosen.choice['reason'] if chosen.choice else ''}")
-        return chosen
-    return select_from_trace(run.trace, with_curves(run, run.options.select, work))
+    asked = with_curves(run, run.options.select, work)
+    return completed(TraceSelector(run.trace, asked.scoring).select(asked), run.snapshot)
+
+
+def _best_candidate(run: PruneRun, work: Path) -> Selection:
+    """The candidate that loses least; one that an interrupted run has chosen already is taken."""
+    assert run.trace is not None
+    assert run.plan is not None
+    assert run.options.select is not None
+    assert run.options.choice is not None
+    folder, file = work / "candidates.partial", work / "shape" / "selection.json"
+    if file.is_file():
+        run.progress.note("Using the selection that the interrupted run has chosen.")
+        chosen = load_selection(file)
+    else:
+        folder.mkdir(exist_ok=True)
+        chosen = auto_select(
+            run.snapshot, run.plan, run.trace, run.options.select, run.options.choice, run.progress, folder
+        )
+        chosen.save(file)
+    shutil.rmtree(folder, ignore_errors=True)
+    run.progress.note(f"Chosen: {chosen.choice['reason'] if chosen.choice else ''}")
+    return chosen
 
 
 def with_curves(run: PruneRun, asked: SelectOptions, work: Path) -> SelectOptions:

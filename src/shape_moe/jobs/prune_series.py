@@ -134,8 +134,7 @@ def _check_each(run: PruneRun, asked: SelectOptions, keeps: Sequence[float]) -> 
 
 def _carry_out(run: PruneRun, work: Workspace, place: SeriesPlace) -> SeriesResult:
     """The phases: trace, select all, judge all, ask the masked original, write and check each, describe."""
-    (work.path / "shape").mkdir(exist_ok=True)
-    trace_calibration(run, work.path / "shape" / "trace")
+    trace_calibration(run, work.path)
     refits = work.path / REFIT_FOLDER
     selections = [
         refitted_as_asked(run, selection, refits / f"{rate:g}")

@@ -10,7 +10,8 @@ from typing import Any
 from shape_moe.evaluation.evaluated import TASK, Evaluated, Evaluation
 from shape_moe.evaluation.falls import Fall
 from shape_moe.evaluation.measures import Measured
-from shape_moe.evaluation.verdict import Verdict, Word, describe_answers, describe_calls
+from shape_moe.evaluation.verdict import Verdict, Word
+from shape_moe.evaluation.verdict_words import describe_answers, describe_calls
 from shape_moe.reporting.demo_rows import demo_best, demo_command, demo_headings, demo_headline, demo_short
 from shape_moe.reporting.experiment_tables import experiment_bests, experiment_sizes
 from shape_moe.reporting.figures.figure import sentence

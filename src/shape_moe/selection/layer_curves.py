@@ -23,6 +23,7 @@ from shape_moe.errors import CheckpointError, FingerprintError, UsageError
 from shape_moe.json_file import read_json
 from shape_moe.selection.budget import Room
 from shape_moe.selection.method import Method, Routing
+from shape_moe.tracing.trace import TraceInfo
 from shape_moe.workspace import write_text
 
 FORMAT_VERSION = 1
@@ -69,6 +70,10 @@ class LayerCurves:
             raise UsageError("Counts of layer curves must ascend from 1 or more and stay below the number of experts.")
         if np.shape(self.sums) != shape or np.shape(self.tokens) != shape[2:] or np.sum(self.tokens) <= 0:
             raise UsageError("Layer curves must hold a sum for every layer, count, class and half, over some tokens.")
+        if np.min(self.tokens) < 0:
+            raise UsageError("Layer curves must not hold negative numbers of tokens.")
+        if list(self.layers) != sorted({*self.layers}) or len({*self.classes}) < len(self.classes):
+            raise UsageError("Layers of layer curves must ascend, and their classes differ.")
 
     def by_class(self, half: int | None = None) -> NDArray[np.float64]:
         """``K_c[l][n]`` in nats, float64 [C, L, E + 1], infinite below the smallest measured count.
@@ -106,15 +111,25 @@ class LayerCurves:
         rows = np.arange(len(self.layers))
         return {name: float(k[rows, kept].sum()) for name, k in zip(self.classes, self.by_class(), strict=True)}
 
-    def check(self, fingerprint: str, method: Method, options: dict[str, float]) -> None:
+    def check(self, info: TraceInfo, method: Method, options: dict[str, float]) -> None:
         """Check that the curves were measured for what they are used for.
 
+        Args:
+            info: of the trace that they are used with.
+            method: what is asked of a selection.
+            options: how tokens weigh in it, and its seed.
+
         Raises:
-            FingerprintError: when they are of another model.
+            FingerprintError: when they are of another model, or of other layers or experts than it has.
             UsageError: when layers were cut by another scorer, other weights or in another routing.
         """
-        if fingerprint != self.fingerprint:
+        if info.fingerprint != self.fingerprint:
             raise FingerprintError(f"The layer curves are of another model ({self.model}).")
+        if (info.layers, info.num_experts) != (self.layers, self.num_experts):
+            raise FingerprintError(
+                f"The layer curves are damaged: they have {len(self.layers)} layers of {self.num_experts} experts with "
+                f"other numbers than the trace, which has {len(info.layers)} of {info.num_experts}; measure them anew."
+            )
         own = Method(self.scorer, "measured", self.routing, gate_scale=self.gate_scale)
         asked = (method.scorer, method.routed, options)
         if (self.scorer, own.routed, self.options) != asked:

@@ -225,7 +225,7 @@ class TraceSelector:
         picker = _Picker(options, info.layers, info.routing, most)
         curves = options.curves if picker.rule.by_curves else None
         if curves is not None:
-            curves.check(info.fingerprint, options.method, {**weights.flags, "seed": self.scoring.seed})
+            curves.check(info, options.method, {**weights.flags, "seed": self.scoring.seed})
         scores, halves = self._scored(options.method.scorer, by_layer=picker.rule.by_layer)
         selection, mask, budget = _selection(picker, scores, info.routing.top_k)
         if curves is not None and not (curves.has_half(0) and curves.has_half(1)):
