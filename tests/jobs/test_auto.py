@@ -121,7 +121,7 @@ def test_a_limit_decides_the_keep_rate(embedded, data, tmp_path) -> None:
 def test_too_few_examples_for_a_limit_are_refused_before_the_work(embedded, data, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(session, "load_original", lambda *_: pytest.fail("the model was loaded"))
     options = PruneOptions(choice=ChoiceOptions(limit=Limit("max_drop", 0.01), held_out_samples=60), device="cpu")
-    with pytest.raises(UsageError, match=r"60 held-out examples .* below 6\.0%.*judge by 381 or more"):
+    with pytest.raises(UsageError, match=r"60 held-out examples .* below 6\.1 %.*judge by 381 or more"):
         prune(embedded, tmp_path / "out", options, data=data)
     automatic = replace(options, select=SelectOptions(1.0, method=Method(AUTO)))
     with pytest.raises(UsageError, match=r"for 16 methods together.*judge by 865 or more"):
@@ -234,7 +234,7 @@ def test_the_preferred_one_of_those_tied_is_taken(tied, chosen, said) -> None:
     search = SimpleNamespace(
         bench=bench,
         methods=[point.method for point in points],
-        measuring=lambda *_: nullcontext(lambda method, keep: by_scorer[method.scorer]),
+        measuring=lambda *_: nullcontext(lambda asked: [by_scorer[method.scorer] for method, _ in asked]),
     )
     selection, record = auto_module._closest(search, 0.5)
     assert selection.scorer == chosen

@@ -119,7 +119,8 @@ def test_the_document_is_json_and_complete(evaluated) -> None:
     assert [entry["kind"] for entry in document["models"]] == ["dense", "checkpoint", "mask"]
     entry = document["models"][1]
     keep = pytest.approx(0.4, abs=0.01)
-    assert entry["selection"] == {"scorer": "shape", "rule": "coverage", "routing": "drop", "keep": keep}
+    method = {"scorer": "shape", "rule": "coverage", "routing": "drop", "gate_scale": "survivors"}
+    assert entry["selection"] == {**method, "keep": keep, "num_layers": 4, "num_experts": 32}
     assert set(entry["sets"]["task"]) == {"quality", "change", "generation"}
     assert entry["classes"]["field"] == "task"
     assert entry["classes"]["by"]["sorting"]["quality"]["nll"] == pytest.approx(entry["sets"]["task"]["quality"]["nll"])

@@ -125,7 +125,8 @@ def test_the_command_opens_with_the_verdict(embedded, broken, files, tmp_path, c
     lines = out.splitlines()
     assert len(out) < 10_000  # no line is filled up to the width of a pipe
     assert lines[0] == (
-        "broken: 81 % smaller, from 6.47 MiB to 1.22 MiB; 12 % of the experts kept by reap/coverage, drop."
+        "broken (4 layers of 32 experts): 81 % smaller, from 6.47 MiB to 1.22 MiB; 12 % of the experts kept by "
+        "reap/coverage, drop."
     )
     assert lines[1].startswith("  Verdict: damaged. ")
     assert run([*arguments, "--json", "--max-drop", "1%"]) == 0

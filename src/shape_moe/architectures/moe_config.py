@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -57,7 +58,9 @@ class MoeConfig:
         top_k: experts per token (``k``).
         groups: group-limited routing, None where a token may use any expert.
         renormalises: whether gate weights sum to one (times a constant) over the top-k.
-        residual_scale: factor on the block's output before it joins the residual stream.
+        residual_scale: factor on the experts' output before it joins the residual stream.
+        stream_scale: factor on the residual stream in that sum.
+        block_scale: factor on the block's output in that sum; the rest of ``residual_scale`` lies inside the block.
     """
 
     family: Family
@@ -67,6 +70,13 @@ class MoeConfig:
     groups: RouterGroups | None
     renormalises: bool
     residual_scale: float
+    stream_scale: float = 1.0
+    block_scale: float = 1.0
+
+    @property
+    def router_scores(self) -> Literal["softmax", "sigmoid", "other"]:
+        """How router logits become probabilities."""
+        return self.family.router_scores
 
     @property
     def has_next_choice(self) -> bool:
@@ -79,7 +89,7 @@ class MoeConfig:
     @property
     def has_gate_scale(self) -> bool:
         """Whether gate weights of the kept experts grow when others leave the router, without being renormalised."""
-        return not self.renormalises and self.family.router_scores == "softmax"
+        return not self.renormalises and self.router_scores == "softmax"
 
     @property
     def routing(self) -> RouterFacts:
@@ -156,8 +166,9 @@ def read_moe_config(config: Config) -> MoeConfig:
         raise UnsupportedModelError(
             "This checkpoint is already pruned with unequal expert counts; start from the original model."
         )
-    num_experts = _first(config, family.count_keys)
-    top_k = _first(config, family.top_k_keys)
+    part = family.language_part(config)
+    num_experts = _first(part, family.count_keys)
+    top_k = _first(part, family.top_k_keys)
     if not num_experts or not top_k:
         raise UnsupportedModelError(
             f"This model has no experts: its configuration ({family.model_type}) counts none, and there is nothing "
@@ -165,22 +176,39 @@ def read_moe_config(config: Config) -> MoeConfig:
         )
     renormalises = family.renormalises
     if isinstance(renormalises, str):
-        renormalises = bool(config.get(renormalises, False))
-    scale = config.get(family.residual_scale_key, 1.0) if family.residual_scale_key else 1.0
+        renormalises = bool(part.get(renormalises, False))
+    scales = (part.get(key, 1.0) for key in (family.residual_scale_key, family.routed_scale) if key is not None)
     return MoeConfig(
         family=family,
-        num_layers=int(config["num_hidden_layers"]),
+        num_layers=_num_layers(part, family),
         num_experts=num_experts,
         top_k=top_k,
-        groups=_router_groups(config, family),
+        groups=_router_groups(part, family),
         renormalises=renormalises,
-        residual_scale=float(scale),
+        residual_scale=math.prod(_factor(scale) for scale in scales),
+        block_scale=_factor(part.get(family.residual_scale_key or "", 1.0)),
+        stream_scale=float(part.get(family.stream_scale_key or "", 1.0)),
     )
+
+
+_FACTORS = {"sum": 1.0, "average": 0.5}
+"""What words say about how the experts' output and the shared expert's are put together."""
+
+
+def _factor(value: Any) -> float:
+    return _FACTORS[value] if isinstance(value, str) else float(value)
+
+
+def _num_layers(part: Config, family: Family) -> int:
+    listed = part.get(family.layer_list or "")
+    return int(part["num_hidden_layers"]) if "num_hidden_layers" in part else len(listed or ())
 
 
 def _first(config: Config, keys: tuple[str, ...]) -> int:
     values = [config[key] for key in keys if config.get(key) is not None]
-    return int(values[0]) if values else 0
+    if not values:
+        return 0
+    return int(values[0][0] if isinstance(values[0], list) else values[0])
 
 
 def _router_groups(config: Config, family: Family) -> RouterGroups | None:

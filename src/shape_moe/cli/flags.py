@@ -66,13 +66,13 @@ class SeedFlag:
 
 @dataclass
 class StreamFlag:
-    """How a model that is traced lies in memory."""
+    """How a model lies in memory while it is traced and judged."""
 
     stream: Annotated[
         bool | None,
         typer.Option(
             "--stream/--no-stream",
-            help="Trace layer by layer, for models larger than memory, or with the whole model in memory. Default: "
+            help="Run layer by layer, for models larger than memory, or with the whole model in memory. Default: "
             "whole where it fits.",
             rich_help_panel=RUN_PANEL,
         ),

@@ -233,7 +233,9 @@ class _Case:
     @property
     def options(self) -> ExampleOptions:
         """Some examples of the embedded model's tasks."""
-        return ExampleOptions(DataOptions(examples("sorting", 8, seed=1)), device=self.device, dtype="float32")
+        return ExampleOptions(
+            DataOptions.of(examples("sorting", 8, seed=1), samples=8), device=self.device, dtype="float32"
+        )
 
     @property
     def traced(self) -> Trace:

@@ -8,7 +8,7 @@ from typing import Any
 
 from shape_moe.errors import UsageError
 from shape_moe.evaluation import measures
-from shape_moe.evaluation.bench import Bench
+from shape_moe.evaluation.comparison import Comparison
 from shape_moe.evaluation.measures import Measured
 from shape_moe.progress import Advance
 from shape_moe.scoring.scores import Scores
@@ -63,7 +63,7 @@ class Faithfulness:
 
 
 def faithfulness(
-    bench: Bench,
+    bench: Comparison,
     selection: Selection,
     scores: Scores,
     *,
@@ -91,8 +91,9 @@ def faithfulness(
     if draws < FEWEST_RANDOM:
         raise UsageError(f"Faithfulness needs at least {FEWEST_RANDOM} random selections, not {draws}.")
     controls = [random_selection(selection, seed + i, groups=groups) for i in range(draws)]
-    found = []
-    for chosen in (selection, inverted_selection(selection, scores, groups=groups), *controls):
+    found, judged = [], [selection, inverted_selection(selection, scores, groups=groups), *controls]
+    bench.prepare(judged)
+    for chosen in judged:
         found.append(bench.judge(chosen, freely=False))
         advance(1)
     return Faithfulness(name, found[0], found[1], tuple(found[2:]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -11,11 +11,13 @@ from shape_moe.architectures.fingerprint import fingerprint
 from shape_moe.architectures.loading import load_model, load_tokenizer, release_memory
 from shape_moe.architectures.sizes import measure
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
+from shape_moe.calibration.example_maker import ExampleMaker
 from shape_moe.calibration.reading import load_records
 from shape_moe.calibration.records import DataOptions, Record
 from shape_moe.calibration.sources import Data
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.evaluation.bench import Bench
+from shape_moe.evaluation.comparison import Comparison
 from shape_moe.evaluation.conclusion import conclude
 from shape_moe.evaluation.evaluated import ALSO, TASK, Evaluated, Evaluation
 from shape_moe.evaluation.faithfulness import FEWEST_RANDOM, Faithfulness, faithfulness
@@ -28,6 +30,7 @@ from shape_moe.evaluation.subjects import Candidate, open_candidates, scores_of
 from shape_moe.evaluation.task_results import TaskResult, task_changes
 from shape_moe.evaluation.teacher_forced import TeacherForced
 from shape_moe.evaluation.verdict import MAX_DROP, Verdict, check_max_drop
+from shape_moe.jobs.evaluate_by_layers import LIKELIHOOD_ALONE, NeedsWholeModel, layered_benches
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES, held_out_set
 from shape_moe.jobs.judging_plan import JudgingPlan, check_minutes, plan_judging
 from shape_moe.jobs.session import ExampleOptions, ModelSession, as_example_options, load_original
@@ -155,7 +158,7 @@ class _Run:
         self.device, self.dtype = placement
         self.notes: list[str] = []
         self.size = measure(snapshot)
-        self.benches: dict[str, Bench] = {}
+        self.benches: Mapping[str, Comparison] = {}
         self.asked: list[Record] = []
         self.questions: Questions | None = None
         self.scores: dict[str, Scores] = {}
@@ -236,6 +239,8 @@ class _Run:
 
     def _judged_on_dense(self) -> tuple[list[Evaluated], list[Faithfulness]]:
         """The dense model and all masks on it, and what faithfulness says of every selection."""
+        if self.session is not None and self.session.reads_layers:
+            return self._judged_by_layers(self.session)
         if self.session is not None:
             model = self.session.model
             plan = self._plan(self.session)
@@ -258,6 +263,25 @@ class _Run:
             self.session.unload()
         return models, checks
 
+    def _judged_by_layers(self, session: ModelSession) -> tuple[list[Evaluated], list[Faithfulness]]:
+        """The same of a dense model that is not in memory: all masks in one reading of the weights for each set."""
+        options, generation, tasks = self.options, self.options.generation, self.options.tasks
+        NeedsWholeModel(
+            tasks=tasks is not None and tasks.engine != "vllm",
+            answer_pattern=generation is not None and generation.answer_pattern is not None,
+        ).refuse()
+        self.benches = layered_benches(session, self._sources(session, session.calibrator), options.seed)
+        self.notes.append(LIKELIHOOD_ALONE)
+        self._know_asked(session)
+        masks = [entry for entry in self.candidates if entry.snapshot is None and entry.selection is not None]
+        for bench in self.benches.values():
+            bench.prepare([entry.selection for entry in masks if entry.selection is not None])
+        dense = Evaluated(self.snapshot.name, "dense", None, self.snapshot.total_bytes)
+        dense.sets = {name: bench.dense() for name, bench in self.benches.items()}
+        models = [dense, *(self._found_mask(entry, Replies()) for entry in masks)]
+        chosen = [(entry, entry.selection) for entry in self.candidates if options.faithfulness and entry.selection]
+        return models, [self._faithfulness(entry, selection) for entry, selection in chosen]
+
     def _plan(self, session: ModelSession) -> JudgingPlan:
         """How much is judged; how long that takes is said."""
         generation, others = self.options.generation, len(self.candidates)
@@ -273,10 +297,15 @@ class _Run:
         self.notes += [plan.note] if plan.note else []
         return plan
 
+    def _sources(self, session: ModelSession, task: ExampleMaker) -> dict[str, ExampleMaker]:
+        """The sets of examples."""
+        also = self.options.also
+        if also is None:
+            return {TASK: task}
+        return {TASK: task, ALSO: session.calibrator_of(load_records(also, self.progress), also)}
+
     def _open_benches(self, session: ModelSession, plan: JudgingPlan) -> dict[str, Bench]:
-        sources, generation = {TASK: plan.maker}, self.options.generation
-        if self.options.also is not None:
-            sources[ALSO] = session.calibrator_of(load_records(self.options.also, self.progress), self.options.also)
+        sources, generation = self._sources(session, plan.maker), self.options.generation
         if generation is not None:
             generation = replace(generation, examples=max(1, min(generation.examples, plan.amounts.answers)))
         return {
@@ -291,10 +320,14 @@ class _Run:
             for name, maker in sources.items()
         }
 
-    def _ask_dense(self, session: ModelSession, plan: JudgingPlan) -> None:
-        """Let the dense model answer what a bench does not ask."""
+    def _know_asked(self, session: ModelSession) -> None:
+        """Find the records that are judged by."""
         by_index = {record.index: record for record in session.calibrator.records}
         self.asked = [by_index[example.index] for example in self.benches[TASK].held_out.examples]
+
+    def _ask_dense(self, session: ModelSession, plan: JudgingPlan) -> None:
+        """Let the dense model answer what a bench does not ask."""
+        self._know_asked(session)
         if self.candidates:
             self.questions = Questions(
                 session.model,
@@ -308,11 +341,16 @@ class _Run:
 
     def _masked(self, entry: Candidate, model: PreTrainedModel) -> Evaluated:
         assert entry.selection is not None
-        size = round(self.size.at_keep(entry.selection.kept))
-        found = Evaluated(entry.name, "mask", entry.selection, size)
         with masked(model, entry.selection):
-            replies = self._ask(found, model, entry)
-            found.tasks = self._tasks(model)
+            replies, tasks = self._ask(entry, model), self._tasks(model)
+        found = self._found_mask(entry, replies)
+        found.tasks = tasks
+        return found
+
+    def _found_mask(self, entry: Candidate, replies: Replies) -> Evaluated:
+        """What is found of a selection as a mask."""
+        assert entry.selection is not None
+        found = Evaluated(entry.name, "mask", entry.selection, round(self.size.at_keep(entry.selection.kept)))
         self._judge(found, entry.selection, replies)
         return found
 
@@ -322,14 +360,12 @@ class _Run:
             model = load_model(snapshot, device=self.device, dtype=self.dtype, note=self.progress.note)
             advance(1)
         found = Evaluated(entry.name, "checkpoint", entry.selection, snapshot.total_bytes)
-        self._judge(found, model, self._ask(found, model, entry))
+        self._judge(found, model, self._ask(entry, model))
         found.tasks = self._tasks(model)
         return found
 
-    def _ask(self, found: Evaluated, model: PreTrainedModel, entry: Candidate) -> Replies:
-        if self.questions is None:
-            return Replies()
-        return self.questions.ask(model, found.name, entry.seen)
+    def _ask(self, entry: Candidate, model: PreTrainedModel) -> Replies:
+        return self.questions.ask(model, entry.name, entry.seen) if self.questions is not None else Replies()
 
     def _judge(self, found: Evaluated, subject: Selection | PreTrainedModel, replies: Replies) -> None:
         """Figures and verdict over the held-out examples, where there are such."""

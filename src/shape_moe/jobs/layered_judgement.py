@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from shape_moe.architectures.layered_model import LayeredModel
 from shape_moe.calibration.parts import Parts
 from shape_moe.calibration.records import DataOptions
 from shape_moe.errors import ShapeMoeError
-from shape_moe.evaluation.by_layers import compare_by_layers
 from shape_moe.evaluation.conclusion import conclude
+from shape_moe.evaluation.layered_bench import LayeredBench
 from shape_moe.evaluation.outcomes import Seen
 from shape_moe.jobs.held_out import held_out_set
 from shape_moe.jobs.judgement import Judgement, JudgementOptions, no_judgement, why_parts_unmeasured
+from shape_moe.jobs.search import open_layers
 from shape_moe.jobs.seen_examples import seen_records
 from shape_moe.jobs.session import ModelSession
 from shape_moe.selection.selection import Selection
-from shape_moe.units import capitalised, counted, readable_size
+from shape_moe.units import capitalised
 
 _LIKELIHOOD_ALONE = (
     "Judged layer by layer, by the likelihood of the right answers; for free answers, tool calls and general prompts "
@@ -31,6 +32,7 @@ def judge_layer_by_layer(
     selections: Sequence[Selection],
     options: JudgementOptions,
     remarks: Sequence[str] = (),
+    folder: Path | None = None,
 ) -> list[Judgement]:
     """Judge selections as masks, dense and masked hidden states going through each layer together.
 
@@ -41,14 +43,14 @@ def judge_layer_by_layer(
         selections: what the written models keep.
         options: see :class:`shape_moe.jobs.judgement.JudgementOptions`.
         remarks: what else a reader should know.
+        folder: where an interrupted judgement goes on, None for nowhere.
     """
     assert session.snapshot is not None
     reasons = why_parts_unmeasured(parts)
     if not parts.report:
         return [no_judgement(f"{capitalised('; '.join(reasons))}.", options)] * len(selections)
-    progress, asked = session.progress, session.options
-    model = LayeredModel(session.snapshot, device=asked.device, dtype=asked.dtype)
     try:
+        model = open_layers(session)
         maker, again = session.calibrator_of(parts.report, data), seen_records(parts)
         held_out = held_out_set(session, maker, "the judgement", model=model.model)
         known = session.calibrator_of(again, data) if again else None
@@ -57,12 +59,10 @@ def judge_layer_by_layer(
     except ShapeMoeError as error:  # answers that are missing cannot be written here
         return [no_judgement(str(error), options)] * len(selections)
     session.unload()
-    progress.note(
-        f"To be judged, dense and pruned, layer by layer: {counted(len(held_out.examples), 'example')}; for that the "
-        f"weights are read once more ({readable_size(session.snapshot.total_bytes)}); --no-judge leaves it out."
-    )
-    with progress.phase("Judging layer by layer", model.num_layers, "layer") as advance:
-        dense, *pruned = compare_by_layers(model, everything, selections, advance)
+    session.progress.note("What is kept is judged; --no-judge leaves it out.")
+    with LayeredBench(model, everything, folder=folder, progress=session.progress) as bench:
+        bench.prepare(selections)
+        dense, pruned = bench.dense_sums, [bench.sums(selection) for selection in selections]
     notes = [*(f"Not measured: {reason}." for reason in reasons), f"{parts.sentence}.", *remarks, _LIKELIHOOD_ALONE]
     count, found = len(held_out.examples), []
     for sums in pruned:

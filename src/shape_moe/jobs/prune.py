@@ -12,10 +12,10 @@ from typing import Any
 from shape_moe.architectures.fingerprint import fingerprint, layout_fingerprint
 from shape_moe.architectures.loading import free_memory
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
-from shape_moe.calibration.parts import FEWEST
+from shape_moe.calibration.parts import FEWEST, Parts
 from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.sources import Data
-from shape_moe.errors import ShapeMoeError
+from shape_moe.errors import DataError, ShapeMoeError
 from shape_moe.jobs.auto import AUTO_HELD_OUT, methods_to_try
 from shape_moe.jobs.closing import commands_after
 from shape_moe.jobs.judgement import (
@@ -43,7 +43,7 @@ from shape_moe.jobs.select import check_options
 from shape_moe.jobs.session import ExampleOptions, ModelSession
 from shape_moe.jobs.sliced_imatrix import open_imatrix
 from shape_moe.jobs.trace import open_trace
-from shape_moe.jobs.way import check_measurable, check_whole
+from shape_moe.jobs.way import check_measurable
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import CanaryResult
 from shape_moe.pruning.compare import file_hash
@@ -183,13 +183,31 @@ def _open_session(run: PruneRun, tracing: ExampleOptions) -> None:
     snapshot, options = run.snapshot, run.options
     if options.select is not None and makes_curves(options.select):
         check_measurable(snapshot, tracing)
-    records, refits = None, run.may_refit
-    if options.judgement is not None or refits:
-        judging = options.judgement or JudgementOptions(examples=FEWEST)
-        choice = AUTO_HELD_OUT if refits else 0
-        run.parts = set_aside(tracing.data, judging, choice=choice, give_up=False, progress=run.progress)
-        records = run.parts.calibration
+    run.parts = _told_apart(run, tracing.data)
+    records = run.parts.calibration if run.parts is not None else None
     run.session = ModelSession.open(snapshot, tracing, None, run.progress, records)
+
+
+def _told_apart(run: PruneRun, data: DataOptions) -> Parts | None:
+    """The examples to calibrate, to choose a refit by, and to report by; None where all of them calibrate.
+
+    Raises:
+        DataError: when too few are left to choose by, and a refit must be chosen.
+    """
+    judging = run.options.judgement
+    if run.may_refit:
+        try:
+            return set_aside(
+                data,
+                judging or JudgementOptions(examples=FEWEST),
+                choice=AUTO_HELD_OUT,
+                give_up=False,
+                progress=run.progress,
+            )
+        except DataError:
+            if run.options.refit == "on":
+                raise
+    return set_aside(data, judging, give_up=False, progress=run.progress) if judging is not None else None
 
 
 def _write(run: PruneRun, selection: Selection, work: Workspace, place: PrunedPlace) -> PruneResult:
@@ -199,7 +217,7 @@ def _write(run: PruneRun, selection: Selection, work: Workspace, place: PrunedPl
     selection = refitted_as_asked(run, selection, work.path / REFIT_FOLDER)
     selection.save(artifacts / "selection.json")
     run.notes += [*selection.warnings, *left_out]
-    judgement = judged(run, [selection])[0] if run.options.judgement is not None else None
+    judgement = judged(run, [selection], work.path)[0] if run.options.judgement is not None else None
     canaries, skipped = masked_canaries(run, [selection])
     made = PrunedModel(selection, judgement, canaries[0] if canaries else None, skipped, left_out, place.file)
     size, hashes, logits = write_weights(run, made, work.path)
@@ -235,7 +253,6 @@ def _plan_choice(
     seed = select.scoring.seed
     tracing = held_out_tracing(options.trace, trace, choice.held_out, seed)
     tracing = replace(tracing, device=options.device, dtype=options.dtype, stream=options.stream)
-    check_whole(snapshot, tracing)
     plan = plan_search(
         snapshot,
         tracing,

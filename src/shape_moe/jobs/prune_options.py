@@ -103,9 +103,9 @@ def check_request(
     elif options.trace is not None and options.judgement is None and (trace is not None or selection is not None):
         raise UsageError("Beside a trace or a selection, data (--data) only judge: leave them out without judgement.")
     check_refit(options.refit)
-    if options.refit != "off" and (trace is not None or selection is not None):
+    if options.refit == "on" and (trace is not None or selection is not None):
         raise UsageError(
-            "--refit runs the calibration examples through the model once more: start from them (--data), without "
+            "--refit on runs the calibration examples through the model once more: start from them (--data), without "
             "--trace and --selection, or leave it out."
         )
     asked = options.select

@@ -11,6 +11,7 @@ from shape_moe.architectures.gguf_model import GgufModel
 from shape_moe.architectures.layered_model import why_not_layered
 from shape_moe.architectures.loading import release_memory
 from shape_moe.architectures.snapshot import Snapshot
+from shape_moe.calibration.example_maker import ExampleMaker
 from shape_moe.calibration.parts import Parts
 from shape_moe.errors import DataError
 from shape_moe.interop.imatrix import Imatrix
@@ -167,23 +168,39 @@ def refitted_as_asked(run: PruneRun, selection: Selection, folder: Path) -> Sele
     if (reason := why_not_refittable(run.snapshot)) is not None:
         run.progress.note(f"Not refitted: {reason}")
         return selection
-    session, plan, parts = run.session, run.plan, run.parts
-    assert session is not None, "checked before"
-    if plan is not None:
-        records, data = plan.held_out.records, plan.data
-    else:
-        assert parts is not None, "set aside before"
-        records, data = parts.choice, session.options.data
-    maker = session.calibrator_of(list(records), data)
-    found = choose_refit(
-        session, selection, maker, stored_dtype(run.snapshot), folder, always=run.options.refit == "on"
-    )
+    if (decide := _examples_for_refit(run)) is None:
+        run.progress.note(
+            "Not refitted: a refit needs the examples that calibrate, and others to choose by: give them by --data, "
+            "without --trace and --selection."
+        )
+        return selection
+    session, maker = decide
+    always, stored = run.options.refit == "on", stored_dtype(run.snapshot)
+    found = choose_refit(session, selection, maker, stored, folder, always=always)
     run.notes += found.notes
     return found.selection
 
 
-def judged(run: PruneRun, selections: Sequence[Selection]) -> list[Judgement]:
-    """What pruning did to the model, for each selection, while the full model is (or can be) loaded."""
+def _examples_for_refit(run: PruneRun) -> tuple[ModelSession, ExampleMaker] | None:
+    """What calibrates a refit, and the examples that decide whether it is used; None where either is missing."""
+    session, plan, parts = run.session, run.plan, run.parts
+    if session is None:
+        return None
+    if plan is not None:  # with a finished trace the session holds what candidates are judged by
+        return None if plan.trace is not None else (session, session.calibrator_of(plan.held_out.records, plan.data))
+    if parts is None or not parts.choice:
+        return None
+    return session, session.calibrator_of(parts.choice, session.options.data)
+
+
+def judged(run: PruneRun, selections: Sequence[Selection], work: Path) -> list[Judgement]:
+    """What pruning did to the model, for each selection, while the full model is (or can be) loaded.
+
+    Args:
+        run: the job.
+        selections: what is kept.
+        work: the unfinished result, in which a judgement that was interrupted goes on.
+    """
     options, device, dtype = run.options.judgement, run.options.device, run.options.dtype
     assert options is not None
     if run.session is None and run.judge is None:
@@ -197,7 +214,11 @@ def judged(run: PruneRun, selections: Sequence[Selection]) -> list[Judgement]:
     run.session = found.session
     notes = [found.note] if found.note else []
     if found.session.reads_layers:
-        return judge_layer_by_layer(found.session, found.parts, found.data, selections, options, notes)
+        folder = work / "judgement.partial"
+        folder.mkdir(exist_ok=True)
+        judgements = judge_layer_by_layer(found.session, found.parts, found.data, selections, options, notes, folder)
+        shutil.rmtree(folder)
+        return judgements
     seen = seen_by(run.trace, selections[0])
     return judge_selections(found.session, found.parts, found.data, selections, options, seen, notes)
 

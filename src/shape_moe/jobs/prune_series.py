@@ -142,7 +142,7 @@ def _carry_out(run: PruneRun, work: Workspace, place: SeriesPlace) -> SeriesResu
     ]
     left_out = what_is_left_out(run.snapshot)
     run.notes += [*_said_of_all(selections), *left_out]
-    judgements = judged(run, selections) if run.options.judgement is not None else [None] * len(selections)
+    judgements = judged(run, selections, work.path) if run.options.judgement is not None else [None] * len(selections)
     answers, skipped = masked_canaries(run, selections)
     canaries = answers if answers is not None else [None] * len(selections)
     made = [

@@ -16,9 +16,9 @@ from shape_moe.calibration.responses import pad_token_id
 from shape_moe.calibration.sources import Data
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.bench import Bench
-from shape_moe.evaluation.by_layers import compare_by_layers
 from shape_moe.evaluation.intervals import Bootstrap
 from shape_moe.jobs.held_out import held_out_set
+from shape_moe.jobs.search import layered_bench
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options
 from shape_moe.progress import SILENT, Progress
 from shape_moe.selection.selection import Selection
@@ -208,15 +208,11 @@ def _judged(
     session: ModelSession, chosen_by: ExampleMaker, candidates: Sequence[Selection], folder: Path
 ) -> list[TeacherForced]:
     """Teacher-forced sums of every candidate beside the dense model; where layers are read from disk in one reading."""
-    from shape_moe.architectures.layered_model import LayeredModel
-
-    progress, asked, name = session.progress, session.options, "the choosing part"
+    progress, name = session.progress, "the choosing part"
     if session.reads_layers:
-        assert session.snapshot is not None
-        layered = LayeredModel(session.snapshot, device=asked.device, dtype=asked.dtype)
-        held_out = held_out_set(session, chosen_by, name, folder, model=layered.model)
-        with progress.phase("Judging refits", layered.num_layers, "layer") as advance:
-            return compare_by_layers(layered, held_out, candidates, advance)[1:]
+        with layered_bench(session, chosen_by, name, 1, 0, folder) as layered:
+            layered.prepare(candidates)
+            return [layered.sums(candidate) for candidate in candidates]
     held_out = held_out_set(session, chosen_by, name, folder)
     with (
         Bench(session.model, session.tokenizer, held_out, folder=folder, progress=progress) as bench,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -125,9 +126,14 @@ def slice_tensor(keeping: Keeping, slot: TensorSlot) -> SlicedTensor | None:
     name, rows = found
     if rows is None:
         return SlicedTensor(name, slot.shape, slot, ((slot.start, slot.size),))
-    row = slot.size // slot.shape[0]
-    ranges = tuple((slot.start + first * row, count * row) for first, count in _runs(rows))
-    return SlicedTensor(name, (len(rows), *slot.shape[1:]), slot, ranges)
+    along = keeping.dimension(slot.name)
+    before = math.prod(slot.shape[:along])
+    whole = slot.size // before
+    row = whole // slot.shape[along]
+    ranges = tuple(
+        (slot.start + part * whole + first * row, count * row) for part in range(before) for first, count in _runs(rows)
+    )
+    return SlicedTensor(name, (*slot.shape[:along], len(rows), *slot.shape[along + 1 :]), slot, ranges)
 
 
 def _runs(ids: Sequence[int]) -> Iterator[tuple[int, int]]:

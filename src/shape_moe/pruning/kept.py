@@ -25,6 +25,10 @@ class Keeping:
     layers: Mapping[int, Sequence[int]]
     cuts_router: bool
 
+    def dimension(self, name: str) -> int:
+        """Along which dimension the experts of a tensor lie that is cut."""
+        return tensor_role(self.family, name).dimension
+
     def tensor(self, name: str) -> tuple[str, Sequence[int] | None] | None:
         """What becomes of a tensor of the original.
 
@@ -32,9 +36,9 @@ class Keeping:
             name: its name on disk.
 
         Returns:
-            Its name in the pruned checkpoint and the rows of dimension 0 that it keeps (None for all of them); None
-            for a tensor that is left behind: those of dropped experts, and of layers for multi-token prediction,
-            whose experts were not traced and which no loader needs.
+            Its name in the pruned checkpoint and the rows that it keeps, along :meth:`dimension` (None for all of
+            them); None for a tensor that is left behind: those of dropped experts, and of layers for multi-token
+            prediction, whose experts were not traced and which no loader needs.
         """
         role = tensor_role(self.family, name)
         if role.layer >= self.num_layers:

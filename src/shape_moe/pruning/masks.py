@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from shape_moe.architectures.moe_config import GateScale
 from shape_moe.architectures.sites import MoeSite, find_sites, live_moe_config
 from shape_moe.pruning.down_projections import RefittedSelection, Weights, replaced_rows
 from shape_moe.selection.method import Routing
@@ -39,6 +38,7 @@ def masked(
     if weights is None and isinstance(selection, RefittedSelection):
         weights = selection.weights
     sites = matching_sites(model, selection, routing)
+    whole = live_moe_config(model).family.router_whole
     handles: list[Any] = []
     try:
         for site, ids in sites:
@@ -46,7 +46,7 @@ def masked(
             if routing == "drop":
                 handles.append(site.experts.register_forward_pre_hook(_zero_dropped(kept, selection.num_experts)))
             else:
-                handles.append(_Rerouted(site, kept, selection.num_experts, selection.gate_scale))
+                handles.append(_Rerouted(site, kept, selection, whole))
             if weights is not None and site.layer in weights:
                 handles.append(replaced_rows(site, ids, weights[site.layer]))
         yield model
@@ -88,9 +88,10 @@ def _zero_dropped(kept: torch.Tensor, total: int) -> Any:
 class _Rerouted:
     """A router that runs with the kept rows alone; its ids are translated back to those of the full model."""
 
-    def __init__(self, site: MoeSite, kept: torch.Tensor, total: int, gate_scale: GateScale) -> None:
+    def __init__(self, site: MoeSite, kept: torch.Tensor, selection: Selection, whole: Sequence[str]) -> None:
         self.router: Any = site.router
-        self.kept, self.total, self.gate_scale = kept, total, gate_scale
+        self.kept, self.total, self.gate_scale = kept, selection.num_experts, selection.gate_scale
+        self.whole = whole
         # accelerate loads offloaded weights in a forward of its own and keeps the model's under another name
         self.attribute = "_old_forward" if hasattr(self.router, "_hf_hook") else "forward"
         self.forward: Any = getattr(self.router, self.attribute)
@@ -100,8 +101,9 @@ class _Rerouted:
     def _forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         from shape_moe.pruning.modeling_shape_moe import at_trained_scale, choose_among, router_rows
 
-        kept = self.kept.to(next(iter(router_rows(self.router, self.total).values())).device)
-        logits, weights, places = choose_among(self.router, self.forward, kept, self.total, args, kwargs)
+        device = next(iter(router_rows(self.router, self.total, self.whole).values())).device
+        kept = self.kept.to(device)
+        logits, weights, places = choose_among(self.router, self.forward, kept, self.total, args, kwargs, self.whole)
         if self.gate_scale == "trained":
             everything, *_ = self.forward(*args, **kwargs)
             weights = at_trained_scale(weights, everything, kept)

@@ -4,7 +4,9 @@ This file travels inside pruned checkpoints, where ``trust_remote_code=True`` fi
 and transformers. A pruned checkpoint's ``config.json`` is that of the original model plus ``shape_pruning``::
 
     {"version": 2, "routing": "drop" | "reroute", "gate_scale": "survivors" | "trained", "num_experts": E,
-     "modules": {"experts": "mlp.experts", "router": "mlp.gate"}, "layers": {"0": [kept ids], ...}}
+     "modules": {"experts": "mlp.experts", "router": "mlp.gate"}, "layers": {"0": [kept ids], ...},
+     "rows": {"whole": [router tensors without a row per expert],
+              "block": "mlp", "block_rows": [tensors of the block with one]}}   # where a family has such
 
 The model is built as usual (on the meta device when it is loaded), and then every listed layer's experts, and under
 ``reroute`` its router, are cut down to the kept ones. Under ``drop`` the router stays whole, and slots of pruned
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,20 +47,25 @@ def prune_in_place(model: nn.Module, pruning: dict[str, Any]) -> None:
     if pruning.get("version") not in (1, VERSION) or not known:
         raise ValueError("This pruned checkpoint was written in a newer format: update shape-moe.")
     wanted = {int(layer): ids for layer, ids in pruning["layers"].items()}
+    total, rows = pruning["num_experts"], pruning.get("rows", {})
     for name, module in list(model.named_modules()):
         match = re.search(r"(?:^|\.)layers\.(\d+)$", name)
-        ids = wanted.pop(int(match[1]), None) if match else None
+        experts: Any = _child(module, pruning["modules"]["experts"]) if match else None
+        ids = wanted.pop(int(match[1]), None) if match and experts is not None else None
         if ids is None:
             continue
-        experts = module.get_submodule(pruning["modules"]["experts"])
-        _keep_rows(experts, ids, pruning["num_experts"])
+        _cut(experts, dict.fromkeys(_own_rows(experts, total), 0), ids)
         if routing == "reroute":
-            router = module.get_submodule(pruning["modules"]["router"])
+            router: Any = module.get_submodule(pruning["modules"]["router"])
+            whole = tuple(rows.get("whole", ()))
             if gate_scale == "survivors":
-                _keep_rows(router, ids, pruning["num_experts"])
+                found = router_rows(router, total, whole)
+                _cut(router, {name: _dimension(tensor, total) for name, tensor in found.items()}, ids)
+                if rows.get("block_rows"):
+                    _cut(module.get_submodule(rows["block"]), dict.fromkeys(rows["block_rows"], 0), ids)
             else:
                 router.__class__ = _keeping_scale(type(router))
-                router.kept_ids, router.total_experts = list(ids), pruning["num_experts"]
+                router.kept_ids, router.total_experts, router.whole_tensors = list(ids), total, whole
         else:
             experts.__class__ = _dropping(type(experts))
             experts.kept_ids, experts.total_experts = list(ids), pruning["num_experts"]
@@ -65,16 +73,30 @@ def prune_in_place(model: nn.Module, pruning: dict[str, Any]) -> None:
         raise ValueError(f"The model has no layers {sorted(wanted)}, which shape_pruning describes.")
 
 
-def _keep_rows(module: Any, ids: list[int], total: int) -> None:
-    """Cut every parameter and buffer with one row per expert."""
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        if parameter.shape[:1] == (total,):
-            rows = parameter.detach()[ids]
-            setattr(module, name, nn.Parameter(rows, requires_grad=parameter.requires_grad))
-    for name, buffer in list(module.named_buffers(recurse=False)):
-        if buffer.shape[:1] == (total,):
-            setattr(module, name, buffer[ids])
-    module.num_experts = len(ids)
+def _child(module: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _own_rows(module: nn.Module, total: int) -> list[str]:
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return [name for name, tensor in tensors if tensor.shape[:1] == (total,)]
+
+
+def _cut(module: nn.Module, rows: dict[str, int], ids: list[int]) -> None:
+    """Cut tensors, named with the dimension along which experts lie, down to those of the kept experts."""
+    for name, dimension in rows.items():
+        path, _, key = name.rpartition(".")
+        holder: Any = module.get_submodule(path)
+        tensor = getattr(holder, key)
+        kept = tensor.detach().index_select(dimension, torch.tensor(ids, device=tensor.device))
+        is_parameter = isinstance(tensor, nn.Parameter)
+        setattr(holder, key, nn.Parameter(kept, requires_grad=tensor.requires_grad) if is_parameter else kept)
+    counted: list[Any] = [child for child in module.modules() if hasattr(child, "num_experts")]
+    for child in counted:
+        child.num_experts = len(ids)
 
 
 def _dropping(experts_class: type[nn.Module]) -> type[nn.Module]:
@@ -107,14 +129,31 @@ def _dropping(experts_class: type[nn.Module]) -> type[nn.Module]:
     return DroppingExperts
 
 
-def router_rows(router: nn.Module, total: int) -> dict[str, torch.Tensor]:
-    """A router's own parameters and buffers with one row per expert, by name."""
-    own = [*router.named_parameters(recurse=False), *router.named_buffers(recurse=False)]
-    return {name: tensor for name, tensor in own if tensor.shape[:1] == (total,)}
+def router_rows(router: nn.Module, total: int, whole: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+    """A router's parameters and buffers with one row per expert, or one column where there is but one row, by name.
+
+    Args:
+        router: the router.
+        total: number of experts.
+        whole: names of tensors that are no such, whatever their shape.
+    """
+    tensors = [*router.named_parameters(), *router.named_buffers()]
+    shaped = [(n, t) for n, t in tensors if t.shape[:1] == (total,) or t.shape == (1, total)]
+    return {name: tensor for name, tensor in shaped if name not in whole}
+
+
+def _dimension(tensor: torch.Tensor, total: int) -> int:
+    return 0 if tensor.shape[:1] == (total,) else 1
 
 
 def choose_among(
-    router: Any, forward: Any, kept: torch.Tensor, total: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    router: Any,
+    forward: Any,
+    kept: torch.Tensor,
+    total: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    whole: Sequence[str] = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What a whole router answers when it chooses among the kept experts alone.
 
@@ -124,19 +163,32 @@ def choose_among(
         kept: int [K], ids of the kept experts, ascending, on the router's device.
         total: experts before pruning.
         args: what the router was called with.
-        kwargs: the same by name.
+        kwargs: the same by name; a bias of one number per expert is cut as the router's own tensors are.
+        whole: names of the router's tensors that have no row per expert, whatever their shape.
 
     Returns:
         Logits of the kept experts, weights by the softmax over these, and places in ``kept``.
     """
     inner: Any = nn.Module()  # lets functional_call swap the router's tensors for the time of a call
     inner.router, inner.forward = router, forward
-    rows = {f"router.{name}": tensor[kept] for name, tensor in router_rows(router, total).items()}
-    router.num_experts = len(kept)
+    rows = {
+        f"router.{name}": tensor.index_select(_dimension(tensor, total), kept.to(tensor.device))
+        for name, tensor in router_rows(router, total, whole).items()
+    }
+
+    def cut(argument: Any) -> Any:
+        return argument[kept.to(argument.device)] if getattr(argument, "shape", None) == (total,) else argument
+
+    args = tuple(cut(argument) for argument in args)
+    kwargs = {name: cut(argument) for name, argument in kwargs.items()}
+    counted = hasattr(router, "num_experts")
+    if counted:
+        router.num_experts = len(kept)
     try:
         logits, weights, places = torch.func.functional_call(inner, rows, args, kwargs)
     finally:
-        router.num_experts = total
+        if counted:
+            router.num_experts = total
     return logits, weights, places
 
 
@@ -166,7 +218,9 @@ def _keeping_scale(router_class: type[nn.Module]) -> type[nn.Module]:
         def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             everything, *_ = super().forward(*args, **kwargs)
             kept = self._kept(everything.device)
-            logits, weights, places = choose_among(self, super().forward, kept, self.total_experts, args, kwargs)
+            logits, weights, places = choose_among(
+                self, super().forward, kept, self.total_experts, args, kwargs, self.whole_tensors
+            )
             return logits, at_trained_scale(weights, everything, kept), places
 
         def _kept(self, device: torch.device) -> torch.Tensor:
@@ -189,7 +243,9 @@ def pruned_class(stock: type[transformers.PreTrainedModel]) -> type[transformers
         return known
 
     class Pruned(stock):  # type: ignore[misc]  # a base class known at run time
-        _auto_class = "AutoModelForCausalLM"
+        _auto_class = (
+            "AutoModelForCausalLM" if stock.__name__.endswith("ForCausalLM") else "AutoModelForImageTextToText"
+        )
 
         def __init__(self, config: transformers.PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
             _share_conversions(stock, type(self).__name__)

@@ -41,10 +41,9 @@ if TYPE_CHECKING:
 
     from shape_moe.calibration.batches import Batch
 
-RHOS = (0.3, 3.0, 30.0)
-"""Strengths of the ridge that are tried."""
+RHO = 0.3
+"""Strength of the ridge where nothing else is said."""
 _STRONGER = 10.0
-_TRIES = 3
 _HELD_OUT = 10
 """One token in so many is kept out of the fit."""
 
@@ -76,11 +75,13 @@ class RefitRequest:
         rho: strength of the ridge towards the original weights, relative to the experts' own inputs.
         weights: how much tokens count.
         stored: dtype in which the weights will be stored, None for the model's own.
+        tries: so many strengths a layer may take, each ten times the last, before it is left as it is.
     """
 
-    rho: float = RHOS[0]
+    rho: float = RHO
     weights: TokenWeights = field(default_factory=PredictingWeights)
     stored: torch.dtype | None = None
+    tries: int = 3
 
 
 class RefitPass:
@@ -232,7 +233,7 @@ class RefitPass:
         unknowns = len(kept) * (problem.experts[0].inputs.shape[1] + problem.has_bias)
         tokens = int((problem.scale[~problem.held_out] > 0).sum())
         rho, fit = self.request.rho, None
-        for _ in range(_TRIES):
+        for _ in range(self.request.tries):
             store = _Store(site, kept, self.request.stored, self.work)
             fit = solve(problem, rho, store)
             if fit.before > 0 and fit.generalises and store.is_finite:
