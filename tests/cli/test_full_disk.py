@@ -61,7 +61,7 @@ def commands(model: Path, made: Path, out: Path) -> dict[str, tuple[object, ...]
         "report": ("report", traced, "-o", out),
         "convert": ("convert", traced, "-o", out),
         "convert back": ("convert", made / "foreign.json", "--model", model, "-o", out),
-        "prune": ("prune", model, "--trace", traced, "--keep", 0.6, "-o", out, "--device", "cpu", "--no-logits"),
+        "prune": ("prune", model, "--trace", traced, "--keep", 0.6, "-o", out, "--scorer", "shape", "--no-logits"),
         "sweep": ("sweep", model, "--data", data, "--keep", 0.6, "-o", out, "--held-out-samples", 10, *FEW),
         "evaluate": ("evaluate", model, "--data", data, "-o", out, "--no-footprint", "--no-general", *FEW),
         "experiment": ("experiment", made / "grid.yaml", "-o", out),

@@ -16,8 +16,9 @@ from shape_moe.evaluation.harness import TaskOptions
 from shape_moe.evaluation.keep_rate import Limit
 from shape_moe.evaluation.layered_bench import LayeredBench
 from shape_moe.jobs import session as sessions
-from shape_moe.jobs.evaluate import EvaluateOptions, evaluate
+from shape_moe.jobs.evaluate import evaluate
 from shape_moe.jobs.evaluate_by_layers import LIKELIHOOD_ALONE
+from shape_moe.jobs.evaluate_options import EvaluateOptions
 from shape_moe.jobs.prune import prune
 from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.session import ExampleOptions

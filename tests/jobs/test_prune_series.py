@@ -16,7 +16,7 @@ from shape_moe.demo.tasks import examples
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.jobs import prune as single
 from shape_moe.jobs import prune_series as job
-from shape_moe.jobs.auto import ChoiceOptions
+from shape_moe.jobs.choice import ChoiceOptions
 from shape_moe.jobs.judgement import JudgementOptions
 from shape_moe.jobs.prune import prune
 from shape_moe.jobs.prune_options import PruneOptions

@@ -17,7 +17,8 @@ from shape_moe.evaluation import questions, tool_check
 from shape_moe.evaluation.forgotten import general_records
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.verdict import Verdict, Word
-from shape_moe.jobs.evaluate import EvaluateOptions, evaluate
+from shape_moe.jobs.evaluate import evaluate
+from shape_moe.jobs.evaluate_options import EvaluateOptions
 from shape_moe.jobs.prune import prune
 from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.session import ExampleOptions
@@ -153,7 +154,7 @@ def few_prompts(monkeypatch):
 
 def test_prune_ends_with_the_judgement(embedded, tmp_path, few_prompts) -> None:
     file = write_lines(tmp_path / "sorting.jsonl", examples("sorting", 60, seed=1))
-    found = prune(embedded, tmp_path / "out", PruneOptions(device="cpu"), data=file, keep=0.8)
+    found = prune(embedded, tmp_path / "out", PruneOptions(SelectOptions(0.8), device="cpu"), data=file)
     verdict = found.judgement.verdict
     assert verdict.word is Word.NO_LOSS
     assert [outcome.examples for outcome in verdict.outcomes] == [35]  # those that 25 samples left
@@ -181,11 +182,11 @@ def test_prune_ends_with_the_judgement(embedded, tmp_path, few_prompts) -> None:
 
 def test_the_published_sample_is_never_given_up(embedded, tmp_path) -> None:
     file = write_lines(tmp_path / "sorting.jsonl", examples("sorting", 26, seed=1))
-    found = prune(embedded, tmp_path / "out", PruneOptions(device="cpu"), data=file, keep=0.8)
+    found = prune(embedded, tmp_path / "out", PruneOptions(SelectOptions(0.8), device="cpu"), data=file)
     assert found.judgement.verdict.word is Word.NOT_MEASURED
     assert "the data holds only 1 other prompt" in found.judgement.verdict.reason
-    without = PruneOptions(device="cpu", judgement=None)
-    plain = prune(embedded, tmp_path / "plain", without, data=file, keep=0.8)
+    without = PruneOptions(SelectOptions(0.8), device="cpu", judgement=None)
+    plain = prune(embedded, tmp_path / "plain", without, data=file)
     assert plain.judgement is None
     assert plain.selection.layers == found.selection.layers
 

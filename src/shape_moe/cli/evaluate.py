@@ -22,8 +22,8 @@ from shape_moe.errors import UsageError
 from shape_moe.evaluation.evaluated import Evaluation
 from shape_moe.evaluation.footprint import Workload
 from shape_moe.evaluation.verdict import MAX_DROP, check_requirement
-from shape_moe.jobs.evaluate import EvaluateOptions
 from shape_moe.jobs.evaluate_endpoints import EndpointOptions
+from shape_moe.jobs.evaluate_options import EvaluateOptions
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.output_file import OutputFile
 from shape_moe.units import share_as_option

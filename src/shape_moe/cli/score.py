@@ -58,7 +58,7 @@ def score(
         raise UsageError(f"{source} holds values already: leave {', '.join(changed_flags(flags))} out.")
     options = flags.options(seed.seed)
     with OutputFile(csv, force=force.force, inputs=[source]):
-        scores = job.score(job.opened(source, talk), flags.scorer, options)
+        scores = job.score(job.opened(source, talk), flags.named, options)
         if csv is not None:
             write_text(csv, scores.table().write_csv())
             talk.note(f"Wrote {csv}")

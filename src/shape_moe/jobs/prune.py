@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
@@ -15,8 +16,8 @@ from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.parts import FEWEST, Parts
 from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.sources import Data
-from shape_moe.errors import DataError, ShapeMoeError
-from shape_moe.jobs.auto import AUTO_HELD_OUT, methods_to_try
+from shape_moe.errors import DataError, ShapeMoeError, UsageError
+from shape_moe.jobs.choice import AUTO_HELD_OUT, LEAST_HELD_OUT, methods_to_try
 from shape_moe.jobs.closing import commands_after
 from shape_moe.jobs.judgement import (
     Judgement,
@@ -27,7 +28,7 @@ from shape_moe.jobs.judging_examples import (
     session_for,
 )
 from shape_moe.jobs.planning import SearchPlan, held_out_tracing, plan_search
-from shape_moe.jobs.prune_options import PruneOptions, check_request, complete_options, makes_curves
+from shape_moe.jobs.prune_options import PruneOptions, check_request, complete_options, makes_curves, without_choice
 from shape_moe.jobs.prune_run import (
     REFIT_FOLDER,
     PruneRun,
@@ -47,6 +48,7 @@ from shape_moe.jobs.way import check_measurable
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import CanaryResult
 from shape_moe.pruning.compare import file_hash
+from shape_moe.pruning.down_projections import RefittedSelection
 from shape_moe.pruning.refitted_tensors import check_refittable
 from shape_moe.pruning.writers import what_is_left_out
 from shape_moe.reporting.opening import Opening
@@ -54,7 +56,7 @@ from shape_moe.selection.method import check_for_model
 from shape_moe.selection.rules import budget_for
 from shape_moe.selection.selection import Selection, open_selection
 from shape_moe.tracing.trace import Trace
-from shape_moe.units import readable_size
+from shape_moe.units import counted, readable_size
 from shape_moe.workspace import Workspace
 
 _DISK_MARGIN = 64 * 2**20
@@ -109,15 +111,16 @@ def prune(
 
     Give exactly one of a calibration set (``data``), a finished ``trace`` or a finished ``selection``, and with the
     first two a keep rate (``keep``, or ``options.select`` to say more). ``prune(model, out, data="tasks.jsonl",
-    keep=0.6)`` is the published method. With scorer ``auto`` or a limit (``options.choice``) candidates are judged on
-    held-out examples first; with a finished trace, ``data`` says where those come from.
+    keep=0.6)`` judges several methods on a part of the data and takes the best; ``options.select`` names one
+    (``SelectOptions(0.6)`` is the published one). With a finished trace, ``data`` says where the examples to judge by
+    come from.
 
     Args:
         model: a folder, a GGUF file or a hub id.
         out: folder of the pruned checkpoint; of a GGUF file the pruned file.
         options: see :class:`PruneOptions`.
         data: calibration set: a file, folder or data set, a list of dictionaries or a ``datasets.Dataset`` (of which at
-            most 25 records are used), or options that say more.
+            most 128 records calibrate, with a named method 25), or options that say more.
         keep: keep rate.
         trace: a trace folder; skips tracing.
         selection: a selection; skips tracing and selecting.
@@ -155,7 +158,7 @@ def open_inputs(
     _check_options(run)
     if trace is not None:
         run.trace = open_trace(trace, snapshot, run.progress, force=options.force)
-    run.plan = _plan_choice(snapshot, options, run.trace, run.progress)
+    options = _planned(run, options)
     if run.plan is not None:
         run.session = run.plan.session
     elif options.trace is not None and (trace is not None or selection is not None):
@@ -174,7 +177,7 @@ def _check_options(run: PruneRun) -> None:
     run.writer.check(snapshot, run.chosen)
     if options.imatrix is not None:
         run.imatrix = open_imatrix(Path(options.imatrix), snapshot, run.target)
-    if options.refit == "on":
+    if options.refit == "on" or isinstance(run.chosen, RefittedSelection):
         check_refittable(snapshot)
 
 
@@ -201,13 +204,13 @@ def _told_apart(run: PruneRun, data: DataOptions) -> Parts | None:
                 data,
                 judging or JudgementOptions(examples=FEWEST),
                 choice=AUTO_HELD_OUT,
-                give_up=False,
+                give_up=run.chooses,
                 progress=run.progress,
             )
         except DataError:
             if run.options.refit == "on":
                 raise
-    return set_aside(data, judging, give_up=False, progress=run.progress) if judging is not None else None
+    return set_aside(data, judging, give_up=run.chooses, progress=run.progress) if judging is not None else None
 
 
 def _write(run: PruneRun, selection: Selection, work: Workspace, place: PrunedPlace) -> PruneResult:
@@ -243,6 +246,56 @@ def _write(run: PruneRun, selection: Selection, work: Workspace, place: PrunedPl
     )
 
 
+def _planned(run: PruneRun, options: PruneOptions) -> PruneOptions:
+    """The options, once it is known whether candidates can be judged; where they cannot, with a recommended method.
+
+    Raises:
+        ShapeMoeError: where candidates have to be judged and cannot.
+    """
+    choice = options.choice
+    if choice is not None and choice.limit is None and (choice.effort == "fast" or _keeps_all(options)):
+        run.options = _fixed(run, options)
+        return run.options
+    try:
+        run.plan = _plan_choice(run.snapshot, options, run.trace, run.progress)
+        if run.plan is None or choice is None or choice.insist or choice.limit is not None:
+            return options
+        reason = _too_few(run.plan)
+    except (DataError, UsageError) as error:
+        if choice is None or choice.insist or choice.limit is not None:
+            raise
+        reason = str(error)
+    if reason is None:
+        return options
+    run.plan, run.options = None, _fixed(run, options)
+    assert run.options.select is not None
+    run.notes.append(
+        f"Candidates were not compared, and the recommended method was taken ({run.options.select.method}): {reason}"
+    )
+    return run.options
+
+
+def _keeps_all(options: PruneOptions) -> bool:
+    return options.select is not None and options.select.keep >= 1
+
+
+def _fixed(run: PruneRun, options: PruneOptions) -> PruneOptions:
+    held = run.trace.statistics if run.trace is not None else None
+    return without_choice(options, held, run.snapshot.moe.top_k)
+
+
+def _too_few(plan: SearchPlan) -> str | None:
+    """Why the held-out examples tell no candidates apart, None where they do."""
+    counts = Counter(record.group or "" for record in plan.held_out.records)
+    name, count = min(counts.items(), key=lambda item: (item[1], item[0]))
+    if count >= LEAST_HELD_OUT:
+        return None
+    of_class = f" of class {name}" if name else ""
+    return (
+        f"only {counted(count, 'example')}{of_class} would be left to judge them by, and {LEAST_HELD_OUT} are needed."
+    )
+
+
 def _plan_choice(
     snapshot: Snapshot, options: PruneOptions, trace: Trace | None, progress: Progress
 ) -> SearchPlan | None:
@@ -266,7 +319,7 @@ def _plan_choice(
     )
     if choice.limit is not None:
         held = trace.statistics if trace is not None else plan.session.engine.statistics()
-        methods = methods_to_try(select.method, choice, snapshot.moe.top_k, held)
+        methods = methods_to_try(select.method, choice, snapshot.moe.top_k, held, snapshot.moe)
         choice.limit.check_examples(len(plan.held_out.records), len(methods))
     return plan
 

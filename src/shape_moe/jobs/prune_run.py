@@ -16,6 +16,7 @@ from shape_moe.calibration.parts import Parts
 from shape_moe.errors import DataError
 from shape_moe.interop.imatrix import Imatrix
 from shape_moe.jobs.auto import auto_select
+from shape_moe.jobs.curves import CurveMaker, curves_file
 from shape_moe.jobs.judgement import (
     Judgement,
     JudgementOptions,
@@ -31,7 +32,6 @@ from shape_moe.jobs.judging_examples import (
     unseen_parts,
 )
 from shape_moe.jobs.layered_judgement import judge_layer_by_layer
-from shape_moe.jobs.measure import measured_curves
 from shape_moe.jobs.planning import SearchPlan
 from shape_moe.jobs.prune_options import PruneOptions, makes_curves
 from shape_moe.jobs.refit import choose_refit
@@ -43,6 +43,7 @@ from shape_moe.pruning.logits import masked_answers, why_no_logits
 from shape_moe.pruning.refitted_tensors import stored_dtype, why_not_refittable
 from shape_moe.pruning.writers import Writer, writer_for
 from shape_moe.selection.layer_curves import load_curves
+from shape_moe.selection.rules import get_rule
 from shape_moe.selection.select import SelectOptions, TraceSelector
 from shape_moe.selection.selection import Selection, completed, load_selection
 from shape_moe.tracing.trace import Trace
@@ -68,6 +69,7 @@ class PruneRun:
         judge: what reads examples that only judge, where such are given.
         notes: what the user should know.
         imatrix: of the original, where one is given.
+        asked: the options as they were given; those of the job name a method where nothing can be judged.
     """
 
     snapshot: Snapshot
@@ -81,6 +83,10 @@ class PruneRun:
     judge: ModelSession | None = None
     notes: list[str] = field(default_factory=list)
     imatrix: Imatrix | None = None
+    asked: PruneOptions = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.asked = self.options
 
     @property
     def target(self) -> str:
@@ -89,6 +95,11 @@ class PruneRun:
             return self.options.select.method.target
         assert self.chosen is not None
         return "stock" if isinstance(self.snapshot, GgufModel) else self.chosen.target
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the method was left to the tool, though nothing may have been judged for that."""
+        return self.asked.choice is not None
 
     @property
     def may_refit(self) -> bool:
@@ -143,6 +154,8 @@ def _best_candidate(run: PruneRun, work: Path) -> Selection:
         chosen = auto_select(
             run.snapshot, run.plan, run.trace, run.options.select, run.options.choice, run.progress, folder
         )
+        if (made := folder / curves_file(chosen.method)).is_file() and get_rule(chosen.rule).by_curves:
+            made.replace(work / "shape" / "curves.json")
         chosen.save(file)
     shutil.rmtree(folder, ignore_errors=True)
     run.progress.note(f"Chosen: {chosen.choice['reason'] if chosen.choice else ''}")
@@ -157,7 +170,11 @@ def with_curves(run: PruneRun, asked: SelectOptions, work: Path) -> SelectOption
     assert run.trace is not None
     file = work / "shape" / "curves.json"
     if not file.is_file():
-        measured_curves(run.session, run.trace, asked.method, asked.scoring, run.progress).save(file)
+        partial = work / "curves.partial"
+        partial.mkdir(exist_ok=True)
+        maker = CurveMaker(run.session, run.session.calibrator, run.trace, asked.scoring, run.progress, folder=partial)
+        maker.measured(asked.method).save(file)
+        shutil.rmtree(partial)
     return replace(asked, curves=load_curves(file))
 
 

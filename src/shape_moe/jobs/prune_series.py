@@ -127,9 +127,7 @@ def _check_each(run: PruneRun, asked: SelectOptions, keeps: Sequence[float]) -> 
     moe = run.snapshot.moe
     for rate in keeps:
         each = replace(asked, keep=rate)
-        check_options(
-            each, run.snapshot.moe_layers, moe.num_experts, moe.routing, automatic=run.options.choice is not None
-        )
+        check_options(each, run.snapshot.moe_layers, moe.num_experts, moe.routing, automatic=run.chooses)
 
 
 def _carry_out(run: PruneRun, work: Workspace, place: SeriesPlace) -> SeriesResult:
@@ -203,8 +201,7 @@ def _selections(run: PruneRun, work: Path, place: SeriesPlace) -> list[Selection
         chosen = selected(run, work)
         rounding = asked.allow_rounding or chosen.method.equal_counts
         asked = replace(asked, method=chosen.method, allow_rounding=rounding)
-    else:
-        asked = with_curves(run, asked, work)
+    asked = with_curves(run, asked, work)
     found = TraceSelector(run.trace, asked.scoring).series(asked, place.keeps)
     if chosen is not None and run.plan is not None:
         found = [run.plan.told(replace(selection, choice=chosen.choice)) for selection in found]
