@@ -150,6 +150,32 @@ def test_auto_says_when_it_has_no_examples_to_refit_by(embedded, data, repaired,
         prune(embedded, tmp_path / "on", asked(str(few), **{**bare, "refit": "on"}))
 
 
+def test_weights_are_written_with_the_selection_that_brings_them_and_never_claimed_without(
+    embedded, embedded_model, data, repaired, tmp_path
+) -> None:
+    model, tokenizer = embedded_model
+    bare = asked(data, select=None, trace=None, judgement=None, refit="off", check_logits=False)
+    plain = replace(load_selection(repaired.path), refit=None)
+    found = shape_moe.refit(model, plain, DataOptions(data, samples=25), tokenizer=tokenizer)
+    written = prune(embedded, tmp_path / "with", bare, selection=found.applied_to(plain))
+    assert all(check.passed is not False for check in verify(written.path, original=embedded, device="cpu"))
+    assert json.loads((written.path / "shape" / "refit.json").read_text())["tensors"]
+    left = prune(embedded, tmp_path / "without", bare, selection=repaired.path)
+    assert left.selection.refit is None
+    assert any("holds no weights" in note for note in left.notes)
+    assert all(check.passed is not False for check in verify(left.path, original=embedded, device="cpu"))
+
+
+def test_every_model_of_a_series_is_refitted(embedded, data, tmp_path) -> None:
+    result = shape_moe.prune_series(
+        embedded, tmp_path / "series", [0.4, 0.25], asked(data, judgement=None, check_logits=False)
+    )
+    for model in result.models:
+        assert model.selection.refit is not None
+        assert all(check.passed is not False for check in verify(model.path, original=embedded, device="cpu"))
+    assert not list(result.path.rglob("*partial*"))
+
+
 def test_what_cannot_be_refitted_is_refused_before_any_work(embedded, data, repaired, tmp_path) -> None:
     with pytest.raises(UsageError, match="on, off or auto, not 'yes'"):
         prune(embedded, tmp_path / "out", asked(data, refit="yes"))

@@ -78,6 +78,7 @@ FIRST = {
     "target": "ragged: best; stock: loads in any tool.",
     "scorer": "How experts are valued; default: the best of several.",
     "effort": "fast, default or thorough.",
+    "engine": "vllm, llama.cpp, mlx, sglang, transformers.",
     "samples": "Calibrate with at most N records.",
     "require": "safe or no-loss: reject what is worse.",
     "trace": "Start from a trace instead of --data.",
@@ -140,6 +141,15 @@ def prune(
             "are added up)."
         ),
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="ENGINE",
+            help="What is to load the result: vllm, llama.cpp, mlx, sglang or transformers. It decides --target.",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = None,
     effort: Annotated[
         str,
         typer.Option(
@@ -184,6 +194,8 @@ def prune(
         raise UsageError(f"There is no preset {preset!r}; there is paper.")
     typed = (select, score)
     select, score = select.spelled_out(score)
+    if engine is not None:
+        select = _for_engine(engine, model, hub.revision, select)
     if selection is None and is_gguf(Path(model)):  # llama.cpp loads equal counts only
         select = replace(select, target=select.target or "stock", allow_rounding=True)
     limit = limits.limit()
@@ -298,6 +310,17 @@ def _choice(
         held_out_samples=samples,
         generation=generation.required(),
     )
+
+
+def _for_engine(engine: str, model: str, revision: str | None, select: SelectFlags) -> SelectFlags:
+    """The flags, with the target that an engine needs."""
+    from shape_moe.architectures.snapshot import open_snapshot
+    from shape_moe.serving.engines import target_for
+
+    needed = target_for(engine, open_snapshot(model, revision).moe.family.model_type, gguf=is_gguf(Path(model)))
+    if select.target == "ragged" and needed == "stock":
+        raise UsageError(f"--for {engine} needs --target stock: it loads only equal counts in every layer.")
+    return replace(select, target=select.target or needed)
 
 
 def _is_automatic(preset: str | None, select: SelectFlags, score: ScoreFlags, limit: Limit | None) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shape_moe.architectures.fingerprint import fingerprint, layout_fingerprint
+from shape_moe.architectures.gguf_model import GgufModel
 from shape_moe.architectures.loading import free_memory
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.parts import FEWEST, Parts
@@ -47,12 +48,14 @@ from shape_moe.jobs.way import check_measurable
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import CanaryResult
 from shape_moe.pruning.compare import file_hash
+from shape_moe.pruning.down_projections import RefittedSelection
 from shape_moe.pruning.refitted_tensors import check_refittable
 from shape_moe.pruning.writers import what_is_left_out
 from shape_moe.reporting.opening import Opening
 from shape_moe.selection.method import check_for_model
 from shape_moe.selection.rules import budget_for
 from shape_moe.selection.selection import Selection, open_selection
+from shape_moe.serving.engines import what_loads
 from shape_moe.tracing.trace import Trace
 from shape_moe.units import counted, readable_size
 from shape_moe.workspace import Workspace
@@ -157,7 +160,9 @@ def open_inputs(
         check_for_model(options.select.method, moe)
         check_options(options.select, snapshot.moe_layers, moe.num_experts, moe.routing, automatic=automatic)
     run.writer.check(snapshot, run.chosen)
-    if options.refit == "on":
+    gguf = isinstance(snapshot, GgufModel)
+    run.progress.note(what_loads(snapshot.moe.family.model_type, run.target, gguf=gguf))
+    if options.refit == "on" or isinstance(run.chosen, RefittedSelection):
         check_refittable(snapshot)
     if trace is not None:
         run.trace = open_trace(trace, snapshot, run.progress, force=options.force)

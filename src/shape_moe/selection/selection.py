@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 2
 """Version 1 knew no gate scale: what was rerouted had ``survivors``."""
+REFIT_IS_NOT_REPEATED = (
+    "The selection is of a refitted model, but holds no weights: its experts are used as the original has them. To "
+    "refit them again, start from the examples (--data, --refit on)."
+)
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class Selection:
     @property
     def digest(self) -> str:
         """sha256 over what a model with this selection computes: experts, routing, gate scale, refitted weights."""
-        refitted = [self.refit["digest"]] if self.refit is not None else []
+        refitted = [self.refit.get("digest")] if self.refit is not None else []
         content = json.dumps([self.method.routed, sorted(self.layers.items()), *refitted])
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -243,6 +247,8 @@ def selection_of(document: Any, file: Path) -> Selection:
 def open_selection(given: str | PathLike[str] | Selection, snapshot: Snapshot, *, force: bool = False) -> Selection:
     """A selection for a model; one of unknown origin (from a table of values) is taken as it is.
 
+    What a file says of a refit is left behind, with a warning: it holds no weights.
+
     Args:
         given: a file, a pruned checkpoint's folder, or a selection.
         snapshot: the model.
@@ -253,6 +259,8 @@ def open_selection(given: str | PathLike[str] | Selection, snapshot: Snapshot, *
         CheckpointError: when it cannot be read.
     """
     chosen = given if isinstance(given, Selection) else load_selection(given)
+    if type(chosen) is Selection and chosen.refit is not None:  # another class brings the weights along
+        chosen = replace(chosen, refit=None, warnings=(*chosen.warnings, REFIT_IS_NOT_REPEATED))
     if chosen.fingerprint is not None:
         name = "The selection" if isinstance(given, Selection) else f"The selection {given}"
         told = check_same_model(chosen.fingerprint, chosen.model, snapshot, name, force=force)
