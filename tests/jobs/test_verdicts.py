@@ -194,6 +194,7 @@ def test_the_published_sample_is_never_given_up(embedded, tmp_path) -> None:
 def test_a_model_that_is_not_good_enough_is_rejected(embedded, tmp_path, few_prompts, capsys) -> None:
     file, out = write_lines(tmp_path / "sorting.jsonl", examples("sorting", 45, seed=1)), tmp_path / "out"
     arguments = ["prune", str(embedded), "--data", str(file), "-o", str(out), "--device", "cpu", "--json"]
+    arguments += ["--preset", "paper"]
     assert run([*arguments, "--keep", "0.2", "--require", "no-loss"]) == 3
     document = json.loads(capsys.readouterr().out)
     assert document["rejected"]
@@ -212,6 +213,7 @@ def test_a_model_that_is_not_good_enough_is_rejected(embedded, tmp_path, few_pro
 def test_general_prompts_and_long_judging_can_be_left_out(embedded, tmp_path, few_prompts, capsys) -> None:
     file = write_lines(tmp_path / "sorting.jsonl", examples("sorting", 45, seed=1))
     arguments = ["prune", str(embedded), "--data", str(file), "--device", "cpu", "--keep", "0.8", "--json"]
+    arguments += ["--preset", "paper"]
     assert run([*arguments, "-o", str(tmp_path / "out"), "--no-general", "--no-logits"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["judgement"]["forgotten"] is None

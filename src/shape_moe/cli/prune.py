@@ -78,6 +78,7 @@ FIRST = {
     "target": "ragged: best; stock: loads in any tool.",
     "scorer": "How experts are valued; default: the best of several.",
     "effort": "fast, default or thorough.",
+    "engine": "vllm, llama.cpp, mlx, sglang, transformers.",
     "samples": "Calibrate with at most N records.",
     "require": "safe or no-loss: reject what is worse.",
     "trace": "Start from a trace instead of --data.",
@@ -140,6 +141,15 @@ def prune(
             "are added up)."
         ),
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="ENGINE",
+            help="What is to load the result: vllm, llama.cpp, mlx, sglang or transformers. It decides --target.",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = None,
     effort: Annotated[
         str,
         typer.Option(
@@ -170,6 +180,14 @@ def prune(
             "does so where examples that neither calibrate nor report show a gain.",
         ),
     ] = "off",
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="An imatrix of the original: that of the pruned model is sliced from it, into the folder beside the "
+            "GGUF file (of a model folder: DIR/shape).",
+        ),
+    ] = None,
     no_logits: Annotated[
         bool,
         typer.Option("--no-logits", help="Do not compare logits, and record no answers for later checks (the canary)."),
@@ -184,6 +202,8 @@ def prune(
         raise UsageError(f"There is no preset {preset!r}; there is paper.")
     typed = (select, score)
     select, score = select.spelled_out(score)
+    if engine is not None:
+        select = _for_engine(engine, model, hub.revision, select)
     if selection is None and is_gguf(Path(model)):  # llama.cpp loads equal counts only
         select = replace(select, target=select.target or "stock", allow_rounding=True)
     limit = limits.limit()
@@ -222,7 +242,7 @@ def prune(
     options = PruneOptions(
         select=select.options(asked, score, seed.seed) if asked is not None else None,
         trace=replace(data.options(run, seed.seed, samples), keep_also=general.groups()) if reads_data else None,
-        device=run.device,
+        device=run.place,
         dtype=run.dtype,
         trust_remote_code=run.trust_remote_code,
         stream=stream.stream,
@@ -231,6 +251,7 @@ def prune(
             limit, require, judge_minutes, data.samples if made else None, judge=not no_judge, general=not no_general
         ),
         refit=refit,
+        imatrix=imatrix,
         check_logits=not no_logits,
         force=force.force,
     )
@@ -298,6 +319,17 @@ def _choice(
         held_out_samples=samples,
         generation=generation.required(),
     )
+
+
+def _for_engine(engine: str, model: str, revision: str | None, select: SelectFlags) -> SelectFlags:
+    """The flags, with the target that an engine needs."""
+    from shape_moe.architectures.snapshot import open_snapshot
+    from shape_moe.serving.engines import target_for
+
+    needed = target_for(engine, open_snapshot(model, revision).moe.family.model_type, gguf=is_gguf(Path(model)))
+    if select.target == "ragged" and needed == "stock":
+        raise UsageError(f"--for {engine} needs --target stock: it loads only equal counts in every layer.")
+    return replace(select, target=select.target or needed)
 
 
 def _is_automatic(preset: str | None, select: SelectFlags, score: ScoreFlags, limit: Limit | None) -> bool:
