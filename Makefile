@@ -132,6 +132,7 @@ format: dev
 docs: dev
 	$(BIN)/python scripts/make_cli_reference.py
 	$(BIN)/python scripts/make_api_reference.py
+	$(BIN)/python scripts/make_families_page.py
 
 benchmarks: dev
 	$(BIN)/python -m benchmarks.run

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from shape_moe.jobs.evaluate import evaluate
     from shape_moe.jobs.evaluate_endpoints import EndpointOptions, evaluate_endpoints
     from shape_moe.jobs.evaluate_options import EvaluateOptions
+    from shape_moe.jobs.families import families
     from shape_moe.jobs.inspect import inspect_model
     from shape_moe.jobs.measure import measure
     from shape_moe.jobs.prune import prune
@@ -71,6 +72,7 @@ __all__ = [
     "evaluate",
     "evaluate_endpoints",
     "experiment",
+    "families",
     "inspect_model",
     "load_curves",
     "load_selection",
@@ -102,6 +104,7 @@ _HOMES = {
     "jobs.evaluate_options": ("EvaluateOptions",),
     "jobs.evaluate_endpoints": ("EndpointOptions", "evaluate_endpoints"),
     "experiments.run": ("experiment",),
+    "jobs.families": ("families",),
     "jobs.inspect": ("inspect_model",),
     "jobs.measure": ("measure",),
     "jobs.prune": ("prune",),

@@ -98,7 +98,8 @@ def complete_config(config: dict[str, Any], where: object) -> tuple[dict[str, An
     if family is None:
         return config, ()
     part = family.language_part(config)
-    missing = [key for key in _NEEDED if key not in part]
+    listed = isinstance(part.get(family.layer_list or ""), list)
+    missing = [key for key in _NEEDED if key not in part and not (listed and key == "num_hidden_layers")]
     lacking = [keys for keys in (family.count_keys, family.top_k_keys) if not any(key in part for key in keys)]
     if not missing and not lacking:
         return config, ()

@@ -105,6 +105,15 @@ class Family:
     untraceable: str | None = None
     unrouted: str | None = None
 
+    @property
+    def why_no_refit(self) -> str | None:
+        """Why down projections cannot be solved again by least squares in the residual stream, None where they can."""
+        if self.after:
+            return "a norm follows its experts, so that its layers are not linear in the down projections"
+        if self.latent is not None:
+            return "its experts work in a space of their own, not in that of the residual stream"
+        return None
+
     def inside_block(self, path: str) -> str:
         """The path of a part of the block inside a decoder layer of the live model."""
         return joined(self.block, path)

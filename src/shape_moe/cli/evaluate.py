@@ -182,7 +182,7 @@ def evaluate(
             data=given,
             options=options,
             revision=hub.revision,
-            device=run.device,
+            device=run.place,
             dtype=run.dtype,
             trust_remote_code=run.trust_remote_code,
             progress=talk,

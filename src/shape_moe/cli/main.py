@@ -35,6 +35,7 @@ VERBS = {
     "serve": "Serve the original with vLLM as if it had been pruned.",
     "verify": "Check that a pruned checkpoint is what it claims to be.",
     "evaluate": "Judge pruned models beside the dense one.",
+    "families": "List the model families that are known, and what is supported of each.",
     "presets": "List the benchmarks whose examples are known by name.",
     "experiment": "Run a grid of pruning experiments from one YAML file.",
     "report": "Write an HTML report.",

@@ -234,7 +234,7 @@ def prune(
     options = PruneOptions(
         select=select.options(asked, score, seed.seed) if asked is not None else None,
         trace=replace(data.options(run, seed.seed, samples), keep_also=general.groups()) if reads_data else None,
-        device=run.device,
+        device=run.place,
         dtype=run.dtype,
         trust_remote_code=run.trust_remote_code,
         stream=stream.stream,

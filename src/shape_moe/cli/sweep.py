@@ -172,7 +172,7 @@ def sweep(
         trace=trace,
         held_out=judged_by.data(data, seed.seed),
         revision=hub.revision,
-        device=run.device,
+        device=run.place,
         dtype=run.dtype,
         stream=stream.stream,
         trust_remote_code=run.trust_remote_code,

@@ -192,7 +192,7 @@ def _check_tensors(path: Path) -> tuple[bool, str]:
 
 def _check_tokenizer(path: Path) -> tuple[bool, str]:
     tokenizer, config = load_tokenizer(path), open_snapshot(path).config
-    ids, vocabulary = len(tokenizer), int(config["vocab_size"])
+    ids, vocabulary = len(tokenizer), int({**config.get("text_config", {}), **config}["vocab_size"])
     if ids > vocabulary:
         return False, f"the tokenizer has {ids:,} ids, the model embeds {vocabulary:,}"
     return True, f"{ids:,} ids"

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from shape_moe.architectures.sites import MoeSite, find_sites, live_moe_config
 from shape_moe.calibration.batches import PADDING
-from shape_moe.errors import ShapeMoeError
+from shape_moe.errors import ShapeMoeError, UnsupportedModelError
 from shape_moe.progress import Advance
 from shape_moe.pruning.down_projections import DownProjections
 from shape_moe.pruning.masks import masked
@@ -109,6 +109,9 @@ class RefitPass:
     ) -> None:
         import torch
 
+        family = live_moe_config(engine.model).family
+        if family.why_no_refit is not None:
+            raise UnsupportedModelError(f"A refit is not possible for {family.model_type}: {family.why_no_refit}.")
         self.engine, self.selection, self.batches, self.request = engine, selection, list(batches), request
         self.files = files or LayerFiles()
         self.sites = {site.layer: site for site in find_sites(engine.model)}

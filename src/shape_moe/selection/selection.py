@@ -343,6 +343,10 @@ def check_against_model(selection: Selection, moe: MoeConfig, layers: Iterable[i
     if routing == "reroute":
         check_gate_scale(selection.gate_scale, moe.family, moe.renormalises)
     facts = moe.routing
+    if routing == "reroute" and moe.family.unrouted is not None:
+        raise UsageError(
+            f"{moe.family.model_type} cannot have routing reroute: {moe.family.unrouted}. Use routing drop."
+        )
     for layer, ids in selection.layers.items() if routing == "reroute" else ():
         if len(ids) < facts.floor:
             raise UsageError(f"Layer {layer} keeps {len(ids)} experts; routing reroute needs at least {facts.floor}.")
