@@ -10,18 +10,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from shape_moe.architectures.config_file import check_config
 from shape_moe.architectures.families import FAMILIES
 from shape_moe.architectures.moe_config import read_moe_config
 from shape_moe.architectures.refused_families import REFUSED
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.calibration.batches import make_batch
-from shape_moe.errors import ShapeMoeError, UnsupportedModelError
+from shape_moe.errors import CheckpointError, ShapeMoeError, UnsupportedModelError
 from shape_moe.jobs.families import families
 from shape_moe.progress import Silent
 from shape_moe.pruning.writers import SafetensorsFolder, what_is_left_out
 from shape_moe.tracing.transformers_model import ModelTracer
 from support.data import make_examples
-from support.family_models import tiny_family
+from support.family_models import tiny_config, tiny_family
 from support.selections import random_selection
 
 
@@ -74,3 +75,12 @@ def test_every_family_has_a_grade() -> None:
     assert found["qwen3_moe"] == "full"
     assert found["llama4"] == "refused"
     assert all(support.remarks for support in families() if support.grade != "full")
+
+
+def test_numbers_that_are_listed_for_every_layer() -> None:
+    config = tiny_config("hunyuan_v1_moe").to_dict()
+    listed = {**config, "num_experts": [8, 8], "moe_topk": [2, 2]}
+    check_config(listed, "config.json")
+    assert (read_moe_config(listed).num_experts, read_moe_config(listed).top_k) == (8, 2)
+    with pytest.raises(CheckpointError, match=r"moe_topk must be a whole number, not \[2, 3\]"):
+        check_config({**config, "moe_topk": [2, 3]}, "config.json")
