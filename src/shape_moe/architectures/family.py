@@ -114,7 +114,7 @@ class Family:
             return "a norm follows its experts, so that its layers are not linear in the down projections"
         if self.latent is not None:
             return "its experts work in a space of their own, not in that of the residual stream"
-        return None
+        return self.not_layered
 
     def inside_block(self, path: str) -> str:
         """The path of a part of the block inside a decoder layer of the live model."""

@@ -39,6 +39,7 @@ VERBS = {
     "presets": "List the benchmarks whose examples are known by name.",
     "experiment": "Run a grid of pruning experiments from one YAML file.",
     "report": "Write an HTML report.",
+    "doctor": "Check this machine in two minutes, for a bug report.",
     "demo": "See all of it on a small embedded model, offline.",
 }
 """What each verb does, for the overview. The module of a verb is imported only when that verb is run."""

@@ -180,6 +180,14 @@ def prune(
             "does so where examples that neither calibrate nor report show a gain.",
         ),
     ] = "off",
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="An imatrix of the original: that of the pruned model is sliced from it, into the folder beside the "
+            "GGUF file (of a model folder: DIR/shape).",
+        ),
+    ] = None,
     no_logits: Annotated[
         bool,
         typer.Option("--no-logits", help="Do not compare logits, and record no answers for later checks (the canary)."),
@@ -243,6 +251,7 @@ def prune(
             limit, require, judge_minutes, data.samples if made else None, judge=not no_judge, general=not no_general
         ),
         refit=refit,
+        imatrix=imatrix,
         check_logits=not no_logits,
         force=force.force,
     )

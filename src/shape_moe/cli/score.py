@@ -49,7 +49,7 @@ def score(
     """
     talk = output.output()
     if list_scorers:
-        found = scorers()
+        found = scorers(converted=True)
         talk.result({name: entry.summary for name, entry in found.items()}, _show_scorers)
         return
     if source is None:
@@ -79,7 +79,7 @@ def score(
 def _show_scorers(console: Console) -> None:
     table = plain_table("scorer", "value")
     table.columns[1].justify = "left"
-    for name, entry in scorers().items():
+    for name, entry in scorers(converted=True).items():
         table.add_row(name, entry.summary)
     console.print(table)
 

@@ -43,6 +43,7 @@ from shape_moe.jobs.pruned_model import PrunedModel, describe, write_weights
 from shape_moe.jobs.pruned_place import PrunedPlace, place_of
 from shape_moe.jobs.select import check_options
 from shape_moe.jobs.session import ExampleOptions, ModelSession
+from shape_moe.jobs.sliced_imatrix import open_imatrix
 from shape_moe.jobs.trace import open_trace
 from shape_moe.jobs.way import check_measurable
 from shape_moe.progress import SILENT, Progress
@@ -136,6 +137,7 @@ def prune(
     check_request(options, trace, selection)
     inputs: list[str | PathLike[str]] = [p for p in (model, trace, selection) if isinstance(p, str | PathLike)]
     inputs += options.trace.data.files if options.trace else []
+    inputs += [options.imatrix] if options.imatrix is not None else []
     rejects = options.judgement is not None and options.judgement.require is not None
     place.check(inputs, force=options.force, rejects=rejects)
     free_memory(options.device)
@@ -155,15 +157,7 @@ def open_inputs(
     snapshot, options = run.snapshot, run.options
     if selection is not None:
         run.chosen = open_selection(selection, snapshot, force=options.force)
-    if options.select is not None:
-        moe, automatic = snapshot.moe, options.choice is not None
-        check_for_model(options.select.method, moe)
-        check_options(options.select, snapshot.moe_layers, moe.num_experts, moe.routing, automatic=automatic)
-    run.writer.check(snapshot, run.chosen)
-    gguf = isinstance(snapshot, GgufModel)
-    run.progress.note(what_loads(snapshot.moe.family.model_type, run.target, gguf=gguf))
-    if options.refit == "on" or isinstance(run.chosen, RefittedSelection):
-        check_refittable(snapshot)
+    _check_options(run)
     if trace is not None:
         run.trace = open_trace(trace, snapshot, run.progress, force=options.force)
     options = _planned(run, options)
@@ -172,11 +166,33 @@ def open_inputs(
     elif options.trace is not None and (trace is not None or selection is not None):
         run.judge = session_for(options.trace, snapshot, run.progress)
     elif options.trace is not None:
-        if options.select is not None and makes_curves(options.select):
-            check_measurable(snapshot, options.trace)
-        run.parts = _told_apart(run, options.trace.data)
-        records = run.parts.calibration if run.parts is not None else None
-        run.session = ModelSession.open(snapshot, options.trace, None, run.progress, records)
+        _open_session(run, options.trace)
+
+
+def _check_options(run: PruneRun) -> None:
+    """Check against the model what is asked of its pruned form, and read what is to be sliced with it."""
+    snapshot, options = run.snapshot, run.options
+    if options.select is not None:
+        moe, automatic = snapshot.moe, options.choice is not None
+        check_for_model(options.select.method, moe)
+        check_options(options.select, snapshot.moe_layers, moe.num_experts, moe.routing, automatic=automatic)
+    run.writer.check(snapshot, run.chosen)
+    gguf = isinstance(snapshot, GgufModel)
+    run.progress.note(what_loads(snapshot.moe.family.model_type, run.target, gguf=gguf))
+    if options.imatrix is not None:
+        run.imatrix = open_imatrix(Path(options.imatrix), snapshot, run.target)
+    if options.refit == "on" or isinstance(run.chosen, RefittedSelection):
+        check_refittable(snapshot)
+
+
+def _open_session(run: PruneRun, tracing: ExampleOptions) -> None:
+    """Open what traces the calibration set, and tell its examples apart where something is judged by some of them."""
+    snapshot, options = run.snapshot, run.options
+    if options.select is not None and makes_curves(options.select):
+        check_measurable(snapshot, tracing)
+    run.parts = _told_apart(run, tracing.data)
+    records = run.parts.calibration if run.parts is not None else None
+    run.session = ModelSession.open(snapshot, tracing, None, run.progress, records)
 
 
 def _told_apart(run: PruneRun, data: DataOptions) -> Parts | None:

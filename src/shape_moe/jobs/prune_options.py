@@ -47,6 +47,7 @@ class PruneOptions:
         judgement: how the pruned model is judged, None for not at all.
         refit: repair the kept experts' down projections by least squares: ``on`` always, ``auto`` where examples that
             neither calibrate nor report show a gain, ``off`` never.
+        imatrix: an imatrix of the original, of which the pruned model's is made and lies with it; None for none.
         check_logits: compare the pruned model's logits with the masked original's, where both fit in memory.
         force: replace an existing result, accept artifacts of unknown origin.
     """
@@ -60,6 +61,7 @@ class PruneOptions:
     choice: ChoiceOptions | None = None
     judgement: JudgementOptions | None = field(default_factory=JudgementOptions)
     refit: str = "off"
+    imatrix: str | PathLike[str] | None = None
     check_logits: bool = True
     force: bool = False
 

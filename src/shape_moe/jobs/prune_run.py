@@ -14,6 +14,7 @@ from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.example_maker import ExampleMaker
 from shape_moe.calibration.parts import Parts
 from shape_moe.errors import DataError
+from shape_moe.interop.imatrix import Imatrix
 from shape_moe.jobs.auto import auto_select
 from shape_moe.jobs.curves import CurveMaker, curves_file
 from shape_moe.jobs.judgement import (
@@ -67,6 +68,7 @@ class PruneRun:
         session: what traces the calibration set, where that is given.
         judge: what reads examples that only judge, where such are given.
         notes: what the user should know.
+        imatrix: of the original, where one is given.
         asked: the options as they were given; those of the job name a method where nothing can be judged.
     """
 
@@ -80,6 +82,7 @@ class PruneRun:
     session: ModelSession | None = None
     judge: ModelSession | None = None
     notes: list[str] = field(default_factory=list)
+    imatrix: Imatrix | None = None
     asked: PruneOptions = field(init=False)
 
     def __post_init__(self) -> None:

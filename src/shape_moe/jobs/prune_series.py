@@ -107,7 +107,7 @@ def prune_series(
     check_series(asked, keep)
     options = replace(options, select=asked)
     check_request(options, trace, None)
-    inputs: list[str | PathLike[str]] = [path for path in (model, trace) if path is not None]
+    inputs: list[str | PathLike[str]] = [path for path in (model, trace, options.imatrix) if path is not None]
     inputs += options.trace.data.files if options.trace else []
     place.check(inputs, force=options.force)
     free_memory(options.device)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from shape_moe.architectures.fingerprint import fingerprint
 from shape_moe.architectures.moe_config import GateScale, MoeConfig, check_gate_scale
-from shape_moe.architectures.same_routers import check_same_model
+from shape_moe.architectures.same_routers import RouterHashes, check_same_model, router_hashes
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.documents import MOST_EXPERTS, as_shape
 from shape_moe.errors import CheckpointError, UsageError
@@ -67,6 +67,8 @@ class Selection:
         seen: salted hashes of the prompts that it was made from, by their salt (see
             :class:`shape_moe.calibration.seen_prompts.SeenPrompts`); None where they are not known.
         gate_scale: ``survivors`` or ``trained``, see :data:`shape_moe.architectures.moe_config.GateScale`.
+        routers: hashes of the model's router rows, by which it is recognised when it is stored otherwise (see
+            :mod:`shape_moe.architectures.same_routers`); None in older files and for a table of values.
     """
 
     fingerprint: str | None
@@ -90,6 +92,7 @@ class Selection:
     refit: dict[str, Any] | None = None
     seen: dict[str, list[str]] | None = field(default=None, compare=False)  # every trace has a salt of its own
     gate_scale: GateScale = "survivors"
+    routers: RouterHashes | None = None
 
     @property
     def kept(self) -> int:
@@ -263,7 +266,7 @@ def open_selection(given: str | PathLike[str] | Selection, snapshot: Snapshot, *
         chosen = replace(chosen, refit=None, warnings=(*chosen.warnings, REFIT_IS_NOT_REPEATED))
     if chosen.fingerprint is not None:
         name = "The selection" if isinstance(given, Selection) else f"The selection {given}"
-        told = check_same_model(chosen.fingerprint, chosen.model, snapshot, name, force=force)
+        told = check_same_model(chosen, snapshot, name, force=force)
         if told is not None:
             chosen = replace(chosen, warnings=(*chosen.warnings, told))
     return chosen
@@ -279,6 +282,7 @@ def completed(selection: Selection, snapshot: Snapshot) -> Selection:
         model=snapshot.name,
         family=snapshot.moe.family.model_type,
         top_k=snapshot.moe.top_k,
+        routers=router_hashes(snapshot),
     )
 
 
