@@ -109,13 +109,13 @@ class RefitPass:
     ) -> None:
         import torch
 
-        family = live_moe_config(engine.model).family
-        if family.why_no_refit is not None:
-            raise UnsupportedModelError(f"A refit is not possible for {family.model_type}: {family.why_no_refit}.")
+        moe = live_moe_config(engine.model)
+        if (reason := moe.family.why_no_refit) is not None:
+            raise UnsupportedModelError(f"A refit is not possible for {moe.family.model_type}: {reason}.")
         self.engine, self.selection, self.batches, self.request = engine, selection, list(batches), request
         self.files = files or LayerFiles()
         self.sites = {site.layer: site for site in find_sites(engine.model)}
-        self.scale = live_moe_config(engine.model).residual_scale
+        self.scale = moe.residual_scale
         self.work = torch.promote_types(engine.model.dtype, torch.float32)
         self.rows, self.weights = _rows_and_weights(self.batches, request.weights)
         self.dense: list[torch.Tensor] = []
