@@ -16,7 +16,7 @@ pytestmark = [needs_vllm, pytest.mark.timeout(900)]
 
 
 def test_free_answers_are_those_of_transformers(tmp_path) -> None:
-    grid = write_grid(tmp_path, generate=24)
+    grid = write_grid(tmp_path, generate=24, keep=[0.2])
     expected = shape_moe.experiment(grid, tmp_path / "transformers").document
     command = [sys.executable, "-m", "shape_moe", "experiment", str(grid), "-o", str(tmp_path / "vllm"), "--json"]
     done = subprocess.run(

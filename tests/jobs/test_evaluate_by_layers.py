@@ -24,6 +24,7 @@ from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.sweep import SweepOptions, sweep
 from shape_moe.selection.method import Method
+from shape_moe.selection.select import SelectOptions
 from shape_moe.selection.selection import load_selection
 from support.data import write_lines
 from support.notes import Notes
@@ -43,7 +44,7 @@ def asked(tmp_path_factory) -> ExampleOptions:
 def pruned(embedded, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pruned")
     file = write_lines(folder / "calibration.jsonl", examples("sorting", 12, seed=1))
-    return prune(embedded, folder / "sorting-0.4", PruneOptions(device="cpu"), data=str(file), keep=0.4).path
+    return prune(embedded, folder / "sorting-0.4", PruneOptions(SelectOptions(0.4), device="cpu"), data=str(file)).path
 
 
 def quality(measured):

@@ -9,7 +9,7 @@ import pytest
 
 import shape_moe
 from shape_moe.calibration.records import DataOptions
-from shape_moe.errors import ShapeMoeError, UsageError
+from shape_moe.errors import FingerprintError, ShapeMoeError, UsageError
 from shape_moe.evaluation.keep_rate import Limit
 from shape_moe.jobs import curves as job
 from shape_moe.jobs.choice import ChoiceOptions
@@ -17,7 +17,7 @@ from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.selection.layer_curves import load_curves
 from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions
-from support.data import make_examples, write_lines
+from support.data import make_examples, synthetic_trace, write_lines
 
 METHOD = Method("replacement", "measured")
 
@@ -101,3 +101,8 @@ def test_inputs_that_change_while_layers_are_measured(embedded, data, traced, tm
     with pytest.raises(ShapeMoeError, match=rf"{what} has changed while it was read"):
         shape_moe.measure(model, trace, DataOptions.of(examples, samples=2), tmp_path / "c.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "model", "t"]
+
+
+def test_a_trace_of_another_model_is_refused_also_as_an_object(embedded, data) -> None:
+    with pytest.raises(FingerprintError, match="The trace"):
+        shape_moe.measure(embedded, synthetic_trace(seed=1), DataOptions.of(data, samples=2), method=METHOD)

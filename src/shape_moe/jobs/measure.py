@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from os import PathLike
 
+from shape_moe.architectures.same_routers import check_same_model
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.sources import Data
@@ -61,7 +62,11 @@ def measure(
     with OutputFile(out, force=force, inputs=[*named, *options.data.files], journal=".passes") as output:
         snapshot = open_snapshot(model, revision, trust_remote_code=options.trust_remote_code)
         watched = WatchedFiles([snapshot.path, *named, *options.data.files])
-        found = trace if isinstance(trace, Trace) else open_trace(trace, snapshot, progress, force=force)
+        if isinstance(trace, Trace):
+            check_same_model(trace.info, snapshot, "The trace", force=force)
+            found = trace
+        else:
+            found = open_trace(trace, snapshot, progress, force=force)
         check_measurable(snapshot, options)
         session = ModelSession.open(snapshot, options, None, progress)
         maker = CurveMaker(session, session.calibrator, found, scoring or ScoreOptions(), progress, passes=passes)
