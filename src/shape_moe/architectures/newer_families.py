@@ -194,6 +194,7 @@ NEWER: tuple[Family, ...] = (
         _SOFTMAX,
         model_type="hunyuan_v1_moe",
         stock_class="HunYuanMoEV1ForCausalLM",
+        listed_keys=("num_experts", "moe_topk"),
         router_rows=("gate.wg.weight",),
         renormalises=True,
     ),

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shape_moe.architectures.sites import MoeSite, find_sites, live_moe_config
@@ -265,9 +266,21 @@ class _Store:
     def __init__(self, site: MoeSite, kept: Sequence[int], dtype: torch.dtype | None, work: torch.dtype) -> None:
         experts: Any = site.experts
         self._experts, self._kept, self._work = experts, kept, work
-        dtype = dtype or experts.down_proj.dtype
-        bias = experts.down_proj_bias.detach()[list(kept)].to(dtype) if experts.has_bias else None
-        self.weights = DownProjections(experts.down_proj.detach()[list(kept)].to(dtype), bias)
+        self._dtype = dtype or experts.down_proj.dtype
+        self._new: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+
+    @cached_property
+    def weights(self) -> DownProjections:
+        """The down projections once all changes are there: while they come, memory is short."""
+        experts, kept = self._experts, list(self._kept)
+        weight = experts.down_proj.detach()[kept].to(self._dtype)
+        bias = experts.down_proj_bias.detach()[kept].to(self._dtype) if experts.has_bias else None
+        for number, (new, new_bias) in self._new.items():
+            weight[number] = new
+            if bias is not None and new_bias is not None:
+                bias[number] = new_bias
+        self._new.clear()
+        return DownProjections(weight, bias)
 
     @property
     def is_finite(self) -> bool:
@@ -277,17 +290,17 @@ class _Store:
     def __call__(self, number: int, change: torch.Tensor) -> torch.Tensor:
         import torch
 
-        expert, found = self._kept[number], self.weights
+        expert = self._kept[number]
         own = self._experts.down_proj.detach()[expert].to(self._work)
         own = own if self._experts.is_transposed else own.T
         width = len(own)
-        new = (own + change[:width]).to(found.weight.dtype)
-        found.weight[number] = new if self._experts.is_transposed else new.T
+        new, new_bias = (own + change[:width]).to(self._dtype), None
         changes = [new.to(self._work) - own]
-        if found.bias is not None:
+        if self._experts.has_bias:
             bias = self._experts.down_proj_bias.detach()[expert].to(self._work)
-            found.bias[number] = (bias + change[width]).to(found.bias.dtype)
-            changes.append((found.bias[number].to(self._work) - bias).unsqueeze(0))
+            new_bias = (bias + change[width]).to(self._dtype)
+            changes.append((new_bias.to(self._work) - bias).unsqueeze(0))
+        self._new[number] = (new if self._experts.is_transposed else new.T, new_bias)
         return torch.cat(changes)
 
 
