@@ -10,6 +10,7 @@ import pytest
 import shape_moe
 from shape_moe.architectures.fingerprint import fingerprint
 from shape_moe.architectures.snapshot import open_snapshot
+from shape_moe.cli.select import notes_on
 from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.reporting.choice import choice_section, curves_figure
 from shape_moe.reporting.html import render_report
@@ -117,3 +118,12 @@ def test_the_report_of_a_checkpoint_reads_its_curves(checkpoint, tmp_path) -> No
     curves.save(tmp_path / "out" / "shape" / "curves.json")
     shape_moe.report(tmp_path / "out", tmp_path / "r.html")
     assert "cut alone, layer" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_one_undecided_place_is_not_told_as_several() -> None:
+    (told,) = [
+        line
+        for line in notes_on(replace(selected(), stability={"agreement": 0.9, "undecided": 1.0}))
+        if "halves" in line
+    ]
+    assert told.endswith("; undecided places: 1")
