@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from shape_moe.evaluation.intervals import Estimate
-from shape_moe.reporting.figures.figure import Figure, Section, Table, layer_axis, number, sentence
+from shape_moe.reporting.figures.figure import Figure, Section, Table, layer_axis, sentence
 from shape_moe.reporting.material import Material
 from shape_moe.selection.layer_curves import LayerCurves
 from shape_moe.selection.selection import Selection
@@ -50,7 +50,9 @@ def _row(entry: dict[str, Any], record: dict[str, Any], selection: Selection, *,
 
 
 def _signed(behind: Estimate) -> str:
-    value, *ends = (f"{'+' if end > 0 else ''}{number(end, 2)}" for end in (behind.value, behind.low, behind.high))
+    """A difference with its interval; nothing below half a thousandth means anything here."""
+    shown = (behind.value, behind.low, behind.high)
+    value, *ends = ("0" if abs(end) < 0.0005 else f"{end:+.2g}" for end in shown)
     return f"{value} [{', '.join(ends)}]" if behind.has_interval else value
 
 
