@@ -32,7 +32,7 @@ from shape_moe.jobs.judging_examples import (
     unseen_parts,
 )
 from shape_moe.jobs.layered_judgement import judge_layer_by_layer
-from shape_moe.jobs.planning import SearchPlan
+from shape_moe.jobs.planning import SearchPlan, chosen_by
 from shape_moe.jobs.prune_options import PruneOptions, makes_curves
 from shape_moe.jobs.refit import choose_refit
 from shape_moe.jobs.session import ModelSession, load_original
@@ -148,7 +148,7 @@ def _best_candidate(run: PruneRun, work: Path) -> Selection:
     folder, file = work / "candidates.partial", work / "shape" / "selection.json"
     if file.is_file():
         run.progress.note("Using the selection that the interrupted run has chosen.")
-        chosen = load_selection(file)
+        chosen = replace(load_selection(file), refit=None)  # the refit's weights are found again, or made anew
     else:
         folder.mkdir(exist_ok=True)
         chosen = auto_select(
@@ -192,6 +192,7 @@ def refitted_as_asked(run: PruneRun, selection: Selection, folder: Path) -> Sele
         )
         return selection
     session, maker = decide
+    selection = chosen_by(selection, maker.records)
     always, stored = run.options.refit == "on", stored_dtype(run.snapshot)
     found = choose_refit(session, selection, maker, stored, folder, always=always)
     run.notes += found.notes
@@ -250,8 +251,8 @@ def _unseen(run: PruneRun, selection: Selection, options: JudgementOptions) -> U
     if run.judge is not None:
         return examples_given(run.judge, seen, options)
     if run.plan is not None and session is not None:
-        data, chosen_by = run.plan.data, run.plan.held_out.records
-        return Unseen(session, data, run.plan.parts or unseen_parts([data], seen, chosen_by, options))
+        data, used = run.plan.data, run.plan.held_out.records
+        return Unseen(session, data, run.plan.parts or unseen_parts([data], seen, used, options))
     if session is not None and run.parts is not None:
         return Unseen(session, session.options.data, run.parts)
     if run.trace is None:
