@@ -50,8 +50,8 @@ class WorstClass:
     def behind(self, ours: ArrayLike, theirs: ArrayLike) -> Estimate:
         """How much more one candidate loses by its worst class than another does by its own, paired.
 
-        Every resample finds the worst class of both anew; those without tokens are left out. The interval is that of one comparison: it tells noise from
-        a difference, and certifies nothing.
+        Every resample finds the worst class of both anew; those without tokens are left out. The interval is that of
+        one comparison: it tells noise from a difference, and certifies nothing.
         """
         mine, others = self._drawn(ours), self._drawn(theirs)
         has_tokens = np.isfinite(mine)

@@ -12,8 +12,10 @@ from shape_moe.architectures.layered_model import why_not_layered
 from shape_moe.architectures.loading import release_memory
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.example_maker import ExampleMaker
-from shape_moe.calibration.parts import Parts
+from shape_moe.calibration.parts import Parts, without_seen
+from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.errors import DataError
+from shape_moe.evaluation.subjects import seen_by
 from shape_moe.interop.imatrix import Imatrix
 from shape_moe.jobs.auto import auto_select
 from shape_moe.jobs.curves import CurveMaker, curves_file
@@ -28,7 +30,6 @@ from shape_moe.jobs.judging_examples import (
     Unseen,
     examples_given,
     examples_of_trace,
-    seen_by,
     unseen_parts,
 )
 from shape_moe.jobs.layered_judgement import judge_layer_by_layer
@@ -229,6 +230,7 @@ def judged(run: PruneRun, selections: Sequence[Selection], work: Path) -> list[J
         found = _unseen(run, selections[0], options)
     except DataError as error:
         return [no_judgement(str(error), options)] * len(selections)
+    found = replace(found, parts=without_seen(found.parts, _measured_by(run), "layer curves"))
     run.session = found.session
     notes = [found.note] if found.note else []
     if found.session.reads_layers:
@@ -239,6 +241,12 @@ def judged(run: PruneRun, selections: Sequence[Selection], work: Path) -> list[J
         return judgements
     seen = seen_by(run.trace, selections[0])
     return judge_selections(found.session, found.parts, found.data, selections, options, seen, notes)
+
+
+def _measured_by(run: PruneRun) -> SeenPrompts:
+    """The prompts of layer curves that were given, which may be others than the trace's."""
+    curves = run.options.select.curves if run.options.select is not None else None
+    return SeenPrompts.of_salts(curves.seen if curves is not None else {})
 
 
 def _unseen(run: PruneRun, selection: Selection, options: JudgementOptions) -> Unseen:
