@@ -5,7 +5,7 @@ Variables of the environment say what it does:
 - ``MUTANTS_RECORD``, a folder: every test's seconds and whether it passed go to ``tests.jsonl``, and the modules that
   are loaded at the end to ``modules-*.json``.
 - ``MUTANTS_PLAN``, a JSON file with ``seconds`` by test, tests that run ``only`` or are left ``without``, and a folder
-  ``new_under`` whose tests run too where they have no seconds yet: quick tests first, each with a time limit.
+  ``new_under`` whose tests run too where they have no seconds yet: quick files first, each test with a time limit.
 """
 
 from __future__ import annotations
@@ -65,4 +65,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in chosen:
         limit = pytest.mark.timeout(90 + 10 * seconds.get(item.nodeid, _UNKNOWN))
         item.add_marker(limit, append=False)
-    items[:] = sorted(chosen, key=lambda item: seconds.get(item.nodeid, _UNKNOWN))
+    items[:] = _quick_files_first(chosen, seconds)
+
+
+def _quick_files_first(items: list[pytest.Item], seconds: dict[str, float]) -> list[pytest.Item]:
+    """Whole files, the quickest first: tests that share a fixture stay together, so that it is made once."""
+    by_file: dict[str, float] = defaultdict(float)
+    for item in items:
+        by_file[item.nodeid.split("::")[0]] += seconds.get(item.nodeid, _UNKNOWN)
+    return sorted(items, key=lambda item: (by_file[item.nodeid.split("::")[0]], item.nodeid.split("::")[0]))
