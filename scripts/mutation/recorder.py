@@ -5,7 +5,8 @@ Variables of the environment say what it does:
 - ``MUTANTS_RECORD``, a folder: every test's seconds and whether it passed go to ``tests.jsonl``, and the modules that
   are loaded at the end to ``modules-*.json``.
 - ``MUTANTS_PLAN``, a JSON file with ``seconds`` by test, tests that run ``only`` or are left ``without``, and a folder
-  ``new_under`` whose tests run too where they have no seconds yet: files of that folder first, each test with a time limit.
+  ``new_under`` whose tests run too where they have no seconds yet: files of it first,
+  each test with a time limit.
 """
 
 from __future__ import annotations
