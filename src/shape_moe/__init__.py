@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from shape_moe.jobs.measure import measure
     from shape_moe.jobs.prune import prune
     from shape_moe.jobs.prune_options import PruneOptions
+    from shape_moe.jobs.prune_series import prune_series
+    from shape_moe.jobs.refit import refit
     from shape_moe.jobs.report import report
     from shape_moe.jobs.select import score, select
     from shape_moe.jobs.session import ExampleOptions
@@ -77,6 +79,8 @@ __all__ = [
     "merge",
     "prune",
     "prune_model",
+    "prune_series",
+    "refit",
     "report",
     "score",
     "select",
@@ -100,6 +104,8 @@ _HOMES = {
     "jobs.measure": ("measure",),
     "jobs.prune": ("prune",),
     "jobs.prune_options": ("PruneOptions",),
+    "jobs.prune_series": ("prune_series",),
+    "jobs.refit": ("refit",),
     "jobs.report": ("report",),
     "jobs.select": ("score", "select"),
     "jobs.session": ("ExampleOptions",),

@@ -47,6 +47,17 @@ def drop_lock(file: Path, descriptor: int) -> None:
     os.close(descriptor)
 
 
+def lock_of(place: Path) -> Path:
+    """The file whose lock keeps two runs out of one output."""
+    return place.with_name(f".{place.name}.lock")
+
+
+def drop_left_lock(file: Path) -> None:
+    """Delete the lock of a run that was killed when all was done."""
+    if file.exists() and (lock := take_lock(file)) is not None:
+        drop_lock(file, lock)
+
+
 def _lock(descriptor: int, file: Path, *, wait: bool) -> bool:
     try:
         import fcntl

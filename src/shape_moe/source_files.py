@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from shape_moe.architectures.gguf_file import part_files
+from shape_moe.errors import ShapeMoeError
 
 SMALL = 16 * 2**20
 """Files up to this many bytes are hashed whole; of larger ones a sample is."""
@@ -18,6 +19,9 @@ _SAMPLES, _SAMPLE = 16, 4096
 _LARGEST_HEADER = 100_000_000
 _MODEL_FILES = ("*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "*.tiktoken", "vocab.*", "merges.txt")
 """What loaders read of a model's folder; other files there (notes, logs) may change while a job runs."""
+
+_TRACE_FILES = ("trace.json", "statistics.safetensors", "coalitions/*.parquet")
+"""What a trace consists of; what else lies in its folder (selections, reports) is none of it."""
 
 
 @dataclass(frozen=True)
@@ -129,10 +133,48 @@ def changed_since(before: Mapping[str, SourceFile], inputs: Iterable[str | os.Pa
             found = Path(name).stat()
         except FileNotFoundError:
             return f"{name} is gone"
-        if known.state != (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino):
+        if known.state != _state(found):
             return f"{name} has changed"
     added = sorted(set(now) - set(before))
     return f"{added[0]} was added" if added else None
+
+
+class WatchedFiles:
+    """Files that must stay as they are while something is made from them.
+
+    Args:
+        inputs: files and folders; None and names that do not exist (hub names) are left out.
+    """
+
+    def __init__(self, inputs: Iterable[str | os.PathLike[str] | None]) -> None:
+        given = [Path(path).absolute() for path in inputs if path is not None]
+        self._before = {file: _state(file.stat()) for path in given for file in _files(path)}
+
+    def check(self) -> None:
+        """Check that none of them has changed, by what the file system says; files that were added do not matter.
+
+        Raises:
+            ShapeMoeError: naming the first that has.
+        """
+        for file, before in self._before.items():
+            try:
+                what = None if _state(file.stat()) == before else "has changed"
+            except FileNotFoundError:
+                what = "is gone"
+            if what is not None:
+                raise ShapeMoeError(
+                    f"{file} {what} while it was read, so the result would mix two states of it; run the command again."
+                )
+
+
+def _state(found: os.stat_result) -> tuple[int, int, int, int]:
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+def is_one_of(file: Path, inputs: Iterable[str | os.PathLike[str]]) -> bool:
+    """Whether a file is one of a job's inputs, or of the files of one, by whatever name."""
+    place = file.resolve()
+    return any(place == found.resolve() for given in inputs for found in _files(Path(given).absolute()))
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -140,6 +182,8 @@ def _files(path: Path) -> Iterator[Path]:
         yield from (part for part in part_files(path) if part.is_file())
     elif (path / "config.json").is_file():
         yield from _files_of_model(path)
+    elif (path / "trace.json").is_file():
+        yield from (file for name in _TRACE_FILES for file in sorted(path.glob(name)))
     elif path.is_dir():
         for file in sorted(path.rglob("*")):
             if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):

@@ -9,56 +9,36 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from shape_moe.documents import as_shape
-from shape_moe.errors import CheckpointError, ShapeMoeError, UsageError, full_disk
+from shape_moe.errors import ShapeMoeError, UsageError, full_disk
 from shape_moe.exchange import exchange
-from shape_moe.json_file import read_json
-from shape_moe.locks import drop_lock, take_lock
+from shape_moe.job_record import JOB_FILE, JobRecord, read_job
+from shape_moe.locks import drop_left_lock, drop_lock, lock_of, take_lock
 from shape_moe.made_with import versions
 from shape_moe.source_files import SourceFile, changed_file, changed_since, describe_inputs
 
-JOB_FILE = "job.json"
-RESULT_FILES = ("shape/manifest.json", "trace.json", "demo.json", "sweep.json", "experiment.json")
+RESULT_FILES = ("shape/manifest.json", "trace.json", "demo.json", "sweep.json", "experiment.json", "series.json")
 """What marks a folder as a result of this tool, which ``--force`` may replace."""
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "polars")
 """What figures depend on, beside this package."""
 
 
 @dataclass(frozen=True)
-class JobRecord:
-    """The content of ``job.json``, which is there while a job is not done.
+class Apart:
+    """A file of a result that gets a name outside of the result's folder, at the moment at which that gets its own.
 
     Attributes:
-        digest: of the job's description.
-        job: inputs and options that decide the result.
-        inputs: the files that the job reads, by absolute path.
-        complete: whether the folder holds the whole result, which only has to get its name.
-        replaces: name of the sibling that an older result has while that happens; None where there is none.
+        name: what it is called in the folder while that is in the making.
+        places: its final name, by the suffix of the folder's; see :meth:`Workspace.complete`.
     """
 
-    digest: str
-    job: dict[str, Any] = field(default_factory=dict)
-    inputs: dict[str, SourceFile] = field(default_factory=dict)
-    complete: bool = False
-    replaces: str | None = None
-
-    def write(self, folder: Path) -> None:
-        """Write the record into a folder."""
-        write_json(folder / JOB_FILE, asdict(self))
-
-
-def read_job(folder: Path) -> JobRecord | None:
-    """The record in a folder, None where it has none of ours."""
-    try:
-        file = folder / JOB_FILE
-        return as_shape(read_json(file), JobRecord, file, "a job of this tool")
-    except (CheckpointError, OSError):
-        return None
+    name: str
+    places: Mapping[str, Path]
 
 
 class Workspace:
@@ -74,6 +54,8 @@ class Workspace:
         force: replace an existing result once the new one is complete, and discard another job's partial folder.
         inputs: what the job reads. The output may not lie in it, hold it or be it, and its files may not change while
             the job runs, nor between an interrupted run and the one that goes on.
+        suffixes: other endings that the final name may get; see :meth:`complete`.
+        apart: a file that gets a name outside of the folder, None where there is none.
 
     Attributes:
         path: the folder to write into.
@@ -91,20 +73,23 @@ class Workspace:
         *,
         force: bool = False,
         inputs: Iterable[str | os.PathLike[str]] = (),
+        suffixes: Iterable[str] = (),
+        apart: Apart | None = None,
     ) -> None:
         self.out = Path(out).absolute()
         self._place = real_place(self.out)
+        self._suffixes, self._apart = ("", *suffixes), apart
         self.path = self._place.with_name(self._place.name + ".partial")
         described = {**json.loads(json.dumps(job, default=str)), "versions": versions(*_PACKAGES)}
         self._record = JobRecord(job_digest(described), described)
         self._force, self._inputs = force, tuple(inputs)
         self._lock: int | None = None
-        self._lock_file = self._place.with_name(f".{self._place.name}.lock")
+        self._lock_file = lock_of(self._place)
         self.resumed = False
 
     def __enter__(self) -> Workspace:
-        if read_job(self._place) is None:  # else it is looked at under the lock
-            self._check_output()
+        if not is_left_to_finish(self._place):
+            check_output(self.out, force=self._force, inputs=self._inputs)
         self._place.parent.mkdir(parents=True, exist_ok=True)
         self._lock = take_lock(self._lock_file)
         if self._lock is None:
@@ -112,10 +97,12 @@ class Workspace:
         try:
             self._recover()
             check_output(self.out, force=self._force, inputs=self._inputs)
+            for place in self._apart.places.values() if self._apart is not None else ():
+                check_output_file(place, force=self._force)
             self._prepare()
         except BaseException as error:
             self._release_lock()
-            _tell_full_disk(error, self._place.parent)
+            tell_full_disk(error, self._place.parent)
             raise
         return self
 
@@ -124,43 +111,51 @@ class Workspace:
         """sha256 of the job's description, package versions included."""
         return self._record.digest
 
-    def _check_output(self) -> None:
-        try:
-            check_output(self.out, force=self._force, inputs=self._inputs)
-        except UsageError:  # a run that was killed when all was done leaves its lock
-            if self._lock_file.exists() and (lock := take_lock(self._lock_file)) is not None:
-                drop_lock(self._lock_file, lock)
-            raise
-
     def _recover(self) -> None:
         """Finish, or take back, what a run left that was killed while its result got its name.
 
         A result that has its name is kept, and what it replaced goes. The same job takes it up once more, so that it
         ends as it would have.
         """
-        done, begun = read_job(self._place), read_job(self.path)
-        if done is not None and done.complete:
-            if (old := self._replaced(done)) is not None:
-                shutil.rmtree(old)
-            same = done.digest == self._record.digest and not self.path.exists()
-            if same and changed_file(done.inputs, describe_inputs(self._inputs)) is None:
-                self._place.rename(self.path)
-            else:
-                (self._place / JOB_FILE).unlink()
-        elif begun is not None and not self._place.exists():
-            old = self._replaced(begun)
-            if old is not None and old != self.path:
-                old.rename(self._place)
+        begun = read_job(self.path)
+        for suffix in self._suffixes:
+            place = _suffixed(self._place, suffix)
+            done = read_job(place)
+            if done is not None and done.complete:
+                if (old := self._replaced(done, place)) is not None:
+                    shutil.rmtree(old)
+                same = done.digest == self._record.digest and not self.path.exists()
+                if same and changed_file(done.inputs, describe_inputs(self._inputs)) is None:
+                    self._bring_back(place, suffix)
+                    place.rename(self.path)
+                else:
+                    self._put_apart(place, suffix)
+                    (place / JOB_FILE).unlink()
+            elif begun is not None and not place.exists():
+                old = self._replaced(begun, place)
+                if old is not None and old != self.path:
+                    old.rename(place)
 
-    def _replaced(self, record: JobRecord) -> Path | None:
-        """Where the result that a record's job replaces lies, None where it is gone."""
+    def _replaced(self, record: JobRecord, place: Path) -> Path | None:
+        """Where the result that a record's job replaces under a name lies, None where it is gone."""
         if record.replaces is None:
             return None
-        ours = rf"{re.escape(self._place.name)}\.old-[0-9a-f]{{8}}"
+        ours = rf"{re.escape(place.name)}\.old-[0-9a-f]{{8}}"
         if record.replaces != self.path.name and not re.fullmatch(ours, record.replaces):
             return None
-        found = self._place.with_name(record.replaces)
+        found = place.with_name(record.replaces)
         return found if found.is_dir() else None
+
+    def _put_apart(self, place: Path, suffix: str) -> None:
+        """Give the file that does not stay in the folder its own name."""
+        if self._apart is not None and (place / self._apart.name).exists():
+            (place / self._apart.name).replace(self._apart.places[suffix])
+
+    def _bring_back(self, place: Path, suffix: str) -> None:
+        """Undo :meth:`_put_apart`."""
+        if self._apart is not None and not (place / self._apart.name).exists():
+            with suppress(FileNotFoundError):
+                self._apart.places[suffix].rename(place / self._apart.name)
 
     def _prepare(self) -> None:
         inputs = describe_inputs(self._inputs)
@@ -176,8 +171,8 @@ class Workspace:
         self.path.mkdir(exist_ok=True)
         for unfinished in [file for file in self.path.rglob("*.tmp") if file.is_file()]:
             unfinished.unlink()
-        self._record = JobRecord(self._record.digest, self._record.job, inputs)
-        self._record.write(self.path)
+        self._record = replace(self._record, inputs=inputs)
+        self._write_record(self._record)
 
     def _why_not_resumed(self, known: JobRecord, inputs: Mapping[str, SourceFile]) -> str | None:
         """The end of a sentence that says why a partial folder is not gone on with; None where it is."""
@@ -202,7 +197,7 @@ class Workspace:
             error.add_note(f"What was finished is kept in {self.path}; the same command resumes from there.")
         self._release_lock()
         if error is not None:
-            _tell_full_disk(error, self._place.parent)
+            tell_full_disk(error, self._place.parent)
 
     def _holds_work(self) -> bool:
         return any(path.is_file() and path.name not in (JOB_FILE, f".{JOB_FILE}.tmp") for path in self.path.rglob("*"))
@@ -223,17 +218,18 @@ class Workspace:
         """Give the folder its final name, and delete the result that it replaces.
 
         Args:
-            suffix: stands behind the name that was asked for, where the result is not what was asked for.
+            suffix: stands behind the name that was asked for, where the result is not what was asked for; one of those
+                that the workspace was told of.
 
-        ``job.json`` goes last: as long as it is there, the next run knows what was under way (:meth:`_recover`).
+        ``job.json`` goes last: as long as it is there, the next run knows what was under way (:meth:`_recover`), and
+        the folder does not yet belong to the file that has a name apart.
 
         Raises:
             ShapeMoeError: when an input has changed meanwhile.
             UsageError: when something else has got the name meanwhile.
         """
         self.check_inputs()
-        if suffix:
-            self.out, self._place = (path.with_name(path.name + suffix) for path in (self.out, self._place))
+        self.out, self._place = _suffixed(self.out, suffix), _suffixed(self._place, suffix)
         check_output(self.out, force=self._force)
         old = self._place.is_dir() and not _is_empty(self._place)
         if not (old and self._exchange()):
@@ -246,6 +242,7 @@ class Workspace:
             self.path.rename(self._place)
             if aside is not None:
                 shutil.rmtree(aside)
+        self._put_apart(self._place, suffix)
         (self._place / JOB_FILE).unlink()
         return self.out
 
@@ -258,9 +255,11 @@ class Workspace:
         return True
 
     def _mark_complete(self, replaces: Path | None) -> None:
-        record = self._record
         name = replaces.name if replaces is not None else None
-        JobRecord(record.digest, record.job, record.inputs, complete=True, replaces=name).write(self.path)
+        self._write_record(replace(self._record, complete=True, replaces=name))
+
+    def _write_record(self, record: JobRecord) -> None:
+        write_json(self.path / JOB_FILE, asdict(record))
 
     def _release_lock(self) -> None:
         if self._lock is not None:
@@ -268,7 +267,19 @@ class Workspace:
             self._lock = None
 
 
-def _tell_full_disk(error: BaseException, folder: Path) -> None:
+def is_left_to_finish(place: Path) -> bool:
+    """Whether what stands under a final name is the work of a run that was killed just before its end.
+
+    The next run looks at it under the lock.
+    """
+    return read_job(place) is not None
+
+
+def _suffixed(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def tell_full_disk(error: BaseException, folder: Path) -> None:
     """Raise what a full disk made of an error as one sentence; do nothing about any other."""
     if full_disk(error) and not isinstance(error, ShapeMoeError):
         raise ShapeMoeError(
@@ -315,6 +326,7 @@ def check_output(out: Path, *, force: bool, inputs: Iterable[str | os.PathLike[s
     if _is_empty(place):
         return
     if not force:
+        drop_left_lock(lock_of(place))
         raise UsageError(f"{out} exists and is not empty; choose another output, or replace it with --force.")
     if not any((place / name).is_file() for name in RESULT_FILES):
         raise UsageError(f"{out} holds no result of this tool, so --force does not replace it; choose another output.")
@@ -374,7 +386,7 @@ def write_text(file: Path, text: str) -> None:
         temporary.replace(place)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        _tell_full_disk(error, place.parent)
+        tell_full_disk(error, place.parent)
         raise
     finally:
         os.close(descriptor)

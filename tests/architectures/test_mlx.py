@@ -43,7 +43,7 @@ def test_a_slice_is_the_slice_of_the_plain_tensors(family, tmp_path) -> None:
     (tmp_path / "out").mkdir()
     writer_for(source, "ragged").write(source, selection, tmp_path / "out", SILENT)
     pruned = open_snapshot(tmp_path / "out").plain
-    keeping = Keeping(source.moe.family, source.moe.num_layers, selection.layers, "reroute")
+    keeping = Keeping(source.moe.family, source.moe.num_layers, selection.layers, True)
     expected = {}
     for tensor in source.plain.values():
         if (found := keeping.tensor(tensor.name)) is not None:

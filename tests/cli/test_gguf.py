@@ -39,6 +39,27 @@ def test_one_command_prunes_a_file(file: Path, data: str, tmp_path: Path, call) 
     assert out.stat().st_size < len(before)
 
 
+def test_several_keep_rates_make_a_series(file: Path, data: str, tmp_path: Path, call) -> None:
+    start = ("prune", file, "--data", data, "--no-judge", "--no-logits", "--device", "cpu")
+    code, said, notes = call(*start, "--keep", "85%,0.75,60%", "-o", tmp_path / "small.gguf", "--json")
+    assert code == 0, notes
+    told = json.loads(said)
+    assert told["series"] == str(tmp_path / "small")
+    names = [f"small-{keep}.gguf" for keep in (0.85, 0.75, 0.6)]
+    assert [model["checkpoint"] for model in told["models"]] == [str(tmp_path / "small" / name) for name in names]
+    assert [inspect_model(tmp_path / "small" / name).size.num_experts for name in names] == [39, 36, 27]
+    code, said, _ = call(*start, "--keep", "0.5,0.25", "-o", tmp_path / "other")
+    assert code == 0
+    assert [line.split()[0] for line in said.splitlines() if line.startswith("other-")] == [
+        "other-0.5.gguf",
+        "other-0.25.gguf",
+    ]
+    refused(call(*start, "--keep", "0.5,0.5", "-o", tmp_path / "x"), 2, "given twice")
+    refused(call(*start, "--keep", "0.5,x", "-o", tmp_path / "x"), 2, "not 'x'")
+    refused(call(*start, "--keep", "0.5,85", "-o", tmp_path / "x"), 2, "not 85")
+    refused(call(*start, "--keep", "0.5,0.25", "--tolerance", "1%", "-o", tmp_path / "x"), 2, "--tolerance")
+
+
 def test_places_that_are_taken_or_do_not_fit(file: Path, data: str, tmp_path: Path, embedded: Path, call) -> None:
     start = ("prune", file, "--data", data, "--keep", "0.75", "--no-judge", "--no-logits", "--device", "cpu", "-o")
     refused(call(*start, tmp_path / "folder"), 2, "name one, as --output folder.gguf")

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from shape_moe.evaluation import bench as module
-from shape_moe.evaluation.bench import POINTS_FILE, Bench
+from shape_moe.evaluation import measures
+from shape_moe.evaluation.bench import Bench
+from shape_moe.evaluation.comparison import POINTS_FILE
 from shape_moe.evaluation.dense_reference import DenseReference
 from shape_moe.evaluation.faithfulness import faithfulness
 from shape_moe.evaluation.generation import GenerationOptions
@@ -77,8 +79,8 @@ def test_a_mask_is_judged_as_the_masked_model_is(embedded_model, bench_of) -> No
 
 def test_classes_are_judged_only_where_they_are_asked_for(bench_of, monkeypatch) -> None:
     bench = bench_of()
-    whole, asked = stopped_after(100, module.measures.by_group)
-    monkeypatch.setattr(module.measures, "by_group", whole)
+    whole, asked = stopped_after(100, measures.by_group)
+    monkeypatch.setattr(measures, "by_group", whole)
     measured = bench.judge(seven_of_eight())
     assert not asked
     classes = bench.by_group(bench.sums(seven_of_eight()))

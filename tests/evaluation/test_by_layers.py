@@ -9,8 +9,8 @@ from shape_moe.architectures.layered_model import LayeredModel
 from shape_moe.architectures.loading import load_model
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.evaluation.bench import Bench
-from shape_moe.evaluation.by_layers import compare_by_layers
 from shape_moe.evaluation.held_out_set import HeldOutSet
+from shape_moe.evaluation.layered_bench import LayeredBench
 from support.data import make_examples
 from support.selections import random_selection
 
@@ -25,10 +25,11 @@ def test_figures_are_the_benchs(family, routing, checkpoint) -> None:
     snapshot, examples = open_snapshot(checkpoint(family)), held_out()
     selections = [random_selection(snapshot, routing, "ragged", seed=seed) for seed in (0, 1)]
     model = LayeredModel(snapshot, device="cpu", dtype="float32")
-    done = []
-    found = compare_by_layers(model, examples, selections, done.append)
+    with LayeredBench(model, examples) as layered:
+        layered.prepare(selections)
+        found = [layered.dense_sums, *map(layered.sums, selections)]
+        assert layered.readings == 1
     assert model.bytes_read == snapshot.total_bytes  # once, for all three
-    assert done == [1] * model.num_layers
     whole = load_model(snapshot, device="cpu", dtype="float32")
     with Bench(whole, None, examples) as bench:
         expected = [bench.dense_sums, *(bench.sums(selection) for selection in selections)]

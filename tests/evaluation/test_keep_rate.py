@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.intervals import Estimate
-from shape_moe.evaluation.keep_rate import RESOLUTION, Limit, Point, bisect, grid, recommend
+from shape_moe.evaluation.keep_rate import RESOLUTION, Limit, Point, grid, narrow, recommend
 from shape_moe.evaluation.measures import Health, Measured
 from shape_moe.selection.method import Method
 from shape_moe.selection.selection import whole_selection
@@ -35,25 +35,50 @@ def ill(point: Point) -> Health:
     return Health({}, {}, 10, ("answers loop",))
 
 
+def each(judge):
+    """A measure that judges points one by one."""
+    return lambda asked: [judge(*one) for one in asked]
+
+
+def smallest_passing(points) -> float:
+    return min((point.selection.keep_asked for point in points if LIMIT.met(point.measured)), default=1.0)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.floats(0.03, 0.97))
 def test_bisection_finds_the_threshold(threshold) -> None:
-    points = bisect(WAY, lambda way, keep: make(keep, 0.01 if keep >= threshold else 1.0), LIMIT)
-    passing = [point.selection.keep_asked for point in points if LIMIT.met(point.measured)]
-    smallest = min(passing, default=1.0)
-    assert threshold <= smallest <= threshold + RESOLUTION
+    points = narrow([WAY], each(lambda _, keep: make(keep, 0.01 if keep >= threshold else 1.0)), LIMIT)
+    assert threshold <= smallest_passing(points) <= threshold + RESOLUTION
     assert len(points) <= 7
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0.03, 0.97), min_size=1, max_size=3), st.integers(2, 7))
+def test_several_rates_at_once_find_every_threshold_in_fewer_rounds(thresholds, at_once) -> None:
+    ways = [replace(WAY, scorer=scorer) for scorer in ("shape", "reap", "ean")][: len(thresholds)]
+    threshold_of, rounds = dict(zip(ways, thresholds, strict=True)), []
+
+    def measure(asked):
+        rounds.append(asked)
+        return each(lambda way, keep: make(keep, 0.01 if keep >= threshold_of[way] else 1.0, way=way))(asked)
+
+    points = narrow(ways, measure, LIMIT, at_once=at_once)
+    for way, threshold in threshold_of.items():
+        found = [point for point in points if point.method == way]
+        assert threshold <= smallest_passing(found) <= threshold + RESOLUTION
+        assert len(found) == at_once * len(rounds)
+    assert (at_once + 1) ** (len(rounds) - 1) < 1 / RESOLUTION <= (at_once + 1) ** len(rounds)
+
+
 def test_bisection_treats_what_cannot_be_met_as_too_few() -> None:
-    points = bisect(WAY, lambda way, keep: None if keep < 0.5 else make(keep, 0.0), LIMIT)
+    points = narrow([WAY], each(lambda _, keep: None if keep < 0.5 else make(keep, 0.0)), LIMIT)
     assert min(point.selection.keep_asked for point in points) == pytest.approx(0.5, abs=RESOLUTION)
 
 
 def test_the_grid_leaves_out_what_cannot_be_met() -> None:
     ways = [WAY, Method("reap", "uniform", "reroute")]
     points = grid(
-        ways, [0.2, 0.8], lambda way, keep: None if way.routing == "reroute" and keep < 0.5 else make(keep, 0)
+        ways, [0.2, 0.8], each(lambda way, keep: None if way.routing == "reroute" and keep < 0.5 else make(keep, 0))
     )
     assert [point.selection.keep_asked for point in points] == [0.8, 0.2, 0.8]
 

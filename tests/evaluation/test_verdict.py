@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import re
-from math import comb
+from math import comb, log
 
 import numpy as np
 import pytest
@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shape_moe.errors import UsageError
-from shape_moe.evaluation.falls import Agreement, FreeAnswers, Outcome, Pairs, first_divergence
+from shape_moe.evaluation.falls import Agreement, FreeAnswers, Likelihood, Outcome, Pairs, first_divergence
 from shape_moe.evaluation.intervals import examples_for, quantile, score_interval
+from shape_moe.evaluation.outcomes import Seen, outcomes
+from shape_moe.evaluation.teacher_forced import TeacherForced
 from shape_moe.evaluation.verdict import Verdict, Word, decide, not_measured
 from shape_moe.units import readable_kl, readable_share, share_at_most
 
@@ -29,7 +31,7 @@ def one(lost: int, gained: int, count: int, *, dense: int | None = None, name: s
     return Outcome(name, count, Pairs(count, right, lost, gained), answers=answers() if made is None else made)
 
 
-outcomes = st.builds(
+measured = st.builds(
     lambda right, lost, wrong, gained: one(min(lost, right), min(gained, wrong), right + wrong, dense=right),
     st.integers(20, 300),
     st.integers(0, 40),
@@ -39,7 +41,7 @@ outcomes = st.builds(
 
 
 @settings(max_examples=150, deadline=None)
-@given(outcomes, st.integers(1, 30))
+@given(measured, st.integers(1, 30))
 def test_more_losses_never_make_a_better_verdict(outcome, more) -> None:
     exact = outcome.exact
     worse = one(min(exact.lost + more, exact.dense), exact.gained, exact.count, dense=exact.dense)
@@ -47,7 +49,7 @@ def test_more_losses_never_make_a_better_verdict(outcome, more) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(outcomes, st.integers(1, 300))
+@given(measured, st.integers(1, 300))
 def test_more_examples_that_agree_never_make_a_worse_verdict(outcome, more) -> None:
     exact = outcome.exact
     longer = one(exact.lost, exact.gained, exact.count + more, dense=exact.dense + more)
@@ -252,7 +254,7 @@ def test_counts_that_do_not_fit_are_refused() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(outcomes, st.integers(0, 9), st.booleans())
+@given(measured, st.integers(0, 9), st.booleans())
 def test_a_verdict_goes_through_json(outcome, bad, with_calls) -> None:
     calls = {"right": Pairs(9, 8, 3, 1)} if with_calls else None
     agreement = Agreement.of([4, 9], [4, 8])
@@ -313,3 +315,81 @@ def test_every_damaged_class_is_a_suspect_worst_first() -> None:
     found = decide([*made, one(0, 0, 100, name="d", made=answers(16, 6))])
     assert found.word is Word.DAMAGED
     assert found.suspects == ("c", "b", "d")
+
+
+def doubtful(before: float, after: list[float], *, lost: int = 0, count: int = 12, seen: int = 0, name: str = "sums"):
+    """A class of which so many answers were lost, whose answers had one probability before and have others now."""
+    likely = Likelihood.of([-log(before)] * len(after), [-log(share) for share in after], seen=seen)
+    return Outcome(name, count, Pairs(count, count, lost, 0), answers=answers(), likelihood=likely)
+
+
+def test_a_class_whose_answers_become_less_probable_may_be_damaged() -> None:
+    fallen = doubtful(0.9, [0.9] * 9 + [0.7, 0.6, 0.6], seen=5)
+    found = decide([one(0, 0, 12, name="words"), fallen])
+    assert found.word is Word.LOSS
+    assert found.suspects == ("sums",)
+    assert found.reason == (
+        "Class sums may be damaged: its right answers have a probability of 83 % on average, with the dense model 90 % "
+        "(12 examples, 5 of them calibrated with). Exact match over 12 examples, from 100 % to 100 %, does not exclude "
+        f"a loss of up to {share_at_most(found.falls[0].fall.high)}."
+    )
+    document = json.loads(json.dumps(found.to_document()))
+    assert document["suspects"] == ["sums"]
+    assert {fall["class"]: fall["suspect"] for fall in document["falls"]} == {"sums": True, "words": False}
+    assert Verdict.from_document(document) == found
+
+
+@pytest.mark.parametrize(
+    ("outcome", "why"),
+    [
+        (doubtful(0.9, [0.89] * 12), "surely less than a tenth"),
+        (doubtful(0.9, [0.9] * 11 + [0.3]), "one example of twelve, which can be chance"),
+        (doubtful(0.9, [0.95] * 12), "a gain"),
+        (doubtful(0.9, [0.9] * 200 + [0.4] * 50, count=250), "exact match excludes it"),
+        (doubtful(0.9, [0.6] * 12, name=""), "there are no classes"),
+    ],
+)
+def test_a_class_is_not_suspected_without_a_reason(outcome, why) -> None:
+    assert decide([outcome, one(0, 0, 250, name="words")]).suspects == (), why
+
+
+def test_suspects_beside_the_class_that_decides_are_named_as_well() -> None:
+    found = decide([one(40, 0, 64, name="lost"), doubtful(0.9, [0.5, 0.7] * 6), one(50, 0, 64, name="worse")])
+    assert found.word is Word.DAMAGED
+    assert "in worse falls" in found.reason
+    assert [note.partition(" falls")[0] for note in found.notes[:2]] == ["Exact match in lost", found.notes[1]]
+    assert found.notes[1].startswith("Class sums may be damaged: ")
+    assert set(found.suspects) == {"worse", "lost", "sums"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 5), st.floats(0, 5)), min_size=2, max_size=20), st.floats(0.1, 3))
+def test_the_likelihood_of_answers_is_a_paired_mean(rows, z) -> None:
+    dense, pruned = (np.array(column) for column in zip(*rows, strict=True))
+    found, differences = Likelihood.of(dense, pruned), np.exp(-dense) - np.exp(-pruned)
+    interval = found.fall(z)
+    assert interval.value * found.dense == pytest.approx(differences.mean(), abs=1e-12)
+    half = z * np.sqrt(np.var(differences, ddof=1) / len(rows)) / found.dense
+    assert (interval.high - interval.low) / 2 == pytest.approx(half, abs=1e-12)
+
+
+def sums(nll: list[float]) -> TeacherForced:
+    count, nothing = len(nll), np.zeros(len(nll), dtype=np.int64)
+    return TeacherForced(nothing + 1, np.array(nll), np.zeros(count), nothing + 1, nothing == 0)
+
+
+def test_examples_that_calibration_has_seen_count_for_the_suspicion_alone() -> None:
+    """Those of the same set that are left out, and others; of a class that has thirty of its own they do not."""
+    dense, pruned = sums([0.1] * 8), sums([0.1, 0.2, 0.3, 0.4] * 2)
+    other = Seen(["a", "b"], sums([0.1, 0.1]), sums([0.9, 0.7]), {0, 1})
+    for more, seen in ((0, 3), (30, 0)):
+        groups = ["a"] * 4 + ["b"] * 4 + ["a"] * more
+        theirs, ours = (sums([*found.nll, *[0.1] * more]) for found in (dense, pruned))
+        found = outcomes(groups, theirs, ours, answered=range(8 + more), left_out={2, 3, 7}, seen=other)
+        assert [outcome.exact.count for outcome in found] == [2 + more, 3]
+        likely = found[0].likelihood
+        assert (likely.examples, likely.seen) == (2 + more + seen, seen)
+        kept = [0.1, 0.2] + [0.1] * more + [0.3, 0.4, 0.9][:seen]
+        assert likely.pruned == pytest.approx(np.exp(-np.array(kept)).mean())
+    silent = outcomes(["a"] * 4, sums([0.1] * 4), sums([0.2] * 4), answered=range(4), by_answers=True)
+    assert silent[0].likelihood is None

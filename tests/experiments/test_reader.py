@@ -83,6 +83,50 @@ def test_options_reach_their_place(write):
     assert config.calibration[0].tracing.data.fields == {"text": "t"}
 
 
+def told(**changes):
+    """An evaluation with published figures of the embedded model."""
+    percent = {"embedded": {"dense": 90, "shape/coverage": {"50%": 80.5}}}
+    return {"e": {"data": "a.jsonl", "published": {"metric": "exact_match", "percent": percent, **changes}}}
+
+
+def test_published_figures_reach_their_evaluation(write):
+    config = read_config(write(evaluation=told(source="a paper", routing="reroute,trained")))
+    published = config.evaluation[0].published
+    assert published.percent == {"embedded": {"dense": 90, "shape/coverage": {"0.5": 80.5}}}
+    assert (published.source, published.routing, published.differences) == ("a paper", "reroute, trained", ())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"metric": "top1"}, "published.metric: 'top1' is not among the metrics"),
+        ({"percent": {"other": {"dense": 1}}}, "published.percent: there is no model 'other'"),
+        (
+            {"percent": {"embedded": {"dense": {"50%": 1}}}},
+            "percent.embedded.dense: a method's figures are given by keep",
+        ),
+        ({"percent": {"embedded": {"reap/uniform": 5}}}, "reap/uniform: a method's figures are given by keep rate"),
+        ({"percent": {"embedded": {"reap/uniform": {"half": 5}}}}, "'half' is not a keep rate"),
+        ({"percent": {"embedded": {"dense": 101}}}, "dense: figures are given in percent"),
+        ({"percent": {"embedded": {"reap/best": {"50%": 5}}}}, "reap/best: There is no rule 'best'"),
+        ({"routing": "sideways"}, "published.routing: Routing must be"),
+        ({"colour": "red"}, "published.colour is not a key"),
+        ({"percent": None}, "published.percent is missing"),
+    ],
+)
+def test_a_mistake_in_published_figures_is_named_by_its_key(write, changes, words):
+    with pytest.raises(UsageError, match=re.escape(words)):
+        read_config(write(evaluation=told(**changes)))
+
+
+def test_gate_scales_are_a_part_of_routings(write):
+    config = read_config(write(routings=["drop", "reroute,trained"]))
+    assert config.routings == ("drop", "reroute, trained")
+    routed = [config.methods[0].routed_by(routing) for routing in config.routings]
+    assert [(m.routing, m.gate_scale) for m in routed] == [("drop", "survivors"), ("reroute", "trained")]
+    assert config.only(routing=["reroute, trained"]).routings == ("reroute, trained",)
+
+
 def test_presets_are_read_from_the_hub_or_from_a_copy_beside_the_file(write, tmp_path):
     config = read_config(write(calibration={"a": {"data": "preset:gsm8k"}, "b": {"data": "preset:gsm8k@c/d.jsonl"}}))
     copy = tmp_path / "c" / "d.jsonl"
@@ -210,6 +254,26 @@ def test_the_paper_names_only_what_there_is(file):
 def test_the_papers_grids_hold_every_preset_once():
     named = [spec.name for file in PAPER for spec in read_config(file).calibration]
     assert sorted(named) == sorted(presets())
+
+
+def test_the_papers_figures_are_those_of_its_averages():
+    """The averages over seven tasks are published as well; TruthfulQA, which is not compared, is the seventh."""
+    spread = {
+        ("Qwen3-30B-A3B", "dense", None): (82.92, 77.60),
+        ("Qwen3-30B-A3B", "shape/coverage", "0.8"): (82.43, 75.64),
+        ("Qwen3-30B-A3B", "shape/coverage", "0.6"): (81.31, 73.16),
+        ("Qwen3-30B-A3B", "easy-ep/uniform", "0.6"): (79.05, 73.28),
+        ("Qwen3-30B-A3B", "reap/uniform", "0.6"): (74.22, 43.12),
+        ("Qwen3-30B-A3B", "random/uniform", "0.8"): (50.42, 42.31),
+        ("gpt-oss-20b", "shape/coverage", "0.6"): (79.02, 75.23),
+        ("DeepSeek-V2-Lite", "dense", None): (62.08, 48.27),
+        ("DeepSeek-V2-Lite", "shape/coverage", "0.8"): (62.44, 47.62),
+    }
+    told = [spec.published.percent for spec in read_config(PAPER[0]).evaluation if spec.published]
+    assert len(told) == 6
+    for (model, method, keep), (average, missing) in spread.items():
+        found = [percent[model][method] if keep is None else percent[model][method][keep] for percent in told]
+        assert (sum(found) + missing) / 7 == pytest.approx(average, abs=0.0051)
 
 
 def test_the_boxed_answer_of_a_solution_is_found():

@@ -234,7 +234,7 @@ def test_the_preferred_one_of_those_tied_is_taken(tied, chosen, said) -> None:
     search = SimpleNamespace(
         bench=bench,
         methods=[point.method for point in points],
-        measuring=lambda *_: nullcontext(lambda method, keep: by_scorer[method.scorer]),
+        measuring=lambda *_: nullcontext(lambda asked: [by_scorer[method.scorer] for method, _ in asked]),
     )
     selection, record = auto_module._closest(search, 0.5)
     assert selection.scorer == chosen

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 
 import shape_moe
 from shape_moe.calibration.records import DataOptions
-from shape_moe.errors import UsageError
+from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.jobs import measure as job
 from shape_moe.jobs.auto import ChoiceOptions
 from shape_moe.jobs.prune_options import PruneOptions
@@ -81,3 +83,22 @@ def test_examples_of_every_class_come_first_and_tokens_are_bounded(monkeypatch) 
     assert abs(groups.count("a") - groups.count("b")) <= 1
     monkeypatch.setattr(job, "MOST_TOKENS", 1)
     assert job._within_reach(examples) == [examples[0]]
+
+
+@pytest.mark.parametrize("what", ["model.safetensors", "d.jsonl"])
+def test_inputs_that_change_while_layers_are_measured(embedded, data, traced, tmp_path, monkeypatch, what) -> None:
+    model = shutil.copytree(embedded, tmp_path / "model")
+    examples = shutil.copy(data, tmp_path / "d.jsonl")
+    trace = tmp_path / "t"
+    shape_moe.trace(model, DataOptions.of(examples, samples=2), trace)
+    changed, measured_curves = (model / what if what.startswith("model") else examples), job.measured_curves
+
+    def meanwhile(*arguments):
+        curves = measured_curves(*arguments)
+        changed.touch()
+        return curves
+
+    monkeypatch.setattr(job, "measured_curves", meanwhile)
+    with pytest.raises(ShapeMoeError, match=rf"{what} has changed while it was read"):
+        shape_moe.measure(model, trace, DataOptions.of(examples, samples=2), tmp_path / "c.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "model", "t"]

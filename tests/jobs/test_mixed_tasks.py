@@ -11,6 +11,7 @@ import torch
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.main import run
 from shape_moe.demo.tasks import examples
+from shape_moe.evaluation.verdict import Word, decide
 from shape_moe.jobs.judgement import JudgementOptions
 from shape_moe.jobs.prune import prune
 from shape_moe.jobs.prune_options import PruneOptions
@@ -98,3 +99,19 @@ def test_files_are_classes_as_fields_are(embedded, tmp_path) -> None:
     options = replace(options, trace=replace(options.trace, data=data), judgement=None)
     result = prune(embedded, tmp_path / "out", options)
     assert result.selection.classes == ("reversal", "words")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_class_that_lost_a_tenth_is_named_before_exact_match_shows_it(embedded, tmp_path, stream) -> None:
+    """The look-ups lost 15 % on 200 others; of the 14 that report, exact match alone would name none."""
+    rows = [row for task in ("reversal", "lookup") for row in examples(task, EACH, seed=2)]
+    options = replace(asked(str(write_lines(tmp_path / "mixed.jsonl", rows)), pool=False), stream=stream)
+    result = prune(embedded, tmp_path / "out", options)
+    verdict = result.judgement.verdict
+    assert verdict.suspects == ("lookup",)
+    assert verdict.reason.startswith("Class lookup may be damaged: its right answers have a probability of ")
+    assert "(25 examples, 11 of them calibrated with)" in verdict.reason
+    assert verdict.word is Word.LOSS
+    assert verdict.headline in (result.path / "README.md").read_text()
+    alone = [replace(outcome, likelihood=None) for outcome in verdict.outcomes]
+    assert decide(alone).suspects == ()

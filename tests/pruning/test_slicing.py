@@ -41,7 +41,7 @@ def expected_tensors(tensors: dict[str, torch.Tensor], selection) -> dict[str, t
         inside = ".".join(parts[3:])
         if kept is None:
             result[name] = tensor
-        elif inside in PACKED or (inside in ROWS and selection.routing == "reroute"):
+        elif inside in PACKED or (inside in ROWS and selection.method.routed == "reroute"):
             result[name] = torch.stack([tensor[expert] for expert in kept])
         elif "experts" in parts and parts[parts.index("experts") + 1].isdecimal():
             place = parts.index("experts") + 1

@@ -12,6 +12,7 @@ from shape_moe.selection.guards import (
     warn_unseen,
     warn_unstable,
 )
+from shape_moe.selection.method import TARGETS, Method
 
 
 def test_a_super_expert_has_more_than_ten_times_the_median_norm_of_the_experts_seen() -> None:
@@ -57,4 +58,11 @@ def test_halves_that_agree_on_less_than_nine_in_ten_are_said(agreement, warned) 
     [("reroute", False, True), ("reroute", True, False), ("reroute", None, False), ("drop", False, False)],
 )
 def test_only_rerouting_without_renormalisation_inflates(routing, renormalises, warned) -> None:
-    assert len(warn_inflation(routing, renormalises)) == warned
+    assert len(warn_inflation(Method(routing=routing), renormalises)) == warned
+
+
+def test_what_helps_against_inflation_is_named() -> None:
+    (ragged,), (stock,) = (warn_inflation(Method(routing="reroute", target=target), False) for target in TARGETS)
+    assert ragged.endswith("compare with --gate-scale trained, which keeps their size.")
+    assert stock.endswith("compare with --routing drop.")
+    assert warn_inflation(Method(routing="reroute", gate_scale="trained"), False) == []

@@ -52,6 +52,11 @@ def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 CASES = [(name, routing) for name in NAMES for routing in ("drop", "reroute")]
+CASES += [(name, "reroute, trained") for name in ("qwen2_moe", "olmoe", "deepseek_v2", "deepseek_v2_grouped")]
+
+
+def key_of(name: str, routing: str) -> str:
+    return f"{name}-{routing.replace(', ', '+')}"
 
 
 def load_all(pruned, folder: Path, code: str) -> dict[str, str]:
@@ -59,8 +64,9 @@ def load_all(pruned, folder: Path, code: str) -> dict[str, str]:
     inputs = {}
     for name, routing in CASES:
         checkpoint, expected = pruned(name, routing)
-        torch.save((str(checkpoint), random_tokens(2, 16), expected), folder / f"{name}-{routing}.pt")
-        inputs[f"{name}-{routing}"] = str(folder / f"{name}-{routing}.pt")
+        key = key_of(name, routing)
+        torch.save((str(checkpoint), random_tokens(2, 16), expected), folder / f"{key}.pt")
+        inputs[key] = str(folder / f"{key}.pt")
     (folder / "inputs.json").write_text(json.dumps(inputs))
     result = run(
         HIDE_PACKAGE + "import json, torch\n"
@@ -103,7 +109,7 @@ def stock(pruned, tmp_path_factory) -> dict[str, str]:
 
 @pytest.mark.parametrize(("name", "routing"), CASES)
 def test_remote_code_needs_no_package_and_is_fast(remote, name, routing) -> None:
-    kind, fast, switched, error = remote[f"{name}-{routing}"].split()
+    kind, fast, switched, error = remote[key_of(name, routing)].split()
     assert kind.startswith("Shape")
     assert (fast, switched) == ("grouped_mm", "eager")
     assert float(error) <= FLOAT32
@@ -111,7 +117,7 @@ def test_remote_code_needs_no_package_and_is_fast(remote, name, routing) -> None
 
 @pytest.mark.parametrize(("name", "routing"), CASES)
 def test_without_package_and_remote_code_loading_fails_loudly(stock, name, routing) -> None:
-    assert "mismatch" in stock[f"{name}-{routing}"]
+    assert "mismatch" in stock[key_of(name, routing)]
 
 
 @pytest.mark.parametrize("order", ["shape_moe first", "transformers first", "model first"])
@@ -138,8 +144,7 @@ def test_importing_the_package_is_light() -> None:
     assert run(code).stdout.split() == ["False"] * 3
 
 
-@pytest.mark.parametrize("routing", ["drop", "reroute"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "routing"), CASES)
 def test_saving_and_reloading(pruned, tmp_path, name, routing) -> None:
     folder, expected = pruned(name, routing)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -170,7 +175,7 @@ def test_generation_equals_that_of_the_masked_original(checkpoint, tmp_path, rou
 
 
 def test_device_maps_and_offloading(pruned, tmp_path) -> None:
-    for routing in ("drop", "reroute"):
+    for routing in ("drop", "reroute", "reroute, trained"):
         folder, expected = pruned("deepseek_v2", routing)
         maps = [
             "auto",
@@ -221,7 +226,9 @@ def test_wrong_configurations_are_refused(checkpoint) -> None:
         "modules": {"experts": "mlp.experts", "router": "mlp.gate"},
     }
     with pytest.raises(ValueError, match="newer format"):
-        prune_in_place(model, {**good, "version": 2, "layers": {}})
+        prune_in_place(model, {**good, "version": 3, "layers": {}})
+    with pytest.raises(ValueError, match="newer format"):
+        prune_in_place(model, {**good, "version": 2, "gate_scale": "other", "layers": {}})
     with pytest.raises(ValueError, match=r"no layers \[9\]"):
         prune_in_place(model, {**good, "layers": {"9": [1]}})
 
@@ -237,11 +244,12 @@ def test_classes_are_found_by_name() -> None:
 
 
 def test_compiled_models_give_the_same_logits(pruned) -> None:
-    folder, expected = pruned("qwen3_moe", "drop")
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    compiled = torch.compile(model, backend="eager")
-    with torch.no_grad():
-        assert relative_error(compiled(input_ids=random_tokens(2, 16)).logits, expected) <= FLOAT32
+    for name, routing in (("qwen3_moe", "drop"), ("olmoe", "reroute, trained")):
+        folder, expected = pruned(name, routing)
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        compiled = torch.compile(model, backend="eager")
+        with torch.no_grad():
+            assert relative_error(compiled(input_ids=random_tokens(2, 16)).logits, expected) <= FLOAT32
 
 
 def test_the_bundled_file_is_the_packages_own(pruned) -> None:

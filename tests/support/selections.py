@@ -7,12 +7,13 @@ from dataclasses import replace
 import numpy as np
 
 from shape_moe.architectures.snapshot import Snapshot
-from shape_moe.selection.method import Routing
+from shape_moe.selection.method import read_routed
 from shape_moe.selection.selection import Selection, whole_selection
 
 
-def random_selection(snapshot: Snapshot, routing: Routing, kind: str, *, seed: int = 0) -> Selection:
-    """A selection with ``ragged`` or ``equal`` counts of about half the experts."""
+def random_selection(snapshot: Snapshot, routed: str, kind: str, *, seed: int = 0) -> Selection:
+    """A selection with ``ragged`` or ``equal`` counts of about half the experts, routed as ``Method.routed`` spells."""
+    routing, gate_scale = read_routed(routed)
     rng = np.random.default_rng(seed)
     moe = snapshot.moe
     groups = moe.routing.groups if routing == "reroute" else 1
@@ -32,6 +33,7 @@ def random_selection(snapshot: Snapshot, routing: Routing, kind: str, *, seed: i
         scorer="random",
         rule="uniform",
         routing=routing,
+        gate_scale=gate_scale,
         num_experts=moe.num_experts,
         top_k=moe.top_k,
         layers=layers,

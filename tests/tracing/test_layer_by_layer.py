@@ -25,7 +25,7 @@ from shape_moe.jobs import way
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import trace
 from shape_moe.progress import Silent
-from shape_moe.tracing import hidden_states, layer_by_layer
+from shape_moe.tracing import hidden_states, layer_by_layer, streams
 from shape_moe.tracing.hidden_states import HiddenStates
 from support.data import write_lines
 from support.interruptions import press_ctrl_c, stopped_after
@@ -134,22 +134,22 @@ def test_every_byte_is_read_once_and_the_head_never(embedded, data, tmp_path, mo
 def test_an_interrupted_trace_goes_on(calls, limit, embedded, data, expected, tmp_path, monkeypatch) -> None:
     """Stopped in each of the four layers, and what was finished is not done again."""
     monkeypatch.setattr(hidden_states.HiddenStates.__init__, "__defaults__", (limit,))
-    monkeypatch.setattr(layer_by_layer, "_SAVE_SHARE", 1e9)
-    real = layer_by_layer._Pass._through
+    monkeypatch.setattr(streams, "SAVE_SHARE", 1e9)
+    real = layer_by_layer._Traced.through
     stopped, _ = stopped_after(calls, real)
-    monkeypatch.setattr(layer_by_layer._Pass, "_through", stopped)
+    monkeypatch.setattr(layer_by_layer._Traced, "through", stopped)
     with pytest.raises(KeyboardInterrupt):
         trace(embedded, options(data, stream=True), tmp_path / "t")
     again, done = stopped_after(10**6, real)
-    monkeypatch.setattr(layer_by_layer._Pass, "_through", again)
+    monkeypatch.setattr(layer_by_layer._Traced, "through", again)
     assert made(embedded, tmp_path / "t", options(data, stream=True)) == expected
     assert len(done) == (4 - calls // BATCHES) * BATCHES
     assert not (tmp_path / "t.partial").exists()
 
 
 def test_ctrl_c_finishes_the_layer_and_saves_it(embedded, data, expected, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(layer_by_layer, "_SAVE_SHARE", 1e-9)  # but for this, only the first layer would be saved
-    real = layer_by_layer._Pass._layer
+    monkeypatch.setattr(streams, "SAVE_SHARE", 1e-9)  # but for this, only the first layer would be saved
+    real = streams._Run._layer
     layers = []
 
     def pressed(self, layer):
@@ -158,7 +158,7 @@ def test_ctrl_c_finishes_the_layer_and_saves_it(embedded, data, expected, tmp_pa
             press_ctrl_c()
         real(self, layer)
 
-    monkeypatch.setattr(layer_by_layer._Pass, "_layer", pressed)
+    monkeypatch.setattr(streams._Run, "_layer", pressed)
     with pytest.raises(KeyboardInterrupt):
         trace(embedded, options(data, stream=True), tmp_path / "t")
     assert made(embedded, tmp_path / "t", options(data, stream=True)) == expected
@@ -167,16 +167,16 @@ def test_ctrl_c_finishes_the_layer_and_saves_it(embedded, data, expected, tmp_pa
 
 _KILLED = """
 import os, signal
-from shape_moe.tracing import layer_by_layer
+from shape_moe.tracing import layer_by_layer, streams
 from shape_moe.cli.main import main
-real, calls = layer_by_layer._Pass._through, []
-layer_by_layer._SAVE_SHARE = 1e9
-def killed(self, layer, batch, hidden):
+real, calls = layer_by_layer._Traced.through, []
+streams.SAVE_SHARE = 1e9
+def killed(self, model, layer, batch, hidden):
     calls.append(layer)
     if calls.count(2) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(self, layer, batch, hidden)
-layer_by_layer._Pass._through = killed
+    return real(self, model, layer, batch, hidden)
+layer_by_layer._Traced.through = killed
 main()
 """
 
@@ -193,7 +193,7 @@ def test_sigkill_in_a_layer_and_the_same_command_again(embedded, data, expected,
 
     killed = run(["-c", _KILLED], "t")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert json.loads((tmp_path / "t.partial" / "so-far-layers" / "done.json").read_text()) == {"layers": 2}
+    assert json.loads((tmp_path / "t.partial" / "so-far-layers" / "done.json").read_text())["layers"] == 2
     again = run(["-m", "shape_moe"], "t")
     assert again.returncode == 0, again.stderr
     for file in [Path("statistics.safetensors"), *(Path("coalitions") / f"layer-{i:03d}.parquet" for i in range(4))]:
@@ -201,14 +201,16 @@ def test_sigkill_in_a_layer_and_the_same_command_again(embedded, data, expected,
 
 
 def test_a_damaged_unfinished_trace_is_named(embedded, data, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(layer_by_layer, "_SAVE_SHARE", 1e9)
-    stopped, _ = stopped_after(18, layer_by_layer._Pass._through)
-    monkeypatch.setattr(layer_by_layer._Pass, "_through", stopped)
+    monkeypatch.setattr(streams, "SAVE_SHARE", 1e9)
+    stopped, _ = stopped_after(18, layer_by_layer._Traced.through)
+    monkeypatch.setattr(layer_by_layer._Traced, "through", stopped)
     with pytest.raises(KeyboardInterrupt):
         trace(embedded, options(data, stream=True), tmp_path / "t")
-    (states,) = (tmp_path / "t.partial" / "so-far-layers").glob("entering-*")
+    (states,) = (tmp_path / "t.partial" / "so-far-layers").glob("*/entering-*")
     states.write_bytes(states.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match="damaged unfinished trace; delete that folder"):
+    with pytest.raises(
+        CheckpointError, match="What an interrupted run left in .*so-far-layers is damaged; delete that folder"
+    ):
         trace(embedded, options(data, stream=True), tmp_path / "t")
 
 
@@ -250,12 +252,12 @@ def test_free_memory_decides_and_it_is_said(embedded, data, expected, tmp_path, 
 
 def test_an_interrupted_trace_goes_on_its_way_whatever_is_free_now(embedded, data, expected, tmp_path, monkeypatch):
     little_memory(monkeypatch, 8 * 2**20)
-    real = layer_by_layer._Pass._through
+    real = layer_by_layer._Traced.through
     stopped, _ = stopped_after(BATCHES + 1, real)
-    monkeypatch.setattr(layer_by_layer._Pass, "_through", stopped)
+    monkeypatch.setattr(layer_by_layer._Traced, "through", stopped)
     with pytest.raises(KeyboardInterrupt):
         trace(embedded, options(data), tmp_path / "t")
-    monkeypatch.setattr(layer_by_layer._Pass, "_through", real)
+    monkeypatch.setattr(layer_by_layer._Traced, "through", real)
     little_memory(monkeypatch, 3 * 2**30)
     told = Notes()
     trace(embedded, options(data), tmp_path / "t", progress=told)

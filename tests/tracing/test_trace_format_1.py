@@ -38,6 +38,8 @@ def assert_equal(found: dict, expected: dict) -> None:
         alphas = [0.0 if entry["alpha"] is None else entry.pop("alpha") for entry in (found, expected)]
         assert alphas[0] == pytest.approx(alphas[1], rel=1e-14)
     since = {name: found.pop(name) for name in list(found) if name not in expected}
+    assert since.pop("gate_scale") == "survivors"
+    assert (found.pop("format_version"), expected.pop("format_version")) == (2, 1)
     assert set(since.values()) <= {None}, "fields of later versions say nothing of a trace alone"
     assert json.dumps(found) == json.dumps(expected)
 

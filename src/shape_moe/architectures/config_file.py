@@ -54,16 +54,13 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
     model_type = config.get("model_type")
     if not isinstance(model_type, str | None):
         raise _wrong(where, "model_type", model_type, "a text")
-    for key in _NEEDED:
-        if key in config and not _is_count(config[key], least=1):
-            raise _wrong(where, key, config[key], "a whole number above 0")
     family = FAMILIES.get(model_type or "")
-    for key in (*_OPTIONAL, *(_count_keys(family) if family else ())):
-        if config.get(key) is not None and not _is_count(config[key]):
-            raise _wrong(where, key, config[key], "a whole number")
-    scale = family.residual_scale_key if family else None
-    if scale is not None and not _is_number(config.get(scale, 1.0)):
-        raise _wrong(where, scale, config[scale], "a number")
+    part: Mapping[str, Any] = config
+    if family is not None and family.config_part is not None:
+        if not isinstance(config.get(family.config_part), Mapping):
+            raise _wrong(where, family.config_part, config.get(family.config_part), "a table")
+        part = family.language_part(config)
+    _check_numbers(part, family, where)
     for key, kind, word in (
         ("quantization_config", dict, "a table"),
         ("auto_map", dict, "a table"),
@@ -72,6 +69,18 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
     ):
         if config.get(key) is not None and not isinstance(config[key], kind):
             raise _wrong(where, key, config[key], word)
+
+
+def _check_numbers(part: Mapping[str, Any], family: Family | None, where: object) -> None:
+    for key in _NEEDED:
+        if key in part and not _is_count(part[key], least=1):
+            raise _wrong(where, key, part[key], "a whole number above 0")
+    for key in (*_OPTIONAL, *(_count_keys(family) if family else ())):
+        if part.get(key) is not None and not _is_count(_same_everywhere(part[key])):
+            raise _wrong(where, key, part[key], "a whole number")
+    for scale in (family.residual_scale_key, family.routed_scale, family.stream_scale_key) if family else ():
+        if scale is not None and not (_is_number(part.get(scale, 1.0)) or part[scale] in ("sum", "average")):
+            raise _wrong(where, scale, part[scale], "a number")
 
 
 def complete_config(config: dict[str, Any], where: object) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -88,20 +97,25 @@ def complete_config(config: dict[str, Any], where: object) -> tuple[dict[str, An
     family = FAMILIES.get(config.get("model_type") or "")
     if family is None:
         return config, ()
-    missing = [key for key in _NEEDED if key not in config]
-    missing += [keys[0] for keys in (family.count_keys, family.top_k_keys) if not any(key in config for key in keys)]
-    if not missing:
+    part = family.language_part(config)
+    missing = [key for key in _NEEDED if key not in part]
+    lacking = [keys for keys in (family.count_keys, family.top_k_keys) if not any(key in part for key in keys)]
+    if not missing and not lacking:
         return config, ()
     from transformers import AutoConfig
 
     try:
-        full = AutoConfig.for_model(**config)
+        full = AutoConfig.for_model(**config).get_text_config()
+        missing += [next((key for key in keys if hasattr(full, key)), keys[0]) for keys in lacking]
         found = {key: getattr(full, key) for key in missing}
     except Exception as error:  # a foreign class checks a foreign document as it likes
+        names = ", ".join([*missing, *(keys[0] for keys in lacking if keys[0] not in missing)])
         raise CheckpointError(
-            f"{where} does not say {', '.join(missing)}, and Transformers cannot complete it: {first_line(error)}"
+            f"{where} does not say {names}, and Transformers cannot complete it: {first_line(error)}"
         ) from error
     completed = {**config, **found}
+    if family.config_part is not None:
+        completed = {**config, family.config_part: {**part, **found}}
     check_config(completed, where)
     name = type(full).__name__
     notes = [f"{where} does not say {key}: the default of {name}, {value}, is used." for key, value in found.items()]
@@ -109,7 +123,12 @@ def complete_config(config: dict[str, Any], where: object) -> tuple[dict[str, An
 
 
 def _count_keys(family: Family) -> tuple[str, ...]:
-    return (*family.count_keys, *family.top_k_keys, *(family.group_keys or ()), family.mtp_count_key)
+    return (*family.count_keys, *family.top_k_keys, *(family.group_keys or ()), *family.mtp_count_keys)
+
+
+def _same_everywhere(value: Any) -> Any:
+    """A number that is given for every layer, where it is the same in all of them."""
+    return value[0] if isinstance(value, list) and value and all(other == value[0] for other in value) else value
 
 
 def _is_count(value: Any, least: int = 0) -> bool:

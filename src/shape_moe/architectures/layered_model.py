@@ -194,7 +194,7 @@ class LayeredModel:
         """The decoder's forward pass without its final norm."""
         import torch
 
-        norm = self._decoder.norm
+        norm = self._decoder.get_submodule(self.snapshot.moe.family.final_norm)
         norm.forward = _unchanged
         try:
             with torch.no_grad():
@@ -275,7 +275,7 @@ def why_not_layered(snapshot: Snapshot) -> str | None:
     """Why a model cannot be read layer by layer, None when it can."""
     if foreign_code(snapshot.config) is not None and snapshot.trust_remote_code:
         return "it runs code of its own, whose way of loading is not known"
-    return why_not_observable(snapshot)
+    return snapshot.moe.family.not_layered or why_not_observable(snapshot)
 
 
 def _keep_no_kernels() -> None:

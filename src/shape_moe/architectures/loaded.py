@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SHOWN = 3
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _MTP = re.compile(r"(?:^|\.)mtp\.")
 
 
@@ -78,9 +77,7 @@ def kind_left_aside(snapshot: Snapshot, name: str) -> str | None:
     family = FAMILIES.get(snapshot.config.get("model_type") or "")
     if family is None:
         return None
-    layer = _LAYER.search(name)
-    past_the_end = layer is not None and int(layer[1]) >= int(snapshot.config["num_hidden_layers"])
-    if _MTP.search(name) or past_the_end:
+    if _MTP.search(name) or snapshot.role(name).layer >= snapshot.moe.num_layers:
         return "of multi-token-prediction layers" if family.has_mtp_layers else None
     if any(name.startswith(part) for part in family.vision):
         return "of vision parts"

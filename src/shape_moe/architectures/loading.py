@@ -13,7 +13,7 @@ from shape_moe.architectures.gguf_tokenizer import load_gguf_tokenizer
 from shape_moe.architectures.host_memory import host_memory
 from shape_moe.architectures.loaded import check_loaded
 from shape_moe.architectures.moe_config import foreign_code
-from shape_moe.architectures.plain_model import about_quantisation, is_stored_plain, load_plain, plain_dtype
+from shape_moe.architectures.plain_model import about_quantisation, auto_class, is_stored_plain, load_plain, plain_dtype
 from shape_moe.architectures.sites import find_sites
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.errors import CheckpointError, ShapeMoeError, UnsupportedModelError, UsageError, first_line
@@ -80,7 +80,6 @@ def _from_pretrained(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model as Transformers loads it, and its loading info."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     options = {**options, "trust_remote_code": trusted}
     try:
@@ -88,7 +87,7 @@ def _from_pretrained(
             if not is_stored_plain(snapshot):
                 return load_plain(snapshot, dtype, options)
             # tensors of another shape are refused below, with all others that are not as they should be
-            found: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+            found: tuple[PreTrainedModel, dict[str, Any]] = auto_class(snapshot).from_pretrained(
                 snapshot.path,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from shape_moe.architectures.families import FAMILIES, Family, family_names
-from shape_moe.errors import UnsupportedModelError
+from shape_moe.errors import UnsupportedModelError, UsageError
 
 PRUNING_KEY = "shape_pruning"
 """The key that a pruned checkpoint's ``config.json`` gains; stock checkpoints do not have it."""
 
 Config = Mapping[str, Any]
+
+GateScale = Literal["survivors", "trained"]
+"""How large gate weights are when experts leave a router that does not renormalise them over the top-k: ``survivors``
+takes the softmax over the kept experts, so that weights grow by what was removed; ``trained`` takes it over all experts
+of the original, so that weights keep the size that the model was trained with."""
+GATE_SCALES: tuple[GateScale, ...] = get_args(GateScale)
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,9 @@ class MoeConfig:
         top_k: experts per token (``k``).
         groups: group-limited routing, None where a token may use any expert.
         renormalises: whether gate weights sum to one (times a constant) over the top-k.
-        residual_scale: factor on the block's output before it joins the residual stream.
+        residual_scale: factor on the experts' output before it joins the residual stream.
+        stream_scale: factor on the residual stream in that sum.
+        block_scale: factor on the block's output in that sum; the rest of ``residual_scale`` lies inside the block.
     """
 
     family: Family
@@ -61,6 +70,13 @@ class MoeConfig:
     groups: RouterGroups | None
     renormalises: bool
     residual_scale: float
+    stream_scale: float = 1.0
+    block_scale: float = 1.0
+
+    @property
+    def router_scores(self) -> Literal["softmax", "sigmoid", "other"]:
+        """How router logits become probabilities."""
+        return self.family.router_scores
 
     @property
     def has_next_choice(self) -> bool:
@@ -73,7 +89,7 @@ class MoeConfig:
     @property
     def has_gate_scale(self) -> bool:
         """Whether gate weights of the kept experts grow when others leave the router, without being renormalised."""
-        return not self.renormalises and self.family.router_scores == "softmax"
+        return not self.renormalises and self.router_scores == "softmax"
 
     @property
     def routing(self) -> RouterFacts:
@@ -82,6 +98,29 @@ class MoeConfig:
             return RouterFacts(self.top_k, self.top_k, 1, self.renormalises)
         per_group = max(-(-self.top_k // self.groups.used), self.family.group_minimum)
         return RouterFacts(self.top_k, per_group * self.groups.count, self.groups.count, self.renormalises)
+
+
+def check_gate_scale(scale: GateScale, family: Family | None, renormalises: bool | None) -> None:
+    """Refuse gate scale ``trained`` where it would mean nothing.
+
+    Args:
+        scale: the gate scale.
+        family: facts about the model's family, None where it is not known.
+        renormalises: whether gate weights sum to one (times a constant) over the top-k, None where it is not known.
+
+    Raises:
+        UsageError: when the kept experts' weights do not grow by what leaves the router.
+    """
+    if scale == "survivors":
+        return
+    why = None
+    if family is not None and family.router_scores == "sigmoid":
+        why = "its routers score every expert by itself (a sigmoid), so no weight depends on which others are there"
+    elif renormalises:
+        why = "its routers renormalise the weights over the experts that serve a token"
+    if why is not None:
+        name = f" ({family.model_type})" if family is not None else ""
+        raise UsageError(f"Gate scale trained means nothing for this model{name}: {why}; leave --gate-scale out.")
 
 
 def find_family(config: Config) -> Family:
@@ -127,8 +166,9 @@ def read_moe_config(config: Config) -> MoeConfig:
         raise UnsupportedModelError(
             "This checkpoint is already pruned with unequal expert counts; start from the original model."
         )
-    num_experts = _first(config, family.count_keys)
-    top_k = _first(config, family.top_k_keys)
+    part = family.language_part(config)
+    num_experts = _first(part, family.count_keys)
+    top_k = _first(part, family.top_k_keys)
     if not num_experts or not top_k:
         raise UnsupportedModelError(
             f"This model has no experts: its configuration ({family.model_type}) counts none, and there is nothing "
@@ -136,22 +176,39 @@ def read_moe_config(config: Config) -> MoeConfig:
         )
     renormalises = family.renormalises
     if isinstance(renormalises, str):
-        renormalises = bool(config.get(renormalises, False))
-    scale = config.get(family.residual_scale_key, 1.0) if family.residual_scale_key else 1.0
+        renormalises = bool(part.get(renormalises, False))
+    scales = (part.get(key, 1.0) for key in (family.residual_scale_key, family.routed_scale) if key is not None)
     return MoeConfig(
         family=family,
-        num_layers=int(config["num_hidden_layers"]),
+        num_layers=_num_layers(part, family),
         num_experts=num_experts,
         top_k=top_k,
-        groups=_router_groups(config, family),
+        groups=_router_groups(part, family),
         renormalises=renormalises,
-        residual_scale=float(scale),
+        residual_scale=math.prod(_factor(scale) for scale in scales),
+        block_scale=_factor(part.get(family.residual_scale_key or "", 1.0)),
+        stream_scale=float(part.get(family.stream_scale_key or "", 1.0)),
     )
+
+
+_FACTORS = {"sum": 1.0, "average": 0.5}
+"""What words say about how the experts' output and the shared expert's are put together."""
+
+
+def _factor(value: Any) -> float:
+    return _FACTORS[value] if isinstance(value, str) else float(value)
+
+
+def _num_layers(part: Config, family: Family) -> int:
+    listed = part.get(family.layer_list or "")
+    return int(part["num_hidden_layers"]) if "num_hidden_layers" in part else len(listed or ())
 
 
 def _first(config: Config, keys: tuple[str, ...]) -> int:
     values = [config[key] for key in keys if config.get(key) is not None]
-    return int(values[0]) if values else 0
+    if not values:
+        return 0
+    return int(values[0][0] if isinstance(values[0], list) else values[0])
 
 
 def _router_groups(config: Config, family: Family) -> RouterGroups | None:

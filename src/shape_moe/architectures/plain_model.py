@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from shape_moe.architectures.families import FAMILIES
 from shape_moe.architectures.quantised.plain import PlainTensor
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.errors import CheckpointError, ShapeMoeError, UnsupportedModelError, first_line
@@ -89,6 +90,14 @@ def plain_config(snapshot: Snapshot, *, trusted: bool = False) -> Any:
     return config
 
 
+def auto_class(snapshot: Snapshot) -> Any:
+    """The auto class of Transformers that knows a model."""
+    import transformers
+
+    family = FAMILIES.get(snapshot.config.get("model_type") or "")
+    return getattr(transformers, family.auto_class if family else "AutoModelForCausalLM")
+
+
 def load_plain(snapshot: Snapshot, dtype: str, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The plain model and Transformers' loading info.
 
@@ -102,14 +111,13 @@ def load_plain(snapshot: Snapshot, dtype: str, options: dict[str, Any]) -> tuple
         CheckpointError: naming a tensor whose parts cannot be read or do not fit each other.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     trusted = bool(options["trust_remote_code"])
     more = {key: value for key, value in options.items() if key != "trust_remote_code"}
     config, failures = plain_config(snapshot, trusted=trusted), list[ShapeMoeError]()
     tensors = {name: _Lazy(tensor, failures) for name, tensor in snapshot.plain.items()}
     with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trusted))
+        kind = type(auto_class(snapshot).from_config(config, trust_remote_code=trusted))
     try:
         found: tuple[PreTrainedModel, dict[str, Any]] = kind.from_pretrained(
             None,

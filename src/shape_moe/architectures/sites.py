@@ -28,6 +28,11 @@ class MoeSite:
         router: the router inside the block; its forward gives (logits, weights, ids).
         experts: the experts module inside the block; its forward takes (hidden, ids, weights).
         residual_norm: the norm whose input is the residual stream that feeds the block.
+        decoder_layer: the layer itself; its output is the residual stream after the block.
+        after: norms that the experts' output passes before it joins the stream, in order.
+        beside: modules whose output joins the block's.
+        parallel: modules whose output joins the stream before the block's does.
+        latent: the projections before and after the experts, where those work in a space of their own.
     """
 
     layer: int
@@ -35,6 +40,11 @@ class MoeSite:
     router: nn.Module
     experts: nn.Module
     residual_norm: nn.Module
+    decoder_layer: nn.Module
+    after: tuple[nn.Module, ...] = ()
+    beside: tuple[nn.Module, ...] = ()
+    parallel: tuple[nn.Module, ...] = ()
+    latent: tuple[nn.Module, ...] = ()
 
 
 def live_moe_config(model: PreTrainedModel) -> MoeConfig:
@@ -64,17 +74,8 @@ def find_sites(model: PreTrainedModel) -> list[MoeSite]:
         experts = _child(block, family.experts) if block is not None else None
         if match is None or block is None or experts is None:
             continue
-        _check_experts(experts, f"{name}.{family.block}.{family.experts}")
-        parts = {family.router: _child(block, family.router), family.residual_norm: _child(layer, family.residual_norm)}
-        for path, part in parts.items():
-            if part is None:
-                raise UnsupportedModelError(
-                    f"{name} has no module {path}: the facts about {family.model_type} are off."
-                )
-        router, norm = parts.values()
-        assert router is not None
-        assert norm is not None
-        sites.append(MoeSite(int(match[1]), block, router, experts, norm))
+        _check_experts(experts, f"{name}.{family.inside_block(family.experts)}")
+        sites.append(_site(int(match[1]), name, layer, block, experts, family))
     if not sites:
         raise UnsupportedModelError(f"No MoE layer was found in {type(model).__name__}: the model is dense.")
     return sorted(sites, key=lambda site: site.layer)
@@ -87,6 +88,28 @@ def decoder_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
     (prefix,) = {name.rpartition(".")[0] for name, layer in found if any(m is site.block for m in layer.modules())}
     own = [(name, layer) for name, layer in found if name.rpartition(".")[0] == prefix]
     return {int(name.rpartition(".")[2]): layer for name, layer in own}
+
+
+def _site(number: int, name: str, layer: nn.Module, block: nn.Module, experts: nn.Module, family: Family) -> MoeSite:
+    def part(path: str) -> nn.Module:
+        found = _child(layer, path)
+        if found is None:
+            raise UnsupportedModelError(f"{name} has no module {path}: the facts about {family.model_type} are off.")
+        return found
+
+    optional = (_child(layer, path) for path in family.beside)
+    return MoeSite(
+        layer=number,
+        block=block,
+        router=part(family.inside_block(family.router)),
+        experts=experts,
+        residual_norm=part(family.residual_norm),
+        decoder_layer=layer,
+        after=tuple(part(path) for path in family.after),
+        beside=tuple(module for module in optional if module is not None),
+        parallel=tuple(part(path) for path in family.parallel),
+        latent=tuple(part(family.inside_block(path)) for path in family.latent or ()),
+    )
 
 
 def _check_transformers(family: Family) -> None:

@@ -109,9 +109,10 @@ class Snapshot:
             if role.role == "expert":
                 experts[role.layer].add(role.expert)
             elif role.role in ("packed", "router"):
-                if slot.shape[:1] != (self.moe.num_experts,):
+                if slot.shape[role.dimension : role.dimension + 1] != (self.moe.num_experts,):
+                    which = ("first", "second")[role.dimension]
                     raise UnsupportedModelError(
-                        f"Tensor {name} has shape {slot.shape}, but its first dimension should be the "
+                        f"Tensor {name} has shape {slot.shape}, but its {which} dimension should be the "
                         f"{self.moe.num_experts} experts: this layout is not understood."
                     )
                 if role.role == "packed":

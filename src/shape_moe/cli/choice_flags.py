@@ -13,11 +13,16 @@ from shape_moe.cli.values import parse_layers, parse_protect, share_option
 from shape_moe.errors import UsageError
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.layer_curves import LayerCurves, load_curves
-from shape_moe.selection.method import Method, routing_for
+from shape_moe.selection.method import Method, check_gate_scale_name, routing_for
 from shape_moe.selection.select import SelectOptions
 from shape_moe.tracing.token_weights import token_weights
 
 CHOICE_PANEL = "Choosing experts"
+GATE_SCALE_HELP = (
+    "How large the kept experts' gate weights are under reroute, in families that do not renormalise them. survivors: "
+    "they grow by what was removed, as in any stock model (the default); trained: they keep the size that the model "
+    "was trained with (target ragged)."
+)
 
 
 @dataclass
@@ -94,7 +99,8 @@ class SelectFlags:
         str | None,
         typer.Option(
             metavar="SCORER/RULE, ROUTING",
-            help="Scorer, rule, routing and target in one, as results spell it: 'reap/uniform, reroute, stock'.",
+            help="Scorer, rule, routing, target and gate scale in one, as results spell it: 'reap/uniform, reroute, "
+            "stock'.",
             rich_help_panel=CHOICE_PANEL,
         ),
     ] = None
@@ -113,6 +119,13 @@ class SelectFlags:
             help="What happens to tokens that the router sends to a removed expert. drop: the router is unchanged, "
             "and the expert's place stays empty; reroute: the router chooses among the kept experts. "
             "Default: drop; reroute for target stock.",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = None
+    gate_scale: Annotated[
+        str | None,
+        typer.Option(
+            help=GATE_SCALE_HELP,
             rich_help_panel=CHOICE_PANEL,
         ),
     ] = None
@@ -173,20 +186,30 @@ class SelectFlags:
         """
         if self.method is None:
             return self, score
-        own = {"--scorer", "--rule", "--routing", "--target"}
+        own = {"--scorer", "--rule", "--routing", "--gate-scale", "--target"}
         twice = [name for name in (*changed_flags(score), *changed_flags(self)) if name in own]
         if twice:
             raise UsageError(f"--method says that already: leave {', '.join(twice)} out.")
         method = Method.parse(self.method)
-        named = replace(self, method=None, rule=method.rule, routing=method.routing, target=method.target)
+        named = replace(
+            self,
+            method=None,
+            rule=method.rule,
+            routing=method.routing,
+            target=method.target,
+            gate_scale=method.gate_scale,
+        )
         return named, replace(score, scorer=method.scorer)
 
     def options(self, keep: float, score: ScoreFlags, seed: int) -> SelectOptions:
         """The options that these flags describe; a method must be spelled out before."""
         target = self.target or "ragged"
+        scale = check_gate_scale_name(self.gate_scale or "survivors")
         return SelectOptions(
             keep=keep,
-            method=Method(score.scorer, self.rule or "coverage", routing_for(target, self.routing), target),
+            method=Method(
+                score.scorer, self.rule or "coverage", routing_for(target, self.routing, scale), target, scale
+            ),
             scoring=score.options(seed),
             tolerance=self.tolerance,
             skip_layers=parse_layers(self.skip_layers),

@@ -24,8 +24,8 @@ from shape_moe.evaluation.verdict import MAX_DROP, check_requirement
 from shape_moe.jobs.evaluate import EvaluateOptions
 from shape_moe.jobs.evaluate_endpoints import EndpointOptions
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
-from shape_moe.jobs.session import ExampleOptions
-from shape_moe.workspace import check_output_file, write_json
+from shape_moe.output_file import OutputFile
+from shape_moe.workspace import write_json
 
 ALSO_SAMPLES = 100
 HELPS = {"samples": f"Judge by at most this many records. Default: {HELD_OUT_SAMPLES}."}
@@ -118,8 +118,6 @@ def evaluate(
     Example: shape-moe evaluate ./Qwen3-30B-A3B ./Qwen3-gsm8k-0.6 --data gsm8k-test.jsonl --samples 200
     """
     talk = output.output()
-    if out is not None:
-        check_output_file(out, force=force.force)
     if require is not None:
         check_requirement(require)
         if not served.endpoint and not (candidates and data.data):
@@ -143,7 +141,12 @@ def evaluate(
             at_a_time=data.batch_size,
             seed=seed.seed,
         )
-        result = _evaluate_served(served.addresses(), data.options(run, seed.seed, HELD_OUT_SAMPLES), asked, out, talk)
+        asked_of = data.options(run, seed.seed, HELD_OUT_SAMPLES)
+        with OutputFile(out, force=force.force, inputs=[*asked_of.data.files, trace], journal=".answers.jsonl") as file:
+            result = shape_moe.evaluate_endpoints(
+                served.addresses(), asked_of, asked, journal=file.journal, progress=talk
+            )
+            _tell(talk, result, out, by_pattern=False)
         _check_required(talk, result, require)
         return
     if model is None:
@@ -166,32 +169,22 @@ def evaluate(
     given = data.options(run, seed.seed, HELD_OUT_SAMPLES) if data.data else None
     if given is None and changed_flags(data):
         raise UsageError(f"{', '.join(changed_flags(data))} says how examples are read: give --data.")
-    talk.begin("Checking the model and the examples ...")
-    result = shape_moe.evaluate(
-        model,
-        candidates or [],
-        data=given,
-        options=options,
-        revision=hub.revision,
-        device=run.device,
-        dtype=run.dtype,
-        trust_remote_code=run.trust_remote_code,
-        progress=talk,
-    )
-    _tell(talk, result, out, by_pattern=generation.answer_pattern is not None)
+    examples = (*(given.data.files if given else []), *(options.also.files if options.also else []))
+    with OutputFile(out, force=force.force, inputs=[model, *(candidates or []), trace, *examples]):
+        talk.begin("Checking the model and the examples ...")
+        result = shape_moe.evaluate(
+            model,
+            candidates or [],
+            data=given,
+            options=options,
+            revision=hub.revision,
+            device=run.device,
+            dtype=run.dtype,
+            trust_remote_code=run.trust_remote_code,
+            progress=talk,
+        )
+        _tell(talk, result, out, by_pattern=generation.answer_pattern is not None)
     _check_required(talk, result, require)
-
-
-def _evaluate_served(
-    endpoints: dict[str, str], data: ExampleOptions, options: EndpointOptions, out: Path | None, talk: Output
-) -> Evaluation:
-    """Judge what servers answer; answers stand beside the result's file until that is written."""
-    journal = out.with_name(f"{out.name}.answers.jsonl") if out is not None else None
-    result = shape_moe.evaluate_endpoints(endpoints, data, options, journal=journal, progress=talk)
-    _tell(talk, result, out, by_pattern=False)
-    if journal is not None:
-        journal.unlink(missing_ok=True)
-    return result
 
 
 def _check_required(talk: Output, result: Evaluation, require: str | None) -> None:

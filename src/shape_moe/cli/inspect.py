@@ -47,6 +47,7 @@ def _document(found: Inspection) -> dict[str, Any]:
         "layers": found.snapshot.moe_layers,
         "num_experts": moe.num_experts,
         "top_k": moe.top_k,
+        "gate_scale": moe.has_gate_scale,
         "quantisation": found.snapshot.quantisation.label if found.snapshot.quantisation else None,
         "bytes": size.total,
         "bytes_of_experts": size.experts,
@@ -66,6 +67,11 @@ def _show(console: Console, found: Inspection) -> None:
         f"{len(layers)} MoE layers{f' and {dense} dense' if dense else ''}, {moe.num_experts} experts each, "
         f"{moe.top_k} per token; {readable_size(size.experts / size.num_experts)} per expert"
     )
+    if moe.has_gate_scale:
+        console.print(
+            "Gate weights are not renormalised: with --routing reroute they grow by what is removed, unless "
+            "--gate-scale trained keeps their size"
+        )
     dtypes = ", ".join(f"{dtype} {readable_size(count)}" for dtype, count in size.dtypes.items())
     share = size.experts / size.total
     if (quantisation := found.snapshot.quantisation) is not None:

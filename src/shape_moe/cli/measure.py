@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from shape_moe.cli.choice_flags import ScoreFlags
+from shape_moe.cli.choice_flags import GATE_SCALE_HELP, ScoreFlags
 from shape_moe.cli.console import plain_table
 from shape_moe.cli.data_flags import DataFlags
 from shape_moe.cli.flags import ForceFlag, LoadFlags, ModelArgument, OutputFlags, RevisionFlag, SeedFlag
 from shape_moe.jobs import measure as job
 from shape_moe.jobs.session import DEFAULT_SAMPLES
 from shape_moe.selection.layer_curves import LayerCurves
-from shape_moe.selection.method import Method, routing_for
+from shape_moe.selection.method import Method, check_gate_scale_name, routing_for
 
 FIRST = {
     "trace": "",
@@ -47,13 +47,16 @@ def measure(
     routing: Annotated[
         str | None, typer.Option(help="In which routing layers are cut: drop (the default) or reroute.")
     ] = None,
+    gate_scale: Annotated[str | None, typer.Option(help=GATE_SCALE_HELP)] = None,
 ) -> None:
     """Measure what each layer loses when it alone is cut, for select --rule measured.
 
     Example: shape-moe measure ./Qwen3-30B-A3B --trace traces/gsm8k --data gsm8k-train.jsonl -o curves.json
     """
     talk = output.output()
-    method = Method(score.scorer, "measured", routing_for("ragged", routing))
+    scale = check_gate_scale_name(gate_scale or "survivors")
+    method = Method(score.scorer, "measured", routing_for("ragged", routing, scale), gate_scale=scale)
+    method.check()
     curves = job.measure(
         model,
         trace,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,7 @@ import shape_moe
 from shape_moe.architectures.gguf_file import is_gguf
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.choice_flags import ScoreFlags, SelectFlags
-from shape_moe.cli.console import plain_table, show_commands
+from shape_moe.cli.console import Output, plain_table, show_commands
 from shape_moe.cli.data_flags import DataFlags, KeepAlsoFlag
 from shape_moe.cli.estimates import kl, points
 from shape_moe.cli.flag_groups import changed_flags
@@ -29,9 +30,10 @@ from shape_moe.cli.flags import (
     SeedFlag,
     StreamFlag,
 )
+from shape_moe.cli.pruned_shown import checked_lines, pruned_document, series_document, show_series
 from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags, NoGeneral
 from shape_moe.cli.select import notes_on
-from shape_moe.cli.values import share_option
+from shape_moe.cli.values import Shares, shares_option
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.intervals import Estimate
 from shape_moe.evaluation.keep_rate import Limit
@@ -50,6 +52,7 @@ from shape_moe.units import joined, readable_share
 
 if TYPE_CHECKING:
     from shape_moe.jobs.prune import PruneResult
+    from shape_moe.jobs.prune_series import SeriesResult
 
 HELPS = {
     "samples": f"Calibrate with at most this many records. Default: {PAPER_SAMPLES}, or "
@@ -69,7 +72,7 @@ HELPS = {
 FIRST = {
     "out": "",
     "data": "Your examples: file, folder or data set.",
-    "keep": "Share of the experts to keep: 60% or 0.6.",
+    "keep": "Share to keep: 60%. Several: 0.8,0.6.",
     "fit": "Or: keep what fits this memory (24GiB).",
     "max_drop": "Or: keep as few as lose at most this (1%).",
     "target": "ragged: best; stock: loads in any tool.",
@@ -110,8 +113,14 @@ def prune(
     output: OutputFlags,
     stream: StreamFlag,
     keep: Annotated[
-        float | None,
-        share_option("--keep", "60%", help="Share of the routed experts to keep, over all layers, such as 60% or 0.6."),
+        Shares | None,
+        shares_option(
+            "--keep",
+            "60%",
+            help="Share of the routed experts to keep, over all layers, such as 60% or 0.6. Several, as 0.85,0.75,0.6, "
+            "make a series: the folder DIR with the models DIR-0.85, DIR-0.75 and DIR-0.6 (of a GGUF file with "
+            "DIR-0.85.gguf and so on), each within the larger one, judged together.",
+        ),
     ] = None,
     trace: Annotated[
         Path | None,
@@ -143,6 +152,14 @@ def prune(
             help="safe or no-loss: end with code 3 and leave the model in DIR.rejected if it is judged worse.",
         ),
     ] = None,
+    refit: Annotated[
+        str,
+        typer.Option(
+            metavar="on|off|auto",
+            help="Repair the kept experts without training: solve their down projections again by least squares. auto "
+            "does so where examples that neither calibrate nor report show a gain.",
+        ),
+    ] = "off",
     no_logits: Annotated[
         bool,
         typer.Option("--no-logits", help="Do not compare logits, and record no answers for later checks (the canary)."),
@@ -160,7 +177,8 @@ def prune(
     if selection is None and is_gguf(Path(model)):  # llama.cpp loads equal counts only
         select = replace(select, target=select.target or "stock", allow_rounding=True)
     limit = limits.limit()
-    _check_rate_options(keep, memory.fit, selection, limit)
+    rates = keep.values if keep is not None else ()
+    _check_rate_options(rates, memory.fit, selection, limit)
     choice = None
     if limit is not None or score.scorer == AUTO:
         choice = _choice(limit, select, generation, judged_by.data(data, seed.seed), judged_by.held_out_samples)
@@ -180,13 +198,13 @@ def prune(
             if most < 1
             else f"The unpruned model already fits {memory.fit}: nothing has to be removed."
         )
-        keep, select = most, replace(select, allow_rounding=True)
+        rates, select = (most,), replace(select, allow_rounding=True)
     if selection is not None:
         _check_target(select.target, load_selection(selection))
     samples = PAPER_SAMPLES if choice is None else DEFAULT_SAMPLES
     made = trace is not None or selection is not None
     reads_data = not made or data.data
-    asked = 1.0 if limit is not None else keep
+    asked = 1.0 if limit is not None else min(rates, default=None)
     options = PruneOptions(
         select=select.options(asked, score, seed.seed) if asked is not None else None,
         trace=replace(data.options(run, seed.seed, samples), keep_also=general.groups()) if reads_data else None,
@@ -198,18 +216,38 @@ def prune(
         judgement=_judgement(
             limit, require, judge_minutes, data.samples if made else None, judge=not no_judge, general=not no_general
         ),
+        refit=refit,
         check_logits=not no_logits,
         force=force.force,
     )
     talk.begin("Checking the model and the examples ...")
+    if len(rates) > 1:
+        series = shape_moe.prune_series(model, out, rates, options, trace=trace, revision=hub.revision, progress=talk)
+        _tell_series(talk, series, require)
+        return
     result = shape_moe.prune(
         model, out, options, trace=trace, selection=selection, revision=hub.revision, progress=talk
     )
+    _tell(talk, result, require)
+
+
+def _tell(talk: Output, result: PruneResult, require: str | None) -> None:
+    """Say what became of a model, and end with a code of its own where that is not good enough."""
     for note in result.notes:
         talk.warn(note)
-    talk.result(_document(result), lambda console: _show(console, result))
+    talk.result(pruned_document(result), lambda console: _show(console, result))
     if result.rejected:
         talk.warn(f"The model does not meet --require {require}; it was left in {result.path}.")
+        raise typer.Exit(REJECTED)
+
+
+def _tell_series(talk: Output, result: SeriesResult, require: str | None) -> None:
+    """Say what became of a series, and end with a code of its own where not all of it is good enough."""
+    for note in result.notes:
+        talk.warn(note)
+    talk.result(series_document(result), lambda console: show_series(console, result))
+    if result.rejected:
+        talk.warn(f"Models that do not meet --require {require} have .rejected in their names.")
         raise typer.Exit(REJECTED)
 
 
@@ -248,11 +286,11 @@ def _choice(
     )
 
 
-def _check_rate_options(keep: float | None, fit: str | None, selection: Path | None, limit: Limit | None) -> None:
-    options = {"--keep": keep, "--fit": fit, "--selection": selection, "--max-kl or --max-drop": limit}
+def _check_rate_options(rates: Sequence[float], fit: str | None, selection: Path | None, limit: Limit | None) -> None:
+    options = {"--keep": rates, "--fit": fit, "--selection": selection, "--max-kl or --max-drop": limit}
     given = [option for option, value in options.items() if value]
-    if keep is not None:
-        budget_for(keep, 1)  # a rate that is none is refused before anything else is said
+    for rate in rates:
+        budget_for(rate, 1)  # a rate that is none is refused before anything else is said
     if not given:
         raise UsageError(
             "No keep rate is safe for every model: give --keep (such as 0.8), --fit (such as 24GiB), or a limit "
@@ -301,29 +339,6 @@ def _refuse_ignored(
         raise UsageError(f"{decided} has decided that already: leave {', '.join(ignored)} out.")
 
 
-def _document(result: PruneResult) -> dict[str, Any]:
-    return {
-        "checkpoint": str(result.path),
-        "bytes_before": result.bytes_before,
-        "bytes_after": result.bytes_after,
-        "kept": result.selection.kept,
-        "total": result.selection.total,
-        "keep": result.selection.keep,
-        "alpha": result.selection.alpha,
-        "stability": result.selection.stability,
-        "tensors": "equal",
-        "logits": vars(result.logits) if result.logits else None,
-        "logits_skipped": result.logits_skipped,
-        "target": result.target,
-        "choice": result.selection.choice,
-        "judgement": result.judgement.to_document() if result.judgement else None,
-        "rejected": result.rejected,
-        "opening": result.opening.lines() if result.opening else [],
-        "next": list(result.following),
-        "warnings": list(result.notes),
-    }
-
-
 def _show_choice(console: Console, choice: dict[str, Any]) -> None:
     """What was tried, best first."""
     columns = ("tried", "keep", "KL to dense", "exact match, points")
@@ -343,27 +358,10 @@ def _show(console: Console, result: PruneResult) -> None:
         _show_choice(console, result.selection.choice)
     judged = result.judgement
     forgotten = judged.forgotten.lines() if judged is not None and judged.forgotten is not None else []
-    for line in (*notes_on(result.selection), *_checked(result), *forgotten):
+    for line in (*notes_on(result.selection), *checked_lines(result), *forgotten):
         console.print(line, markup=False)
     console.print()
     console.print(f"[bold]{escape(str(result.path))}[/bold]")
     for line in result.opening.lines() if result.opening is not None else ():
         console.print(line, markup=False)
     show_commands(console, result.following)
-
-
-def _checked(result: PruneResult) -> list[str]:
-    """What is known to be equal, and where the result loads."""
-    lines = ["Every tensor equals its slice of the original."]
-    if result.logits is not None:
-        lines.append(
-            f"Logits equal those of the masked original: KL {result.logits.mean_kl:.1e}, top-1 agreement "
-            f"{readable_share(result.logits.top1_agreement)} over {result.logits.positions:,} positions."
-        )
-    lines.append(
-        "Loads in any tool that loads the original."
-        if result.target == "stock"
-        else "Loads in Transformers after `import shape_moe`, or with trust_remote_code=True; for a checkpoint that "
-        "any tool loads, prune with --target stock (equal counts, rerouted)."
-    )
-    return lines

@@ -14,9 +14,10 @@ from shape_moe.cli.flag_groups import changed_flags
 from shape_moe.cli.flags import ForceFlag, OutputFlags, SeedFlag
 from shape_moe.errors import UsageError
 from shape_moe.jobs import select as job
+from shape_moe.output_file import OutputFile
 from shape_moe.scoring.registry import scorers
 from shape_moe.scoring.scores import Scores
-from shape_moe.workspace import check_output_file, write_text
+from shape_moe.workspace import write_text
 
 FIRST = {
     "scorer": "How experts are valued.",
@@ -53,15 +54,14 @@ def score(
         return
     if source is None:
         raise UsageError("Name a trace or a table of values.")
-    if csv is not None:
-        check_output_file(csv, force=force.force)
     if job.is_table(source) and changed_flags(flags):
         raise UsageError(f"{source} holds values already: leave {', '.join(changed_flags(flags))} out.")
     options = flags.options(seed.seed)
-    scores = job.score(job.opened(source, talk), flags.scorer, options)
-    if csv is not None:
-        write_text(csv, scores.table().write_csv())
-        talk.note(f"Wrote {csv}")
+    with OutputFile(csv, force=force.force, inputs=[source]):
+        scores = job.score(job.opened(source, talk), flags.scorer, options)
+        if csv is not None:
+            write_text(csv, scores.table().write_csv())
+            talk.note(f"Wrote {csv}")
     document = {
         "scorer": scores.scorer,
         "layers": list(scores.layers),

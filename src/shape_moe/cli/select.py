@@ -16,9 +16,9 @@ from shape_moe.cli.flags import ForceFlag, OutputFlags, SeedFlag
 from shape_moe.cli.values import share_option
 from shape_moe.errors import UsageError
 from shape_moe.jobs import select as job
+from shape_moe.output_file import OutputFile
 from shape_moe.selection.selection import Selection
 from shape_moe.units import readable_share
-from shape_moe.workspace import check_output_file
 
 FIRST = {
     "keep": "Share of the experts to keep: 60% or 0.6.",
@@ -59,20 +59,19 @@ def select(
     Example: shape-moe select traces/gsm8k --keep 0.6 -o selection.json
     """
     talk = output.output()
-    if out is not None:
-        check_output_file(out, force=force.force)
     scoring = changed_flags(score) + (["--method"] if flags.method else [])
     if job.is_table(source) and scoring:
         raise UsageError(f"{source} holds values already: leave {', '.join(scoring)} out.")
     flags, score = flags.spelled_out(score)
     routing = RouterFacts(top_k, top_k) if top_k else None
     options = flags.options(keep, score, seed.seed)
-    selection = job.select(job.opened(source, talk), options, routing=routing)
-    for warning in selection.warnings:
-        talk.warn(warning)
-    if out is not None:
-        selection.save(out)
-        talk.note(f"Wrote {out}")
+    with OutputFile(out, force=force.force, inputs=[source, flags.curves]):
+        selection = job.select(job.opened(source, talk), options, routing=routing)
+        for warning in selection.warnings:
+            talk.warn(warning)
+        if out is not None:
+            selection.save(out)
+            talk.note(f"Wrote {out}")
     talk.result(selection.to_document(), lambda console: show(console, selection))
 
 

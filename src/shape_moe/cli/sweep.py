@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 
 import shape_moe
-from shape_moe.cli.choice_flags import CHOICE_PANEL, WeightFlags
+from shape_moe.architectures.moe_config import GateScale
+from shape_moe.cli.choice_flags import CHOICE_PANEL, GATE_SCALE_HELP, WeightFlags
 from shape_moe.cli.console import plain_table, show_commands
 from shape_moe.cli.data_flags import DataFlags
 from shape_moe.cli.estimates import kl, points, share
@@ -23,7 +24,7 @@ from shape_moe.evaluation.keep_rate import Point
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.jobs.session import DEFAULT_SAMPLES
 from shape_moe.scoring.registry import scorers as known_scorers
-from shape_moe.selection.method import Method, check_routing, usual_routing
+from shape_moe.selection.method import Method, Routing, check_gate_scale_name, check_routing, usual_routing
 from shape_moe.units import readable_share, readable_size
 
 if TYPE_CHECKING:
@@ -91,8 +92,8 @@ def sweep(
         list[str] | None,
         typer.Option(
             metavar="SCORER/RULE, ROUTING",
-            help="Scorer, rule, routing and target in one, as results spell it: 'reap/uniform, reroute'; can be "
-            "repeated.",
+            help="Scorer, rule, routing, target and gate scale in one, as results spell it: 'reap/uniform, reroute'; "
+            "can be repeated.",
             rich_help_panel=CHOICE_PANEL,
         ),
     ] = None,
@@ -119,6 +120,10 @@ def sweep(
             rich_help_panel=CHOICE_PANEL,
         ),
     ] = None,
+    gate_scale: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{GATE_SCALE_HELP} Give it twice for both."),
+    ] = None,
     target: Annotated[
         str | None,
         typer.Option(
@@ -136,7 +141,7 @@ def sweep(
     options = shape_moe.SweepOptions(
         keep_rates=tuple(keep) if keep else None,
         limit=limits.limit(),
-        methods=_methods(method, scorer, rule, routing, target),
+        methods=_methods(method, scorer, rule, routing, gate_scale, target),
         scoring=weights.options(seed.seed),
         held_out=HELD_OUT_SAMPLES if judged_by.held_out_samples is None else judged_by.held_out_samples,
         generation=generation.required(),
@@ -170,22 +175,40 @@ def _methods(
     scorers: list[str] | None,
     rules: list[str] | None,
     routings: list[str] | None,
+    scales: list[str] | None,
     target: str | None,
 ) -> tuple[Method, ...]:
     """The methods that are spelled out, or every combination of the words that are given."""
     if spelled:
-        words = {"--scorer": scorers, "--rule": rules, "--routing": routings, "--target": target}
+        words = {
+            "--scorer": scorers,
+            "--rule": rules,
+            "--routing": routings,
+            "--gate-scale": scales,
+            "--target": target,
+        }
         twice = [option for option, given in words.items() if given]
         if twice:
             raise UsageError(f"--method says that already: leave {', '.join(twice)} out.")
         return tuple(dict.fromkeys(Method.parse(text) for text in spelled))
     made_for = target or "ragged"
     return tuple(
-        Method(valued, shared, check_routing(routed), made_for)
+        Method(valued, shared, routed, made_for, scale)
         for valued in _scorers(scorers)
         for shared in rules or ["coverage"]
-        for routed in routings or [usual_routing(made_for)]
+        for routed, scale in _routed(routings, scales, made_for)
     )
+
+
+def _routed(routings: list[str] | None, scales: list[str] | None, target: str) -> list[tuple[Routing, GateScale]]:
+    """Routings with their gate scales, which are those of reroute where drop is swept beside it."""
+    named = [check_gate_scale_name(name) for name in scales or ["survivors"]]
+    usual: GateScale = "survivors"
+    found = []
+    for routing in [check_routing(name) for name in routings or ()] or [usual_routing(target, named[0])]:
+        beside = routing == "drop" and len(routings or ()) > 1
+        found += [(routing, scale) for scale in ([usual] if beside else named)]
+    return found
 
 
 def _scorers(named: list[str] | None) -> tuple[str, ...]:

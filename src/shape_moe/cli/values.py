@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import typer
@@ -49,6 +50,34 @@ def share_option(name: str, example: str, **settings: Any) -> Any:
         settings: what else Typer is to know.
     """
     return typer.Option(name, parser=share_reader(name, example), metavar="SHARE", **settings)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Shares that one option names."""
+
+    values: tuple[float, ...]
+
+    @property
+    def only(self) -> float | None:
+        """The share where it is one, None where they are several."""
+        return self.values[0] if len(self.values) == 1 else None
+
+
+def shares_option(name: str, example: str, **settings: Any) -> Any:
+    """An option whose value is one share or several with commas between them; for ``Annotated[Shares, ...]``.
+
+    Args:
+        name: the option's.
+        example: a percentage that makes sense for it.
+        settings: what else Typer is to know.
+    """
+    share = share_reader(name, example)
+
+    def read(given: str | Shares) -> Shares:
+        return given if isinstance(given, Shares) else Shares(tuple(share(part) for part in str(given).split(",")))
+
+    return typer.Option(name, parser=read, metavar="SHARE", **settings)
 
 
 def share_reader(name: str, example: str) -> Callable[[str], float]:

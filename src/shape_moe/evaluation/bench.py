@@ -7,17 +7,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shape_moe.evaluation import measures
+from shape_moe.evaluation.comparison import POINTS_FILE, Comparison
 from shape_moe.evaluation.dense_reference import DenseReference
 from shape_moe.evaluation.generation import Generated, GenerationOptions, generate
 from shape_moe.evaluation.held_out_set import HeldOutSet
-from shape_moe.evaluation.intervals import Bootstrap
-from shape_moe.evaluation.measures import Groups, Measured
 from shape_moe.evaluation.teacher_forced import TeacherForced, compare_with_dense, record_dense
 from shape_moe.journal import Journal
 from shape_moe.progress import SILENT, Advance, Progress
@@ -27,11 +24,8 @@ from shape_moe.units import counted
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-POINTS_FILE = "points.jsonl"
-"""Sums of the selections judged, while the work that they belong to is unfinished."""
 
-
-class Bench:
+class Bench(Comparison):
     """Judges selections (as masks on the dense model) and other models beside the dense one, over one set.
 
     Args:
@@ -45,10 +39,6 @@ class Bench:
         comparisons: how many candidates the best is picked from.
         folder: where judged selections are kept for a later run, None for nowhere.
         progress: where to show progress.
-
-    Attributes:
-        dense_sums: teacher-forced sums of the dense model.
-        draws: resamples of the examples.
 
     Raises:
         ShapeMoeError: when the dense model's logits are not finite.
@@ -67,29 +57,26 @@ class Bench:
         folder: Path | None = None,
         progress: Progress = SILENT,
     ) -> None:
+        super().__init__(held_out, seed=seed, comparisons=comparisons)
         self._model: PreTrainedModel | None = model
-        self.tokenizer, self.held_out, self.by_answers = tokenizer, held_out, by_answers
-        count, self.answered = len(held_out.examples), held_out.answered()
+        self.tokenizer, self.by_answers = tokenizer, by_answers
+        count = len(held_out.examples)
         self.generation = generation if self.answered else None
         if by_answers and self.generation is not None:
             self.generation = replace(self.generation, examples=count)
-        self.draws = Bootstrap(count, seed, comparisons)
         self.reference = DenseReference()
         self._sums: Journal[dict[str, list[Any]]] = Journal(folder and folder / POINTS_FILE, "key", "sums")
         self._answers: dict[str, Generated | None] = {}
         if self._sums:
             progress.note(f"{counted(len(self._sums), 'point')} already done by the interrupted run.")
         with progress.phase(f"Dense model on {held_out.name}", count, "example") as advance:
-            self.dense_sums = record_dense(model, held_out, self.reference, advance)
-        self.dense_sums = self._by_answers(self.dense_sums, self.dense_answers if by_answers else None)
+            said = record_dense(model, held_out, self.reference, advance)
+        self._dense_sums = self._by_answers(said, self.dense_answers if by_answers else None)
 
-    def __enter__(self) -> Bench:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    @property
+    def dense_sums(self) -> TeacherForced:
+        """Teacher-forced sums of the dense model."""
+        return self._dense_sums
 
     def close(self) -> None:
         """Let go of what the dense model said."""
@@ -105,45 +92,6 @@ class Bench:
         """The dense model's free answers, made once; None where nothing is generated."""
         assert self._model is not None
         return self._answer(self._model)
-
-    def dense(self) -> Measured:
-        """What was measured of the dense model itself."""
-        made = self.dense_answers
-        return Measured(
-            measures.quality(self.dense_sums, self.draws, self.answered),
-            health=measures.health(made, None, self.draws) if made else None,
-        )
-
-    def dense_document(self) -> dict[str, Any]:
-        """The same for JSON, with how many examples it rests on."""
-        made = self.dense_answers
-        return {
-            **self.dense().to_document(),
-            "examples": len(self.held_out.examples),
-            "answered": len(self.answered),
-            "generated": len(made.positions) if made else 0,
-        }
-
-    def document(self, selection: Selection) -> dict[str, Any]:
-        """What :meth:`judge` says of a selection, for JSON."""
-        return self.judge(selection).to_document()
-
-    def judge(
-        self, subject: Selection | PreTrainedModel, *, freely: bool = True, advance: Advance = lambda _: None
-    ) -> Measured:
-        """Judge a selection as a mask on the dense model, or another model.
-
-        Args:
-            subject: what to judge.
-            freely: let it answer freely as well, where the bench does so at all.
-            advance: called with the number of examples done.
-
-        Raises:
-            ShapeMoeError: when its logits are not finite.
-            UsageError: when a selection does not fit the model.
-        """
-        sums = self.sums(subject, advance)
-        return self.measured(sums, self.answers(subject) if freely else None)
 
     def sums(self, subject: Selection | PreTrainedModel, advance: Advance = lambda _: None) -> TeacherForced:
         """Teacher-forced sums; those of a selection are made once, and found again by a later run."""
@@ -168,23 +116,6 @@ class Bench:
         if key:
             self._answers[key] = made
         return made
-
-    def measured(self, sums: TeacherForced, made: Generated | None = None) -> Measured:
-        """Figures beside the dense model's, of sums and perhaps of free answers."""
-        return Measured(
-            measures.quality(sums, self.draws, self.answered),
-            measures.change(sums, self.dense_sums, self.draws, self.answered),
-            measures.health(made, self.dense_answers, self.draws) if made else None,
-        )
-
-    def by_group(self, sums: TeacherForced) -> Groups:
-        """Figures for every class of examples by itself, where examples have classes."""
-        return measures.by_group(self.held_out, sums, self.dense_sums, self.draws)
-
-    def tied(self, subject: Selection, best: Selection) -> bool:
-        """Whether a selection is no worse than another but for noise: its paired KL difference may be zero."""
-        ours, theirs = self.sums(subject), self.sums(best)
-        return self.draws.ratio(ours.kl - theirs.kl, theirs.tokens).low <= 0
 
     def _answer(self, model: PreTrainedModel) -> Generated | None:
         return generate(model, self.tokenizer, self.held_out, self.generation) if self.generation else None

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from shape_moe.evaluation.generation import Generated
 from shape_moe.evaluation.held_out_set import HeldOutSet
-from shape_moe.evaluation.outcomes import outcomes
+from shape_moe.evaluation.outcomes import Seen, outcomes
 from shape_moe.evaluation.teacher_forced import TeacherForced
 from shape_moe.evaluation.tool_calls import ToolExample
 from shape_moe.evaluation.verdict import MAX_DROP, Verdict, decide, not_measured
@@ -29,6 +29,7 @@ def conclude(
     left_out: Collection[int] = (),
     max_drop: float = MAX_DROP,
     notes: Sequence[str] = (),
+    seen: Seen | None = None,
 ) -> Verdict:
     """The verdict on a model.
 
@@ -44,6 +45,7 @@ def conclude(
         left_out: examples that do not count, because calibration has seen them or something was chosen by them.
         max_drop: the fall, as a share, that *safe* allows.
         notes: what else a reader should know.
+        seen: what both models make of other examples, which the model was made from; None where that is not known.
     """
     answered: Collection[int] = held_out.answered()
     if by_answers and answers is not None:
@@ -60,6 +62,8 @@ def conclude(
         left_out=left_out,
         max_drop=max_drop,
         notes=notes,
+        by_answers=by_answers,
+        seen=seen,
     )
 
 
@@ -76,6 +80,8 @@ def conclude_over(
     max_drop: float = MAX_DROP,
     notes: Sequence[str] = (),
     measured: NDArray[np.int64] | None = None,
+    by_answers: bool = False,
+    seen: Seen | None = None,
 ) -> Verdict:
     """As :func:`conclude`, of examples by their classes.
 
@@ -91,6 +97,8 @@ def conclude_over(
         max_drop: likewise.
         notes: likewise.
         measured: see :func:`shape_moe.evaluation.outcomes.outcomes`.
+        by_answers: likewise.
+        seen: see :func:`conclude`.
     """
     count = len(groups)
     if left_out and len(set(left_out)) == count:
@@ -106,9 +114,11 @@ def conclude_over(
         calling=calling,
         left_out=left_out,
         measured=measured,
+        by_answers=by_answers,
+        seen=seen,
     )
-    seen = len(set(left_out))
-    said = [f"{seen} of {count} examples do not count, because calibration has seen them."] if seen else []
+    known = len(set(left_out))
+    said = [f"{known} of {count} examples do not count, because calibration has seen them."] if known else []
     return decide(found, max_drop=max_drop, notes=[*said, *notes])
 
 

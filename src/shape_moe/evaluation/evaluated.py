@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,10 @@ class Chosen:
     rule: str
     routing: str
     keep: float
+    gate_scale: str = "survivors"
+
+
+_CHOSEN = tuple(entry.name for entry in fields(Chosen))
 
 
 @dataclass
@@ -71,7 +75,7 @@ class Evaluated:
         return {
             "name": self.name,
             "kind": self.kind,
-            "selection": asdict(Chosen(chosen.scorer, chosen.rule, chosen.routing, chosen.keep)) if chosen else None,
+            "selection": {key: getattr(chosen, key) for key in _CHOSEN} if chosen else None,
             "bytes": self.size,
             "sets": {name: measured.to_document() for name, measured in self.sets.items()},
             "classes": {"field": by, "worst": worst[0], "by": by_class} if worst else None,
@@ -96,7 +100,7 @@ class Evaluated:
         return cls(
             name=str(found["name"]),
             kind=str(found["kind"]),
-            selection=Chosen(**{key: chosen[key] for key in ("scorer", "rule", "routing", "keep")}) if chosen else None,
+            selection=Chosen(**{key: chosen[key] for key in _CHOSEN if key in chosen}) if chosen else None,
             size=None if size is None else int(size),
             sets={str(name): Measured.from_document(entry) for name, entry in found["sets"].items()},
             classes={

@@ -8,7 +8,7 @@ from typing import Any
 
 from shape_moe.errors import UsageError
 from shape_moe.evaluation import measures
-from shape_moe.evaluation.bench import Bench
+from shape_moe.evaluation.comparison import Comparison
 from shape_moe.evaluation.measures import Measured
 from shape_moe.progress import Advance
 from shape_moe.scoring.scores import Scores
@@ -63,7 +63,7 @@ class Faithfulness:
 
 
 def faithfulness(
-    bench: Bench,
+    bench: Comparison,
     selection: Selection,
     scores: Scores,
     *,

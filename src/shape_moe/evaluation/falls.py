@@ -108,6 +108,42 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class Likelihood:
+    """How probable both models find the right answers, each as a whole.
+
+    Exact match of ten answers moves in steps of 10 %; their probabilities show before that what gets worse.
+
+    Attributes:
+        examples: answers.
+        seen: those of them that calibration has seen. The model keeps what they need, so that others would rather show
+            a larger fall.
+        dense: mean over answers of ``exp(-sum of the negative log-likelihoods of its tokens)`` by the dense model.
+        pruned: the same by the pruned model.
+        error: standard error of ``dense - pruned`` over answers, paired.
+    """
+
+    examples: int
+    seen: int
+    dense: float
+    pruned: float
+    error: float
+
+    @classmethod
+    def of(cls, dense: ArrayLike, pruned: ArrayLike, *, seen: int = 0) -> Likelihood | None:
+        """From summed negative log-likelihoods in nats, float [examples] each; None for fewer than two answers."""
+        theirs, ours = (np.exp(-np.asarray(nll, dtype=np.float64)) for nll in (dense, pruned))
+        if theirs.size < 2:
+            return None
+        error = float((theirs - ours).std(ddof=1)) / sqrt(theirs.size)
+        return cls(theirs.size, seen, float(theirs.mean()), float(ours.mean()), error)
+
+    def fall(self, z: float) -> Estimate:
+        """The fall as a share of what the dense model reaches, and an interval ``z`` standard errors wide."""
+        fall, error = (number / max(self.dense, 1e-300) for number in (self.dense - self.pruned, self.error))
+        return Estimate(fall, fall - z * error, fall + z * error)
+
+
+@dataclass(frozen=True)
 class FreeAnswers:
     """Answers that both models wrote freely to the same prompts.
 
@@ -200,6 +236,7 @@ class Outcome:
         calls: tool calls by aspect (see :func:`shape_moe.evaluation.tool_calls.compare_calls`), None where no
             example has tools.
         kl_is_bound: whether the KL divergence is known to be that large at least, and may be larger.
+        likelihood: how probable the right answers are, None where that is not known.
     """
 
     name: str
@@ -210,6 +247,7 @@ class Outcome:
     answers: FreeAnswers | None = None
     calls: Mapping[str, Pairs] | None = None
     kl_is_bound: bool = False
+    likelihood: Likelihood | None = None
 
     def to_document(self) -> dict[str, Any]:
         """For JSON."""
@@ -218,7 +256,11 @@ class Outcome:
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Outcome:
         """What :meth:`to_document` described."""
-        given = {"kl_is_bound": False, **{f.name: document[f.name] for f in fields(cls) if f.name in document}}
+        given = {
+            "kl_is_bound": False,
+            "likelihood": None,
+            **{f.name: document[f.name] for f in fields(cls) if f.name in document},
+        }
         exact, agreement, answers, calls = (given[name] for name in ("exact", "agreement", "answers", "calls"))
         return cls(
             given["name"],
@@ -229,6 +271,7 @@ class Outcome:
             None if answers is None else _answers(answers),
             None if calls is None else {name: Pairs(**pairs) for name, pairs in calls.items()},
             bool(given["kl_is_bound"]),
+            None if given["likelihood"] is None else Likelihood(**given["likelihood"]),
         )
 
     def falls(self, z: float) -> list[Fall]:
@@ -236,7 +279,8 @@ class Outcome:
         found = []
         if self.exact is not None and self.exact.count and self.exact.shares[0] >= DENSE_REACHES:
             fall = self.exact.fall(z)
-            found.append(Fall(self.name, EXACT, self.exact.count, self.exact.shares, fall, self.kl, self.kl_is_bound))
+            shares, likely = self.exact.shares, self.likelihood
+            found.append(Fall(self.name, EXACT, self.exact.count, shares, fall, self.kl, self.kl_is_bound, likely))
         elif self.agreement is not None:
             shares = (1.0, 1 - self.agreement.share)
             fall = self.agreement.fall(z)
@@ -268,6 +312,7 @@ class Fall:
         fall: its fall as a share, positive for a loss.
         kl: KL divergence beside it.
         kl_is_bound: whether it is that large at least, and may be larger.
+        likelihood: how probable the answers are that exact match counts, None where that is not known.
     """
 
     name: str
@@ -277,3 +322,4 @@ class Fall:
     fall: Estimate
     kl: float | None = None
     kl_is_bound: bool = False
+    likelihood: Likelihood | None = None

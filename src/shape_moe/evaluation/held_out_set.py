@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from shape_moe.calibration.batches import PROMPT, RESPONSE, Batch, make_batch
@@ -64,6 +64,10 @@ class HeldOutSet:
     def answered(self) -> list[int]:
         """Positions of the examples that have a prompt and a whole response."""
         return [i for i, e in enumerate(self.examples) if e.spans and e.prompt_length > 0 and not e.truncated]
+
+    def with_others(self, others: HeldOutSet) -> HeldOutSet:
+        """These examples and behind them those of another set, to be scored together."""
+        return replace(self, examples=self.examples + others.examples, groups=self.groups + others.groups)
 
     def response(self, position: int) -> list[int]:
         """Tokens of an example's last response up to and with the first one that ends it."""

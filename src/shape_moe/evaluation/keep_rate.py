@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -207,54 +206,78 @@ class Point:
         return replace(self, measured=replace(self.measured, health=health))
 
 
-Measure = Callable[[Method, float], Point | None]
-"""Judges a method at a keep rate; None where no selection meets it."""
+Measure = Callable[[Sequence[tuple[Method, float]]], list[Point | None]]
+"""Judges methods at keep rates, all that are asked for at once; None where no selection meets one."""
 
 
 def grid(methods: Iterable[Method], keep_rates: Sequence[float], measure: Measure) -> list[Point]:
     """Judge every method at every keep rate, the largest rates first."""
     rates = sorted(keep_rates, reverse=True)
-    found = [measure(method, keep) for method in methods for keep in rates]
+    found = measure([(method, keep) for method in methods for keep in rates])
     return [point for point in found if point is not None]
 
 
-def bisect(method: Method, measure: Measure, limit: Limit, *, most: float = 1.0) -> list[Point]:
+def narrow(
+    methods: Sequence[Method], measure: Measure, limit: Limit, *, most: float = 1.0, at_once: int = 1
+) -> list[Point]:
     """Look for the smallest keep rate that meets a limit, as if meeting it were a matter of keeping enough.
 
+    All methods are judged together, each between the largest rate that fails and the smallest that passes: with one
+    rate at once this is bisection.
+
     Args:
-        method: how to choose.
-        measure: judges a keep rate.
+        methods: how to choose.
+        measure: judges keep rates.
         limit: the limit.
         most: the largest keep rate to consider.
+        at_once: how many rates of each method are judged at once.
 
     Returns:
-        The points judged, in the order in which they were.
+        The points judged, by method, in the order in which they were.
     """
-    fails, passes, points = 0.0, most, []
-    while passes - fails > RESOLUTION:
-        middle = (fails + passes) / 2
-        point = measure(method, middle)
-        if point is not None:
-            points.append(point)
-        if point is not None and limit.met(point.measured):
-            passes = middle
-        else:
-            fails = middle
-    return points
+    bounds = [(0.0, most)] * len(methods)
+    points: list[list[Point]] = [[] for _ in methods]
+    for _ in range(rounds_of(most, at_once)):
+        rates = [[low + (high - low) * i / (at_once + 1) for i in range(1, at_once + 1)] for low, high in bounds]
+        asked = [(method, rate) for method, of in zip(methods, rates, strict=True) for rate in of]
+        found = measure(asked)
+        for number, of in enumerate(rates):
+            judged = found[number * at_once : (number + 1) * at_once]
+            points[number] += [point for point in judged if point is not None]
+            low, high = bounds[number]
+            met = [point is not None and limit.met(point.measured) for point in judged]
+            high = min([high, *(rate for rate, meets in zip(of, met, strict=True) if meets)])
+            low = max([low, *(rate for rate, meets in zip(of, met, strict=True) if not meets and rate < high)])
+            bounds[number] = low, high
+    return [point for of in points for point in of]
+
+
+def rounds_of(most: float = 1.0, at_once: int = 1) -> int:
+    """How often :func:`narrow` judges, until rates that fail and that pass are :data:`RESOLUTION` apart."""
+    rounds, width = 0, most
+    while width > RESOLUTION:
+        rounds, width = rounds + 1, width / (at_once + 1)
+    return rounds
 
 
 def measure_points(
-    methods: Sequence[Method], keep_rates: Sequence[float] | None, measure: Measure, limit: Limit, *, most: float = 1.0
+    methods: Sequence[Method],
+    keep_rates: Sequence[float] | None,
+    measure: Measure,
+    limit: Limit,
+    *,
+    most: float = 1.0,
+    at_once: int = 1,
 ) -> list[Point]:
-    """Judge every method at given keep rates, or where these are None, at those that :func:`bisect` asks for."""
+    """Judge every method at given keep rates, or where these are None, at those that :func:`narrow` asks for."""
     if keep_rates is not None:
         return grid(methods, keep_rates, measure)
-    return [point for method in methods for point in bisect(method, measure, limit, most=most)]
+    return narrow(methods, measure, limit, most=most, at_once=at_once)
 
 
-def steps_of(keep_rates: Sequence[float] | None, most: float = 1.0) -> int:
+def steps_of(keep_rates: Sequence[float] | None, most: float = 1.0, at_once: int = 1) -> int:
     """How many keep rates :func:`measure_points` judges each method at."""
-    return len(keep_rates) if keep_rates is not None else max(0, math.ceil(math.log2(most / RESOLUTION)))
+    return len(keep_rates) if keep_rates is not None else at_once * rounds_of(most, at_once)
 
 
 @dataclass(frozen=True)

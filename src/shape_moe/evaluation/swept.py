@@ -105,8 +105,8 @@ class Sweep:
         """The point that is this selection, None where there is none; the recommended one for no selection."""
         if selection is None:
             return self.points[self.recommended] if self.recommended is not None else None
-        wanted = (selection.scorer, selection.rule, selection.routing, selection.kept)
-        made = {(p.method.scorer, p.method.rule, p.method.routing, p.kept): p for p in self.points[::-1]}
+        wanted = (selection.scorer, selection.rule, selection.method.routed, selection.kept)
+        made = {(p.method.scorer, p.method.rule, p.method.routed, p.kept): p for p in self.points[::-1]}
         return made.get(wanted)
 
     def recommends(self, selection: Selection | None) -> bool:

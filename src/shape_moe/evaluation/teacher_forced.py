@@ -47,6 +47,10 @@ class TeacherForced:
     agree: NDArray[np.int64]
     exact: NDArray[np.bool_]
 
+    def part(self, start: int, end: int | None) -> TeacherForced:
+        """The sums of consecutive examples."""
+        return TeacherForced(**{name: value[start:end] for name, value in vars(self).items()})
+
     def to_items(self) -> dict[str, list[Any]]:
         """For JSON."""
         return {name: value.tolist() for name, value in vars(self).items()}

@@ -7,14 +7,27 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import reduce
 from operator import add
+from statistics import NormalDist
 from typing import Any
 
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.falls import CALLS, Fall, FreeAnswers, Outcome
 from shape_moe.evaluation.intervals import examples_for, quantile
 from shape_moe.evaluation.measures import HEALTH_LIMIT, LENGTH_LIMIT
+from shape_moe.evaluation.verdict_words import (
+    broken,
+    class_first,
+    describe_answers,
+    describe_calls,
+    describe_fall,
+    doubted,
+    fallen,
+    in_class,
+    of_class,
+    silent,
+)
 from shape_moe.text import one_line
-from shape_moe.units import capitalised, counted, kl_at_least, readable_kl, readable_share, share_at_most
+from shape_moe.units import capitalised, counted, readable_share, share_at_most
 
 MAX_DROP = 0.02
 """The fall that a model may have and still be called safe, unless told otherwise."""
@@ -22,6 +35,9 @@ DAMAGE = 0.1
 """A model whose fall is surely above this is damaged."""
 FEWEST_LOST = 2
 """A class may be damaged when it lost so many examples, and more than :data:`DAMAGE` of them."""
+DOUBT = NormalDist().inv_cdf(0.9)
+"""A class may be damaged when an interval of so many standard errors of its answers' probability excludes that
+nothing fell, and includes a fall of :data:`DAMAGE`: the fall is larger, or smaller, once in ten times each."""
 FEWEST = 4
 """With fewer examples a class is not measured."""
 FEWEST_SAFE = 30
@@ -77,7 +93,7 @@ class Verdict:
     @property
     def suspects(self) -> tuple[str, ...]:
         """The classes that are damaged, or seem to be by what was counted, worst first."""
-        found = [fall.name for fall in self.falls if _seems_damaged(fall)]
+        found = [fall.name for fall in self.falls if seems_damaged(fall)]
         found += [entry.name for entry in self.outcomes if entry.answers is not None and _is_broken(entry.answers)]
         return tuple(name for name in dict.fromkeys(found) if name)
 
@@ -119,6 +135,7 @@ class Verdict:
             "advice": self.advice,
             "max_drop": self.max_drop,
             "comparisons": self.comparisons,
+            "suspects": list(self.suspects),
             "falls": [
                 {
                     "class": fall.name or None,
@@ -129,6 +146,7 @@ class Verdict:
                     "fall": fall.fall.to_document(),
                     "kl": fall.kl,
                     "kl_is_bound": fall.kl_is_bound,
+                    "suspect": bool(fall.name) and seems_damaged(fall),
                 }
                 for fall in self.falls
             ],
@@ -212,6 +230,7 @@ class _Judged:
     verdict: Verdict
     falls: list[Fall] = field(init=False)
     unhealthy: list[tuple[str, FreeAnswers]] = field(init=False)
+    named: str = ""
 
     def __post_init__(self) -> None:
         self.falls = self.verdict.falls
@@ -234,10 +253,12 @@ class _Judged:
         advice = "keep more experts, or calibrate with more examples"
         for name, answers in self.unhealthy:
             if _is_broken(answers):
-                return Word.DAMAGED, f"{_of(name)}{_broken(answers)}.", f"{capitalised(advice)}{_such(name)}."
+                self.named = name
+                return Word.DAMAGED, f"{class_first(name)}{broken(answers)}.", f"{capitalised(advice)}{of_class(name)}."
         for fall in self.falls:
             if fall.figure != CALLS and fall.fall.low > DAMAGE:
-                return Word.DAMAGED, _fallen(fall), f"{capitalised(advice)}{_such(fall.name)}."
+                self.named = fall.name
+                return Word.DAMAGED, fallen(fall), f"{capitalised(advice)}{of_class(fall.name)}."
         return None
 
     def safe(self) -> _Found:
@@ -248,36 +269,32 @@ class _Judged:
         if not (self.falls and enough and every and within and answers and not self.unhealthy and not self._longer()):
             return None
         worst = max(self.falls, key=lambda fall: fall.fall.high)
-        reason = f"{capitalised(worst.figure)}{_in(worst.name)} falls by {share_at_most(worst.fall.high)} at most"
+        reason = f"{capitalised(worst.figure)}{in_class(worst.name)} falls by {share_at_most(worst.fall.high)} at most"
         return Word.SAFE, f"{reason}, and {counted(answers.count, 'free answer')} are as healthy as before.", ""
 
     def loss(self) -> _Found:
         advice = "Keep more experts, or calibrate with more examples"
         for fall in sorted(self.falls, key=lambda fall: fall.figure != CALLS):
             if fall.fall.low > 0:
-                reason = _silent(self.verdict.outcomes, fall) if fall.figure == CALLS else ""
-                return Word.LOSS, reason + _fallen(fall), f"{advice}{_such(fall.name)}."
+                self.named = fall.name
+                reason = silent(self.verdict.outcomes, fall) if fall.figure == CALLS else ""
+                return Word.LOSS, reason + fallen(fall), f"{advice}{of_class(fall.name)}."
         for name, answers in self.unhealthy:
-            return Word.LOSS, f"{_of(name)}{_broken(answers)}.", f"{advice}{_such(name)}."
+            self.named = name
+            return Word.LOSS, f"{class_first(name)}{broken(answers)}.", f"{advice}{of_class(name)}."
         return None
 
     def suspected(self) -> _Found:
         for fall in self.falls:
-            if fall.name and _seems_damaged(fall):
-                dense, pruned = (readable_share(share) for share in fall.shares)
-                needed = f"judge by {self._needed():,} examples of each class to know"
-                return (
-                    Word.LOSS,
-                    f"Class {fall.name} may be damaged: {fall.figure} falls from {dense} to {pruned} over "
-                    f"{counted(fall.examples, 'example')}, which are too few to rule out chance; a loss of up to "
-                    f"{share_at_most(fall.fall.high)} is not excluded.",
-                    f"Keep more experts, or calibrate with more examples of {fall.name}; {needed}.",
-                )
+            if fall.name and seems_damaged(fall):
+                self.named = fall.name
+                advice = f"Keep more experts, or calibrate with more examples of {fall.name}; judge by "
+                return Word.LOSS, doubted(fall), f"{advice}{self._needed():,} examples of each class to know."
         return None
 
     def no_loss(self) -> _Found:
         widest = max(self.falls, key=lambda fall: (fall.fall.high, fall.name))
-        reason = f"{counted(widest.examples, 'example')}{_such(widest.name)}: "
+        reason = f"{counted(widest.examples, 'example')}{of_class(widest.name)}: "
         if widest.fall.value > 0:
             reason += f"{readable_share(widest.fall.value)} were lost, which can be chance, and "
         reason += "a loss of up to "
@@ -289,6 +306,17 @@ class _Judged:
             return Word.NO_LOSS, f"{reason}; {needed:,} without a loss would show {allowed}.", f"{advice}."
         return Word.NO_LOSS, f"{reason}.", "Judge by more examples."
 
+    def _others(self) -> list[str]:
+        """The classes that are damaged or may be, beside the one that decided."""
+        found = {}
+        for fall in self.falls:
+            if fall.name and seems_damaged(fall):
+                found[fall.name] = fallen(fall) if fall.fall.low > DAMAGE else doubted(fall)
+        for name, answers in self.unhealthy:
+            if name and _is_broken(answers):
+                found.setdefault(name, f"{class_first(name)}{broken(answers)}.")
+        return [text for name, text in found.items() if name != self.named]
+
     def _needed(self) -> int:
         return max(FEWEST_SAFE, examples_for(self.verdict.max_drop, self.verdict.comparisons))
 
@@ -298,7 +326,7 @@ class _Judged:
 
     def notes(self, word: Word) -> list[str]:
         """What the word leaves out."""
-        found = []
+        found = self._others()
         if self.verdict.answers is None and word in {Word.NO_LOSS, Word.LOSS}:
             found.append("No free answers were made, and likelihood alone never makes a model safe.")
         if self._longer():
@@ -313,109 +341,23 @@ class _Judged:
         return found
 
 
-def describe_fall(fall: Fall) -> str:
-    """One class in a line."""
-    dense, pruned = (readable_share(share) for share in fall.shares)
-    name = f"{fall.name}: " if fall.name else ""
-    text = f"{name}{fall.figure} {dense} -> {pruned}"
-    if fall.fall.value < 0:
-        text += f", a gain of {_points(-fall.fall.value)}"
-    elif fall.fall.value > 0:
-        text += f", a fall of {_points(fall.fall.value)}"
-    else:
-        text += ", no fall"
-    high = share_at_most(max(fall.fall.high, 0.0)).removesuffix(" %")
-    text += f" (at least {readable_share(fall.fall.low).removesuffix(' %')}, " if fall.fall.low > 0 else " ("
-    shown = kl_at_least if fall.kl_is_bound else readable_kl
-    kl = "" if fall.kl is None else f", KL {shown(fall.kl)}"
-    return f"{text}at most {high}){kl}, {counted(fall.examples, 'example')}"
+def seems_damaged(fall: Fall) -> bool:
+    """Whether more than 10 points were lost, or may have been by what few examples show.
 
-
-def describe_calls(outcome: Outcome) -> str:
-    """What became of the tool calls of a class, dense beside pruned; empty where there are none."""
-    words = {"decision": "right decision to call or not", "name": "right function", "arguments": "equal arguments"}
-    words["valid"] = "arguments valid by the schema"
-    calls = outcome.calls or {}
-    parts = [
-        f"{text} {calls[key].dense} -> {calls[key].pruned} of {calls[key].count}"
-        for key, text in words.items()
-        if key in calls and calls[key].count
-    ]
-    name = f"{outcome.name}: " if outcome.name else ""
-    return f"{name}tool calls, dense -> pruned: {'; '.join(parts)}" if parts else ""
-
-
-def describe_answers(answers: FreeAnswers) -> str:
-    """Free answers in a line."""
-    (loops_before, loops), (endless_before, endless) = answers.loops, answers.no_ends
-    text = f"{counted(answers.count, 'free answer')}: {loops} {_verb(loops, 'end')} in a loop (dense {loops_before}), "
-    text += f"{endless} {'does' if endless == 1 else 'do'} not end (dense {endless_before}); "
-    if answers.median_divergence is None:
-        return f"{text}all are the dense model's, token for token"
-    same, after = answers.count - len(answers.divergences), counted(round(answers.median_divergence), "token")
-    return f"{text}{same} {_are(same)} the dense model's, the others part after {after}"
-
-
-def _fallen(fall: Fall) -> str:
-    """The fall that decided."""
-    dense, pruned = (readable_share(share) for share in fall.shares)
-    verb = "fall" if fall.figure == CALLS else "falls"
-    text = f"{capitalised(fall.figure)}{_in(fall.name)} {verb} from {dense} to {pruned} over "
-    text += f"{counted(fall.examples, 'example')}: a loss of {readable_share(fall.fall.low)} at least, "
-    return f"{text}{share_at_most(fall.fall.high)} at most."
-
-
-def _silent(outcomes: Sequence[Outcome], fall: Fall) -> str:
-    """That a model makes no calls any more, where that is so."""
-    made = next((outcome.calls or {} for outcome in outcomes if outcome.name == fall.name), {}).get("made")
-    return "It calls no tools any more. " if made is not None and made.dense > 0 == made.pruned else ""
-
-
-def _seems_damaged(fall: Fall) -> bool:
-    """Whether more than 10 points were lost, surely or of examples too few to be sure: two of them at least."""
+    May have been: two examples at least were lost, and more than 10 % of them, or answers became less probable, and
+    neither that nor exact match excludes 10 %.
+    """
     if fall.figure == CALLS:
         return False
     few = fall.examples < FEWEST_SAFE and round(fall.fall.value * fall.examples, 6) >= FEWEST_LOST
-    return fall.fall.low > DAMAGE or (few and fall.fall.value > DAMAGE)
+    if fall.fall.low > DAMAGE or (few and fall.fall.value > DAMAGE):
+        return True
+    if fall.likelihood is None or fall.fall.high <= DAMAGE:
+        return False
+    less = fall.likelihood.fall(DOUBT)
+    return less.low > 0 and less.high > DAMAGE
 
 
 def _is_broken(answers: FreeAnswers) -> bool:
     """Whether so many more answers than the dense model's loop or do not end that the model is damaged."""
     return answers.excess >= 2 and answers.excess > DAMAGE * answers.count
-
-
-def _broken(answers: FreeAnswers) -> str:
-    """What is wrong with free answers."""
-    kinds = ((answers.loops, ("ends in a loop", "end in a loop")), (answers.no_ends, ("does not end", "do not end")))
-    parts = [
-        f"{after} of {answers.count} free answers {what[after > 1]} ({before} of the dense model's)"
-        for (before, after), what in kinds
-        if after > before
-    ]
-    return " and ".join(parts) or f"{answers.healthy.lost} of {answers.count} free answers loop or do not end"
-
-
-def _verb(count: int, verb: str) -> str:
-    return f"{verb}s" if count == 1 else verb
-
-
-def _are(count: int) -> str:
-    return "is" if count == 1 else "are"
-
-
-def _points(share: float) -> str:
-    """A difference of shares in percentage points."""
-    shown = readable_share(share).removesuffix(" %")
-    return f"{shown} {'point' if shown == '1' else 'points'}"
-
-
-def _of(name: str) -> str:
-    return f"{name}: " if name else ""
-
-
-def _in(name: str) -> str:
-    return f" in {name}" if name else ""
-
-
-def _such(name: str) -> str:
-    return f" of {name}" if name else ""

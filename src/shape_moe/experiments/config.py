@@ -13,7 +13,7 @@ from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.harness import TaskOptions
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.scoring.registry import ScoreOptions
-from shape_moe.selection.method import Method, Routing
+from shape_moe.selection.method import Method, read_routed
 from shape_moe.tracing.token_weights import TokenWeights
 
 
@@ -38,6 +38,26 @@ class CalibrationSpec:
 
 
 @dataclass(frozen=True)
+class PublishedFigures:
+    """What others have published for an evaluation, to be held against its figures.
+
+    Attributes:
+        metric: key of the figure that corresponds to theirs.
+        percent: by model of the grid, and by method (``scorer/rule``, or ``dense``): percent, by keep rate where it is
+            not the dense model's.
+        source: where it was published.
+        differences: how their stack is known to differ from this one.
+        routing: how they routed.
+    """
+
+    metric: str
+    percent: dict[str, dict[str, float | dict[str, float]]]
+    source: str = ""
+    differences: tuple[str, ...] = ()
+    routing: str = "drop"
+
+
+@dataclass(frozen=True)
 class ExamplesSpec:
     """An evaluation by held-out examples.
 
@@ -47,6 +67,7 @@ class ExamplesSpec:
         generation: how models answer freely, None for not at all.
         metrics: the figures that tables show.
         calibration: the calibration tasks whose selections are judged by it.
+        published: figures of others to hold against its own, None without any.
     """
 
     name: str
@@ -54,6 +75,7 @@ class ExamplesSpec:
     generation: GenerationOptions | None
     metrics: tuple[str, ...]
     calibration: tuple[str, ...]
+    published: PublishedFigures | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +92,7 @@ class TaskSpec:
         unsafe_code: run code that the model writes.
         metrics: the task's metrics that tables show, empty for all.
         calibration: the calibration tasks whose selections are judged by it.
+        published: figures of others to hold against its own, None without any.
     """
 
     name: str
@@ -81,6 +104,7 @@ class TaskSpec:
     unsafe_code: bool = False
     metrics: tuple[str, ...] = ()
     calibration: tuple[str, ...] = ()
+    published: PublishedFigures | None = None
 
     @property
     def options(self) -> TaskOptions:
@@ -101,6 +125,11 @@ class SeededMethod(Method):
 
     seed: int | None = None
 
+    def routed_by(self, routing: str) -> SeededMethod:
+        """The same, routed as an entry of the grid's routings says."""
+        name, scale = read_routed(routing)
+        return replace(self, routing=name, gate_scale=scale)
+
 
 @dataclass(frozen=True)
 class ExperimentConfig:
@@ -110,7 +139,7 @@ class ExperimentConfig:
         models: the models.
         calibration: what selections are made from.
         methods: scorers with rules; scorer random once per seed.
-        routings: ``drop``, ``reroute`` or both.
+        routings: ``drop``, ``reroute``, ``reroute, trained`` or several of them.
         keep: keep rates.
         evaluation: what selections are judged by.
         seed: draws samples and resamples.
@@ -122,7 +151,7 @@ class ExperimentConfig:
     models: tuple[ModelSpec, ...]
     calibration: tuple[CalibrationSpec, ...]
     methods: tuple[SeededMethod, ...]
-    routings: tuple[Routing, ...]
+    routings: tuple[str, ...]
     keep: tuple[float, ...]
     evaluation: tuple[EvaluationSpec, ...]
     seed: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from shape_moe.jobs.trace import kept_trace
 from shape_moe.journal import Journal
 from shape_moe.made_with import made_with
 from shape_moe.progress import Progress
+from shape_moe.reporting.published_figures import published_rows
 from shape_moe.selection.select import SelectOptions, TraceSelector
 from shape_moe.selection.selection import Selection
 from shape_moe.units import counted, readable_duration
@@ -84,7 +85,7 @@ class Grid:
 
     def _document(self, parts: list[Document]) -> Document:
         config, hashes = self.plan.config, self.plan.hashes
-        return {
+        document = {
             "format_version": FORMAT_VERSION,
             "verb": "experiment",
             "config": config.echo(),
@@ -105,9 +106,13 @@ class Grid:
             "cells": [cell for part in parts for cell in part["cells"]],
             **made_with(config.seed),
         }
+        published = published_rows(document)
+        return {**document, "published": published} if published else document
 
     def _evaluation(self, spec: EvaluationSpec) -> Document:
-        common = {"name": spec.name, "metrics": list(spec.metrics), "calibration": list(spec.calibration)}
+        common: Document = {"name": spec.name, "metrics": list(spec.metrics), "calibration": list(spec.calibration)}
+        if spec.published is not None:
+            common["published"] = asdict(spec.published)
         if not isinstance(spec, ExamplesSpec):
             options = {"limit": spec.limit, "fewshot": spec.fewshot, "chat_template": spec.chat_template}
             return {**common, "kind": "task", "task": spec.task, **options}
@@ -162,7 +167,7 @@ class _ModelRun:
         for method, scoring in runs:
             selector = selectors[scoring.seed]
             for routing in self.config.routings:
-                routed = replace(method, routing=routing)
+                routed = method.routed_by(routing)
                 cells += [self._cell(selector, spec.name, routed, keep) for keep in self.config.keep]
         return cells
 
@@ -174,7 +179,8 @@ class _ModelRun:
             cell.reason = f"{self.spec.name}, {method}, keep {keep:g}: {error}"
             return cell
         seed = "" if method.seed is None else f"-seed{method.seed}"
-        name = f"{method.scorer}-{method.rule}-{method.routing}-{keep:g}{seed}.json"
+        routed = method.routed.replace(", ", "-")
+        name = f"{method.scorer}-{method.rule}-{routed}-{keep:g}{seed}.json"
         cell.file = f"selections/{self.spec.name}/{calibration}/{name}"
         (self.folder / cell.file).parent.mkdir(parents=True, exist_ok=True)
         cell.selection.save(self.folder / cell.file)
@@ -244,7 +250,7 @@ class _ModelRun:
             "scorer": cell.method.scorer,
             "rule": cell.method.rule,
             "seed": cell.method.seed,
-            "routing": cell.method.routing,
+            "routing": cell.method.routed,
             "keep_asked": cell.keep,
             "keep": chosen.keep if chosen else None,
             "kept": chosen.kept if chosen else None,

@@ -19,6 +19,7 @@ from shape_moe.jobs.held_out import HELD_OUT_SAMPLES, fresh_records
 from shape_moe.jobs.select import check_options
 from shape_moe.jobs.session import ExampleOptions, ModelSession
 from shape_moe.progress import SILENT
+from shape_moe.selection.method import check_for_model
 from shape_moe.selection.select import SelectOptions
 
 
@@ -101,7 +102,9 @@ def _check_methods(plan: Plan, model: ModelSpec) -> None:
     snapshot = plan.snapshots[model.name]
     for method in plan.config.methods:
         for routing in plan.config.routings:
-            asked = SelectOptions(1.0, replace(method, routing=routing))
+            routed = method.routed_by(routing)
+            check_for_model(routed, snapshot.moe)
+            asked = SelectOptions(1.0, routed)
             check_options(asked, snapshot.moe_layers, snapshot.moe.num_experts, snapshot.moe.routing)
 
 

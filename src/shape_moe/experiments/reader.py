@@ -24,6 +24,7 @@ from shape_moe.experiments.config import (
     ExamplesSpec,
     ExperimentConfig,
     ModelSpec,
+    PublishedFigures,
     SeededMethod,
     TaskSpec,
 )
@@ -31,9 +32,10 @@ from shape_moe.experiments.yaml_section import YamlSection, read_yaml
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions
 from shape_moe.literal_paths import expand_home
-from shape_moe.reporting.experiment_tables import EXAMPLE_METRICS, GENERATED
+from shape_moe.reporting.experiment_metrics import EXAMPLE_METRICS, GENERATED
+from shape_moe.reporting.published_figures import DENSE
 from shape_moe.scoring.registry import get_scorer
-from shape_moe.selection.method import Method, check_routing
+from shape_moe.selection.method import Method, read_routed
 from shape_moe.selection.rules import check_by_priority
 from shape_moe.selection.select import SelectOptions
 from shape_moe.tracing.token_weights import token_weights
@@ -89,6 +91,25 @@ def _rate(given: Any) -> Any:
     return given if share is None else share
 
 
+def _model_entry(entry: Any) -> dict[str, Any]:
+    return entry if isinstance(entry, dict) else {"model": entry}
+
+
+def _last(entry: Any) -> str:
+    """What a model is called where its entry gives no name."""
+    return str(_model_entry(entry).get("model")).rstrip("/").rsplit("/", 1)[-1]
+
+
+def _keep_of(text: str, where: str) -> str:
+    """A keep rate, written as a percentage or a share, in the one spelling of results."""
+    share = share_from(text)
+    try:
+        rate = float(text) if share is None else share
+    except ValueError as error:
+        raise UsageError(f"{where}: {text!r} is not a keep rate; write 80%.") from error
+    return f"{rate:g}"
+
+
 class _Reader:
     """Turns the file's sections into specs."""
 
@@ -115,7 +136,9 @@ class _Reader:
             for rate in grid.keep:
                 SelectOptions(rate)
         with top.naming("routings"):
-            routings = tuple(check_routing(routing) for routing in grid.routings)
+            routings = tuple(
+                Method(routing=name, gate_scale=scale).routed for name, scale in map(read_routed, grid.routings)
+            )
         with top.naming():
             weights = token_weights(
                 {
@@ -142,8 +165,7 @@ class _Reader:
         part = YamlSection(
             {"model": entry} if isinstance(entry, str) else entry, self.top.file, f"models, entry {place}"
         )
-        last = str(part.content.get("model")).rstrip("/").rsplit("/", 1)[-1]
-        default: dict[str, Any] = {} if "name" in part.content else {"name": last}
+        default: dict[str, Any] = {} if "name" in part.content else {"name": _last(part.content)}
         spec = part.take(ModelSpec, **default)
         self._check_name(spec.name, part)
         part.done()
@@ -187,11 +209,48 @@ class _Reader:
         self._check_name(name, part)
         if ("data" in part.content) == ("task" in part.content):
             raise UsageError(f"{part.where()} needs either data (examples) or task (of lm-evaluation-harness).")
+        published = self._published(part) if "published" in part.content else None
         spec = self._examples(name, part) if "data" in part.content else self._task(name, part)
+        if published is not None and spec.metrics and published.metric not in spec.metrics:
+            raise UsageError(f"{part.where('published.metric')}: {published.metric!r} is not among the metrics.")
         part.done()
         if unknown := [entry for entry in spec.calibration if entry not in known]:
             raise UsageError(f"{part.where('calibration')}: there is no calibration task {unknown[0]!r}.")
-        return replace(spec, calibration=spec.calibration or known)
+        return replace(spec, calibration=spec.calibration or known, published=published)
+
+    def _published(self, part: YamlSection) -> PublishedFigures:
+        """What others have published: of models, methods and keep rates of this grid, in percent."""
+        section = part.nested("published")
+        spec = section.take(PublishedFigures)
+        section.done()
+        with section.naming("routing"):
+            routing = Method(routing=read_routed(spec.routing)[0], gate_scale=read_routed(spec.routing)[1]).routed
+        models = {str(_model_entry(entry).get("name") or _last(entry)) for entry in self.grid.models}
+        percent: dict[str, dict[str, float | dict[str, float]]] = {}
+        for model, methods in spec.percent.items():
+            if model not in models:
+                raise UsageError(f"{section.where('percent')}: there is no model {model!r} in the grid.")
+            percent[model] = {}
+            for name, given in methods.items():
+                where = section.where(f"percent.{model}.{name}")
+                by_keep = (
+                    {_keep_of(keep, where): value for keep, value in given.items()}
+                    if isinstance(given, dict)
+                    else given
+                )
+                if isinstance(by_keep, dict) == (name == DENSE):
+                    raise UsageError(
+                        f"{where}: a method's figures are given by keep rate, the dense model's as a number."
+                    )
+                if not all(
+                    0 <= value <= 100 for value in (by_keep.values() if isinstance(by_keep, dict) else [by_keep])
+                ):
+                    raise UsageError(f"{where}: figures are given in percent.")
+                if name != DENSE:
+                    with section.naming(f"percent.{model}.{name}"):
+                        Method.parse(name)
+                percent[model][name] = by_keep
+        return replace(spec, percent=percent, routing=routing)
 
     def _examples(self, name: str, part: YamlSection) -> ExamplesSpec:
         found = part.take(_Judged)
@@ -208,7 +267,7 @@ class _Reader:
         return ExamplesSpec(name, self._tracing(part, HELD_OUT_SAMPLES), generation, metrics, found.calibration)
 
     def _task(self, name: str, part: YamlSection) -> TaskSpec:
-        spec = part.take(TaskSpec, name=name)
+        spec = part.take(TaskSpec, name=name, published=None)
         if not spec.task.endswith((".yaml", ".yml")):
             return spec
         file = (self.base / expand_home(spec.task)).resolve()

@@ -140,6 +140,11 @@ class YamlSection:
             )
         return [(name, YamlSection(entry, self.file, f"{whole.path}.{name}")) for name, entry in whole.content.items()]
 
+    def nested(self, key: str) -> YamlSection:
+        """The mapping under a key."""
+        self._known.add(key)
+        return YamlSection(self.content[key], self.file, f"{self.path}.{key}".lstrip("."))
+
     def done(self) -> None:
         """Refuse keys that no dataclass has.
 

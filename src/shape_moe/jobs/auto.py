@@ -11,7 +11,7 @@ from shape_moe.architectures.sizes import measure
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.records import DataOptions
 from shape_moe.errors import ShapeMoeError, UsageError
-from shape_moe.evaluation.bench import Bench
+from shape_moe.evaluation.comparison import Comparison
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.keep_rate import DEFAULT_LIMIT, Limit, Point, grid
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
@@ -138,7 +138,17 @@ def methods_to_try(
         elif asked.equal_counts:  # they leave nothing to share out
             pairs = [pair for pair in pairs if pair[1] == "uniform"]
         pairs = pairs or [("frequency", "uniform")]
-    return [replace(asked, scorer=s, rule=r, routing=routing) for s, r in pairs for routing in routings]
+    return [
+        replace(
+            asked,
+            scorer=s,
+            rule=r,
+            routing=routing,
+            gate_scale=asked.gate_scale if routing == "reroute" else "survivors",
+        )
+        for s, r in pairs
+        for routing in routings
+    ]
 
 
 def _smallest(search: Search) -> tuple[Selection, dict[str, Any]]:
@@ -180,7 +190,7 @@ def _closest(search: Search, keep: float) -> tuple[Selection, dict[str, Any]]:
     }
 
 
-def tied_with(best: int, points: Sequence[Point], bench: Bench) -> list[int]:
+def tied_with(best: int, points: Sequence[Point], bench: Comparison) -> list[int]:
     """Which points are the best one, or as good but for noise, in their order."""
     return [i for i, point in enumerate(points) if i == best or bench.tied(point.selection, points[best].selection)]
 

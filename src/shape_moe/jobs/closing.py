@@ -9,6 +9,7 @@ from shape_moe.jobs.judgement import Judgement
 from shape_moe.reporting.model_card import CardFacts
 from shape_moe.reporting.opening import next_commands
 from shape_moe.reporting.provenance import calibration_options
+from shape_moe.reporting.series import Series
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import Trace
 
@@ -21,6 +22,7 @@ def card_facts(
     left_out: tuple[str, ...],
     judgement: Judgement | None,
     file: Path | None = None,
+    series: Series | None = None,
 ) -> CardFacts:
     """What the model card tells.
 
@@ -32,11 +34,14 @@ def card_facts(
         left_out: what the original has and the pruned model has not, beside experts; sentences.
         judgement: what pruning did, None where it was not judged.
         file: the GGUF file that is written, None for a folder.
+        series: the models that were made together with it, None where it was made alone.
     """
     verdict = judgement.verdict if judgement is not None else None
     forgotten = judgement.forgotten.lines() if judgement is not None and judgement.forgotten is not None else ()
     named = file.name if file is not None else None
-    return CardFacts(model, *sizes, selection, selection.target, trace, left_out, verdict, tuple(forgotten), named)
+    return CardFacts(
+        model, *sizes, selection, selection.target, trace, left_out, verdict, tuple(forgotten), named, series
+    )
 
 
 def commands_after(facts: CardFacts, path: Path) -> list[str]:

@@ -13,10 +13,12 @@ from shape_moe.interop.coalition_counts import coalitions_text
 from shape_moe.interop.fillers import FILLERS
 from shape_moe.interop.kinds import KINDS, Kind, kind_of
 from shape_moe.interop.selected_experts import read_selected, selected_text
+from shape_moe.output_file import OutputFile
 from shape_moe.progress import SILENT, Progress
 from shape_moe.selection.selection import Selection, load_selection
+from shape_moe.source_files import WatchedFiles
 from shape_moe.tracing.trace import Trace, load_trace
-from shape_moe.workspace import Workspace, check_output, check_output_file, write_text
+from shape_moe.workspace import Workspace, check_output, write_text
 
 Target = Literal["shape-moe", "reference"]
 _OURS: tuple[Kind, ...] = ("selection", "trace")
@@ -57,20 +59,21 @@ def convert(
     path, target = Path(source), Path(out)
     found = _kind(path, kind)
     _check_request(path, found, model, revision, to, skip_bad=skip_bad)
+    inputs = [path, *([model] if model else [])]
     if found in FILLERS:
-        check_output(target, force=force, inputs=[path, *([model] if model else [])])
-    else:
-        _check_file(target, path, force=force)
-    snapshot = open_snapshot(model, revision) if model else None
-    if found == "trace":
-        trace = load_trace(path)
-        write_text(target, coalitions_text(trace))
-        return trace
-    if found in ("selection", "selected"):
-        return _convert_selection(found, path, target, snapshot)
-    assert snapshot is not None
-    trace = FILLERS[found](path, snapshot, skip_bad, progress).fill(None)
-    return _save(trace, target, path, snapshot, force=force)
+        check_output(target, force=force, inputs=inputs)
+        snapshot = open_snapshot(model, revision) if model else None
+        assert snapshot is not None
+        watched = WatchedFiles([path, snapshot.path])
+        trace = FILLERS[found](path, snapshot, skip_bad, progress).fill(None)
+        watched.check()
+        return _save(trace, target, path, snapshot, force=force)
+    with OutputFile(target, force=force, inputs=inputs):
+        if found == "trace":
+            trace = load_trace(path)
+            write_text(target, coalitions_text(trace))
+            return trace
+        return _convert_selection(found, path, target, open_snapshot(model, revision) if model else None)
 
 
 def _kind(source: Path, kind: str | None) -> Kind:
@@ -106,12 +109,6 @@ def _check_request(
         raise UsageError(f"{source} ({kind}) says which model it is about: leave --model out.")
     if skip_bad and kind != "responses":
         raise UsageError(f"--skip-bad is for server responses, not for {kind}.")
-
-
-def _check_file(out: Path, source: Path, *, force: bool) -> None:
-    if out.is_file() and out.resolve() == source.resolve():
-        raise UsageError(f"The output {out} and the input are the same file; choose another output.")
-    check_output_file(out, force=force)
 
 
 def _convert_selection(kind: Kind, source: Path, out: Path, snapshot: Snapshot | None) -> Selection:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from shape_moe.calibration.example_maker import ExampleMaker
 from shape_moe.calibration.parts import FEWEST, MOST, Parts, three_parts
 from shape_moe.calibration.reading import load, load_records
 from shape_moe.calibration.records import DataOptions
@@ -15,11 +16,12 @@ from shape_moe.evaluation.bench import Bench
 from shape_moe.evaluation.conclusion import conclude
 from shape_moe.evaluation.forgotten import Forgotten, general_records
 from shape_moe.evaluation.generation import GenerationOptions
-from shape_moe.evaluation.outcomes import FREE_ANSWERS
+from shape_moe.evaluation.outcomes import FREE_ANSWERS, Seen
 from shape_moe.evaluation.questions import Questions
 from shape_moe.evaluation.verdict import MAX_DROP, Verdict, check_max_drop, check_requirement, not_measured
 from shape_moe.jobs.held_out import held_out_set
 from shape_moe.jobs.judging_plan import MINUTES, check_minutes, plan_judging
+from shape_moe.jobs.seen_examples import seen_records
 from shape_moe.jobs.session import ModelSession
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.masks import masked
@@ -132,25 +134,46 @@ def judge_selection(
     seen: SeenPrompts | None = None,
     remarks: Sequence[str] = (),
 ) -> Judgement:
-    """Judge a selection as a mask on the dense model, beside that.
+    """Judge one selection; see :func:`judge_selections`."""
+    return judge_selections(session, parts, data, [selection], options, seen, remarks)[0]
+
+
+def judge_selections(
+    session: ModelSession,
+    parts: Parts,
+    data: DataOptions,
+    selections: Sequence[Selection],
+    options: JudgementOptions,
+    seen: SeenPrompts | None = None,
+    remarks: Sequence[str] = (),
+) -> list[Judgement]:
+    """Judge selections as masks on the dense model, beside that, by the same examples; the dense model answers once.
 
     Args:
         session: gives the dense model.
         parts: the records to report by, and why some classes have none.
         data: where they come from.
-        selection: what the written model keeps.
-        options: see :class:`JudgementOptions`.
-        seen: the prompts that it was calibrated with, None where they are not known.
+        selections: what the written models keep.
+        options: see :class:`JudgementOptions`; its minutes are for all of them together.
+        seen: the prompts that they were calibrated with, None where they are not known.
         remarks: what else a reader should know.
     """
     reasons = why_parts_unmeasured(parts)
     if not parts.report:
-        return no_judgement(f"{capitalised('; '.join(reasons))}.", options)
+        return [no_judgement(f"{capitalised('; '.join(reasons))}.", options)] * len(selections)
     progress = session.progress
     general = len(general_records()) if options.general else 0
     maker = session.calibrator_of(parts.report, data)
+    again = seen_records(parts)
     plan = plan_judging(
-        session, maker, answers=options.answers, calls=options.answers, general=general, minutes=options.minutes
+        session,
+        maker,
+        answers=options.answers,
+        calls=options.answers,
+        general=general,
+        others=len(selections),
+        minutes=options.minutes,
+        seen=session.calibrator_of(again, data) if again else None,
     )
     progress.note(f"{plan.sentence}; --no-judge leaves it out.")
     notes = [*(f"Not measured: {reason}." for reason in reasons), f"{parts.sentence}.", *remarks]
@@ -160,9 +183,8 @@ def judge_selection(
     records = [by_index[example.index] for example in held_out.examples]
     generation, model = GenerationOptions(plan.amounts.answers), session.model
     with Bench(model, session.tokenizer, held_out, generation=generation, progress=progress) as bench:
-        with progress.phase("Judging the pruned model", len(held_out.examples), "example") as advance:
-            sums, ours = bench.sums(selection, advance), bench.answers(selection)
         theirs = bench.dense_answers
+        calibrated = _scored_again(session, plan.seen, selections)
         questions = Questions(
             model,
             session.calibrator.tokeniser,
@@ -172,22 +194,40 @@ def judge_selection(
             batch_size=session.options.answers.batch_size,
             progress=progress,
         )
-        with masked(model, selection):
-            replies = questions.ask(model, "the pruned model", seen)
+        found = []
+        for selection, known in zip(selections, calibrated, strict=True):
+            name = "the pruned model" if len(selections) == 1 else f"the model of keep {selection.keep_asked:g}"
+            with progress.phase(f"Judging {name}", len(held_out.examples), "example") as advance:
+                sums, ours = bench.sums(selection, advance), bench.answers(selection)
+            with masked(model, selection):
+                replies = questions.ask(model, name, seen)
+            verdict = conclude(
+                held_out,
+                bench.dense_sums,
+                sums,
+                (theirs, ours) if theirs is not None and ours is not None else None,
+                calls=replies.calls,
+                calling=questions.calling,
+                max_drop=options.max_drop,
+                notes=notes,
+                seen=known,
+            )
+            if (blamed := _blamed_on_pooling(verdict, selection)) is not None:
+                verdict = replace(verdict, notes=(blamed, *verdict.notes))
+            found.append(Judgement(verdict, replies.forgotten))
         questions.close()
-        verdict = conclude(
-            held_out,
-            bench.dense_sums,
-            sums,
-            (theirs, ours) if theirs is not None and ours is not None else None,
-            calls=replies.calls,
-            calling=questions.calling,
-            max_drop=options.max_drop,
-            notes=notes,
-        )
-    if (blamed := _blamed_on_pooling(verdict, selection)) is not None:
-        verdict = replace(verdict, notes=(blamed, *verdict.notes))
-    return Judgement(verdict, replies.forgotten)
+    return found
+
+
+def _scored_again(
+    session: ModelSession, maker: ExampleMaker | None, selections: Sequence[Selection]
+) -> list[Seen | None]:
+    """What the dense and each pruned model make of examples that calibration has seen; None each without such."""
+    if maker is None:
+        return [None] * len(selections)
+    held_out = held_out_set(session, maker, "examples that calibrated")
+    with Bench(session.model, session.tokenizer, held_out, progress=session.progress) as bench:
+        return [Seen(held_out.groups, bench.dense_sums, bench.sums(one), bench.answered) for one in selections]
 
 
 def _blamed_on_pooling(verdict: Verdict, selection: Selection) -> str | None:

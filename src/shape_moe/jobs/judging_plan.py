@@ -42,12 +42,14 @@ class JudgingPlan:
         amounts: how much of everything.
         seconds: how long that will take; None where it could not be told.
         note: what had to be left out to stay within the time; empty where nothing was.
+        seen: examples that calibration has seen and that are looked at again; None for none.
     """
 
     maker: ExampleMaker
     amounts: Amounts
     seconds: float | None
     note: str = ""
+    seen: ExampleMaker | None = None
 
     @property
     def sentence(self) -> str:
@@ -56,6 +58,7 @@ class JudgingPlan:
         asked += [f"up to {counted(self.amounts.answers, 'free answer')}"] if self.amounts.answers else []
         asked += [counted(self.amounts.general, "general prompt")] if self.amounts.general else []
         text = f"{self.note} " if self.note else ""
+        asked += [f"{len(self.seen.drafts):,} of those that calibrated"] if self.seen is not None else []
         text += f"Judging the dense and the pruned model: {joined(asked)}"
         return text if self.seconds is None else f"{text}; this takes about {readable_duration(self.seconds)}"
 
@@ -79,6 +82,7 @@ def plan_judging(
     general: int,
     others: int = 1,
     minutes: float | None = MINUTES,
+    seen: ExampleMaker | None = None,
 ) -> JudgingPlan:
     """Measure how fast the model is, and tell how long judging will take; of what takes longer, do less.
 
@@ -90,13 +94,14 @@ def plan_judging(
         general: how many general prompts.
         others: how many models are judged beside the dense one.
         minutes: the longest time, None for any.
+        seen: examples to look at again, where there is time for them beside everything else.
     """
     drafts, records = maker.drafts, maker.records
     answerable = sum(not draft.plain for draft in drafts)
     offering = sum(bool(tools_of(record)) for record in records)
     full = Amounts(len(drafts), min(answers, answerable), min(calls, offering), general)
     if not any(len(draft.tokens) > 1 for draft in drafts):
-        return JudgingPlan(maker, full, None)
+        return JudgingPlan(maker, full, None, seen=seen)
     model, batch_size = session.model, maker.options.batch_size
     pilot = pilot_set(drafts, batch_size, pad_token_id(model, maker.tokeniser), int(model.config.vocab_size))
     typical = _typical_answer(session, maker)
@@ -108,8 +113,13 @@ def plan_judging(
     groups = [record.group for record in records]
     least = Amounts(LEAST.examples * len(set(groups)), LEAST.answers, LEAST.calls, LEAST.general)
     amounts, seconds = amounts_within(full, least, limit, lambda amounts: work.seconds(amounts, speed))
-    if amounts == full or minutes is None:
+    if amounts == full:
+        tokens = sum(len(draft.tokens) for draft in seen.drafts) if seen is not None else 0
+        again = tokens * (speed.dense + others * speed.other)
+        if limit is None or seconds + again <= limit:
+            return JudgingPlan(maker, amounts, seconds + again, seen=seen)
         return JudgingPlan(maker, amounts, seconds)
+    assert minutes is not None
     note = (
         f"Judging everything would take about {readable_duration(work.seconds(full, speed))}; to stay within "
         f"{minutes:g} min "

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shape_moe.architectures.moe_config import RouterFacts
+from shape_moe.architectures.families import FAMILIES
+from shape_moe.architectures.moe_config import RouterFacts, check_gate_scale
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.calibration.batches import batches
 from shape_moe.calibration.records import DataOptions
@@ -18,6 +18,7 @@ from shape_moe.errors import DataError, UsageError
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options
 from shape_moe.jobs.trace import open_trace
 from shape_moe.jobs.way import check_measurable
+from shape_moe.output_file import OutputFile
 from shape_moe.progress import SILENT, Progress
 from shape_moe.scoring.registry import ScoreOptions, get_scorer
 from shape_moe.scoring.scores import Scores, score_trace
@@ -26,10 +27,10 @@ from shape_moe.selection.layer_curves import LayerCurves, counts_to_measure
 from shape_moe.selection.method import Method
 from shape_moe.selection.rules import layer_ranks
 from shape_moe.selection.selection import Selection, whole_selection
+from shape_moe.source_files import WatchedFiles
 from shape_moe.tracing.classes import NO_CLASS
 from shape_moe.tracing.trace import Trace
 from shape_moe.units import counted
-from shape_moe.workspace import check_output_file
 
 if TYPE_CHECKING:
     from shape_moe.calibration.examples import Example
@@ -68,17 +69,19 @@ def measure(
     Raises:
         ShapeMoeError: when something is wrong with the model, the trace or the data; the message says what to do.
     """
-    if out is not None:
-        check_output_file(Path(out), force=force)
     options = as_example_options(data, DEFAULT_SAMPLES)
-    snapshot = open_snapshot(model, revision, trust_remote_code=options.trust_remote_code)
-    found = trace if isinstance(trace, Trace) else open_trace(trace, snapshot, progress, force=force)
-    check_measurable(snapshot, options)
-    session = ModelSession.open(snapshot, options, None, progress)
-    curves = measured_curves(session, found, method, scoring or ScoreOptions(), progress)
-    if out is not None:
-        curves.save(out)
-    return curves
+    named = [given for given in (model, trace) if isinstance(given, str | PathLike)]
+    with OutputFile(out, force=force, inputs=[*named, *options.data.files]):
+        snapshot = open_snapshot(model, revision, trust_remote_code=options.trust_remote_code)
+        watched = WatchedFiles([snapshot.path, *named, *options.data.files])
+        found = trace if isinstance(trace, Trace) else open_trace(trace, snapshot, progress, force=force)
+        check_measurable(snapshot, options)
+        session = ModelSession.open(snapshot, options, None, progress)
+        curves = measured_curves(session, found, method, scoring or ScoreOptions(), progress)
+        watched.check()
+        if out is not None:
+            curves.save(out)
+        return curves
 
 
 def measured_curves(
@@ -93,6 +96,7 @@ def measured_curves(
     from shape_moe.evaluation.layer_costs import layer_costs
 
     info = trace.info
+    check_gate_scale(method.gate_scale, FAMILIES.get(info.family or ""), info.routing.renormalises)
     weights = get_scorer(method.scorer).weights_for(trace, scoring.weights)
     scores = score_trace(trace, method.scorer, replace(scoring, weights=weights))
     maker = session.calibrator
@@ -122,6 +126,7 @@ def measured_curves(
         scorer=method.scorer,
         options={**weights.flags, "seed": scoring.seed},
         routing=method.routing,
+        gate_scale=method.gate_scale,
         num_experts=info.num_experts,
         layers=info.layers,
         counts=counts,
@@ -140,7 +145,7 @@ def cuts_of(scores: Scores, facts: RouterFacts, method: Method) -> tuple[tuple[i
         raise UsageError(f"Every layer must keep all of its {experts} experts: there is nothing to measure.")
     room = Room(len(scores.layers), experts, Constraints(floor=floor, groups=groups))
     order = room.order(ranks.astype(float), ranks)
-    whole = replace(whole_selection(scores.layers, experts), routing=method.routing)
+    whole = replace(whole_selection(scores.layers, experts), routing=method.routing, gate_scale=method.gate_scale)
     cuts = {}
     for row, layer in enumerate(scores.layers):
         kept = [sorted(int(i) for i in order[row][:, : count // groups].ravel()) for count in counts]

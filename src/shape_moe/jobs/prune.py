@@ -12,13 +12,15 @@ from typing import Any
 from shape_moe.architectures.fingerprint import fingerprint, layout_fingerprint
 from shape_moe.architectures.loading import free_memory
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
+from shape_moe.calibration.parts import FEWEST
 from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.sources import Data
 from shape_moe.errors import ShapeMoeError
-from shape_moe.jobs.auto import methods_to_try
-from shape_moe.jobs.closing import card_facts, commands_after
+from shape_moe.jobs.auto import AUTO_HELD_OUT, methods_to_try
+from shape_moe.jobs.closing import commands_after
 from shape_moe.jobs.judgement import (
     Judgement,
+    JudgementOptions,
     set_aside,
 )
 from shape_moe.jobs.judging_examples import (
@@ -26,25 +28,33 @@ from shape_moe.jobs.judging_examples import (
 )
 from shape_moe.jobs.planning import SearchPlan, held_out_tracing, plan_search
 from shape_moe.jobs.prune_options import PruneOptions, check_request, complete_options, makes_curves
-from shape_moe.jobs.prune_run import PruneRun, judged, masked_canary, selected, trace_calibration
+from shape_moe.jobs.prune_run import (
+    REFIT_FOLDER,
+    PruneRun,
+    judged,
+    masked_canaries,
+    refitted_as_asked,
+    selected,
+    trace_calibration,
+)
+from shape_moe.jobs.pruned_model import PrunedModel, describe, write_weights
 from shape_moe.jobs.pruned_place import PrunedPlace, place_of
 from shape_moe.jobs.select import check_options
 from shape_moe.jobs.session import ExampleOptions, ModelSession
 from shape_moe.jobs.trace import open_trace
-from shape_moe.jobs.way import check_measurable, check_whole
+from shape_moe.jobs.way import check_measurable
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import CanaryResult
 from shape_moe.pruning.compare import file_hash
-from shape_moe.pruning.logits import check_logits
+from shape_moe.pruning.refitted_tensors import check_refittable
 from shape_moe.pruning.writers import what_is_left_out
-from shape_moe.reporting.model_card import write_card
 from shape_moe.reporting.opening import Opening
+from shape_moe.selection.method import check_for_model
 from shape_moe.selection.rules import budget_for
-from shape_moe.selection.selection import Selection, completed, open_selection
-from shape_moe.serving.manifest import write_manifest
+from shape_moe.selection.selection import Selection, open_selection
 from shape_moe.tracing.trace import Trace
 from shape_moe.units import readable_size
-from shape_moe.workspace import Workspace, write_json
+from shape_moe.workspace import Workspace
 
 _DISK_MARGIN = 64 * 2**20
 
@@ -125,14 +135,15 @@ def prune(
     place.check(inputs, force=options.force, rejects=rejects)
     free_memory(options.device)
     run = PruneRun(open_snapshot(model, revision, trust_remote_code=options.trust_remote_code), options, progress)
-    _open_inputs(run, trace, selection)
+    open_inputs(run, trace, selection)
     inputs += [run.snapshot.path, *(run.plan.data.files if run.plan else [])]
-    with Workspace(place.folder, _job(run, trace), force=options.force, inputs=inputs) as work:
-        _check_disk(run, work.path)
-        return _carry_out(run, work, place)
+    with place.workspace(describe_job(run, trace), inputs, force=options.force, rejects=rejects) as work:
+        check_disk(run, {work.path: _kept_at_most(run)})
+        trace_calibration(run, work.path)
+        return _write(run, selected(run, work.path), work, place)
 
 
-def _open_inputs(
+def open_inputs(
     run: PruneRun, trace: str | PathLike[str] | None, selection: str | PathLike[str] | Selection | None
 ) -> None:
     """Open what enters the job, and check all that can be checked before weights are loaded."""
@@ -141,8 +152,11 @@ def _open_inputs(
         run.chosen = open_selection(selection, snapshot, force=options.force)
     if options.select is not None:
         moe, automatic = snapshot.moe, options.choice is not None
+        check_for_model(options.select.method, moe)
         check_options(options.select, snapshot.moe_layers, moe.num_experts, moe.routing, automatic=automatic)
     run.writer.check(snapshot, run.chosen)
+    if options.refit == "on":
+        check_refittable(snapshot)
     if trace is not None:
         run.trace = open_trace(trace, snapshot, run.progress, force=options.force)
     run.plan = _plan_choice(snapshot, options, run.trace, run.progress)
@@ -153,47 +167,40 @@ def _open_inputs(
     elif options.trace is not None:
         if options.select is not None and makes_curves(options.select):
             check_measurable(snapshot, options.trace)
-        records = None
-        if options.judgement is not None:
-            run.parts = set_aside(options.trace.data, options.judgement, give_up=False, progress=run.progress)
+        records, refits = None, run.may_refit
+        if options.judgement is not None or refits:
+            judging = options.judgement or JudgementOptions(examples=FEWEST)
+            choice = AUTO_HELD_OUT if refits else 0
+            run.parts = set_aside(options.trace.data, judging, choice=choice, give_up=False, progress=run.progress)
             records = run.parts.calibration
         run.session = ModelSession.open(snapshot, options.trace, None, run.progress, records)
 
 
-def _carry_out(run: PruneRun, work: Workspace, place: PrunedPlace) -> PruneResult:
-    """The phases: trace, select, ask the masked original, write, ask the result the same, describe."""
+def _write(run: PruneRun, selection: Selection, work: Workspace, place: PrunedPlace) -> PruneResult:
+    """The phases that follow: refit, judge, ask the masked original, write, ask the result the same, describe."""
     artifacts = work.path / "shape"
-    artifacts.mkdir(exist_ok=True)
-    trace_calibration(run, artifacts / "trace")
-    selection = completed(run.chosen if run.chosen is not None else selected(run, work.path), run.snapshot)
     left_out = what_is_left_out(run.snapshot)
+    selection = refitted_as_asked(run, selection, work.path / REFIT_FOLDER)
     selection.save(artifacts / "selection.json")
     run.notes += [*selection.warnings, *left_out]
-    judgement = judged(run, selection) if run.options.judgement is not None else None
-    canary, logits_skipped = masked_canary(run, selection)
-    written = run.writer.write(run.snapshot, selection, work.path, run.progress)
-    logits = None
-    if canary is not None:
-        canary.save(artifacts / "canary.json")
-        logits = check_logits(canary, written.path, run.options.device, run.options.dtype, run.progress)
-    before, after = run.snapshot.total_bytes, written.size
-    facts = card_facts(run.snapshot.name, (before, after), selection, run.trace, left_out, judgement, place.file)
-    write_card(work.path, facts)
-    if judgement is not None:
-        write_json(artifacts / "judgement.json", judgement.to_document())
-    write_manifest(work.path, run.snapshot, run.target, written.hashes, canary_missing=logits_skipped)
-    required = run.options.judgement.require if run.options.judgement is not None else None
-    rejected = required is not None and judgement is not None and not judgement.verdict.satisfies(required)
+    judgement = judged(run, [selection], work.path)[0] if run.options.judgement is not None else None
+    canaries, skipped = masked_canaries(run, [selection])
+    made = PrunedModel(selection, judgement, canaries[0] if canaries else None, skipped, left_out, place.file)
+    size, hashes, logits = write_weights(run, made, work.path)
+    shutil.rmtree(work.path / REFIT_FOLDER, ignore_errors=True)
+    facts = made.facts(run, size)
+    describe(run, made, work.path, facts, hashes)
+    rejected = made.rejected(run)
     path = place.complete(work, rejected=rejected)
     following = () if rejected else tuple(commands_after(facts, path))
     return PruneResult(
         path,
         selection,
         run.target,
-        before,
-        after,
+        facts.bytes_before,
+        size,
         logits,
-        logits_skipped,
+        skipped,
         tuple(run.notes),
         judgement,
         rejected,
@@ -212,7 +219,6 @@ def _plan_choice(
     seed = select.scoring.seed
     tracing = held_out_tracing(options.trace, trace, choice.held_out, seed)
     tracing = replace(tracing, device=options.device, dtype=options.dtype, stream=options.stream)
-    check_whole(snapshot, tracing)
     plan = plan_search(
         snapshot,
         tracing,
@@ -231,7 +237,7 @@ def _plan_choice(
     return plan
 
 
-def _job(run: PruneRun, trace: str | PathLike[str] | None) -> Mapping[str, Any]:
+def describe_job(run: PruneRun, trace: str | PathLike[str] | None) -> Mapping[str, Any]:
     """What decides the result, by its content: the model, the artifacts that enter, and the options."""
     description = asdict(run.options)
     description.pop("force")
@@ -248,15 +254,33 @@ def _job(run: PruneRun, trace: str | PathLike[str] | None) -> Mapping[str, Any]:
     }
 
 
-def _check_disk(run: PruneRun, folder: Path) -> None:
-    """Refuse a job whose result would not fit the disk, less what an interrupted run has written already."""
+def check_disk(run: PruneRun, needs: Mapping[Path, int]) -> None:
+    """Refuse a job whose result would not fit the disk, less what an interrupted run has written already.
+
+    Args:
+        run: the job.
+        needs: how many experts are kept over all layers, by the folder that each model is written into.
+
+    Raises:
+        ShapeMoeError: saying what is needed and what is free.
+    """
+    there = [run.writer.bytes_there(folder) if folder.is_dir() else 0 for folder in needs]
+    whole = sum(run.writer.bytes_for(run.snapshot, kept) for kept in needs.values())
+    needed = whole * (1 + run.may_refit) + _DISK_MARGIN - sum(there)  # three candidates of a third of every expert
+    place = next(iter(needs))
+    while not place.is_dir():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        what = "The pruned checkpoint needs" if len(needs) == 1 else f"The {len(needs)} pruned models need"
+        raise ShapeMoeError(
+            f"{what} about {readable_size(needed)}, but only {readable_size(free)} are free on "
+            f"the disk of {place.parent}; free some space or choose another --output."
+        )
+
+
+def _kept_at_most(run: PruneRun) -> int:
+    """Experts that are kept over all layers, as far as that is known before."""
     total = run.snapshot.moe.num_experts * len(run.snapshot.moe_layers)
     select = run.options.select
-    kept = run.chosen.kept if run.chosen is not None else budget_for(select.keep, total) if select else total
-    needed = run.writer.bytes_for(run.snapshot, kept) + _DISK_MARGIN - run.writer.bytes_there(folder)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ShapeMoeError(
-            f"The pruned checkpoint needs about {readable_size(needed)}, but only {readable_size(free)} are free on "
-            f"the disk of {folder.parent}; free some space or choose another --output."
-        )
+    return run.chosen.kept if run.chosen is not None else budget_for(select.keep, total) if select else total

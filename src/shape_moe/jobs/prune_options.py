@@ -12,6 +12,7 @@ from shape_moe.jobs.auto import ChoiceOptions
 from shape_moe.jobs.judgement import (
     JudgementOptions,
 )
+from shape_moe.jobs.refit import check_refit
 from shape_moe.jobs.select import as_select_options
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, as_example_options
 from shape_moe.selection.method import PUBLISHED_SAMPLES, Method
@@ -40,6 +41,8 @@ class PruneOptions:
             memory.
         choice: how candidates are judged where scorer or keep rate are left to the tool, None where they are not.
         judgement: how the pruned model is judged, None for not at all.
+        refit: repair the kept experts' down projections by least squares: ``on`` always, ``auto`` where examples that
+            neither calibrate nor report show a gain, ``off`` never.
         check_logits: compare the pruned model's logits with the masked original's, where both fit in memory.
         force: replace an existing result, accept artifacts of unknown origin.
     """
@@ -52,6 +55,7 @@ class PruneOptions:
     stream: bool | None = None
     choice: ChoiceOptions | None = None
     judgement: JudgementOptions | None = field(default_factory=JudgementOptions)
+    refit: str = "off"
     check_logits: bool = True
     force: bool = False
 
@@ -96,6 +100,12 @@ def check_request(
         raise UsageError("Give calibration data (--data), a trace (--trace) or a selection (--selection).")
     elif options.trace is not None and options.judgement is None and (trace is not None or selection is not None):
         raise UsageError("Beside a trace or a selection, data (--data) only judge: leave them out without judgement.")
+    check_refit(options.refit)
+    if options.refit != "off" and (trace is not None or selection is not None):
+        raise UsageError(
+            "--refit runs the calibration examples through the model once more: start from them (--data), without "
+            "--trace and --selection, or leave it out."
+        )
     asked = options.select
     if asked is not None and makes_curves(asked) and options.trace is None:
         raise UsageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from shape_moe.jobs.auto import auto_select
 from shape_moe.jobs.judgement import (
     Judgement,
     JudgementOptions,
-    judge_selection,
+    judge_selections,
     no_judgement,
 )
 from shape_moe.jobs.judging_examples import (
@@ -31,17 +32,22 @@ from shape_moe.jobs.layered_judgement import judge_layer_by_layer
 from shape_moe.jobs.measure import measured_curves
 from shape_moe.jobs.planning import SearchPlan
 from shape_moe.jobs.prune_options import PruneOptions, makes_curves
+from shape_moe.jobs.refit import choose_refit
 from shape_moe.jobs.session import ModelSession, load_original
 from shape_moe.jobs.trace import kept_trace
 from shape_moe.progress import Progress
 from shape_moe.pruning.canary import Canary
 from shape_moe.pruning.logits import masked_answers, why_no_logits
+from shape_moe.pruning.refitted_tensors import stored_dtype, why_not_refittable
 from shape_moe.pruning.writers import Writer, writer_for
 from shape_moe.selection.layer_curves import load_curves
-from shape_moe.selection.select import select_from_trace
-from shape_moe.selection.selection import Selection, load_selection
+from shape_moe.selection.select import SelectOptions, TraceSelector
+from shape_moe.selection.selection import Selection, completed, load_selection
 from shape_moe.tracing.trace import Trace
 from shape_moe.units import capitalised
+
+REFIT_FOLDER = "refit.partial"
+"""Where candidates of a refit lie until the checkpoint is written."""
 
 
 @dataclass
@@ -81,13 +87,22 @@ class PruneRun:
         return "stock" if isinstance(self.snapshot, GgufModel) else self.chosen.target
 
     @property
+    def may_refit(self) -> bool:
+        """Whether the kept experts' down projections may come to be refitted."""
+        if self.options.refit == "auto":
+            return why_not_refittable(self.snapshot) is None
+        return self.options.refit == "on"
+
+    @property
     def writer(self) -> Writer:
         """What writes the result."""
         return writer_for(self.snapshot, self.target)
 
 
-def trace_calibration(run: PruneRun, folder: Path) -> None:
+def trace_calibration(run: PruneRun, work: Path) -> None:
     """The trace of the job goes with its result: the one that is given, or one made now or by an interrupted run."""
+    folder = work / "shape" / "trace"
+    folder.parent.mkdir(exist_ok=True)
     if run.trace is not None:
         # older traces hold the beginnings of examples
         replace(run.trace, info=replace(run.trace.info, canary=[])).save(folder)
@@ -98,51 +113,100 @@ def trace_calibration(run: PruneRun, folder: Path) -> None:
 
 
 def selected(run: PruneRun, work: Path) -> Selection:
-    """The selection: by the method that was asked for, or by what candidates are worth on held-out examples."""
+    """The selection: a given one, the best of candidates on held-out examples, or that of the method asked for."""
+    if run.chosen is not None:
+        return completed(run.chosen, run.snapshot)
+    if run.plan is not None:
+        return completed(_best_candidate(run, work), run.snapshot)
     assert run.trace is not None
     assert run.options.select is not None
-    if run.plan is not None and run.options.choice is not None:
-        folder, file = work / "candidates.partial", work / "shape" / "selection.json"
-        if file.is_file():
-            run.progress.note("Using the selection that the interrupted run has chosen.")
-            chosen = load_selection(file)
-        else:
-            folder.mkdir(exist_ok=True)
-            chosen = auto_select(
-                run.snapshot, run.plan, run.trace, run.options.select, run.options.choice, run.progress, folder
-            )
-            chosen.save(file)
-        shutil.rmtree(folder, ignore_errors=True)
-        run.progress.note(f"Chosen: {chosen.choice['reason'] if chosen.choice else ''}")
-        return chosen
-    asked = run.options.select
-    if makes_curves(asked):
-        assert run.session is not None, "checked before"
-        file = work / "shape" / "curves.json"
-        if not file.is_file():
-            measured_curves(run.session, run.trace, asked.method, asked.scoring, run.progress).save(file)
-        asked = replace(asked, curves=load_curves(file))
-    return select_from_trace(run.trace, asked)
+    asked = with_curves(run, run.options.select, work)
+    return completed(TraceSelector(run.trace, asked.scoring).select(asked), run.snapshot)
 
 
-def judged(run: PruneRun, selection: Selection) -> Judgement:
-    """What pruning did to the model, while the full model is (or can be) loaded."""
+def _best_candidate(run: PruneRun, work: Path) -> Selection:
+    """The candidate that loses least; one that an interrupted run has chosen already is taken."""
+    assert run.trace is not None
+    assert run.plan is not None
+    assert run.options.select is not None
+    assert run.options.choice is not None
+    folder, file = work / "candidates.partial", work / "shape" / "selection.json"
+    if file.is_file():
+        run.progress.note("Using the selection that the interrupted run has chosen.")
+        chosen = load_selection(file)
+    else:
+        folder.mkdir(exist_ok=True)
+        chosen = auto_select(
+            run.snapshot, run.plan, run.trace, run.options.select, run.options.choice, run.progress, folder
+        )
+        chosen.save(file)
+    shutil.rmtree(folder, ignore_errors=True)
+    run.progress.note(f"Chosen: {chosen.choice['reason'] if chosen.choice else ''}")
+    return chosen
+
+
+def with_curves(run: PruneRun, asked: SelectOptions, work: Path) -> SelectOptions:
+    """What is asked of a selection, with layer curves where they are needed; measured once and kept in the work."""
+    if not makes_curves(asked):
+        return asked
+    assert run.session is not None, "checked before"
+    assert run.trace is not None
+    file = work / "shape" / "curves.json"
+    if not file.is_file():
+        measured_curves(run.session, run.trace, asked.method, asked.scoring, run.progress).save(file)
+    return replace(asked, curves=load_curves(file))
+
+
+def refitted_as_asked(run: PruneRun, selection: Selection, folder: Path) -> Selection:
+    """The selection with refitted weights, where they are asked for and, if that is left open, worth it."""
+    if run.options.refit == "off":
+        return selection
+    if (reason := why_not_refittable(run.snapshot)) is not None:
+        run.progress.note(f"Not refitted: {reason}")
+        return selection
+    session, plan, parts = run.session, run.plan, run.parts
+    assert session is not None, "checked before"
+    if plan is not None:
+        records, data = plan.held_out.records, plan.data
+    else:
+        assert parts is not None, "set aside before"
+        records, data = parts.choice, session.options.data
+    maker = session.calibrator_of(list(records), data)
+    found = choose_refit(
+        session, selection, maker, stored_dtype(run.snapshot), folder, always=run.options.refit == "on"
+    )
+    run.notes += found.notes
+    return found.selection
+
+
+def judged(run: PruneRun, selections: Sequence[Selection], work: Path) -> list[Judgement]:
+    """What pruning did to the model, for each selection, while the full model is (or can be) loaded.
+
+    Args:
+        run: the job.
+        selections: what is kept.
+        work: the unfinished result, in which a judgement that was interrupted goes on.
+    """
     options, device, dtype = run.options.judgement, run.options.device, run.options.dtype
     assert options is not None
     if run.session is None and run.judge is None:
         reason = why_no_logits(run.snapshot, device, dtype)
         if reason and why_not_layered(run.snapshot):
-            return no_judgement(f"{capitalised(reason)}.", options)
+            return [no_judgement(f"{capitalised(reason)}.", options)] * len(selections)
     try:
-        found = _unseen(run, selection, options)
+        found = _unseen(run, selections[0], options)
     except DataError as error:
-        return no_judgement(str(error), options)
+        return [no_judgement(str(error), options)] * len(selections)
     run.session = found.session
     notes = [found.note] if found.note else []
     if found.session.reads_layers:
-        return judge_layer_by_layer(found.session, found.parts, found.data, selection, options, notes)
-    seen = seen_by(run.trace, selection)
-    return judge_selection(found.session, found.parts, found.data, selection, options, seen, notes)
+        folder = work / "judgement.partial"
+        folder.mkdir(exist_ok=True)
+        judgements = judge_layer_by_layer(found.session, found.parts, found.data, selections, options, notes, folder)
+        shutil.rmtree(folder)
+        return judgements
+    seen = seen_by(run.trace, selections[0])
+    return judge_selections(found.session, found.parts, found.data, selections, options, seen, notes)
 
 
 def _unseen(run: PruneRun, selection: Selection, options: JudgementOptions) -> Unseen:
@@ -165,8 +229,8 @@ def _unseen(run: PruneRun, selection: Selection, options: JudgementOptions) -> U
     return examples_of_trace(run.snapshot, run.trace, options, where, run.progress)
 
 
-def masked_canary(run: PruneRun, selection: Selection) -> tuple[Canary | None, str | None]:
-    """The masked original's answers, while the full model is (or can be) loaded; else None, and why."""
+def masked_canaries(run: PruneRun, selections: Sequence[Selection]) -> tuple[list[Canary] | None, str | None]:
+    """The masked original's answers for each selection, while the full model is (or can be) loaded; else why not."""
     options, session = run.options, run.session or run.judge
     reason = None if options.check_logits else "--no-logits was given"
     if reason is None and session is None:
@@ -177,9 +241,9 @@ def masked_canary(run: PruneRun, selection: Selection) -> tuple[Canary | None, s
         run.notes.append(f"Logits were not compared: {reason}.")
         return None, reason
     model = session.model if session else load_original(run.snapshot, options.device, options.dtype, run.progress)
-    canary = masked_answers(run.snapshot, model, selection, run.progress)
+    canaries = [masked_answers(run.snapshot, model, selection, run.progress) for selection in selections]
     if session is not None:
         session.unload()
     del model
     release_memory()
-    return canary, None
+    return canaries, None

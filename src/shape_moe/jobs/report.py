@@ -21,9 +21,10 @@ from shape_moe.evaluation.forgotten import Forgotten
 from shape_moe.evaluation.result_file import read_result
 from shape_moe.evaluation.swept import read_sweep
 from shape_moe.evaluation.verdict import Verdict
-from shape_moe.jobs.pruned_place import beside
+from shape_moe.jobs.pruned_place import made_by
 from shape_moe.jobs.report_sources import Found, Place, find_all, find_source
 from shape_moe.json_file import read_json
+from shape_moe.output_file import OutputFile
 from shape_moe.progress import SILENT, Progress
 from shape_moe.reporting.demo_rows import whole_demo
 from shape_moe.reporting.experiment_tables import whole_experiment
@@ -34,7 +35,7 @@ from shape_moe.scoring.scores import Scores, read_scores, score_trace
 from shape_moe.selection.agreement import scoring_of
 from shape_moe.selection.selection import Selection, check_against_model, load_selection
 from shape_moe.tracing.trace import Trace, load_trace
-from shape_moe.workspace import check_output_file, write_text
+from shape_moe.workspace import write_text
 
 
 @dataclass(frozen=True)
@@ -83,33 +84,34 @@ def report(
     """
     file = Path(out)
     file.parent.mkdir(parents=True, exist_ok=True)
-    check_output_file(file, force=force)
     sources = [source] if isinstance(source, str | PathLike) else list(source)
     if not sources:
         raise UsageError("Give at least one source to report on.")
-    with progress.phase("Reading and scoring", len(sources), "source") as advance:
-        if len(sources) == 1:
-            found = find_source(Path(sources[0]), selection, sweep)
-            if found.evaluation is not None and evaluation is not None:
-                raise UsageError(f"{sources[0]} is an evaluation already: leave --evaluation out.")
-            materials = [_gather(found, selection, evaluation or found.evaluation, model, force=force)]
-        else:
-            if isinstance(selection, Selection):
-                raise UsageError("Beside several sources, give the selection as a file.")
-            more = [place for place in (selection, sweep, evaluation) if place is not None]
-            together = find_all([*sources, *more])
-            materials = [_gather(found, None, found.evaluation, model, force=force) for found in together]
-        advance(len(sources))
-    with progress.phase("Writing the report", 1, "page") as advance:
-        page, names = render_report(materials)
-        write_text(file, page)
-        advance(1)
-    return ReportResult(file, tuple(names), file.stat().st_size)
+    read = (*sources, selection, sweep, evaluation) if file.suffix.lower() not in (".html", ".htm") else ()
+    with OutputFile(file, force=force, inputs=[place for place in read if isinstance(place, str | PathLike)]):
+        with progress.phase("Reading and scoring", len(sources), "source") as advance:
+            if len(sources) == 1:
+                found = find_source(Path(sources[0]), selection, sweep)
+                if found.evaluation is not None and evaluation is not None:
+                    raise UsageError(f"{sources[0]} is an evaluation already: leave --evaluation out.")
+                materials = [_gather(found, selection, evaluation or found.evaluation, model, force=force)]
+            else:
+                if isinstance(selection, Selection):
+                    raise UsageError("Beside several sources, give the selection as a file.")
+                more = [place for place in (selection, sweep, evaluation) if place is not None]
+                together = find_all([*sources, *more])
+                materials = [_gather(found, None, found.evaluation, model, force=force) for found in together]
+            advance(len(sources))
+        with progress.phase("Writing the report", 1, "page") as advance:
+            page, names = render_report(materials)
+            write_text(file, page)
+            advance(1)
+        return ReportResult(file, tuple(names), file.stat().st_size)
 
 
 def _judgement(checkpoint: Path | None) -> tuple[Verdict | None, Forgotten | None]:
     """What the job that wrote a checkpoint says of it."""
-    folder = beside(checkpoint) if checkpoint is not None and is_gguf(checkpoint) else checkpoint
+    folder = made_by(checkpoint) if checkpoint is not None and is_gguf(checkpoint) else checkpoint
     file = folder / "shape" / "judgement.json" if folder is not None else None
     if file is None or not file.is_file():
         return None, None

@@ -11,7 +11,7 @@ from shape_moe.architectures.gguf_file import is_gguf
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.evaluated import EVALUATION_FILE
 from shape_moe.evaluation.swept import SWEEP_FILE
-from shape_moe.jobs.pruned_place import beside, file_beside
+from shape_moe.jobs.pruned_place import beside, file_beside, made_by
 from shape_moe.jobs.select import is_table
 from shape_moe.json_file import read_json
 from shape_moe.selection.selection import Selection
@@ -169,7 +169,7 @@ def _of_gguf(file: Path, selection: Place | Selection | None, sweep: Path | None
     Raises:
         UsageError: when that is not there.
     """
-    folder = beside(file)
+    folder = made_by(file) or beside(file)
     if not (folder / "shape" / "selection.json").is_file():
         raise UsageError(f"A report on {file} is made from the folder {folder}, which pruning left beside it.")
     return replace(find_source(folder, selection, sweep), source=str(file), checkpoint=file)

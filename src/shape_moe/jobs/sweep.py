@@ -14,7 +14,7 @@ from shape_moe.calibration.example_maker import ANSWERS_FILE
 from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.sources import Data
 from shape_moe.errors import UsageError
-from shape_moe.evaluation.bench import POINTS_FILE
+from shape_moe.evaluation.comparison import POINTS_FILE
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.keep_rate import DEFAULT_LIMIT, KEEP_RATES, Limit, Point, Recommendation
 from shape_moe.evaluation.swept import SWEEP_FILE, Sweep
@@ -26,7 +26,7 @@ from shape_moe.jobs.trace import kept_trace, open_trace
 from shape_moe.made_with import MadeWith
 from shape_moe.progress import SILENT, Progress
 from shape_moe.scoring.registry import ScoreOptions, get_scorer
-from shape_moe.selection.method import Method
+from shape_moe.selection.method import Method, check_for_model
 from shape_moe.selection.rules import check_by_priority
 from shape_moe.selection.select import SelectOptions, TraceSelector
 from shape_moe.workspace import Workspace, write_json
@@ -132,6 +132,8 @@ def sweep(
     """
     options = options or SweepOptions()
     snapshot = open_snapshot(model, revision, trust_remote_code=trust_remote_code)
+    for method in options.methods:
+        check_for_model(method, snapshot.moe)
     seed = options.scoring.seed
     traced = open_trace(trace, snapshot, progress, force=force) if trace is not None else None
     judged_by = held_out if isinstance(held_out, DataOptions | None) else DataOptions.of(held_out, seed=seed)

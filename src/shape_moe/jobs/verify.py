@@ -20,7 +20,8 @@ from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import CanaryResult, compare_canary, load_canary
 from shape_moe.pruning.checkpoint import plan_checkpoint
 from shape_moe.pruning.compare import compare_shard, file_hash
-from shape_moe.pruning.model_config import pruning_description
+from shape_moe.pruning.model_config import pruning_description, up_to_date
+from shape_moe.pruning.refitted_tensors import read_refit_file
 from shape_moe.selection.selection import Selection, load_selection
 from shape_moe.serving.endpoint import ask_canary, compare_tokens
 from shape_moe.serving.manifest import added_files, read_manifest
@@ -156,13 +157,13 @@ def original_moe(snapshot: Snapshot, selection: Selection) -> MoeConfig:
 def _check_config(path: Path) -> tuple[bool, str]:
     snapshot, selection, target = open_snapshot(path), load_selection(path), read_manifest(path).target
     moe = original_moe(snapshot, selection)
-    kept = f"{selection.kept:,} of {selection.total:,} experts, routing {selection.routing}, target {target}"
+    kept = f"{selection.kept:,} of {selection.total:,} experts, routing {selection.method.routed}, target {target}"
     if target == "stock":
         counts = {snapshot.config[key] for key in moe.family.count_keys if snapshot.config.get(key) is not None}
         if counts != {selection.equal_count} or PRUNING_KEY in snapshot.config:
             return False, f"config.json says {counts} experts, the selection {selection.equal_count}"
         return True, kept
-    if snapshot.config.get(PRUNING_KEY) != pruning_description(moe, selection):
+    if up_to_date(snapshot.config.get(PRUNING_KEY)) != pruning_description(moe, selection):
         return False, f"config.json's {PRUNING_KEY} is not what shape/selection.json says"
     return True, kept
 
@@ -176,7 +177,7 @@ def _check_tensors(path: Path) -> tuple[bool, str]:
         if role.layer not in selection.layers:
             continue
         count = len(selection.layers[role.layer])
-        rows = selection.num_experts if role.role == "router" and selection.routing == "drop" else count
+        rows = selection.num_experts if role.role == "router" and not selection.cuts_router else count
         if role.role in ("packed", "router") and slot.shape[0] != rows:
             return False, f"{name} has {slot.shape[0]} rows instead of {rows}"
         if role.role == "expert":
@@ -201,11 +202,13 @@ def _check_original(
 ) -> tuple[bool, str]:
     snapshot, selection, manifest = open_snapshot(original, revision), load_selection(path), read_manifest(path)
     check_fingerprint(manifest.fingerprint, fingerprint(snapshot), "The checkpoint")
-    plans = plan_checkpoint(snapshot, selection)
+    new = read_refit_file(path, selection, snapshot.moe.family)
+    plans = plan_checkpoint(snapshot, selection, new)
     with progress.phase("Comparing tensors", sum(plan.size for plan in plans), "B") as advance:
         for plan in plans:
             compare_shard(plan, path / plan.file_name, advance)
-    return True, f"{sum(len(plan.tensors) for plan in plans):,} tensors equal their slice of {original}"
+    sliced = f"{sum(len(plan.tensors) for plan in plans) - len(new):,} tensors equal their slice of {original}"
+    return True, sliced + (f"; {len(new):,} down projections are as they were refitted" if new else "")
 
 
 def _check_canary(path: Path, device: str, dtype: str) -> tuple[bool | None, str]:

@@ -12,7 +12,7 @@ from shape_moe.architectures.gguf_model import GgufModel
 from shape_moe.architectures.loading import load_model, load_tokenizer, loaded_bytes, why_not_loadable
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.errors import CheckpointError, UsageError
-from shape_moe.jobs.pruned_place import beside
+from shape_moe.jobs.pruned_place import beside, made_by
 from shape_moe.json_file import parse_json
 from shape_moe.progress import Progress
 from shape_moe.pruning.canary import compare_canary, load_canary
@@ -66,19 +66,19 @@ def gguf_checks(
     }
     if original is not None:
         checks["original"] = lambda: _check_original(model, selection, original, progress)
-    checks["canary"] = lambda: _check_canary(model, beside(file), device, dtype)
+    checks["canary"] = lambda: _check_canary(model, made_by(file) or beside(file), device, dtype)
     return checks
 
 
 def _check_digest(model: GgufModel, file: Path) -> Outcome:
     if tensors_digest(list(model.tensors.values())) != model.metadata.get(DIGEST_KEY):
         return False, "tensors were changed: their sha256 is not the one in the metadata"
-    manifest = beside(file) / MANIFEST
-    if not manifest.is_file():
+    folder = made_by(file)
+    if folder is None or not (folder / MANIFEST).is_file():
         return True, "the tensors have the sha256 in the metadata"
-    if read_manifest(beside(file)).files.get(MODEL_FILE) != file_hash(file):
-        return False, f"the file was changed: its sha256 is not the one in {manifest}"
-    return True, f"the tensors have the sha256 in the metadata, and the file that in {manifest}"
+    if read_manifest(folder).files.get(MODEL_FILE) != file_hash(file):
+        return False, f"the file was changed: its sha256 is not the one in {folder / MANIFEST}"
+    return True, f"the tensors have the sha256 in the metadata, and the file that in {folder / MANIFEST}"
 
 
 def _check_counts(model: GgufModel, selection: Selection) -> Outcome:

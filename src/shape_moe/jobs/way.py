@@ -95,39 +95,18 @@ def choose_way(snapshot: Snapshot, options: ExampleOptions, folder: Path | None,
     return Way(STREAM, f"The model is read layer by layer: {sizes} (--no-stream tries to hold it whole).")
 
 
-def check_whole(snapshot: Snapshot, options: ExampleOptions) -> None:
-    """Refuse to judge candidates of a model that is read layer by layer.
-
-    Raises:
-        UsageError: saying what to name instead.
-    """
-    _check_held(
-        snapshot,
-        options,
-        "Candidates are judged",
-        "name a scorer and a keep rate (--scorer shape --keep 0.8) to prune layer by layer",
-    )
-
-
 def check_measurable(snapshot: Snapshot, options: ExampleOptions) -> None:
     """Refuse to measure layers of a model that is read layer by layer.
 
     Raises:
         UsageError: saying what to do instead.
     """
-    _check_held(
-        snapshot,
-        options,
-        "Layers are measured",
-        "use another rule (--rule coverage), or curves that were measured elsewhere (--curves)",
-    )
-
-
-def _check_held(snapshot: Snapshot, options: ExampleOptions, work: str, advice: str) -> None:
-    """Refuse work that needs the whole model in memory where it is read layer by layer."""
     if options.engine in WAYS and choose_way(snapshot, options, None, loaded=False).engine == STREAM:
         needed, free = readable_size(_needed(snapshot, options)), readable_size(free_memory(options.device))
-        raise UsageError(f"{work} with the whole model in memory, which takes {needed} ({free} are free); {advice}.")
+        raise UsageError(
+            f"Layers are measured with the whole model in memory, which takes {needed} ({free} are free); use another "
+            "rule (--rule coverage), or curves that were measured elsewhere (--curves)."
+        )
 
 
 def check_answers_fit(snapshot: Snapshot, options: ExampleOptions, prompts: int) -> None:

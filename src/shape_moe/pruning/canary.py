@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shape_moe.architectures.loading import input_device
+from shape_moe.documents import as_shape
 from shape_moe.errors import CheckpointError
 from shape_moe.json_file import read_json
 
@@ -60,11 +61,17 @@ def load_canary(file: Path) -> Canary:
         CheckpointError: when it is missing or damaged.
     """
     document = read_json(file)
-    try:
-        sequences = [CanarySequence(**entry) for entry in document["sequences"]]
-        return Canary(document["dtype"], sequences)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is not a canary file.") from error
+    if document.pop("format_version", None) != FORMAT_VERSION:
+        raise CheckpointError(f"{file} is not a canary file, or was written in another format version.")
+    canary = as_shape(document, Canary, file, "a canary file")
+    for sequence in canary.sequences:
+        top, values = sequence.top_ids, sequence.top_logprobs
+        same = [len(ids) for ids in top] == [len(row) for row in values] and len(top) == len(sequence.tokens) > 0
+        if not same or not all(top) or min(*sequence.tokens, *(min(ids) for ids in top)) < 0:
+            raise CheckpointError(f"{file} is not a canary file: tokens and answers do not fit each other.")
+    if not canary.sequences:
+        raise CheckpointError(f"{file} is not a canary file: it has no sequence.")
+    return canary
 
 
 def canary_texts() -> list[str]:
@@ -173,9 +180,17 @@ _TIE = 1e-6
 
 
 def compare_canary(model: PreTrainedModel, canary: Canary) -> CanaryResult:
-    """Ask a live model for the canary's log-probabilities and compare."""
+    """Ask a live model for the canary's log-probabilities and compare.
+
+    Raises:
+        CheckpointError: when the canary names tokens that the model does not have.
+    """
     import torch
 
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    largest = max(max(*row.tokens, *(max(ids) for ids in row.top_ids)) for row in canary.sequences)
+    if largest >= vocabulary:
+        raise CheckpointError(f"The canary names token {largest}, and the model has {vocabulary}: it is another's.")
     answers = []
     for sequence in canary.sequences:
         logprobs = _logprobs(model, sequence.tokens)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 from pathlib import Path
 
 from shape_moe.architectures.model_folder import INDEX_FILE, SINGLE_FILE
-from shape_moe.architectures.safetensors_file import TensorSlot, make_header, read_header
+from shape_moe.architectures.safetensors_file import TensorSlot, byte_size, make_header, read_header
 from shape_moe.architectures.weight_source import WeightSource
 from shape_moe.errors import CheckpointError, ShapeMoeError, UsageError
 from shape_moe.pruning.kept import Keeping
@@ -26,6 +27,19 @@ _BUFFER = 4 * 2**20
 
 
 @dataclass(frozen=True)
+class NewValues:
+    """Values that a tensor of the pruned checkpoint has instead of the original's: those of a refit.
+
+    Attributes:
+        sha256: of their bytes.
+        read: gives the bytes; None where only their hash is known, which is enough to compare.
+    """
+
+    sha256: str
+    read: Callable[[], bytes | memoryview] | None = None
+
+
+@dataclass(frozen=True)
 class SlicedTensor:
     """A tensor of the pruned checkpoint and where its bytes come from.
 
@@ -34,17 +48,19 @@ class SlicedTensor:
         shape: its shape there.
         source: the tensor of the original.
         ranges: byte ranges (start, size) of the original's file, in order.
+        new: what stands in their place, None where they are copied.
     """
 
     name: str
     shape: tuple[int, ...]
     source: TensorSlot
     ranges: tuple[tuple[int, int], ...]
+    new: NewValues | None = None
 
     @property
     def size(self) -> int:
         """Bytes in the pruned checkpoint."""
-        return sum(size for _, size in self.ranges)
+        return byte_size(self.source.dtype, self.shape)
 
 
 @dataclass(frozen=True)
@@ -73,17 +89,25 @@ def check_fits(snapshot: WeightSource, selection: Selection) -> None:
         raise UsageError(f"The selection does not name layer {min(missing)}, which is an MoE layer of the model.")
 
 
-def plan_checkpoint(snapshot: WeightSource, selection: Selection) -> list[ShardPlan]:
+def plan_checkpoint(
+    snapshot: WeightSource, selection: Selection, new: Mapping[str, NewValues] | None = None
+) -> list[ShardPlan]:
     """Lay the pruned checkpoint out: one file per shard of the original, without those that end up empty.
+
+    Args:
+        snapshot: the original.
+        selection: what is kept.
+        new: tensors of the pruned checkpoint, by their names there, that have other values than the original's.
 
     Raises:
         UsageError: when the selection does not fit the model.
     """
     check_fits(snapshot, selection)
-    keeping = Keeping(snapshot.moe.family, snapshot.moe.num_layers, selection.layers, selection.routing)
+    keeping = Keeping(snapshot.moe.family, snapshot.moe.num_layers, selection.layers, selection.cuts_router)
     shards = []
     for source, slots in snapshot.files():
-        tensors = tuple(tensor for slot in slots if (tensor := slice_tensor(keeping, slot)) is not None)
+        found = (tensor for slot in slots if (tensor := slice_tensor(keeping, slot)) is not None)
+        tensors = tuple(replace(tensor, new=new.get(tensor.name)) if new else tensor for tensor in found)
         if tensors:
             shards.append((source, tensors))
     if len(shards) == 1:
@@ -102,9 +126,14 @@ def slice_tensor(keeping: Keeping, slot: TensorSlot) -> SlicedTensor | None:
     name, rows = found
     if rows is None:
         return SlicedTensor(name, slot.shape, slot, ((slot.start, slot.size),))
-    row = slot.size // slot.shape[0]
-    ranges = tuple((slot.start + first * row, count * row) for first, count in _runs(rows))
-    return SlicedTensor(name, (len(rows), *slot.shape[1:]), slot, ranges)
+    along = keeping.dimension(slot.name)
+    before = math.prod(slot.shape[:along])
+    whole = slot.size // before
+    row = whole // slot.shape[along]
+    ranges = tuple(
+        (slot.start + part * whole + first * row, count * row) for part in range(before) for first, count in _runs(rows)
+    )
+    return SlicedTensor(name, (*slot.shape[:along], len(rows), *slot.shape[along + 1 :]), slot, ranges)
 
 
 def _runs(ids: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -132,8 +161,12 @@ def write_shard(plan: ShardPlan, folder: Path, progress: Progress = lambda _: No
         with plan.source.open("rb") as source, temporary.open("wb") as target:
             target.write(make_header(specs, {"format": "pt"}))
             target.flush()
-            for start, size in _joined(piece for tensor in plan.tensors for piece in tensor.ranges):
-                _copy_range(source.fileno(), target.fileno(), start, size, progress)
+            for is_new, tensors in groupby(plan.tensors, lambda tensor: tensor.new is not None):
+                if is_new:
+                    _write_new(target.fileno(), tensors, progress)
+                    continue
+                for start, size in _joined(piece for tensor in tensors for piece in tensor.ranges):
+                    _copy_range(source.fileno(), target.fileno(), start, size, progress)
             os.fsync(target.fileno())
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -145,6 +178,16 @@ def write_shard(plan: ShardPlan, folder: Path, progress: Progress = lambda _: No
         raise
     temporary.replace(file)
     return file
+
+
+def _write_new(target: int, tensors: Iterable[SlicedTensor], progress: Progress) -> None:
+    for tensor in tensors:
+        assert tensor.new is not None
+        assert tensor.new.read is not None, "a plan that only compares"
+        content, written = memoryview(tensor.new.read()).cast("B"), 0
+        while written < len(content):
+            written += os.write(target, content[written : written + _BLOCK])
+        progress(written)
 
 
 def _matches(file: Path, plan: ShardPlan) -> bool:

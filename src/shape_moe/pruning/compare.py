@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from shape_moe.architectures.safetensors_file import read_header
 from shape_moe.errors import CheckpointError
@@ -15,7 +16,7 @@ _CHUNK = 4 * 2**20
 
 
 def compare_shard(plan: ShardPlan, file: Path, progress: Callable[[int], None] = lambda _: None) -> str:
-    """Compare a written shard with the original, and hash it in the same pass.
+    """Compare a written shard with the original, new values with their hashes, and hash the shard in the same pass.
 
     Returns:
         The file's sha256.
@@ -34,6 +35,10 @@ def compare_shard(plan: ShardPlan, file: Path, progress: Callable[[int], None] =
             slot = slots[tensor.name]
             if (slot.dtype, slot.shape, slot.size) != (tensor.source.dtype, tensor.shape, tensor.size):
                 raise CheckpointError(f"{file}: tensor {tensor.name} has another shape or dtype than it should.")
+            if tensor.new is not None:
+                _compare_new(file, tensor, written, digest.update)
+                progress(tensor.size)
+                continue
             for expected in _chunks(source.fileno(), tensor):
                 found = written.read(len(expected))
                 if found != expected:
@@ -41,6 +46,17 @@ def compare_shard(plan: ShardPlan, file: Path, progress: Callable[[int], None] =
                 digest.update(found)
                 progress(len(found))
     return digest.hexdigest()
+
+
+def _compare_new(file: Path, tensor: SlicedTensor, written: BinaryIO, also: Callable[[bytes], None]) -> None:
+    digest, left = hashlib.sha256(), tensor.size
+    assert tensor.new is not None
+    while left and (found := written.read(min(_CHUNK, left))):
+        digest.update(found)
+        also(found)
+        left -= len(found)
+    if left or digest.hexdigest() != tensor.new.sha256:
+        raise CheckpointError(f"{file}: tensor {tensor.name} is not as it was refitted; prune again.")
 
 
 def _chunks(source: int, tensor: SlicedTensor) -> Iterator[bytes]:

@@ -72,7 +72,7 @@ def plan_gguf(source: GgufModel, selection: Selection) -> GgufPlan:
     """
     check_loadable(selection)
     check_fits(source, selection)
-    keeping = Keeping(source.moe.family, source.moe.num_layers, selection.layers, selection.routing)
+    keeping = Keeping(source.moe.family, source.moe.num_layers, selection.layers, selection.cuts_router)
     tensors = []
     for header in source.headers:
         for stored in header.tensors:
@@ -90,8 +90,10 @@ def check_loadable(selection: Selection) -> None:
     Raises:
         UsageError: saying how to select.
     """
-    if selection.routing != "reroute" or selection.equal_count is None:
-        what = "routing drop" if selection.routing != "reroute" else "different counts in different layers"
+    if not selection.cuts_router or selection.equal_count is None:
+        what = "different counts in different layers"
+        if not selection.cuts_router:
+            what = "routing drop" if selection.routing == "drop" else "gate scale trained"
         raise UsageError(
             f"The selection has {what}, and llama.cpp loads GGUF files only with the same number of experts in every "
             "layer, routed among those that are there: select again with --target stock."

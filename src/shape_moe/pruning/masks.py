@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ def masked(
     Args:
         model: the full model.
         selection: what to keep; layers that it does not name keep everything.
-        routing: ``drop`` or ``reroute``; None for the selection's own.
+        routing: ``drop`` or ``reroute``, the latter with the selection's gate scale; None for the selection's own.
         weights: refitted down projections by layer (see :func:`shape_moe.refit`); None for those that the selection
             brings along, else the model's own.
 
@@ -38,6 +38,7 @@ def masked(
     if weights is None and isinstance(selection, RefittedSelection):
         weights = selection.weights
     sites = matching_sites(model, selection, routing)
+    whole = live_moe_config(model).family.router_whole
     handles: list[Any] = []
     try:
         for site, ids in sites:
@@ -45,7 +46,7 @@ def masked(
             if routing == "drop":
                 handles.append(site.experts.register_forward_pre_hook(_zero_dropped(kept, selection.num_experts)))
             else:
-                handles.append(_Rerouted(site, kept, selection.num_experts))
+                handles.append(_Rerouted(site, kept, selection, whole))
             if weights is not None and site.layer in weights:
                 handles.append(replaced_rows(site, ids, weights[site.layer]))
         yield model
@@ -87,31 +88,26 @@ def _zero_dropped(kept: torch.Tensor, total: int) -> Any:
 class _Rerouted:
     """A router that runs with the kept rows alone; its ids are translated back to those of the full model."""
 
-    def __init__(self, site: MoeSite, kept: torch.Tensor, total: int) -> None:
-        import torch
-
+    def __init__(self, site: MoeSite, kept: torch.Tensor, selection: Selection, whole: Sequence[str]) -> None:
         self.router: Any = site.router
-        self.kept, self.total = kept, total
-        tensors = [*self.router.named_parameters(recurse=False), *self.router.named_buffers(recurse=False)]
-        self.rows = [name for name, tensor in tensors if tensor.shape[:1] == (total,)]
+        self.kept, self.total, self.gate_scale = kept, selection.num_experts, selection.gate_scale
+        self.whole = whole
         # accelerate loads offloaded weights in a forward of its own and keeps the model's under another name
         self.attribute = "_old_forward" if hasattr(self.router, "_hf_hook") else "forward"
-        self.inner: Any = torch.nn.Module()  # lets functional_call swap the router's tensors for the time of a call
-        self.inner.router, self.inner.forward = self.router, getattr(self.router, self.attribute)
+        self.forward: Any = getattr(self.router, self.attribute)
         self.replaced = self.router.__dict__.get(self.attribute)
         setattr(self.router, self.attribute, self._forward)
 
     def _forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        import torch
+        from shape_moe.pruning.modeling_shape_moe import at_trained_scale, choose_among, router_rows
 
-        kept = self.kept.to(getattr(self.router, self.rows[0]).device)
-        rows = {f"router.{name}": getattr(self.router, name)[kept] for name in self.rows}
-        self.router.num_experts = len(kept)
-        try:
-            logits, weights, ids = torch.func.functional_call(self.inner, rows, args, kwargs)
-        finally:
-            self.router.num_experts = self.total
-        return logits, weights, kept[ids]
+        device = next(iter(router_rows(self.router, self.total, self.whole).values())).device
+        kept = self.kept.to(device)
+        logits, weights, places = choose_among(self.router, self.forward, kept, self.total, args, kwargs, self.whole)
+        if self.gate_scale == "trained":
+            everything, *_ = self.forward(*args, **kwargs)
+            weights = at_trained_scale(weights, everything, kept)
+        return logits, weights, kept[places]
 
     def remove(self) -> None:
         if self.replaced is None:

@@ -34,26 +34,31 @@ def pruned_config(config: dict[str, Any], moe: MoeConfig, selection: Selection, 
     result.pop("auto_map", None)
     if result.get("output_router_logits"):
         result["output_router_logits"] = False
-    if moe.family.has_mtp_layers and result.get(moe.family.mtp_count_key):
-        result[moe.family.mtp_count_key] = 0
+    part = result if moe.family.config_part is None else result[moe.family.config_part]
+    for key in moe.family.mtp_count_keys if moe.family.has_mtp_layers else ():
+        for section in (result, part):
+            if section.get(key):
+                section[key] = 0
     if QUANTISATION_KEY in result:
         result[QUANTISATION_KEY] = renumber_quantisation(
             result[QUANTISATION_KEY], numbering(moe, selection), f"config.json, {QUANTISATION_KEY}"
         )
     if target == "stock":
         count = selection.equal_count
-        if count is None or selection.routing != "reroute":
-            raise UsageError("Target stock needs equal counts in every layer and routing reroute.")
+        if count is None or not selection.cuts_router:
+            raise UsageError(
+                "Target stock needs equal counts in every layer, routing reroute and gate scale survivors."
+            )
         for key in moe.family.count_keys:
-            if result.get(key) is not None:
-                result[key] = count
+            if part.get(key) is not None:
+                part[key] = count
         result["architectures"] = [moe.family.stock_class]
         return result
     from shape_moe.pruning.modeling_shape_moe import PREFIX
 
     name = PREFIX + moe.family.stock_class
     result["architectures"] = [name]
-    result["auto_map"] = {"AutoModelForCausalLM": f"{CODE_MODULE}.{name}"}
+    result["auto_map"] = {moe.family.auto_class: f"{CODE_MODULE}.{name}"}
     result[PRUNING_KEY] = pruning_description(moe, selection)
     return result
 
@@ -63,15 +68,31 @@ def numbering(moe: MoeConfig, selection: Selection) -> Numbering:
     return Numbering(moe.family, selection.num_experts, selection.layers)
 
 
+def up_to_date(description: Any) -> Any:
+    """The content of :data:`PRUNING_KEY` as this version writes it, whichever version wrote it."""
+    if isinstance(description, dict) and description.get("version") == 1:
+        from shape_moe.pruning.modeling_shape_moe import VERSION
+
+        return {**description, "version": VERSION, "gate_scale": "survivors"}
+    return description
+
+
 def pruning_description(moe: MoeConfig, selection: Selection) -> dict[str, Any]:
     """The content of :data:`PRUNING_KEY`."""
     from shape_moe.pruning.modeling_shape_moe import VERSION
 
     family = moe.family
+    more = {
+        "whole": list(family.router_whole),
+        "block": family.block,
+        "block_rows": list(family.block_rows),
+    }
     return {
         "version": VERSION,
         "routing": selection.routing,
+        "gate_scale": selection.gate_scale,
         "num_experts": selection.num_experts,
-        "modules": {"experts": f"{family.block}.{family.experts}", "router": f"{family.block}.{family.router}"},
+        "modules": {"experts": family.inside_block(family.experts), "router": family.inside_block(family.router)},
+        **({"rows": more} if family.router_whole or family.block_rows else {}),
         "layers": {str(layer): list(ids) for layer, ids in selection.layers.items()},
     }

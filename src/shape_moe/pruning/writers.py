@@ -18,8 +18,10 @@ from shape_moe.errors import CheckpointError, UsageError
 from shape_moe.progress import Progress
 from shape_moe.pruning.bundle import check_settings, copy_code, copy_root_files, write_quantisation_files
 from shape_moe.pruning.checkpoint import plan_checkpoint, write_index
+from shape_moe.pruning.down_projections import RefittedSelection
 from shape_moe.pruning.gguf_slices import MODEL_FILE, compare_gguf, plan_gguf, write_gguf
 from shape_moe.pruning.model_config import numbering, pruned_config
+from shape_moe.pruning.refitted_tensors import new_tensors, write_refit_file
 from shape_moe.pruning.shards import write_compared
 from shape_moe.selection.selection import Selection
 from shape_moe.workspace import write_json
@@ -92,7 +94,8 @@ class SafetensorsFolder:
 
     def write(self, source: Snapshot, selection: Selection, folder: Path, progress: Progress) -> Written:
         """See :meth:`Writer.write`."""
-        plans = plan_checkpoint(source, selection)
+        new = new_tensors(source, selection) if isinstance(selection, RefittedSelection) else {}
+        plans = plan_checkpoint(source, selection, new)
         size = sum(plan.size for plan in plans)
         with progress.phase("Writing and comparing tensors", 2 * size, "B") as advance:
             hashes = write_compared(plans, folder, advance)
@@ -100,6 +103,8 @@ class SafetensorsFolder:
         write_json(folder / "config.json", pruned_config(source.config, source.moe, selection, self.target))
         if self.target == "ragged":
             copy_code(folder)
+        if new:
+            write_refit_file(folder, new)
         copy_root_files(source.path, folder)
         write_quantisation_files(source.path, folder, numbering(source.moe, selection))
         return Written(folder, size, hashes)

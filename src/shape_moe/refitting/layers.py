@@ -109,7 +109,7 @@ class RefitPass:
         import torch
 
         self.engine, self.selection, self.batches, self.request = engine, selection, list(batches), request
-        self.files = files or LayerFiles(None)
+        self.files = files or LayerFiles()
         self.sites = {site.layer: site for site in find_sites(engine.model)}
         self.scale = live_moe_config(engine.model).residual_scale
         self.work = torch.promote_types(engine.model.dtype, torch.float32)
@@ -126,25 +126,21 @@ class RefitPass:
         Raises:
             ShapeMoeError: when the model's hidden states are not finite.
         """
-        weights: dict[int, DownProjections] = {}
         said: list[LayerRefit] = []
         with self.engine.embeddings():
             self.dense = [self.engine.enter(b.input_ids, b.attention_mask).cpu() for b in self.batches]
         self.pruned = list(self.dense)
         for layer in self.engine.layers(0, max(self.selection.layers) + 1):
             if layer in self.selection.layers:
-                of_layer, found = self._refit(layer)
-                said.append(of_layer)
-                if found is not None:
-                    weights[layer] = found
+                said.append(self._refit(layer))
             else:
                 same = self.pruned[0] is self.dense[0]
                 self.dense = self._through(self.dense)
                 self.pruned = list(self.dense) if same else self._through(self.pruned)
             advance(1)
-        return Refitted(self.request.rho, weights, tuple(said))
+        return Refitted(self.request.rho, self.files.weights(said), tuple(said))
 
-    def _refit(self, layer: int) -> tuple[LayerRefit, DownProjections | None]:
+    def _refit(self, layer: int) -> LayerRefit:
         """Bring both streams behind a layer, and refit it."""
         site, kept = self.sites[layer], self.selection.layers[layer]
         cut = replace(self.selection, layers={layer: kept})
@@ -152,14 +148,14 @@ class RefitPass:
         if (known := self.files.find(layer)) is not None:
             self.pruned = self._masked(cut, known[1], self.pruned)
             self.dense = behind
-            return known
+            return known[0]
         inputs = ExpertInputs(site, kept)
         plain = self._masked(cut, None, self.pruned, inputs)
         problem = self._problem(site, inputs, behind, plain, lengths)
         found, said, after = self._best(layer, site, cut, problem, behind)
         self.dense, self.pruned = behind, after if after is not None else plain
         self.files.put(said, found)
-        return said, found
+        return said
 
     def _dense(self, site: MoeSite) -> tuple[list[torch.Tensor], torch.Tensor]:
         """The dense stream behind a layer, and the length of what feeds its block for every row."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shape_moe.documents import as_shape
 from shape_moe.errors import CheckpointError
 from shape_moe.json_file import read_json
-from shape_moe.pruning.down_projections import DownProjections, RefittedSelection
+from shape_moe.pruning.down_projections import DownProjections, RefittedSelection, Weights
 from shape_moe.selection.selection import Selection
 from shape_moe.units import counted
 from shape_moe.workspace import write_json
@@ -58,12 +59,18 @@ class Refitted:
     """
 
     rho: float
-    weights: dict[int, DownProjections]
+    weights: Weights
     layers: tuple[LayerRefit, ...]
+    _digests: list[str] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def digest(self) -> str:
-        """sha256 over all values."""
+        """sha256 over all values, computed once."""
+        if not self._digests:
+            self._digests.append(self._digest())
+        return self._digests[0]
+
+    def _digest(self) -> str:
         whole = hashlib.sha256()
         for layer, found in sorted(self.weights.items()):
             for name, tensor in found.named().items():
@@ -113,48 +120,56 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 class LayerFiles:
-    """Finished layers of a refit on disk, so that an interrupted one goes on.
+    """Finished layers of a refit: in memory, or on disk, so that they take none and an interrupted refit goes on.
 
     Args:
-        folder: where they lie, None to keep nothing.
+        folder: where they lie, None for memory.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
+        self._held: dict[int, DownProjections] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
     def find(self, layer: int) -> tuple[LayerRefit, DownProjections | None] | None:
-        """A finished layer, None where it is not finished.
+        """A layer that an interrupted refit has finished, None where there is none.
 
         Raises:
             CheckpointError: when its files are damaged.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         if self._folder is None or not self._said(layer).is_file():
             return None
         said = as_shape(read_json(self._said(layer)), LayerRefit, self._said(layer), "a refitted layer")
-        if said.rho is None:
-            return said, None
-        try:
-            values = load_file(self._values(layer))
-            return said, DownProjections(values["down_proj"], values.get("down_proj_bias"))
-        except (OSError, SafetensorError, KeyError) as error:
-            raise CheckpointError(
-                f"{self._values(layer)} is damaged; delete its folder, and the refit begins anew."
-            ) from error
+        return said, (self._read(layer) if said.rho is not None else None)
 
     def put(self, said: LayerRefit, found: DownProjections | None) -> None:
         """Keep a finished layer."""
         from safetensors.torch import save_file
 
         if self._folder is None:
+            if found is not None:
+                self._held[said.layer] = found
             return
         if found is not None:
             save_file({name: tensor.cpu() for name, tensor in found.named().items()}, self._values(said.layer))
         write_json(self._said(said.layer), asdict(said))
+
+    def weights(self, layers: Sequence[LayerRefit]) -> Weights:
+        """The weights of finished layers; those on disk are read whenever they are asked for."""
+        return self._held if self._folder is None else _Stored([x.layer for x in layers if x.rho], self._read)
+
+    def _read(self, layer: int) -> DownProjections:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            values = load_file(self._values(layer))
+            return DownProjections(values["down_proj"], values.get("down_proj_bias"))
+        except (OSError, SafetensorError, KeyError) as error:
+            raise CheckpointError(
+                f"{self._values(layer)} is damaged; delete its folder, and the refit begins anew."
+            ) from error
 
     def _said(self, layer: int) -> Path:
         assert self._folder is not None
@@ -163,3 +178,21 @@ class LayerFiles:
     def _values(self, layer: int) -> Path:
         assert self._folder is not None
         return self._folder / f"layer-{layer:03d}.safetensors"
+
+
+class _Stored(Mapping[int, DownProjections]):
+    """Weights that lie on disk."""
+
+    def __init__(self, layers: Iterable[int], read: Callable[[int], DownProjections]) -> None:
+        self._layers, self._values = tuple(layers), read
+
+    def __getitem__(self, layer: int) -> DownProjections:
+        if layer not in self._layers:
+            raise KeyError(layer)
+        return self._values(layer)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)

@@ -2,65 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from shape_moe.reporting.experiment_metrics import Document, Figure, Metric, metrics_of
+from shape_moe.reporting.published_figures import (
+    Published,
+    published_dense,
+    published_in,
+    published_told,
+    where_it_lies,
+)
+from shape_moe.selection.method import read_routed
 from shape_moe.units import readable_kl, readable_share, readable_size
-
-GENERATED = "generated_exact_match"
-EXAMPLE_METRICS = ("exact_match", GENERATED, "nll", "perplexity", "kl", "top1")
-"""Figures of an evaluation by examples that a table can show."""
-_TITLES = {
-    "exact_match": "exact match, teacher-forced",
-    GENERATED: "exact match of free answers",
-    "nll": "negative log-likelihood, nats per token",
-    "perplexity": "perplexity",
-    "kl": "KL divergence to the dense model, nats per token",
-    "top1": "same most likely token as the dense model",
-}
-_SHARES = ("exact_match", GENERATED, "top1")
-_SMALLER_IS_BETTER = ("nll", "perplexity", "kl", "bits_per_byte", "brier", "ter", "wer", "cer", "mse", "mae")
-
-Document = Mapping[str, Any]
-Figure = Mapping[str, Any]
-"""``value``, ``low`` and ``high``, of which the ends may be null."""
-
-
-@dataclass(frozen=True)
-class _Metric:
-    """A figure of one evaluation: its key, and of lm-eval's figures the task."""
-
-    key: str
-    task: str | None = None
-
-    @property
-    def smaller_is_better(self) -> bool:
-        name = self.key.partition(",")[0]
-        return name in _SMALLER_IS_BETTER or name.endswith(("perplexity", "_loss"))
-
-    @property
-    def is_share(self) -> bool:
-        return self.task is None and self.key in _SHARES
-
-    @property
-    def title(self) -> str:
-        name = _TITLES[self.key] if self.task is None else f"{self.task}: {self.key}"
-        return f"{name} ({'smaller' if self.smaller_is_better else 'larger'} is better)"
-
-    def of(self, figures: Document | None) -> Figure | None:
-        """The figure in what an evaluation found out, None where it is not there."""
-        if figures is None:
-            return None
-        if self.task is not None:
-            found = figures["tasks"].get(self.task, {}).get(self.key)
-        elif self.key == GENERATED:
-            found = (figures["generation"] or {}).get("exact_match")
-        else:
-            found = figures["quality"].get(self.key)
-        return found if found is None or found["value"] is not None else None
-
 
 EXPLANATION = (
     "Brackets hold 95 % intervals. Bold is the best value of a column, which says nothing about chance: where "
@@ -226,8 +182,10 @@ def _best(
     ]
     dense = _dense(document, part.model)["bytes"]
     saved = 1 - max(sizes) / dense if sizes and dense else None
-    routing = document["config"]["routings"][0]
+    routing, scale = read_routed(document["config"]["routings"][0])
     options = f"--keep {100 * keep:.4g}% --scorer {scorer} --rule {rule} --routing {routing}"
+    if scale != "survivors":
+        options += f" --gate-scale {scale}"
     return BestMethod((part.evaluation, _share(keep), f"{name}{others}", *shown), saved, options)
 
 
@@ -270,7 +228,7 @@ def _share(keep: float) -> str:
 
 
 def _tables(document: Document, model: str, evaluation: Document, dense: Document) -> Iterator[ExperimentTable]:
-    metrics = [metric for metric in _metrics(evaluation, dense) if metric.of(dense) is not None]
+    metrics = [metric for metric in metrics_of(evaluation, dense) if metric.of(dense) is not None]
     for calibration in evaluation["calibration"]:
         for routing in document["config"]["routings"]:
             cells = [
@@ -280,7 +238,14 @@ def _tables(document: Document, model: str, evaluation: Document, dense: Documen
             ]
             for metric in metrics:
                 title = f"{metric.title}; calibrated on {calibration}, routing {routing}"
-                table = _Table(evaluation["name"], metric, document["config"]["keep"], dense, cells)
+                table = _Table(
+                    evaluation["name"],
+                    metric,
+                    document["config"]["keep"],
+                    dense,
+                    cells,
+                    published_in(evaluation, model, metric.key, routing),
+                )
                 yield table.built(f"{title[0].upper()}{title[1:]}")
 
 
@@ -288,30 +253,29 @@ def _sample(evaluation: Document, dense: Document) -> str:
     if evaluation["kind"] == "task":
         items = ", ".join(f"{count} items of {task}" for task, count in dense["items"].items())
         few = "" if evaluation["fewshot"] is None else f", {evaluation['fewshot']} examples in the prompt"
-        return f"lm-evaluation-harness: {items}{few}. Whether calibration has seen them is not checked."
+        told = f"lm-evaluation-harness: {items}{few}. Whether calibration has seen them is not checked."
+        return told + published_told(evaluation)
     answered = f"; {dense['generated']} of them answered freely" if dense["generated"] else ""
-    return f"n = {dense['examples']}: {evaluation['sentence']}{answered}."
-
-
-def _metrics(evaluation: Document, dense: Document) -> list[_Metric]:
-    if evaluation["kind"] == "examples":
-        return [_Metric(key) for key in evaluation["metrics"]]
-    tasks = {task: figures for task, figures in dense["tasks"].items() if task == evaluation["task"]} or dense["tasks"]
-    return [
-        _Metric(key, task)
-        for task, figures in tasks.items()
-        for key in figures
-        if not evaluation["metrics"] or key in evaluation["metrics"]
-    ]
+    return f"n = {dense['examples']}: {evaluation['sentence']}{answered}.{published_told(evaluation)}"
 
 
 class _Table:
-    """One table: the dense model on top, a row per method, the best of every column in bold."""
+    """One table: the dense model on top, a row per method, the best of every column in bold.
+
+    What others have published stands behind the figure, with whether it lies inside the figure's interval.
+    """
 
     def __init__(
-        self, evaluation: str, metric: _Metric, keep: Sequence[float], dense: Document, cells: Iterable[Document]
+        self,
+        evaluation: str,
+        metric: Metric,
+        keep: Sequence[float],
+        dense: Document,
+        cells: Iterable[Document],
+        published: Published,
     ) -> None:
         self.evaluation, self.metric, self.keep, self.dense = evaluation, metric, keep, dense
+        self.published = published
         self.rows: dict[str, dict[float, list[Document]]] = {}
         for cell in cells:
             row = self.rows.setdefault(f"{cell['scorer']}/{cell['rule']}", {})
@@ -321,11 +285,13 @@ class _Table:
         best = {keep: self._best(keep) for keep in self.keep}
         dense = self.metric.of(self.dense)
         assert dense is not None
-        rows = [("dense", *[Cell(self._figure(dense), _number(dense), False)] * len(self.keep))]
+        text = self._figure(dense) + self._beside(published_dense(self.published), [dense])
+        rows = [("dense", *[Cell(text, _number(dense), False)] * len(self.keep))]
         for method, row in self.rows.items():
             seeds = max(len(cells) for cells in row.values())
             name = f"{method}, mean of {seeds} seeds" if seeds > 1 else method
-            rows.append((name, *(self._entry(row.get(keep, []), best[keep]) for keep in self.keep)))
+            entries = [(row.get(keep, []), best[keep], self.published.get((method, keep))) for keep in self.keep]
+            rows.append((name, *(self._entry(*entry) for entry in entries)))
         headings = ("method", *(f"keep {_share(keep)}" for keep in self.keep))
         return ExperimentTable(title, headings, tuple(self.keep), self.metric.is_share, tuple(rows))
 
@@ -344,7 +310,7 @@ class _Table:
         known = [value for value in values if value is not None]
         return pick(known) if len(known) > 1 else None
 
-    def _entry(self, cells: Sequence[Document], best: float | None) -> Cell:
+    def _entry(self, cells: Sequence[Document], best: float | None, published: float | None) -> Cell:
         found, value = self._found(cells), self._value(cells)
         if value is None:
             return Cell("not possible" if any(cell["reason"] for cell in cells) else "", None, False)
@@ -354,7 +320,12 @@ class _Table:
             values = [figure["value"] for figure in found]
             low, high = (self._number(end).removesuffix(" %") for end in (min(values), max(values)))
             text = f"{self._number(value)} ({low} to {high})"
-        return Cell(text, value, value == best)
+        return Cell(text + self._beside(published, found), value, value == best)
+
+    def _beside(self, published: float | None, found: Sequence[Figure]) -> str:
+        if published is None:
+            return ""
+        return f"; published {self._number(published)}: {where_it_lies(published, found)}"
 
     def _figure(self, figure: Figure) -> str:
         text = self._number(figure["value"])

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from shape_moe.architectures.families import FAMILIES
 from shape_moe.evaluation.verdict import Verdict
 from shape_moe.reporting.opening import Opening, short_name
+from shape_moe.reporting.series import Series
 from shape_moe.selection.selection import Selection
 from shape_moe.text import in_code, in_markdown
 from shape_moe.tracing.trace import Trace
@@ -35,6 +36,7 @@ class CardFacts:
         verdict: what pruning did to the model, None where it was not judged.
         forgotten: what it did to general prompts, line by line; empty where they were not asked.
         file: name of the GGUF file, None for a folder.
+        series: the models that were made together with it, itself among them; None where it was made alone.
     """
 
     model: str
@@ -47,6 +49,7 @@ class CardFacts:
     verdict: Verdict | None = None
     forgotten: tuple[str, ...] = ()
     file: str | None = None
+    series: Series | None = None
 
     @property
     def opening(self) -> Opening:
@@ -95,6 +98,7 @@ def render_card(facts: CardFacts) -> str:
         target=facts.target,
         file=facts.file,
         left_out=facts.left_out,
+        series=[Markup(line) for line in facts.series.table()] if facts.series else [],  # noqa: S704  # escaped there
         method=facts.opening.method,
         smaller=facts.opening.size,
         verdict=facts.verdict.headline if facts.verdict is not None else "",

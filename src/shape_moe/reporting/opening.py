@@ -40,7 +40,7 @@ def full_method(selection: Selection, samples: int | None) -> str:
         samples: how many examples it was calibrated with, None where that is not known.
     """
     method = selection.method
-    words = [method.pair, method.routing, method.target]
+    words = [method.pair, method.routed, method.target]
     words += [counted(samples, "calibration example")] if samples is not None else []
     if selection.classes:
         count = f"{len(selection.classes)} classes"

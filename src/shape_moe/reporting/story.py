@@ -10,14 +10,15 @@ from typing import Any
 from shape_moe.evaluation.evaluated import TASK, Evaluated, Evaluation
 from shape_moe.evaluation.falls import Fall
 from shape_moe.evaluation.measures import Measured
-from shape_moe.evaluation.verdict import Verdict, Word, describe_answers, describe_calls
+from shape_moe.evaluation.verdict import Verdict, Word
+from shape_moe.evaluation.verdict_words import describe_answers, describe_calls
 from shape_moe.reporting.demo_rows import demo_best, demo_command, demo_headings, demo_headline, demo_short
 from shape_moe.reporting.experiment_tables import experiment_bests, experiment_sizes
 from shape_moe.reporting.figures.figure import sentence
 from shape_moe.reporting.material import Material, Sizes
 from shape_moe.reporting.opening import evaluated_line, next_commands, smaller
 from shape_moe.reporting.provenance import calibration_options
-from shape_moe.selection.method import Method, check_routing
+from shape_moe.selection.method import Method
 from shape_moe.selection.selection import Selection
 from shape_moe.units import (
     NONE,
@@ -148,7 +149,7 @@ def is_selected(model: Evaluated, selection: Selection | None) -> bool:
     chosen = model.selection
     if chosen is None or selection is None or abs(chosen.keep - selection.keep) >= 0.5 / selection.total:
         return False
-    return all(getattr(chosen, key) == getattr(selection, key) for key in ("scorer", "rule", "routing"))
+    return all(getattr(chosen, key) == getattr(selection, key) for key in ("scorer", "rule", "routing", "gate_scale"))
 
 
 def shrunk(sizes: Sizes) -> str:
@@ -226,7 +227,9 @@ def _of_model(material: Material, evaluation: Evaluation, model: Evaluated, dens
         chosen = model.selection
         commands: tuple[str, ...] = ()
         if chosen is not None:
-            method = Method(chosen.scorer, chosen.rule, check_routing(chosen.routing))
+            method = Method.from_document(
+                {key: getattr(chosen, key) for key in ("scorer", "rule", "routing", "gate_scale")}
+            )
             original = material.model or "MODEL"
             commands = tuple(next_commands(original, model.name, model.verdict, keep=chosen.keep, method=method))
         return _judged(model.name, word, detail, model.verdict, commands)

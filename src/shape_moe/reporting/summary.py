@@ -196,7 +196,10 @@ def _what_goes(selection: Selection, material: Material) -> str:
 
 def _routing(selection: Selection) -> str:
     if selection.routing == "reroute":
-        return "The router forgets removed experts too: a token still gets its full number, the best of those kept."
+        text = "The router forgets removed experts too: a token still gets its full number, the best of those kept."
+        if selection.gate_scale == "trained":
+            text += " Their weights keep the size that the model was trained with (gate scale trained)."
+        return text
     return (
         "The router stays as it is: where it picks a removed expert, that expert adds nothing and no other "
         "expert takes its place, so the model also computes less."

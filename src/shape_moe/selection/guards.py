@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from shape_moe.selection.method import Method
+
 SUPER_EXPERT_RATIO = 10.0
 """An expert whose largest output norm is this many times its layer's median is an outlier (arXiv 2507.23279 finds
 a handful of such "super experts", whose removal breaks a model)."""
@@ -66,11 +68,12 @@ def warn_unstable(stability: dict[str, float] | None) -> list[str]:
     ]
 
 
-def warn_inflation(routing: str, renormalises: bool | None) -> list[str]:
+def warn_inflation(method: Method, renormalises: bool | None) -> list[str]:
     """Warn when rerouting changes the scale of gate weights."""
-    if routing != "reroute" or renormalises is not False:
+    if method.routing != "reroute" or method.gate_scale == "trained" or renormalises is not False:
         return []
+    other = "--routing drop" if method.equal_counts else "--gate-scale trained, which keeps their size"
     return [
         "This family does not renormalise gate weights over the top-k, so removing router rows makes the remaining "
-        "weights larger; compare with --routing drop."
+        f"weights larger; compare with {other}."
     ]

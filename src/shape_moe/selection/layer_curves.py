@@ -9,7 +9,7 @@ them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -17,11 +17,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from shape_moe.architectures.moe_config import GateScale
 from shape_moe.documents import as_shape
 from shape_moe.errors import CheckpointError, FingerprintError, UsageError
 from shape_moe.json_file import read_json
 from shape_moe.selection.budget import Room
 from shape_moe.selection.method import Method, Routing
+from shape_moe.tracing.trace import TraceInfo
 from shape_moe.workspace import write_text
 
 FORMAT_VERSION = 1
@@ -45,6 +47,7 @@ class LayerCurves:
         classes: names of the classes of examples.
         tokens: predicting tokens by class and half of the examples.
         sums: KL divergence in nats summed over those tokens, by layer, count, class and half.
+        gate_scale: ``survivors`` or ``trained``, with which the layers were cut.
     """
 
     fingerprint: str
@@ -58,6 +61,7 @@ class LayerCurves:
     classes: tuple[str, ...]
     tokens: list[list[float]]
     sums: list[list[list[list[float]]]]
+    gate_scale: GateScale = "survivors"
 
     def __post_init__(self) -> None:
         shape = (len(self.layers), len(self.counts), len(self.classes), 2)
@@ -66,6 +70,10 @@ class LayerCurves:
             raise UsageError("Counts of layer curves must ascend from 1 or more and stay below the number of experts.")
         if np.shape(self.sums) != shape or np.shape(self.tokens) != shape[2:] or np.sum(self.tokens) <= 0:
             raise UsageError("Layer curves must hold a sum for every layer, count, class and half, over some tokens.")
+        if np.min(self.tokens) < 0:
+            raise UsageError("Layer curves must not hold negative numbers of tokens.")
+        if list(self.layers) != sorted({*self.layers}) or len({*self.classes}) < len(self.classes):
+            raise UsageError("Layers of layer curves must ascend, and their classes differ.")
 
     def by_class(self, half: int | None = None) -> NDArray[np.float64]:
         """``K_c[l][n]`` in nats, float64 [C, L, E + 1], infinite below the smallest measured count.
@@ -103,20 +111,31 @@ class LayerCurves:
         rows = np.arange(len(self.layers))
         return {name: float(k[rows, kept].sum()) for name, k in zip(self.classes, self.by_class(), strict=True)}
 
-    def check(self, fingerprint: str, method: Method, options: dict[str, float]) -> None:
+    def check(self, info: TraceInfo, method: Method, options: dict[str, float]) -> None:
         """Check that the curves were measured for what they are used for.
 
+        Args:
+            info: of the trace that they are used with.
+            method: what is asked of a selection.
+            options: how tokens weigh in it, and its seed.
+
         Raises:
-            FingerprintError: when they are of another model.
+            FingerprintError: when they are of another model, or of other layers or experts than it has.
             UsageError: when layers were cut by another scorer, other weights or in another routing.
         """
-        if fingerprint != self.fingerprint:
+        if info.fingerprint != self.fingerprint:
             raise FingerprintError(f"The layer curves are of another model ({self.model}).")
-        asked = (method.scorer, method.routing, options)
-        if (self.scorer, self.routing, self.options) != asked:
+        if (info.layers, info.num_experts) != (self.layers, self.num_experts):
+            raise FingerprintError(
+                f"The layer curves are damaged: they have {len(self.layers)} layers of {self.num_experts} experts with "
+                f"other numbers than the trace, which has {len(info.layers)} of {info.num_experts}; measure them anew."
+            )
+        own = Method(self.scorer, "measured", self.routing, gate_scale=self.gate_scale)
+        asked = (method.scorer, method.routed, options)
+        if (self.scorer, own.routed, self.options) != asked:
             weights = ", ".join(f"{name} {value:g}" for name, value in self.options.items())
             raise UsageError(
-                f"The layer curves were measured for scorer {self.scorer}, routing {self.routing} ({weights}); "
+                f"The layer curves were measured for scorer {self.scorer}, routing {own.routed} ({weights}); "
                 "measure them for what is asked here with `shape-moe measure`."
             )
 
@@ -154,7 +173,9 @@ def counts_to_measure(experts: int, floor: int, groups: int = 1) -> tuple[int, .
     return tuple(sorted(count for count in snapped if count < experts))
 
 
-def cheapest_counts(costs: NDArray[np.float64], budget: int, room: Room) -> list[int]:
+def cheapest_counts(
+    costs: NDArray[np.float64], budget: int, room: Room, most: Sequence[int] | None = None
+) -> list[int]:
     """Experts per router group that each layer keeps, at the least total cost of all ways to spend a budget.
 
     Exact, by dynamic programming over layers and chunks. Between equal totals, later layers keep fewer.
@@ -163,6 +184,7 @@ def cheapest_counts(costs: NDArray[np.float64], budget: int, room: Room) -> list
         costs: float64 [L, E + 1], what a layer costs when it keeps so many experts.
         budget: experts to keep over all layers; feasible in ``room``.
         room: what constraints leave open.
+        most: experts that each layer keeps at most, None for no further limit.
 
     Raises:
         UsageError: when every way needs a layer with fewer experts than were measured.
@@ -175,7 +197,8 @@ def cheapest_counts(costs: NDArray[np.float64], budget: int, room: Room) -> list
     best[0] = 0.0
     taken: list[tuple[int, NDArray[np.int64]]] = []
     for row in room.open_rows:
-        options = np.arange(counts[row], room.most + 1, room.step) * groups
+        ceiling = room.most if most is None else most[row] // groups
+        options = np.arange(counts[row], ceiling + 1, room.step) * groups
         least, choice = np.full(chunks + 1, np.inf), np.zeros(chunks + 1, dtype=np.int64)
         for extra, cost in enumerate(costs[row, options][: chunks + 1]):
             total = best[: chunks + 1 - extra] + cost
@@ -193,7 +216,11 @@ def cheapest_counts(costs: NDArray[np.float64], budget: int, room: Room) -> list
 
 
 def choose_by_curves(
-    costs: NDArray[np.float64], budget: int, room: Room, ranks: NDArray[np.int64]
+    costs: NDArray[np.float64],
+    budget: int,
+    room: Room,
+    ranks: NDArray[np.int64],
+    most: Sequence[int] | None = None,
 ) -> NDArray[np.bool_]:
     """Keep ``budget`` experts: in each layer its best ranked, as many as is cheapest.
 
@@ -202,6 +229,7 @@ def choose_by_curves(
         budget: experts to keep over all layers.
         room: what constraints leave open.
         ranks: int [L, E], 0 for the best of a layer.
+        most: experts that each layer keeps at most; None for no further limit.
 
     Returns:
         bool [L, E], True for kept.
@@ -210,5 +238,5 @@ def choose_by_curves(
         BudgetError: when no selection of that size respects the constraints.
         UsageError: when the curves do not reach as far down as the budget needs.
     """
-    counts = cheapest_counts(costs, room.feasible(budget), room)
+    counts = cheapest_counts(costs, room.feasible(budget), room, most)
     return room.kept(room.order(ranks.astype(np.float64), ranks), counts)

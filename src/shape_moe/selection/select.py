@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shape_moe.architectures.moe_config import RouterFacts
+from shape_moe.architectures.families import FAMILIES
+from shape_moe.architectures.moe_config import RouterFacts, check_gate_scale
 from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.errors import UsageError
 from shape_moe.scoring.registry import ScoreOptions, get_scorer
@@ -93,9 +94,23 @@ class SelectOptions:
 
 
 class _Picker:
-    """Keeps experts as options say, by any scores over the layers of one model."""
+    """Keeps experts as options say, by any scores over the layers of one model.
 
-    def __init__(self, options: SelectOptions, layers: tuple[int, ...], facts: RouterFacts | None) -> None:
+    Args:
+        options: what is asked for.
+        layers: the model's MoE layers.
+        facts: of its router.
+        most: experts that each layer keeps at most, where layer curves share them out; None for no further limit.
+    """
+
+    def __init__(
+        self,
+        options: SelectOptions,
+        layers: tuple[int, ...],
+        facts: RouterFacts | None,
+        most: Sequence[int] | None = None,
+    ) -> None:
+        self.most = most
         self.options, self.rule = options, get_rule(options.method.rule)
         self.constraints = options.constraints(layers, facts)
         if self.rule.by_curves and options.curves is None:
@@ -111,7 +126,7 @@ class _Picker:
         ranks = layer_ranks(scores.values, scores.tiebreak)
         if self.rule.by_curves and self.options.curves is not None:
             room = Room(len(scores.layers), scores.num_experts, self.constraints)
-            return choose_by_curves(self.options.curves.costs(half), budget, room, ranks)
+            return choose_by_curves(self.options.curves.costs(half), budget, room, ranks, self.most)
         return choose(self.priority(scores), budget, self.constraints, ranks=ranks)
 
 
@@ -166,22 +181,51 @@ class TraceSelector:
         tied = near_ties(picker.rule, scores, mask, picker.constraints, self._bounds[key])
         return {layer: ids for layer, ids in layers_from_mask(scores.layers, tied).items() if ids}
 
-    def select(self, options: SelectOptions) -> Selection:
+    def series(self, options: SelectOptions, keeps: Sequence[float]) -> list[Selection]:
+        """Select experts at several keep rates, every kept set inside the next larger one.
+
+        The largest is what :meth:`select` gives at its rate. By a priority all others are, too: a smaller budget keeps
+        a beginning of the same order. Layer curves (rule ``measured``) would give a layer now and then more experts
+        under a smaller budget; here it keeps at most as many as under the larger one, and the rest is again the
+        cheapest way.
+
+        Args:
+            options: what is asked for; its keep rate is overruled.
+            keeps: the keep rates.
+
+        Returns:
+            One selection for every rate, largest first.
+
+        Raises:
+            BudgetError: when a budget cannot be met under the constraints.
+            UsageError: for a tolerance, and as :meth:`select`.
+        """
+        check_series(options, keeps)
+        found: list[Selection] = []
+        for keep in sorted(keeps, reverse=True):
+            found.append(self.select(replace(options, keep=keep), within=found[-1] if found else None))
+        return found
+
+    def select(self, options: SelectOptions, *, within: Selection | None = None) -> Selection:
         """Select experts.
 
         Args:
             options: what is asked for; scores are weighted as this selector's are.
+            within: a selection by the same method at a larger keep rate, outside which nothing may be kept.
 
         Raises:
             BudgetError: when the budget cannot be met under the constraints.
             UsageError: for options that contradict each other, the trace or the model.
         """
         info, weights = self.trace.info, self.scoring.weights
+        scale = options.method.gate_scale
+        check_gate_scale(scale, FAMILIES.get(info.family or ""), info.routing.renormalises)
         weights = get_scorer(options.method.scorer).weights_for(self.trace, weights)
-        picker = _Picker(options, info.layers, info.routing)
+        most = [len(ids) for ids in within.layers.values()] if within is not None else None
+        picker = _Picker(options, info.layers, info.routing, most)
         curves = options.curves if picker.rule.by_curves else None
         if curves is not None:
-            curves.check(info.fingerprint, options.method, {**weights.flags, "seed": self.scoring.seed})
+            curves.check(info, options.method, {**weights.flags, "seed": self.scoring.seed})
         scores, halves = self._scored(options.method.scorer, by_layer=picker.rule.by_layer)
         selection, mask, budget = _selection(picker, scores, info.routing.top_k)
         if curves is not None and not (curves.has_half(0) and curves.has_half(1)):
@@ -193,7 +237,7 @@ class TraceSelector:
             largest = self.trace.sums("largest_norm", weights)
             warnings += guards.warn_lost_super_experts(info.layers, largest, mask)
         warnings += guards.warn_unstable(agreement)
-        warnings += guards.warn_inflation(options.method.routing, info.routing.renormalises)
+        warnings += guards.warn_inflation(options.method, info.routing.renormalises)
         return replace(
             selection,
             constraints={**selection.constraints, **self._classes(scores), **_predicted(curves, mask)},
@@ -206,6 +250,22 @@ class TraceSelector:
             warnings=tuple(warnings),
             seen=SeenPrompts.of_source(info.source).by_salt(),
         )
+
+
+def check_series(options: SelectOptions, keeps: Sequence[float]) -> None:
+    """Refuse keep rates that make no series.
+
+    Raises:
+        UsageError: for fewer than two, one that is given twice, and a tolerance, which meets budgets in no order.
+    """
+    for keep in keeps:
+        budget_for(keep, 1)
+    if len(keeps) < 2:
+        raise UsageError("A series has two keep rates or more, such as 0.85,0.75,0.6.")
+    if twice := [keep for place, keep in enumerate(keeps) if keep in keeps[:place]]:
+        raise UsageError(f"The keep rate {twice[0]:g} is given twice; leave one out.")
+    if options.tolerance is not None:
+        raise UsageError("--tolerance reproduces one published selection; leave it out where several are made.")
 
 
 def select_from_trace(trace: Trace, options: SelectOptions) -> Selection:
@@ -290,6 +350,7 @@ def _selection(picker: _Picker, scores: Scores, top_k: int | None) -> tuple[Sele
         scorer=scores.scorer,
         rule=options.method.rule,
         routing=options.method.routing,
+        gate_scale=options.method.gate_scale,
         num_experts=scores.num_experts,
         top_k=top_k,
         layers=layers_from_mask(scores.layers, mask),

@@ -15,20 +15,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.architectures.fingerprint import fingerprint
-from shape_moe.architectures.moe_config import MoeConfig
+from shape_moe.architectures.moe_config import GateScale, MoeConfig, check_gate_scale
 from shape_moe.architectures.same_routers import check_same_model
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.documents import MOST_EXPERTS, as_shape
 from shape_moe.errors import CheckpointError, UsageError
 from shape_moe.json_file import read_json
-from shape_moe.selection.method import Method, Routing, check_routing
+from shape_moe.selection.method import Method, Routing, check_gate_scale_name, check_routing
 from shape_moe.units import counted, readable_share
 from shape_moe.workspace import write_text
 
 if TYPE_CHECKING:
     import polars as pl
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 knew no gate scale: what was rerouted had ``survivors``."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Selection:
             None where they are the model's own.
         seen: salted hashes of the prompts that it was made from, by their salt (see
             :class:`shape_moe.calibration.seen_prompts.SeenPrompts`); None where they are not known.
+        gate_scale: ``survivors`` or ``trained``, see :data:`shape_moe.architectures.moe_config.GateScale`.
     """
 
     fingerprint: str | None
@@ -83,6 +85,7 @@ class Selection:
     choice: dict[str, Any] | None = None
     refit: dict[str, Any] | None = None
     seen: dict[str, list[str]] | None = field(default=None, compare=False)  # every trace has a salt of its own
+    gate_scale: GateScale = "survivors"
 
     @property
     def kept(self) -> int:
@@ -123,13 +126,18 @@ class Selection:
     @property
     def method(self) -> Method:
         """How it was chosen."""
-        return Method(self.scorer, self.rule, self.routing, self.target)
+        return Method(self.scorer, self.rule, self.routing, self.target, self.gate_scale)
+
+    @property
+    def cuts_router(self) -> bool:
+        """Whether the router loses the rows of pruned experts: not where it still needs them."""
+        return self.routing == "reroute" and self.gate_scale == "survivors"
 
     @property
     def digest(self) -> str:
-        """sha256 over what a model with this selection computes: kept experts, routing, and refitted weights if any."""
+        """sha256 over what a model with this selection computes: experts, routing, gate scale, refitted weights."""
         refitted = [self.refit["digest"]] if self.refit is not None else []
-        content = json.dumps([self.routing, sorted(self.layers.items()), *refitted])
+        content = json.dumps([self.method.routed, sorted(self.layers.items()), *refitted])
         return hashlib.sha256(content.encode()).hexdigest()
 
     def __repr__(self) -> str:
@@ -221,7 +229,7 @@ def selection_of(document: Any, file: Path) -> Selection:
     """
     if not isinstance(document, dict):
         raise CheckpointError(f"{file} holds no selection.")
-    if document.pop("format_version", None) != FORMAT_VERSION:
+    if document.pop("format_version", None) not in (1, FORMAT_VERSION):
         raise CheckpointError(f"{file} is not a selection, or was written in another format version.")
     document.pop("keep_met", None)
     selection = as_shape(document, Selection, file, "a valid selection")
@@ -273,6 +281,9 @@ def check_selection(selection: Selection) -> None:
         UsageError: naming the first layer that is wrong.
     """
     check_routing(selection.routing)
+    check_gate_scale_name(selection.gate_scale)
+    if selection.gate_scale == "trained" and (selection.routing != "reroute" or selection.target != "ragged"):
+        raise UsageError("Gate scale trained goes with routing reroute and target ragged.")
     _check_ids(selection)
     if selection.routing == "reroute" and selection.top_k is not None:
         for layer, ids in selection.layers.items():
@@ -321,6 +332,8 @@ def check_against_model(selection: Selection, moe: MoeConfig, layers: Iterable[i
     unknown = set(selection.layers) - set(layers)
     if unknown:
         raise UsageError(f"The selection names layer {min(unknown)}, which is not an MoE layer of the model.")
+    if routing == "reroute":
+        check_gate_scale(selection.gate_scale, moe.family, moe.renormalises)
     facts = moe.routing
     for layer, ids in selection.layers.items() if routing == "reroute" else ():
         if len(ids) < facts.floor:

@@ -14,9 +14,10 @@ from shape_moe.architectures.fingerprint import origin
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.documents import as_shape
 from shape_moe.errors import CheckpointError
+from shape_moe.job_record import JOB_FILE
 from shape_moe.json_file import read_json
 from shape_moe.pruning.compare import file_hash
-from shape_moe.workspace import JOB_FILE, write_json
+from shape_moe.workspace import write_json
 
 FORMAT_VERSION = 2
 """Version 1 had no digest."""

@@ -20,6 +20,7 @@ from shape_moe.architectures.moe_config import PRUNING_KEY
 
 _AUTO_MODULE = "transformers.models.auto.auto_factory"
 _RESOLVER = "_get_model_class"
+_LANGUAGE_MODELS = ("ForCausalLM", "ForConditionalGeneration")
 
 
 def register(auto_module: ModuleType) -> None:
@@ -30,7 +31,7 @@ def register(auto_module: ModuleType) -> None:
 
     def resolve_pruned(config: Any, mapping: Mapping[Any, Any]) -> Any:
         model_class = resolve(config, mapping)
-        if getattr(config, PRUNING_KEY, None) is None or not model_class.__name__.endswith("ForCausalLM"):
+        if getattr(config, PRUNING_KEY, None) is None or not model_class.__name__.endswith(_LANGUAGE_MODELS):
             return model_class
         from shape_moe.pruning.modeling_shape_moe import pruned_class
 

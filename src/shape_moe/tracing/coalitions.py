@@ -154,7 +154,7 @@ def read_table(file: Path, top_k: int, *, format_version: int = 2) -> CoalitionT
     """Read a table that :func:`write_table` wrote, or one of format 1, which has no classes and only segments.
 
     Raises:
-        CheckpointError: when the file is missing, damaged or has other columns.
+        CheckpointError: when the file is missing or damaged, has other columns, or names experts by what is no integer.
     """
     keys = [f"e{i}" for i in range(top_k)]
     columns = list(_SEGMENT_COLUMNS) if format_version == 1 else ["class", *COUNT_COLUMNS]
@@ -163,8 +163,18 @@ def read_table(file: Path, top_k: int, *, format_version: int = 2) -> CoalitionT
             frame = pl.read_parquet(stream, columns=[*keys, *columns])
     except (pl.exceptions.PolarsError, OSError) as error:
         raise CheckpointError(f"{file} is missing or is not a coalition table.") from error
+    for name in (*keys, *columns):
+        if not frame[name].dtype.is_integer() and (name not in columns or name == "class"):
+            raise CheckpointError(f"{file} is not a coalition table: its column {name} holds no integers.")
+        if frame[name].null_count():
+            raise CheckpointError(f"{file} is not a coalition table: its column {name} has gaps.")
     members = frame.select(keys).to_numpy().astype(np.int64)
     if format_version == 1:
         counts = frame.select(_SEGMENT_COLUMNS).to_numpy()
-        return CoalitionTable(members, np.concatenate([counts, np.zeros_like(counts)], axis=1))
-    return CoalitionTable(members, frame.select(COUNT_COLUMNS).to_numpy(), frame["class"].to_numpy().astype(np.int64))
+        table = CoalitionTable(members, np.concatenate([counts, np.zeros_like(counts)], axis=1))
+    else:
+        classes = frame["class"].to_numpy().astype(np.int64)
+        table = CoalitionTable(members, frame.select(COUNT_COLUMNS).to_numpy(), classes)
+    if (members[:, 1:] > members[:, :-1]).all():
+        return table
+    return add_up(np.sort(members, axis=1), table.counts, table.classes)  # written by other software

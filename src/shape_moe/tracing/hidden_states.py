@@ -29,18 +29,25 @@ class HiddenStates:
         dtype: of the tensors.
         folder: where files lie.
         limit: bytes beyond which tensors lie on disk.
+        share: among how many streams of hidden states the limit is shared.
 
     Attributes:
         on_disk: whether they do.
     """
 
     def __init__(
-        self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, folder: Path, limit: int = MEMORY_LIMIT
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        dtype: torch.dtype,
+        folder: Path,
+        limit: int = MEMORY_LIMIT,
+        *,
+        share: int = 1,
     ) -> None:
         self._shapes, self._dtype, self._folder = list(shapes), dtype, folder
         sizes = [int(np.prod(shape)) * dtype.itemsize for shape in shapes]
         self._offsets = [0, *accumulate(sizes)]
-        self.on_disk = self._offsets[-1] > limit
+        self.on_disk = self._offsets[-1] * share > limit
         self._held: dict[int, torch.Tensor] = {}
         self._generation = 0
 
@@ -89,7 +96,9 @@ class HiddenStates:
         """
         file = self.file(generation)
         if not file.is_file() or file.stat().st_size != self._offsets[-1]:
-            raise CheckpointError(f"{self._folder} holds a damaged unfinished trace; delete that folder.")
+            raise CheckpointError(
+                f"What an interrupted run left in {self._folder.parent} is damaged; delete that folder."
+            )
         self._generation = generation
         if not self.on_disk:
             self._held = {number: self._read(file, number) for number in range(len(self._shapes))}

@@ -46,7 +46,7 @@ class Observed:
     segments: torch.Tensor
     folds: torch.Tensor
     residual_scale: float
-    router_scores: Literal["softmax", "sigmoid"]
+    router_scores: Literal["softmax", "sigmoid", "other"]
     renormalises: bool = True
     next: NextChoice | None = None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -120,6 +120,8 @@ class LayerRecorder:
         self.router_logits: torch.Tensor | None = None
         self.wider: WiderChoice | None = None
         self.calls = 0
+        self.waits = False
+        self._waiting: Observed | None = None
         self._checked = False
         self._sums: dict[str, torch.Tensor] = {}
         self._kept: Mapping[str, Array] = {}
@@ -135,7 +137,7 @@ class LayerRecorder:
 
     def start(self, context: BatchContext) -> None:
         """Begin a batch."""
-        self.context, self.calls = context, 0
+        self.context, self.calls, self._waiting = context, 0, None
 
     def _of(self, per: Per, reduction: Reduction = "sum") -> tuple[Statistic, ...]:
         """The recorded statistics of one kind, in the order of their columns."""
@@ -198,6 +200,30 @@ class LayerRecorder:
             renormalises=self.moe.renormalises,
             next=self._next(ids, g, run) if self.wants_next else None,
         )
+        if self.waits:
+            self._waiting = seen
+        else:
+            self._record(seen)
+
+    def settle(self, residual: torch.Tensor, joined: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Record what waited until its layer was done.
+
+        Args:
+            residual: what the block's output is added to [B, T, H].
+            joined: gives experts' outputs [T, n, *] as they reach that sum [T, n, H].
+        """
+        seen, self._waiting = self._waiting, None
+        assert seen is not None, "the experts have run"
+        following = seen.next
+        if following is not None:
+            following = replace(following, outputs=joined(following.outputs.unsqueeze(1)).squeeze(1))
+        h = residual.reshape(len(seen.ids), -1)
+        self._record(replace(seen, h=h, outputs=joined(seen.outputs), next=following))
+
+    def _record(self, seen: Observed) -> None:
+        assert self.context is not None
+        sums = self._accumulators(seen.outputs.device)
+        places = self.context.on(sums["slot"].device)
         self._add_slots(seen, places, sums)
         self._add_tokens(seen, places, sums)
         self._add_pairs(seen, places, sums)
@@ -272,7 +298,7 @@ class LayerRecorder:
             self._check_residual(normed, hidden)
         self.calls += 1
         self.residual = self.normed = self.router_logits = None
-        return context, residual.reshape(hidden.shape), logits
+        return context, residual.reshape(len(hidden), -1), logits
 
     def _check_residual(self, normed: torch.Tensor, hidden: torch.Tensor) -> None:
         """Once per layer: the experts' input must be the norm of the residual stream that was recorded."""
@@ -299,7 +325,7 @@ class LayerRecorder:
             ShapeMoeError: when the experts did not run exactly once, or gave values that are not finite.
         """
         context, self.context = self.context, None
-        if context is None or self.calls != 1:
+        if context is None or self.calls != 1 or self._waiting is not None:
             raise ShapeMoeError(
                 f"Layer {self.layer}: the experts ran {self.calls} times in one forward pass instead of once; "
                 "something bypasses the experts interface."

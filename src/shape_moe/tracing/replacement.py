@@ -12,7 +12,7 @@ them. In truth the removal of an expert may cost its group the choice; see docs/
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from shape_moe.architectures.moe_config import GateScale
     from shape_moe.tracing.observed import Observed
-
-GateScale = Literal["survivors", "trained"]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 
 from shape_moe.architectures.loading import input_device
 from shape_moe.architectures.sites import MoeSite, find_sites, live_moe_config
-from shape_moe.errors import ShapeMoeError, first_line
+from shape_moe.errors import ShapeMoeError, UnsupportedModelError, first_line
 from shape_moe.tracing.classes import NO_CLASS
 from shape_moe.tracing.experts import (
     GROUPED_DTYPES,
@@ -25,6 +25,7 @@ from shape_moe.tracing.experts import (
 from shape_moe.tracing.recorder import BatchContext, LayerRecorder
 from shape_moe.tracing.replacement import wider_choice
 from shape_moe.tracing.statistics import Statistic, fitting, statistics
+from shape_moe.tracing.stream_check import JoinWatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,6 +61,13 @@ class ModelTracer:
         wanted = tuple(statistics().values() if recorded is None else recorded)
         wanted = tuple(s for s in wanted if self.moe.has_gate_scale or not s.gate_scale)
         self.recorded, self.left_out = fitting(wanted, len(self.sites), len(self.classes), self.moe.num_experts)
+        if self.moe.family.untraceable is not None:
+            raise UnsupportedModelError(
+                f"{self.moe.family.model_type} cannot be traced: {self.moe.family.untraceable}. A selection that was "
+                "made in another way can be applied (shape-moe prune --selection)."
+            )
+        if self.moe.family.router_scores == "other":
+            self._leave_out_next_choice("its router's scores depend on the experts chosen before")
         top_k = self.moe.family.router_top_k
         if not all(hasattr(site.router, top_k) for site in self.sites):
             self._leave_out_next_choice(f"the routers of {type(model).__name__} have no attribute {top_k}")
@@ -230,9 +238,6 @@ def _can_choose_experts(model: PreTrainedModel) -> bool:
 
 
 def _hook(site: MoeSite, recorder: LayerRecorder) -> list[Any]:
-    def keep_residual(_module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        recorder.residual, recorder.normed = args[0], output
-
     def keep_router(router: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not isinstance(output, tuple) or len(output) != 3:
             raise ShapeMoeError(
@@ -245,7 +250,7 @@ def _hook(site: MoeSite, recorder: LayerRecorder) -> list[Any]:
                 recorder.wider = wider_choice(router, recorder.moe.family.router_top_k, args, kwargs)
 
     return [
-        site.residual_norm.register_forward_hook(keep_residual),
+        *JoinWatch(site, recorder).hooks(),
         site.router.register_forward_hook(keep_router, with_kwargs=True),
     ]
 

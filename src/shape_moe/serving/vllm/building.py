@@ -16,6 +16,7 @@ from typing import Any
 
 from shape_moe.errors import ServingError
 from shape_moe.serving.vllm.dropping import drop_pruned
+from shape_moe.serving.vllm.gate_scale import keep_scale
 from shape_moe.serving.vllm.plan import ServingPlan, expert_count
 from shape_moe.serving.vllm.startup import check_groups
 
@@ -103,6 +104,8 @@ def _pruned_factory(factory: Callable[..., Any], plan: ServingPlan, built: set[i
         runner = factory(prefix=prefix, num_experts=plan.kept(layer), **options)
         if plan.routing == "drop" and layer in plan.layers:
             drop_pruned(runner, plan.layers[layer], plan.num_experts, prefix)
+        elif plan.gate_scale == "trained" and layer in plan.layers:
+            keep_scale(runner, plan.layers[layer], prefix)
         built.add(layer)
         return runner
 

@@ -71,8 +71,7 @@ def drop_pruned(runner: Any, kept: Sequence[int], total: int, where: str) -> Non
     Raises:
         ServingError: when the layer's kernel routes by itself, which would bypass the translation of ids.
     """
-    if runner.is_monolithic:
-        raise ServingError(_bypassed(where, runner))
+    refuse_own_routing(runner, where)
     table = slot_table(kept, total, runner.moe_config.device)
     # A buffer, so that it moves and sleeps with the weights; the router is no module and only refers to it.
     runner.register_buffer(BUFFER, table, persistent=False)
@@ -81,6 +80,16 @@ def drop_pruned(runner: Any, kept: Sequence[int], total: int, where: str) -> Non
     router.__class__ = _dropping(kind)
     router.shape_moe_slots = table
     router.global_num_experts = total
+
+
+def refuse_own_routing(runner: Any, where: str) -> None:
+    """Refuse kernels that route by themselves, now or when one is chosen later.
+
+    Raises:
+        ServingError: when the layer's kernel is one.
+    """
+    if runner.is_monolithic:
+        raise ServingError(_bypassed(where, runner))
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise ServingError(_bypassed(where, runner))

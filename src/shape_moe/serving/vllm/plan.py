@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shape_moe.architectures.families import FAMILIES, Family
-from shape_moe.architectures.moe_config import PRUNING_KEY
+from shape_moe.architectures.moe_config import GATE_SCALES, PRUNING_KEY, GateScale
 from shape_moe.errors import ServingError
 from shape_moe.pruning.modeling_shape_moe import VERSION
 from shape_moe.selection.method import Routing
@@ -32,6 +32,7 @@ class ServingPlan:
         layers: kept ids by decoder-layer index.
         num_layers: number of decoder layers.
         from_original: whether the checkpoint on disk is the original.
+        gate_scale: ``survivors`` or ``trained``.
     """
 
     family: Family
@@ -41,13 +42,23 @@ class ServingPlan:
     layers: Mapping[int, tuple[int, ...]]
     num_layers: int
     from_original: bool
+    gate_scale: GateScale = "survivors"
+
+    @property
+    def cuts_router(self) -> bool:
+        """Whether routers lose the rows of pruned experts."""
+        return self.routing == "reroute" and self.gate_scale == "survivors"
 
     def kept(self, layer: int) -> int:
         """Experts that a layer keeps; a layer that is not pruned keeps all."""
         return len(self.layers[layer]) if layer in self.layers else self.num_experts
 
     def router_rows(self, layer: int) -> int:
-        """Experts that a layer's router knows."""
+        """Experts that a layer's router has a logit for."""
+        return self.kept(layer) if self.cuts_router else self.num_experts
+
+    def choices(self, layer: int) -> int:
+        """Experts that a layer's router chooses among."""
         return self.kept(layer) if self.routing == "reroute" else self.num_experts
 
 
@@ -64,8 +75,8 @@ def read_plan(config: Any) -> ServingPlan:
             f"The architecture is that of a pruned model, but the configuration has no {PRUNING_KEY} for a family that "
             f"this plugin serves ({', '.join(sorted(VLLM_FAMILIES))})."
         )
-    source = pruning.get(SOURCE_KEY)
-    known = pruning.get("version") == VERSION and source in (None, ORIGINAL)
+    source, scale = pruning.get(SOURCE_KEY), pruning.get("gate_scale", "survivors")
+    known = pruning.get("version") in (1, VERSION) and source in (None, ORIGINAL) and scale in GATE_SCALES
     if not known or pruning.get("routing") not in ("drop", "reroute"):
         raise ServingError("This pruned checkpoint was written in a newer format: update shape-moe on the server.")
     plan = ServingPlan(
@@ -76,6 +87,7 @@ def read_plan(config: Any) -> ServingPlan:
         layers={int(layer): tuple(ids) for layer, ids in pruning["layers"].items()},
         num_layers=int(config.num_hidden_layers),
         from_original=source == ORIGINAL,
+        gate_scale=scale,
     )
     counts = {getattr(config, key) for key in _count_keys(plan, config)}
     if counts != {plan.num_experts}:

@@ -71,9 +71,9 @@ def check_groups(plan: ServingPlan, layer: int, groups: int) -> None:
     """Refuse a layer whose grouped routing vLLM would turn into ungrouped routing without a word.
 
     Raises:
-        ServingError: when the router's rows are not a multiple (two or more per group) of the groups.
+        ServingError: when what the router chooses among is not a multiple (two or more per group) of the groups.
     """
-    rows = plan.router_rows(layer)
+    rows = plan.choices(layer)
     if groups > 1 and (rows % groups or rows <= groups):
         raise ServingError(
             f"Layer {layer} keeps {rows} experts for {groups} router groups, and vLLM would silently route without "

@@ -26,7 +26,7 @@ def kept_weights(weights: Iterable[Weight], plan: ServingPlan) -> Iterator[Weigh
     Yields:
         Names and tensors of the pruned checkpoint.
     """
-    keeping = Keeping(plan.family, plan.num_layers, plan.layers, plan.routing)
+    keeping = Keeping(plan.family, plan.num_layers, plan.layers, plan.cuts_router)
     for name, tensor in weights:
         found = keeping.tensor(name)
         if found is not None:

@@ -1,0 +1,141 @@
+"""The repair without training as a job: from a folder to a checkpoint, and as a Python function."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import shape_moe
+from shape_moe.calibration.example_maker import AnswerOptions
+from shape_moe.calibration.records import DataOptions
+from shape_moe.demo.embedded import exact_match
+from shape_moe.demo.tasks import examples
+from shape_moe.errors import UnsupportedModelError, UsageError
+from shape_moe.jobs.judgement import JudgementOptions
+from shape_moe.jobs.prune import prune
+from shape_moe.jobs.prune_options import PruneOptions
+from shape_moe.jobs.session import ExampleOptions
+from shape_moe.jobs.verify import verify
+from shape_moe.selection.method import Method
+from shape_moe.selection.select import SelectOptions
+from shape_moe.selection.selection import load_selection
+from support.data import write_lines
+from support.mxfp4 import save_mxfp4_model
+
+REROUTED = SelectOptions(keep=0.25, method=Method(routing="reroute"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    return str(write_lines(tmp_path_factory.mktemp("data") / "data.jsonl", examples("sorting", 120, seed=1)))
+
+
+def asked(data: str, **changes) -> PruneOptions:
+    traced = ExampleOptions(DataOptions(data, samples=25), answers=AnswerOptions(batch_size=8))
+    judged = JudgementOptions(examples=20, general=False, minutes=None)
+    entries = {"select": REROUTED, "trace": traced, "device": "cpu", "judgement": judged, "refit": "on"}
+    return PruneOptions(**{**entries, **changes})
+
+
+@pytest.fixture(scope="module")
+def repaired(embedded, data, tmp_path_factory):
+    return prune(embedded, tmp_path_factory.mktemp("repaired") / "out", asked(data))
+
+
+def test_the_repaired_checkpoint_does_the_task_that_the_pruned_one_lost(
+    embedded, embedded_model, data, repaired, tmp_path
+) -> None:
+    plain = replace(load_selection(repaired.path), refit=None)
+    dense, tokenizer = embedded_model
+    with shape_moe.masked(dense, plain):
+        before = exact_match(dense, tokenizer, ["sorting"])["sorting"]
+    model = AutoModelForCausalLM.from_pretrained(repaired.path).eval()
+    after = exact_match(model, tokenizer, ["sorting"])["sorting"]
+    assert after > before + 0.1
+    assert repaired.logits.passed
+    tried = repaired.selection.refit["tried"]
+    assert [entry["rho"] for entry in tried] == [None, 0.3, 3.0, 30.0]
+    best = min(tried, key=lambda entry: entry["kl"])
+    assert repaired.selection.refit["rho"] == best["rho"]
+    assert best["kl"] < 0.8 * tried[0]["kl"]
+
+
+def test_verify_knows_that_down_projections_differ_and_compares_all_else(embedded, repaired) -> None:
+    checks = verify(repaired.path, original=embedded, device="cpu")
+    assert all(check.passed for check in checks)
+    said = next(check.detail for check in checks if check.name == "original")
+    named = json.loads((repaired.path / "shape" / "refit.json").read_text())["tensors"]
+    assert f"{len(named)} down projections are as they were refitted" in said
+    assert not list(repaired.path.rglob("*partial*"))
+    assert "solved again by least squares" in (repaired.path / "README.md").read_text()
+
+
+def test_auto_takes_a_refit_that_helps_and_leaves_one_that_cannot(embedded, data, tmp_path) -> None:
+    helped = prune(embedded, tmp_path / "helped", asked(data, refit="auto", judgement=None))
+    assert helped.selection.refit is not None
+    whole = replace(REROUTED, keep=1.0)
+    left = prune(embedded, tmp_path / "left", asked(data, refit="auto", select=whole, judgement=None))
+    assert left.selection.refit is None
+    assert not (left.path / "shape" / "refit.json").exists()
+
+
+def test_the_streamed_model_is_refitted_like_the_one_in_memory(embedded, data, repaired, tmp_path) -> None:
+    streamed = prune(embedded, tmp_path / "out", asked(data, stream=True, judgement=None))
+    assert streamed.selection.layers == repaired.selection.layers
+    ours, theirs = (result.selection.refit for result in (streamed, repaired))
+    assert ours["digest"] == theirs["digest"]
+    for one, other in zip(ours["tried"], theirs["tried"], strict=True):
+        assert one["kl"] == pytest.approx(other["kl"], rel=1e-3)
+
+
+def test_an_interrupted_job_goes_on_and_gives_the_same(embedded, data, repaired, tmp_path, monkeypatch) -> None:
+    from shape_moe.refitting import layers
+
+    real, calls = layers.solve, []
+
+    def solve(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(layers, "solve", solve)
+    short = asked(data, judgement=None)
+    with pytest.raises(KeyboardInterrupt):
+        prune(embedded, tmp_path / "out", short)
+    again = prune(embedded, tmp_path / "out", short)
+    assert again.selection.refit["digest"] == repaired.selection.refit["digest"]
+    whole = [f.read_bytes() for f in sorted(repaired.path.glob("*.safetensors"))]
+    assert [f.read_bytes() for f in sorted(again.path.glob("*.safetensors"))] == whole
+
+
+def test_the_function_repairs_a_live_model_as_a_mask(embedded_model, data, repaired) -> None:
+    plain = replace(load_selection(repaired.path), refit=None)
+    model, tokenizer = embedded_model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = shape_moe.refit(model, plain, DataOptions(data, samples=25), tokenizer=tokenizer)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with shape_moe.masked(model, plain):
+        pruned = exact_match(model, tokenizer, ["sorting"])["sorting"]
+    with shape_moe.masked(model, plain, weights=found.weights):
+        assert exact_match(model, tokenizer, ["sorting"])["sorting"] > pruned + 0.1
+    assert f"{found.tokens_per_unknown:.2g} tokens for every unknown" in found.lines()[0]
+
+
+def test_what_cannot_be_refitted_is_refused_before_any_work(embedded, data, repaired, tmp_path) -> None:
+    with pytest.raises(UsageError, match="on, off or auto, not 'yes'"):
+        prune(embedded, tmp_path / "out", asked(data, refit="yes"))
+    without = asked(data, select=None, trace=None)
+    with pytest.raises(UsageError, match="start from them"):
+        prune(embedded, tmp_path / "out", without, selection=load_selection(repaired.path))
+    with pytest.raises(UsageError, match="rho must be a positive number"):
+        shape_moe.refit(embedded, load_selection(repaired.path), data, rho=0)
+    quantised = save_mxfp4_model(tmp_path / "mxfp4")
+    AutoTokenizer.from_pretrained(embedded).save_pretrained(quantised)
+    with pytest.raises(UnsupportedModelError, match="MXFP4"):
+        prune(quantised, tmp_path / "out", asked(data, select=SelectOptions(keep=0.5)))
+    assert not (tmp_path / "out").exists()
