@@ -159,6 +159,18 @@ def test_the_grid_begins_at_the_floor_and_ends_below_the_whole_layer(experts, fl
     assert all(count % groups == 0 for count in counts)
 
 
+@pytest.mark.parametrize(
+    ("experts", "floor", "groups", "counts"),
+    [
+        (128, 2, 1, (2, 4, 8, 16, 24, 32, 40, 48, 64, 80, 96, 112)),
+        (32, 1, 1, (1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 28)),
+        (16, 3, 2, (4, 6, 8, 10, 12, 14)),
+    ],
+)
+def test_the_grid_holds_parts_of_the_layer(experts, floor, groups, counts) -> None:
+    assert counts_to_measure(experts, floor, groups) == counts
+
+
 def test_a_selection_by_curves_is_as_cheap_as_can_be() -> None:
     trace = synthetic_trace(layers=3, experts=8, top_k=2)
     rng = np.random.default_rng(0)
