@@ -6,7 +6,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 LLAMA_VENV ?= .venv-llama-cpp
 
-.PHONY: help install dev python browser demo demo-from-wheel test test-long test-vllm test-vllm-full test-gguf test-mlx \
+.PHONY: help install dev python browser demo demo-from-wheel test test-long test-vllm test-vllm-full test-gguf test-mlx test-gpu \
 	mutants lint format docs benchmarks benchmarks-vllm clean
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test-vllm       run the tests that need a real vLLM, in a virtual environment of its own (CPU)"
 	@echo "make test-gguf       ask llama.cpp itself about pruned GGUF files, in a virtual environment of its own (CPU)"
 	@echo "make test-mlx        run the tests that need MLX (its build for processors; Linux or macOS)"
+	@echo "make test-gpu        run trace, stream, masks and the vLLM plugin on CUDA, and write benchmarks/results/gpu_check.json"
 	@echo "make lint            ruff (format and rules) and mypy"
 	@echo "make format          apply ruff's format and fixes"
 	@echo "make docs            write the pages that the code makes (the references of command and package)"
@@ -120,6 +121,10 @@ test-mlx: dev
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/mlx mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2
 	PYTHONPATH=build/mlx HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/architectures/test_mlx.py
 
+# Never needed for the other tests; where torch sees no CUDA it says so and ends well.
+test-gpu: dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.gpu.check
+
 lint: dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -132,6 +137,7 @@ format: dev
 docs: dev
 	$(BIN)/python scripts/make_cli_reference.py
 	$(BIN)/python scripts/make_api_reference.py
+	$(BIN)/python scripts/make_families_page.py
 
 benchmarks: dev
 	$(BIN)/python -m benchmarks.run

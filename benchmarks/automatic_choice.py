@@ -22,7 +22,8 @@ from shape_moe.embedded_model import embedded_model_path
 from shape_moe.evaluation.bench import Bench
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.keep_rate import Limit
-from shape_moe.jobs.auto import AUTO_METHODS, ChoiceOptions, auto_select
+from shape_moe.jobs.auto import auto_select
+from shape_moe.jobs.choice import ChoiceOptions, pairs_to_try
 from shape_moe.jobs.held_out import held_out_set
 from shape_moe.jobs.planning import plan_search
 from shape_moe.jobs.prune import prune
@@ -49,7 +50,8 @@ def write_task(folder: Path, task: str, seed: int, count: int = RECORDS) -> Path
 
 def regret(folder: Path, model, tokenizer) -> dict:
     """Exact match of every fixed method and of the automatic choice, by task and seed."""
-    methods = [Method(scorer, rule, routing) for scorer, rule in AUTO_METHODS for routing in ("drop", "reroute")]
+    pairs = [pair for pair in pairs_to_try(equal_counts=False, effort="thorough") if pair[1] != "measured"]
+    methods = [Method(scorer, rule, routing) for scorer, rule in pairs for routing in ("drop", "reroute")]
     scores: dict[str, list[float]] = {"auto": []}
     picked: dict[str, int] = {}
     for seed in SEEDS:

@@ -94,8 +94,8 @@ def main() -> None:
     write(
         "lost_classes",
         {
-            "what": f"two tasks of {EACH} records each, keep {KEEP}, all else default; the true fall of exact match is "
-            f"that on {PROMPTS} other prompts, as a share of the dense model's",
+            "what": f"two tasks of {EACH} records each, keep {KEEP}, shape/coverage, {PUBLISHED_SAMPLES} calibration "
+            f"examples; the true fall of exact match: on {PROMPTS} other prompts, as a share of the dense model's",
             "lost_classes": len(lost),
             "of_them_named": sum(lost),
             "healthy_classes": len(healthy),

@@ -13,7 +13,11 @@ import typer
 import yaml
 
 import shape_moe
+from shape_moe.architectures.families import FAMILIES
+from shape_moe.architectures.refused_families import REFUSED
 from shape_moe.cli.main import VERBS, command
+from support.family_models import TINY
+from support.tiny_models import FAMILIES as FIRST_FAMILIES
 
 PROJECT = Path(__file__).parents[1]
 PAGES = [*sorted((PROJECT / "docs").glob("*.md")), *sorted(PROJECT.glob("*.md"))]
@@ -33,6 +37,14 @@ def test_the_reference_of_the_command_is_current() -> None:
     for verb in VERBS:
         for param in COMMANDS[verb].params:
             assert all(f"`{name}" in made for name in param.opts if name not in {"--help-all", param.name})
+
+
+def test_the_list_of_families_is_current_and_each_is_tested() -> None:
+    made = script("make_families_page").text()
+    assert (PROJECT / "docs" / "families.md").read_text(encoding="utf-8") == made, "run make docs"
+    tested = {name.removesuffix("_grouped") for name in FIRST_FAMILIES} | set(TINY)
+    assert tested == set(FAMILIES)
+    assert not set(REFUSED) & set(FAMILIES)
 
 
 def test_the_reference_of_the_package_names_all_of_it() -> None:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 import shape_moe
 
@@ -23,3 +29,16 @@ def test_options_and_verbs_are_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_container_installs_what_is_there_and_runs_the_command() -> None:
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    steps = [line.split(maxsplit=1) for line in (root / "Containerfile").read_text().splitlines()]
+    said = {step[0]: step[1] for step in steps if len(step) == 2}
+    copied = [part for step, rest in (s for s in steps if len(s) == 2) if step == "COPY" for part in rest.split()[:-1]]
+    assert {"pyproject.toml", "src", project["readme"], *project["license-files"], "constraints.txt"} == set(copied)
+    assert all((root / name).exists() for name in copied)
+    assert json.loads(said["ENTRYPOINT"]) == list(project["scripts"])
+    version = said["FROM"].removeprefix("python:").removesuffix("-slim")
+    assert Version(version) in SpecifierSet(project["requires-python"])

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from shape_moe.evaluation.keep_rate import Limit
     from shape_moe.experiments.run import experiment
     from shape_moe.jobs.convert import convert
-    from shape_moe.jobs.evaluate import EvaluateOptions, evaluate
+    from shape_moe.jobs.evaluate import evaluate
     from shape_moe.jobs.evaluate_endpoints import EndpointOptions, evaluate_endpoints
+    from shape_moe.jobs.evaluate_options import EvaluateOptions
+    from shape_moe.jobs.families import families
     from shape_moe.jobs.inspect import inspect_model
     from shape_moe.jobs.measure import measure
     from shape_moe.jobs.prune import prune
@@ -70,6 +72,7 @@ __all__ = [
     "evaluate",
     "evaluate_endpoints",
     "experiment",
+    "families",
     "inspect_model",
     "load_curves",
     "load_selection",
@@ -97,9 +100,11 @@ _HOMES = {
     "evaluation.harness": ("TaskOptions",),
     "evaluation.keep_rate": ("Limit",),
     "jobs.convert": ("convert",),
-    "jobs.evaluate": ("EvaluateOptions", "evaluate"),
+    "jobs.evaluate": ("evaluate",),
+    "jobs.evaluate_options": ("EvaluateOptions",),
     "jobs.evaluate_endpoints": ("EndpointOptions", "evaluate_endpoints"),
     "experiments.run": ("experiment",),
+    "jobs.families": ("families",),
     "jobs.inspect": ("inspect_model",),
     "jobs.measure": ("measure",),
     "jobs.prune": ("prune",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from math import ceil, floor, log10
+from math import ceil, floor, isnan, log10
 
 NONE = "\N{EN DASH}"
 """Stands in tables where there is no number."""
@@ -62,10 +62,25 @@ def readable_share(share: float) -> str:
     return f"{sign}{shown.removesuffix('.0')} %"
 
 
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share in percent to fixed digits, for columns and captions of figures; a dash where there is none."""
+    return NONE if share is None or isnan(share) else f"{100 * share:z.{digits}f}\N{NO-BREAK SPACE}%"
+
+
 def readable_points(difference: float) -> str:
     """A difference of shares in percentage points with its sign, to the digits of :func:`readable_share`."""
     shown = readable_share(difference).removesuffix(" %")
     return re.sub(r"(?=\d)", "+", shown, count=1) if difference > 0 else shown
+
+
+def named_share(share: float) -> str:
+    """A share that somebody named, such as a keep rate, in percent to four digits: ``62.5 %`` stays that."""
+    return f"{100 * share:.4g} %"
+
+
+def share_as_option(share: float) -> str:
+    """A share as options take it, ``60%``; :func:`share_from` reads it."""
+    return f"{100 * share:.4g}%"
 
 
 def share_from(text: str) -> float | None:

@@ -22,7 +22,7 @@ def groups(data: object, **options) -> set[str | None]:
     return {record.group for record in load(DataOptions.of(data, **options)).records}
 
 
-@pytest.mark.parametrize("field", ["task", "category", "source", "language"])
+@pytest.mark.parametrize("field", ["task", "category", "source", "language", "role"])
 def test_a_field_names_the_classes(field) -> None:
     loaded = load(DataOptions.of(rows(field, "maths", "code")))
     assert loaded.label == field
@@ -72,3 +72,49 @@ def test_what_calibrates_and_what_reports_have_the_same_classes() -> None:
     parts = set_aside(few, JudgementOptions(), give_up=False)
     for part in (parts.calibration, parts.report):
         assert {record.group for record in part} == {None}
+
+
+def said(*data: dict, **options) -> str:
+    return " ".join(load(DataOptions.of(list(data), **options)).said)
+
+
+def chats(*systems: str, each: int = 5) -> list[dict]:
+    return [
+        {"messages": [{"role": "system", "content": s}, {"role": "user", "content": f"{s[-2:]}{i}?"}, ANSWER]}
+        for i in range(each)
+        for s in systems
+    ]
+
+
+ANSWER = {"role": "assistant", "content": "yes"}
+
+
+def test_prompts_of_a_few_kinds_without_a_field_are_told_of() -> None:
+    bare = [{"prompt": row["prompt"], "response": "yes"} for row in rows("task", "add", "words")]
+    assert "2 different first words: 'add' (6), 'words' (6). " in said(*bare)
+    assert "--stratify FIELD" in said(*bare)
+    assert groups(bare) == {None}
+    long = "You are a patient teacher of mathematics who explains every step."
+    told = said(*chats("You write SQL.", long))
+    assert "2 different system prompts: 'You write SQL.' (5), 'You are a patient teacher of mathematics...' (5)" in told
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        rows("task", "maths", "code"),
+        [{"prompt": f"{word} it", "response": "yes"} for word in "abcdefg" for _ in range(5)],
+        [{"prompt": f"{word} it", "response": "yes"} for word in ("a", "a", "a", "a", "b")],
+        [{"prompt": f"do {i}", "response": "yes"} for i in range(12)],
+        chats(*(f"{i}" for i in range(7))),
+    ],
+    ids=["a field names them", "too many", "too few of one", "all alike", "too many system prompts"],
+)
+def test_prompts_of_one_kind_or_of_many_are_not_told_of(data) -> None:
+    assert "No field names classes" not in said(*data)
+
+
+def test_whoever_says_how_classes_are_made_is_not_told() -> None:
+    bare = [{"prompt": row["prompt"], "response": "yes", "kind": "x"} for row in rows("task", "add", "words")]
+    assert "No field" not in said(*bare, label="")
+    assert "No field" not in said(*bare, stratify="kind")

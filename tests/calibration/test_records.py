@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import datasets
 import polars as pl
 import pytest
 
-from shape_moe.calibration.reading import load_records
+from shape_moe.calibration.reading import load, load_records
 from shape_moe.calibration.records import DataOptions, Record, content_hash, prompt_hash
 from shape_moe.errors import DataError, UsageError
 from support.data import write_lines
@@ -209,3 +210,39 @@ def test_prompt_hashes_of_conversations() -> None:
         hashed("user: a b c"),
     ]
     assert len({asked, *others}) == 6
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json", "data.csv"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_other_encodings_are_named(tmp_path, name, encoding) -> None:
+    file = tmp_path / name
+    file.write_text("prompt,response\na,b\n" if name.endswith("csv") else '{"prompt": "a"}\n', encoding=encoding)
+    with pytest.raises(DataError, match=r"UTF-16 or UTF-32 text; save the file as UTF-8\.$"):
+        load_records(DataOptions(str(file)))
+
+
+def test_a_table_of_a_spreadsheet_may_have_semicolons(tmp_path) -> None:
+    file = tmp_path / "table.csv"
+    file.write_text('prompt;response\n"a; b";c, d\n')
+    loaded = load(DataOptions(str(file)))
+    assert [(record.prompt, record.response) for record in loaded.records] == [("a; b", "c, d")]
+    assert "columns parted by semicolons" in loaded.said[0]
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.json.gz"])
+def test_a_list_of_records_may_have_notes_beside_it(tmp_path, name) -> None:
+    document = {"version": "1", "licences": [{"name": "mit"}], "data": [{"prompt": "a", "response": "b"}] * 2}
+    content = json.dumps(document).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    loaded = load(DataOptions(str(tmp_path / name)))
+    assert [record.response for record in loaded.records] == ["b", "b"]
+    assert "the list under 'data'" in loaded.said[0]
+    one = {"prompt": "a", "response": "b", "data": [{"prompt": "c"}]}
+    (tmp_path / "one.json").write_text(json.dumps(one))
+    assert [record.prompt for record in load_records(DataOptions(str(tmp_path / "one.json")))] == ["a"]
+
+
+def test_answers_in_the_log_of_a_server_are_named_as_not_read() -> None:
+    choices = [{"message": {"role": "assistant", "content": "ho"}}]
+    loaded = load(DataOptions.of([{"messages": [{"role": "user", "content": "hi"}], "choices": choices}]))
+    assert "not read: choices" in loaded.said[0]

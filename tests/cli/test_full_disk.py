@@ -14,6 +14,7 @@ from shape_moe.cli.main import run
 from shape_moe.demo.tasks import examples
 from shape_moe.selection.selection import load_selection
 from support.data import write_lines
+from support.gguf_files import chats, gguf_model, save_gguf
 
 FEW = ("--device", "cpu", "--generate", "1", "--samples", "20")
 LIMIT = 256
@@ -55,13 +56,27 @@ def commands(model: Path, made: Path, out: Path) -> dict[str, tuple[object, ...]
     data, traced = made / "data.jsonl", made / "t"
     return {
         "trace": ("trace", model, "--data", data, "-o", out, "--samples", 20, "--device", "cpu"),
+        "trace layer by layer": (
+            "trace",
+            model,
+            "--data",
+            data,
+            "-o",
+            out,
+            "--samples",
+            20,
+            "--device",
+            "cpu",
+            "--stream",
+        ),
+        "measure": ("measure", model, "--trace", traced, "--data", data, "-o", out, "--samples", 4, "--device", "cpu"),
         "merge": ("merge", traced, traced, "-o", out),
         "select": ("select", traced, "--keep", 0.6, "-o", out),
         "score": ("score", traced, "--csv", out),
         "report": ("report", traced, "-o", out),
         "convert": ("convert", traced, "-o", out),
         "convert back": ("convert", made / "foreign.json", "--model", model, "-o", out),
-        "prune": ("prune", model, "--trace", traced, "--keep", 0.6, "-o", out, "--device", "cpu", "--no-logits"),
+        "prune": ("prune", model, "--trace", traced, "--keep", 0.6, "-o", out, "--scorer", "shape", "--no-logits"),
         "sweep": ("sweep", model, "--data", data, "--keep", 0.6, "-o", out, "--held-out-samples", 10, *FEW),
         "evaluate": ("evaluate", model, "--data", data, "-o", out, "--no-footprint", "--no-general", *FEW),
         "experiment": ("experiment", made / "grid.yaml", "-o", out),
@@ -93,3 +108,20 @@ def test_the_same_command_goes_on_when_there_is_space(call, embedded, made, tmp_
     assert code == 0, err
     assert load_selection(tmp_path / "out").kept == 77
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_gguf_file_that_does_not_fit(call, tmp_path) -> None:
+    (tmp_path / "in").mkdir()
+    file = save_gguf(gguf_model("qwen3_moe"), tmp_path / "in" / "m.gguf")
+    data = write_lines(tmp_path / "in" / "data.jsonl", chats(6))
+    out = tmp_path / "out"
+    out.mkdir()
+    command = ("prune", file, "--data", data, "--keep", 0.75, "-o", out / "a.gguf", "--device", "cpu", "--no-judge")
+    with full_disk():
+        code, printed, err = call(*command, "--no-logits")
+    assert (code, printed) == (1, "")
+    assert err.strip().splitlines()[-1].startswith("Error: The disk of ")
+    assert "Traceback" not in err
+    assert {path.name for path in out.iterdir()} <= {"a.shape.partial"}
+    assert call(*command, "--no-logits")[0] == 0
+    assert sorted(path.name for path in out.iterdir()) == ["a.gguf", "a.shape"]

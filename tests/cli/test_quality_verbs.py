@@ -117,16 +117,23 @@ def test_tasks_alone_need_no_examples(call, embedded, tmp_path) -> None:
         (("sweep", "M", "--data", "F", "--rule", "fair"), ("There is no rule",)),
         (("prune", "M", "--data", "F", "-o", "O"), ("--keep", "--max-drop 1%")),
         (("prune", "M", "--data", "F", "-o", "O", "--keep", 0.5, "--max-kl", 0.1), ("exclude each other",)),
-        (("prune", "M", "--data", "F", "-o", "O", "--keep", 0.5, "--held-out", "G"), ("only these judge candidates",)),
         (
-            ("prune", "M", "--data", "F", "-o", "O", "--keep", 0.5, "--generate", 4),
-            ("--generate has no effect without",),
+            ("prune", "M", "--data", "F", "-o", "O", "--keep", 0.5, "--held-out", "G", "--scorer", "reap"),
+            ("where a method",),
         ),
         (
-            ("prune", "M", "--data", "F", "-o", "O", "--fit", "9GB", "--held-out", "G", "--answer-pattern", "."),
-            ("--held-out, --answer-pattern has no effect without",),
+            ("prune", "M", "--data", "F", "-o", "O", "--keep", 0.5, "--generate", 4, "--rule", "global"),
+            ("--generate has no effect where a method is named",),
+        ),
+        (
+            (
+                *("prune", "M", "--data", "F", "-o", "O", "--fit", "9GB", "--held-out", "G", "--answer-pattern", "."),
+                *("--effort", "thorough", "--preset", "paper"),
+            ),
+            ("--held-out, --answer-pattern and --effort has no effect where",),
         ),
         (("prune", "M", "--selection", "S", "-o", "O", "--scorer", "auto"), ("leave --scorer out",)),
+        (("prune", "M", "--data", "F", "-o", "O", "--keep", 0.5, "--effort", "much"), ("fast, default or thorough",)),
         (("sweep", "M", "--data", "F", "--scorer", "best"), ("There is no scorer",)),
     ],
 )

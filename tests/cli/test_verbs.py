@@ -125,7 +125,9 @@ def test_report(call, embedded, traced, tmp_path) -> None:
 
 
 def test_prune_in_one_go(call, embedded, data, tmp_path) -> None:
-    code, out, err = call("prune", embedded, "--data", data, "--keep", "0.8", "-o", tmp_path / "out")
+    code, out, err = call(
+        "prune", embedded, "--data", data, "--keep", "0.8", "--preset", "paper", "-o", tmp_path / "out"
+    )
     assert code == 0
     text = " ".join(out.split())
     assert "Method: shape/coverage, drop, ragged, 25 calibration examples (the published SHAPE method)." in text
@@ -241,7 +243,11 @@ def test_keep_rates(call, embedded, traced, tmp_path) -> None:
 def test_contradictions(call, embedded, traced, data, tmp_path) -> None:
     base = ("prune", embedded, "-o", tmp_path / "out", "--keep", "0.6")
     refused(call(*base), 2, "Calibration data is missing: give --data")
-    refused(call(*base, "--trace", traced, "--data", data, "--no-judge"), 2, "already: leave --data out")
+    refused(
+        call(*base, "--trace", traced, "--data", data, "--no-judge", "--scorer", "shape"),
+        2,
+        "already: leave --data out",
+    )
     refused(call(*base, "--trace", traced, "--map", "prompt=q", "--no-template"), 2, "leave --map, --no-template out")
     refused(call(*base, "--trace", traced, "--fit", "1GiB"), 2, "--keep and --fit exclude each other")
     call("select", traced, "--keep", "0.6", "-o", tmp_path / "s.json", "-q")

@@ -53,7 +53,7 @@ def test_task_accuracy_is_that_of_transformers(tmp_path, embedded, embedded_mode
         assert served_exact_match(address) == expected
         checks = {check.name: check for check in verify(tmp_path / "out", endpoint=address)}
         assert all(check.passed for check in checks.values()), checks
-        assert "top-1 agreement 100.0%" in checks["endpoint's canary"].detail
+        assert "top-1 agreement 100 %" in checks["endpoint's canary"].detail
 
 
 def test_the_dense_model_under_the_pruned_name_is_caught(tmp_path, embedded) -> None:

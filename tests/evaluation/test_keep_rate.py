@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.intervals import Estimate
-from shape_moe.evaluation.keep_rate import RESOLUTION, Limit, Point, grid, narrow, recommend
+from shape_moe.evaluation.keep_rate import RESOLUTION, Limit, Point, bisect_keep_rates, grid, recommend
 from shape_moe.evaluation.measures import Health, Measured
 from shape_moe.selection.method import Method
 from shape_moe.selection.selection import whole_selection
@@ -47,7 +47,7 @@ def smallest_passing(points) -> float:
 @settings(max_examples=50, deadline=None)
 @given(st.floats(0.03, 0.97))
 def test_bisection_finds_the_threshold(threshold) -> None:
-    points = narrow([WAY], each(lambda _, keep: make(keep, 0.01 if keep >= threshold else 1.0)), LIMIT)
+    points = bisect_keep_rates([WAY], each(lambda _, keep: make(keep, 0.01 if keep >= threshold else 1.0)), LIMIT)
     assert threshold <= smallest_passing(points) <= threshold + RESOLUTION
     assert len(points) <= 7
 
@@ -62,7 +62,7 @@ def test_several_rates_at_once_find_every_threshold_in_fewer_rounds(thresholds, 
         rounds.append(asked)
         return each(lambda way, keep: make(keep, 0.01 if keep >= threshold_of[way] else 1.0, way=way))(asked)
 
-    points = narrow(ways, measure, LIMIT, at_once=at_once)
+    points = bisect_keep_rates(ways, measure, LIMIT, at_once=at_once)
     for way, threshold in threshold_of.items():
         found = [point for point in points if point.method == way]
         assert threshold <= smallest_passing(found) <= threshold + RESOLUTION
@@ -71,7 +71,7 @@ def test_several_rates_at_once_find_every_threshold_in_fewer_rounds(thresholds, 
 
 
 def test_bisection_treats_what_cannot_be_met_as_too_few() -> None:
-    points = narrow([WAY], each(lambda _, keep: None if keep < 0.5 else make(keep, 0.0)), LIMIT)
+    points = bisect_keep_rates([WAY], each(lambda _, keep: None if keep < 0.5 else make(keep, 0.0)), LIMIT)
     assert min(point.selection.keep_asked for point in points) == pytest.approx(0.5, abs=RESOLUTION)
 
 

@@ -20,7 +20,7 @@ from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.experiments import grid as grid_module
 from shape_moe.experiments import plan
 from shape_moe.experiments.evaluations import JudgedTask
-from shape_moe.jobs.evaluate import EvaluateOptions
+from shape_moe.jobs.evaluate_options import EvaluateOptions
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.tracing.trace import load_trace
 from support.data import write_lines

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import FingerprintError, ShapeMoeError, UsageError
+from shape_moe.jobs.evaluate import evaluate
+from shape_moe.jobs.evaluate_options import EvaluateOptions
+from shape_moe.jobs.evaluation_run import EvaluationRun
 from shape_moe.jobs.prune import prune
 from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.select import select
@@ -27,6 +31,7 @@ from shape_moe.pruning import writers
 from shape_moe.selection.select import SelectOptions
 from shape_moe.tracing.trace import load_trace, merge_traces
 from support.data import write_lines
+from support.selections import seven_of_eight
 
 OPTIONS = PruneOptions(SelectOptions(keep=0.6), device="cpu", check_logits=False)
 
@@ -209,3 +214,21 @@ def test_an_interrupted_job_does_not_go_on_with_other_weights(model, data, tmp_p
     if verb == "prune":
         run(force=True)
         assert (tmp_path / "out" / "shape" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("what", ["model/model.safetensors", "data.jsonl", "s.json", "also.jsonl"])
+def test_what_changes_while_it_is_evaluated(model, data, tmp_path, monkeypatch, what) -> None:
+    also = str(write_lines(tmp_path / "also.jsonl", examples("sorting", 4, seed=3)))
+    seven_of_eight().save(tmp_path / "s.json")
+
+    def meanwhile(_run) -> str:
+        (tmp_path / what).touch()
+        return "judged"
+
+    options = EvaluateOptions(also=DataOptions(also), generation=None)
+    call = partial(evaluate, model, [tmp_path / "s.json"], data=traced_by(data), options=options)
+    with monkeypatch.context() as patch, pytest.raises(ShapeMoeError, match=rf"{what} has changed while it was read"):
+        patch.setattr(EvaluationRun, "carry_out", meanwhile)
+        call()
+    monkeypatch.setattr(EvaluationRun, "carry_out", lambda _run: "judged")
+    assert call() == "judged"

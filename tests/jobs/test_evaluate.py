@@ -18,14 +18,15 @@ from shape_moe.evaluation.footprint import Workload, measure_footprint
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.harness import TaskOptions
 from shape_moe.evaluation.task_results import task_changes
-from shape_moe.jobs import evaluate as jobs_evaluate
-from shape_moe.jobs import session
-from shape_moe.jobs.evaluate import EvaluateOptions, evaluate
+from shape_moe.jobs import evaluation_run, session
+from shape_moe.jobs.evaluate import evaluate
+from shape_moe.jobs.evaluate_options import EvaluateOptions
 from shape_moe.jobs.prune import prune
 from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.progress import Silent
 from shape_moe.pruning.masks import masked
+from shape_moe.selection.select import SelectOptions
 from shape_moe.selection.selection import load_selection
 from support.data import write_lines
 from support.harness_tasks import write_tasks
@@ -53,7 +54,7 @@ def files(tmp_path_factory):
 def pruned(embedded, files, tmp_path_factory):
     """A checkpoint that has lost something."""
     out = tmp_path_factory.mktemp("pruned") / "sorting-0.4"
-    return prune(embedded, out, PruneOptions(device="cpu"), data=files["calibration"], keep=0.4).path
+    return prune(embedded, out, PruneOptions(SelectOptions(0.4), device="cpu"), data=files["calibration"]).path
 
 
 def float32(file, **more) -> ExampleOptions:
@@ -119,7 +120,8 @@ def test_the_document_is_json_and_complete(evaluated) -> None:
     assert [entry["kind"] for entry in document["models"]] == ["dense", "checkpoint", "mask"]
     entry = document["models"][1]
     keep = pytest.approx(0.4, abs=0.01)
-    assert entry["selection"] == {"scorer": "shape", "rule": "coverage", "routing": "drop", "keep": keep}
+    method = {"scorer": "shape", "rule": "coverage", "routing": "drop", "gate_scale": "survivors"}
+    assert entry["selection"] == {**method, "keep": keep, "num_layers": 4, "num_experts": 32}
     assert set(entry["sets"]["task"]) == {"quality", "change", "generation"}
     assert entry["classes"]["field"] == "task"
     assert entry["classes"]["by"]["sorting"]["quality"]["nll"] == pytest.approx(entry["sets"]["task"]["quality"]["nll"])
@@ -277,7 +279,7 @@ def test_task_changes_are_drawn_once_by_the_seed(embedded, pruned, tmp_path, mon
         seeds.append(seed)
         return original(result, dense, seed=seed)
 
-    monkeypatch.setattr("shape_moe.jobs.evaluate.task_changes", counted)
+    monkeypatch.setattr("shape_moe.jobs.evaluation_tasks.task_changes", counted)
     options = EvaluateOptions(footprint=None, tasks=asked, seed=5)
     result = evaluate(embedded, [pruned], options=options, device="cpu", dtype="float32")
     dense, found = result.models
@@ -295,7 +297,7 @@ def test_task_changes_are_drawn_once_by_the_seed(embedded, pruned, tmp_path, mon
 def test_items_that_differ_are_told_and_what_was_judged_is_kept(embedded, pruned, tmp_path, monkeypatch) -> None:
     pytest.importorskip("lm_eval")
     asked = TaskOptions((str(write_tasks(tmp_path / "tasks") / "choice.yaml"),), limit=4)
-    run = jobs_evaluate.run_tasks
+    run = evaluation_run.run_tasks
 
     def other_items(model, *given, **options):
         hashes.append("")
@@ -303,7 +305,7 @@ def test_items_that_differ_are_told_and_what_was_judged_is_kept(embedded, pruned
         return {name: replace(result, item_hashes=(str(len(hashes)),) * 4) for name, result in found.items()}
 
     hashes: list[str] = []
-    monkeypatch.setattr(jobs_evaluate, "run_tasks", other_items)
+    monkeypatch.setattr(evaluation_run, "run_tasks", other_items)
     options = EvaluateOptions(footprint=None, tasks=asked)
     result = evaluate(embedded, [pruned], options=options, device="cpu", dtype="float32")
     assert "not of the same items" in result.notes[0]

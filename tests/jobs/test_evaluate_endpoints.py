@@ -15,8 +15,9 @@ from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.evaluation.evaluated import Evaluation
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.served_answers import ServedModel
-from shape_moe.jobs.evaluate import EvaluateOptions, evaluate
+from shape_moe.jobs.evaluate import evaluate
 from shape_moe.jobs.evaluate_endpoints import EndpointOptions, evaluate_endpoints
+from shape_moe.jobs.evaluate_options import EvaluateOptions
 from shape_moe.jobs.trace import trace
 from shape_moe.openai_server import OpenAIServer
 from shape_moe.pruning.masks import masked

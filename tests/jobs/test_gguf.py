@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from shape_moe.jobs.prune import prune
 from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.select import select
 from shape_moe.jobs.session import ExampleOptions
-from shape_moe.jobs.trace import trace
+from shape_moe.jobs.trace import open_trace, trace
 from shape_moe.jobs.verify import verify
+from shape_moe.progress import SILENT
 from shape_moe.scoring.scores import score_trace
 from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions
@@ -219,6 +221,48 @@ def test_what_was_made_from_the_folder_fits_the_file(family: str, dtype: str, da
     )
     by_trace = PruneOptions(SelectOptions(keep=0.5, method=method), device="cpu", judgement=None)
     assert prune(file, tmp_path / "b.gguf", by_trace, trace=tmp_path / "t").selection.layers == chosen.layers
+
+
+def test_a_file_is_recognised_when_the_traced_model_is_gone(data: str, tmp_path: Path) -> None:
+    live = gguf_model("gpt_oss", dtype=torch.bfloat16)
+    folder, tensors = save_model(live, tmp_path / "model"), to_gguf(live)
+    metadata = metadata_of(live.config)
+    file = write_gguf(tmp_path / "f32.gguf", "gpt-oss", metadata, tensors)
+    load_tokenizer(file).save_pretrained(folder)
+    made = trace(folder, example_options(data), tmp_path / "t")
+    assert made.info.routers is not None
+    assert {(layer, part) for layer, parts in made.info.routers.items() for part in parts} == {
+        (str(layer), part) for layer in made.info.layers for part in ("router.weight", "router.bias")
+    }
+    assert {entry["stored"] for parts in made.info.routers.values() for entry in parts.values()} == {"BF16"}
+    chosen = select(made, SelectOptions(keep=0.5, method=Method("reap", "uniform", "reroute", "stock")))
+    half = save_model(live.half(), tmp_path / "half")
+    shutil.rmtree(folder)
+    routers = [name for name in tensors if "ffn_gate_inp.weight" in name]
+    rounded = {name: gguf.quants.quantize(tensors[name], GGMLQuantizationType.F16) for name in routers}
+    small = write_gguf(tmp_path / "f16.gguf", "gpt-oss", metadata, {**tensors, **rounded})
+    for model, close in ((file, "are equal."), (small, "once rounded to F16."), (half, "once rounded to F16.")):
+        assert open_selection(chosen, open_snapshot(model)).warnings[-1].endswith(close)
+        assert open_trace(tmp_path / "t", open_snapshot(model), SILENT).info == made.info
+    moved = {**tensors, routers[1]: tensors[routers[1]] * np.float32(1.01)}
+    tuned = open_snapshot(write_gguf(tmp_path / "tuned.gguf", "gpt-oss", metadata, moved))
+    with pytest.raises(FingerprintError, match=rf"another model \({folder}\): the router rows of layer 1 differ"):
+        open_selection(chosen, tuned)
+    foreign = open_snapshot(save_gguf(gguf_model("qwen3_moe"), tmp_path / "q.gguf"))
+    with pytest.raises(FingerprintError, match=rf"The trace .* another model \({folder}\): layers or experts differ"):
+        open_trace(tmp_path / "t", foreign, SILENT)
+    with pytest.raises(FingerprintError, match="cannot be opened"):
+        open_selection(replace(chosen, routers=None), tuned)
+
+
+def test_the_same_routers_under_another_configuration_are_another_model(data: str, tmp_path: Path) -> None:
+    live = gguf_model("qwen3_moe")
+    file = save_gguf(live, tmp_path / "m.gguf")
+    chosen = select(trace(file, example_options(data)), SelectOptions(keep=0.5))
+    live.config.norm_topk_prob = not live.config.norm_topk_prob
+    other = open_snapshot(save_model(live, tmp_path / "model"))
+    with pytest.raises(FingerprintError, match="or the configuration of their routing"):
+        open_selection(chosen, other)
 
 
 def test_routers_that_were_rounded_are_close_and_others_are_refused(data: str, tmp_path: Path) -> None:

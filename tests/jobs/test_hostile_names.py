@@ -16,12 +16,14 @@ from shape_moe.cli.main import run
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import ServingError
 from shape_moe.experiments.reader import read_config
+from shape_moe.jobs.verify import verify
 from shape_moe.literal_paths import check_plain, expand_home, plain_model, plain_name
 from shape_moe.scoring.scores import read_scores
 from shape_moe.selection.selection import load_selection
 from shape_moe.tracing.coalitions import read_table
 from shape_moe.tracing.trace import load_trace
 from support.data import synthetic_trace, write_lines
+from support.gguf_files import chats, gguf_model, save_gguf
 
 PAIRS = [
     ("t[1]", "t1"),
@@ -172,3 +174,41 @@ def test_from_a_trace_to_a_report(embedded, tmp_path, monkeypatch, capsys, name,
     assert name in call(*figures, "--no-footprint", "--no-general", "--generate", 0, *here)
     assert list(home.parent.iterdir()) == [home]
     assert not [path for path in home.iterdir() if not path.name.startswith((name, decoy, f"model{name}"))]
+
+
+@pytest.mark.parametrize(("name", "decoy"), [("t[1] ?*{x,y}#%20::~", "t1")])
+def test_gguf_files_layers_and_folders_of_data(tmp_path, monkeypatch, name, decoy) -> None:
+    """A GGUF file is pruned layer by layer by a folder of data, beside what each of the names could be taken for."""
+    home = tmp_path / "[" / name
+    home.mkdir(parents=True)
+    monkeypatch.chdir(home)
+    for place, seed in ((name, 0), (decoy, 1)):
+        save_gguf(gguf_model("qwen3_moe", seed=seed), home / f"{place}.gguf")
+        Path(place).mkdir()
+        write_lines(Path(place, f"{place}.jsonl"), chats(8 + 2 * seed))
+    here = ("--no-judge", "--no-logits", "--stream", "--device", "cpu", "-q")
+    words = ("prune", f"{name}.gguf", "--data", name, "--keep", 0.75, "-o", f"{name}-p.gguf", *here)
+    assert run([str(word) for word in words]) == 0
+    assert all(check.passed is not False for check in verify(f"{name}-p.gguf", original=f"{name}.gguf", device="cpu"))
+    assert load_trace(f"{name}-p.shape/shape/trace").info.examples == 8
+    left = {name, decoy, f"{name}.gguf", f"{decoy}.gguf", f"{name}-p.gguf", f"{name}-p.shape"}
+    assert {path.name for path in home.iterdir()} == left
+
+
+def test_a_folder_whose_files_have_any_names(tmp_path) -> None:
+    """Every file is read once, whatever it is called, also where two names differ in such letters alone."""
+    folder = tmp_path / "data"
+    (folder / "b[0]").mkdir(parents=True)
+    names = [*(name for name, _ in PAIRS), "t-1-", "t*1?", "b[0]/c?d"]
+    for seed, name in enumerate(names):
+        write_lines(folder / f"{name}.jsonl", rows(seed, 2))
+    told = sorted(record.prompt for record in load_records(DataOptions(str(folder))))
+    assert told == sorted(row["prompt"] for seed in range(len(names)) for row in rows(seed, 2))
+
+
+def test_splits_are_told_by_names_of_any_letters(tmp_path) -> None:
+    for seed, split in enumerate(("train", "test")):
+        write_lines(tmp_path / f"[a]*-{split}.jsonl", rows(seed, 3))
+    for seed, split in enumerate(("train", "test")):
+        found = load_records(DataOptions(str(tmp_path), split=split))
+        assert [record.prompt for record in found] == [row["prompt"] for row in rows(seed, 3)]

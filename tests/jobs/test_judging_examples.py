@@ -101,6 +101,7 @@ def test_the_command_takes_examples_that_only_judge(embedded, files, traces, tmp
     out = tmp_path / "out"
     arguments = ["prune", str(embedded), "--keep", "0.9", "--trace", str(traces / "addition"), "--device", "cpu"]
     arguments += ["--no-logits", "--no-general", "-o", str(out), "--json", "--data", str(files["sorting"])]
+    arguments += ["--scorer", "shape"]
     assert run([*arguments, "--samples", "20"]) == 0
     found = json.loads(capsys.readouterr().out)["judgement"]
     assert [outcome["examples"] for outcome in found["outcomes"]] == [20]

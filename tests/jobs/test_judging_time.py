@@ -16,7 +16,7 @@ from shape_moe.evaluation import questions
 from shape_moe.evaluation.forgotten import general_records
 from shape_moe.evaluation.judging_time import Amounts, amounts_within
 from shape_moe.jobs import judgement, judging_plan
-from shape_moe.jobs.evaluate import EvaluateOptions
+from shape_moe.jobs.evaluate_options import EvaluateOptions
 from shape_moe.jobs.judgement import JudgementOptions, judge_selection
 from shape_moe.jobs.session import ExampleOptions, ModelSession
 from shape_moe.progress import Silent

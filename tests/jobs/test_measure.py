@@ -9,14 +9,15 @@ import pytest
 
 import shape_moe
 from shape_moe.calibration.records import DataOptions
-from shape_moe.errors import ShapeMoeError, UsageError
-from shape_moe.jobs import measure as job
-from shape_moe.jobs.auto import ChoiceOptions
+from shape_moe.errors import FingerprintError, ShapeMoeError, UsageError
+from shape_moe.evaluation.keep_rate import Limit
+from shape_moe.jobs import curves as job
+from shape_moe.jobs.choice import ChoiceOptions
 from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.selection.layer_curves import load_curves
 from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions
-from support.data import make_examples, write_lines
+from support.data import make_examples, synthetic_trace, write_lines
 
 METHOD = Method("replacement", "measured")
 
@@ -64,25 +65,23 @@ def test_prune_from_a_trace_needs_curves(embedded, traced, tmp_path) -> None:
 
 
 def test_where_methods_are_compared_the_rule_is_refused(embedded, data, tmp_path) -> None:
-    choice = ChoiceOptions(rules=("measured",))
-    options = PruneOptions(SelectOptions(0.5, Method("auto")), choice=choice)
+    choice = ChoiceOptions(limit=Limit("max_kl", 0.1))
+    options = PruneOptions(SelectOptions(0.5, METHOD), choice=choice)
     with pytest.raises(UsageError, match="Rule measured goes by layer curves"):
         shape_moe.prune(embedded, tmp_path / "out", options, data=DataOptions.of(data, samples=6))
     with pytest.raises(UsageError, match="Rule measured goes by layer curves"):
         shape_moe.SweepOptions(methods=(METHOD,))
 
 
-def test_examples_of_every_class_come_first_and_tokens_are_bounded(monkeypatch) -> None:
+def test_examples_of_every_class_come_first_and_tokens_are_bounded() -> None:
     from dataclasses import replace
 
     examples = [replace(e, group="b" if i >= 20 else "a") for i, e in enumerate(make_examples(30))]
-    monkeypatch.setattr(job, "MOST_TOKENS", 60)
-    chosen = job._within_reach(examples)
+    chosen = job.within_reach(examples, 60)
     assert sum(len(example.tokens) for example in chosen) <= 60
     groups = [example.group for example in chosen]
     assert abs(groups.count("a") - groups.count("b")) <= 1
-    monkeypatch.setattr(job, "MOST_TOKENS", 1)
-    assert job._within_reach(examples) == [examples[0]]
+    assert job.within_reach(examples, 1) == [examples[0]]
 
 
 @pytest.mark.parametrize("what", ["model.safetensors", "d.jsonl"])
@@ -91,14 +90,19 @@ def test_inputs_that_change_while_layers_are_measured(embedded, data, traced, tm
     examples = shutil.copy(data, tmp_path / "d.jsonl")
     trace = tmp_path / "t"
     shape_moe.trace(model, DataOptions.of(examples, samples=2), trace)
-    changed, measured_curves = (model / what if what.startswith("model") else examples), job.measured_curves
+    changed, measured = (model / what if what.startswith("model") else examples), job.CurveMaker.measured
 
     def meanwhile(*arguments):
-        curves = measured_curves(*arguments)
+        curves = measured(*arguments)
         changed.touch()
         return curves
 
-    monkeypatch.setattr(job, "measured_curves", meanwhile)
+    monkeypatch.setattr(job.CurveMaker, "measured", meanwhile)
     with pytest.raises(ShapeMoeError, match=rf"{what} has changed while it was read"):
         shape_moe.measure(model, trace, DataOptions.of(examples, samples=2), tmp_path / "c.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "model", "t"]
+
+
+def test_a_trace_of_another_model_is_refused_also_as_an_object(embedded, data) -> None:
+    with pytest.raises(FingerprintError, match="The trace"):
+        shape_moe.measure(embedded, synthetic_trace(seed=1), DataOptions.of(data, samples=2), method=METHOD)

@@ -17,7 +17,7 @@ from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.keep_rate import Limit
 from shape_moe.evaluation.verdict import Word
 from shape_moe.jobs import session as sessions
-from shape_moe.jobs.auto import ChoiceOptions
+from shape_moe.jobs.choice import ChoiceOptions
 from shape_moe.jobs.judgement import JudgementOptions
 from shape_moe.jobs.prune import prune
 from shape_moe.jobs.prune_options import PruneOptions
@@ -111,7 +111,7 @@ def test_candidates_are_judged_in_one_reading_and_the_choice_is_that_in_memory(
 ) -> None:
     automatic = {
         "select": SelectOptions(0.5, Method(AUTO, "coverage", "drop")),
-        "choice": ChoiceOptions(held_out_samples=20),
+        "choice": ChoiceOptions(held_out_samples=20, rules=("coverage",)),  # layers are measured in memory alone
     }
     whole = prune(embedded, tmp_path / "whole", asked(data, stream=False, **automatic))
     monkeypatch.setattr(sessions, "load_model", lambda *_a, **_k: pytest.fail("loaded"))

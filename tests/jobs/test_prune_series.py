@@ -16,7 +16,7 @@ from shape_moe.demo.tasks import examples
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.jobs import prune as single
 from shape_moe.jobs import prune_series as job
-from shape_moe.jobs.auto import ChoiceOptions
+from shape_moe.jobs.choice import ChoiceOptions
 from shape_moe.jobs.judgement import JudgementOptions
 from shape_moe.jobs.prune import prune
 from shape_moe.jobs.prune_options import PruneOptions
@@ -96,7 +96,8 @@ def test_a_series_of_folders(embedded, traced, tmp_path) -> None:
 
 def test_a_series_of_gguf_files_is_judged_together(file, tmp_path) -> None:
     chosen = write_lines(tmp_path / "chats.jsonl", chats(40))
-    options = PruneOptions(device="cpu", judgement=QUICK)
+    stock = SelectOptions(1.0, Method(routing="reroute", target="stock"), allow_rounding=True)
+    options = PruneOptions(stock, device="cpu", judgement=QUICK)
     result = prune_series(file, tmp_path / "small.gguf", KEEPS, options, data=str(chosen))
     assert result.path == tmp_path / "small"
     names = {f"small-{keep}{end}" for keep in KEEPS for end in (".gguf", ".shape")}
@@ -104,7 +105,8 @@ def test_a_series_of_gguf_files_is_judged_together(file, tmp_path) -> None:
     assert [model.selection.equal_count for model in result.models] == [13, 12, 9]
     for larger, smaller in pairwise(result.models):
         assert not (smaller.selection.mask() & ~larger.selection.mask()).any()
-    alone = prune(file, tmp_path / "alone.gguf", options, data=str(chosen), keep=0.85)
+    options = replace(options, select=replace(stock, keep=0.85))
+    alone = prune(file, tmp_path / "alone.gguf", options, data=str(chosen))
     ours, theirs = read_gguf(result.models[0].path), read_gguf(alone.path)
     assert ours.metadata["shape_moe.tensors"] == theirs.metadata["shape_moe.tensors"]
     assert alone.judgement is not None

@@ -14,12 +14,13 @@ from shape_moe.calibration.example_maker import AnswerOptions
 from shape_moe.calibration.records import DataOptions
 from shape_moe.demo.embedded import exact_match
 from shape_moe.demo.tasks import examples
-from shape_moe.errors import UnsupportedModelError, UsageError
+from shape_moe.errors import DataError, UnsupportedModelError, UsageError
 from shape_moe.jobs.judgement import JudgementOptions
 from shape_moe.jobs.prune import prune
 from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.verify import verify
+from shape_moe.progress import Silent
 from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions
 from shape_moe.selection.selection import load_selection
@@ -124,6 +125,55 @@ def test_the_function_repairs_a_live_model_as_a_mask(embedded_model, data, repai
     with shape_moe.masked(model, plain, weights=found.weights):
         assert exact_match(model, tokenizer, ["sorting"])["sorting"] > pruned + 0.1
     assert f"{found.tokens_per_unknown:.2g} tokens for every unknown" in found.lines()[0]
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.told.append(text)
+
+
+def test_auto_says_when_it_has_no_examples_to_refit_by(embedded, data, repaired, tmp_path) -> None:
+    few = write_lines(tmp_path / "few.jsonl", examples("sorting", 6, seed=1))
+    plain = replace(load_selection(repaired.path), refit=None)
+    bare = {"judgement": None, "refit": "auto", "check_logits": False}
+    for number, (options, more) in enumerate(
+        [(asked(str(few), **bare), {}), (asked(data, select=None, trace=None, **bare), {"selection": plain})]
+    ):
+        notes = Notes()
+        result = prune(embedded, tmp_path / f"out{number}", options, progress=notes, **more)
+        assert result.selection.refit is None
+        assert any("a refit needs the examples that calibrate" in text for text in notes.told)
+    with pytest.raises(DataError, match="too few to calibrate with some and judge by others"):
+        prune(embedded, tmp_path / "on", asked(str(few), **{**bare, "refit": "on"}))
+
+
+def test_weights_are_written_with_the_selection_that_brings_them_and_never_claimed_without(
+    embedded, embedded_model, data, repaired, tmp_path
+) -> None:
+    model, tokenizer = embedded_model
+    bare = asked(data, select=None, trace=None, judgement=None, refit="off", check_logits=False)
+    plain = replace(load_selection(repaired.path), refit=None)
+    found = shape_moe.refit(model, plain, DataOptions(data, samples=25), tokenizer=tokenizer)
+    written = prune(embedded, tmp_path / "with", bare, selection=found.applied_to(plain))
+    assert all(check.passed is not False for check in verify(written.path, original=embedded, device="cpu"))
+    assert json.loads((written.path / "shape" / "refit.json").read_text())["tensors"]
+    left = prune(embedded, tmp_path / "without", bare, selection=repaired.path)
+    assert left.selection.refit is None
+    assert any("holds no weights" in note for note in left.notes)
+    assert all(check.passed is not False for check in verify(left.path, original=embedded, device="cpu"))
+
+
+def test_every_model_of_a_series_is_refitted(embedded, data, tmp_path) -> None:
+    result = shape_moe.prune_series(
+        embedded, tmp_path / "series", [0.4, 0.25], asked(data, judgement=None, check_logits=False)
+    )
+    for model in result.models:
+        assert model.selection.refit is not None
+        assert all(check.passed is not False for check in verify(model.path, original=embedded, device="cpu"))
+    assert not list(result.path.rglob("*partial*"))
 
 
 def test_what_cannot_be_refitted_is_refused_before_any_work(embedded, data, repaired, tmp_path) -> None:

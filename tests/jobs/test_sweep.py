@@ -263,7 +263,7 @@ def test_a_fall_of_nothing_is_no_limit(embedded, tmp_path) -> None:
     rows = [{"prompt": f"sort {i}{i + 1}{i + 2}=", "response": f"wrong {i}\n"} for i in range(60)]
     write_lines(file, rows)
     data = ExampleOptions(DataOptions(str(file), samples=20), device="cpu")
-    with pytest.raises(UsageError, match="0% of the held-out examples"):
+    with pytest.raises(UsageError, match="0 % of the held-out examples"):
         sweep(embedded, SweepOptions(limit=Limit("max_drop", 0.2), held_out=30), data=data)
 
 
@@ -271,7 +271,7 @@ def test_too_few_examples_for_a_limit_are_refused_before_the_work(embedded, task
     monkeypatch.setattr(session, "load_original", lambda *_: pytest.fail("the model was loaded"))
     data = ExampleOptions(DataOptions(str(task_file), samples=20), device="cpu")
     options = SweepOptions(limit=Limit("max_drop", 0.01), held_out=60, methods=(Method(), Method(rule="uniform")))
-    with pytest.raises(UsageError, match=r"below 7\.7% for 2 methods together.*judge by 498 or more"):
+    with pytest.raises(UsageError, match=r"below 7\.8 % for 2 methods together.*judge by 498 or more"):
         sweep(embedded, options, data=data)
 
 

@@ -17,7 +17,8 @@ from shape_moe.evaluation import questions, tool_check
 from shape_moe.evaluation.forgotten import general_records
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.verdict import Verdict, Word
-from shape_moe.jobs.evaluate import EvaluateOptions, evaluate
+from shape_moe.jobs.evaluate import evaluate
+from shape_moe.jobs.evaluate_options import EvaluateOptions
 from shape_moe.jobs.prune import prune
 from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.session import ExampleOptions
@@ -125,7 +126,8 @@ def test_the_command_opens_with_the_verdict(embedded, broken, files, tmp_path, c
     lines = out.splitlines()
     assert len(out) < 10_000  # no line is filled up to the width of a pipe
     assert lines[0] == (
-        "broken: 81 % smaller, from 6.47 MiB to 1.22 MiB; 12 % of the experts kept by reap/coverage, drop."
+        "broken (4 layers of 32 experts): 81 % smaller, from 6.47 MiB to 1.22 MiB; 12 % of the experts kept by "
+        "reap/coverage, drop."
     )
     assert lines[1].startswith("  Verdict: damaged. ")
     assert run([*arguments, "--json", "--max-drop", "1%"]) == 0
@@ -152,7 +154,7 @@ def few_prompts(monkeypatch):
 
 def test_prune_ends_with_the_judgement(embedded, tmp_path, few_prompts) -> None:
     file = write_lines(tmp_path / "sorting.jsonl", examples("sorting", 60, seed=1))
-    found = prune(embedded, tmp_path / "out", PruneOptions(device="cpu"), data=file, keep=0.8)
+    found = prune(embedded, tmp_path / "out", PruneOptions(SelectOptions(0.8), device="cpu"), data=file)
     verdict = found.judgement.verdict
     assert verdict.word is Word.NO_LOSS
     assert [outcome.examples for outcome in verdict.outcomes] == [35]  # those that 25 samples left
@@ -180,11 +182,11 @@ def test_prune_ends_with_the_judgement(embedded, tmp_path, few_prompts) -> None:
 
 def test_the_published_sample_is_never_given_up(embedded, tmp_path) -> None:
     file = write_lines(tmp_path / "sorting.jsonl", examples("sorting", 26, seed=1))
-    found = prune(embedded, tmp_path / "out", PruneOptions(device="cpu"), data=file, keep=0.8)
+    found = prune(embedded, tmp_path / "out", PruneOptions(SelectOptions(0.8), device="cpu"), data=file)
     assert found.judgement.verdict.word is Word.NOT_MEASURED
     assert "the data holds only 1 other prompt" in found.judgement.verdict.reason
-    without = PruneOptions(device="cpu", judgement=None)
-    plain = prune(embedded, tmp_path / "plain", without, data=file, keep=0.8)
+    without = PruneOptions(SelectOptions(0.8), device="cpu", judgement=None)
+    plain = prune(embedded, tmp_path / "plain", without, data=file)
     assert plain.judgement is None
     assert plain.selection.layers == found.selection.layers
 
@@ -192,6 +194,7 @@ def test_the_published_sample_is_never_given_up(embedded, tmp_path) -> None:
 def test_a_model_that_is_not_good_enough_is_rejected(embedded, tmp_path, few_prompts, capsys) -> None:
     file, out = write_lines(tmp_path / "sorting.jsonl", examples("sorting", 45, seed=1)), tmp_path / "out"
     arguments = ["prune", str(embedded), "--data", str(file), "-o", str(out), "--device", "cpu", "--json"]
+    arguments += ["--preset", "paper"]
     assert run([*arguments, "--keep", "0.2", "--require", "no-loss"]) == 3
     document = json.loads(capsys.readouterr().out)
     assert document["rejected"]
@@ -210,6 +213,7 @@ def test_a_model_that_is_not_good_enough_is_rejected(embedded, tmp_path, few_pro
 def test_general_prompts_and_long_judging_can_be_left_out(embedded, tmp_path, few_prompts, capsys) -> None:
     file = write_lines(tmp_path / "sorting.jsonl", examples("sorting", 45, seed=1))
     arguments = ["prune", str(embedded), "--data", str(file), "--device", "cpu", "--keep", "0.8", "--json"]
+    arguments += ["--preset", "paper"]
     assert run([*arguments, "-o", str(tmp_path / "out"), "--no-general", "--no-logits"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["judgement"]["forgotten"] is None

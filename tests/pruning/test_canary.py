@@ -28,6 +28,7 @@ from shape_moe.pruning.canary import (
     record_canary,
 )
 from shape_moe.pruning.compare import file_hash
+from shape_moe.selection.select import SelectOptions
 from support.data import write_lines
 from support.leaks import leaks
 from support.tiny_models import make_model
@@ -123,7 +124,7 @@ def pruned(embedded, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pruned")
     data = write_lines(folder / "data.jsonl", RECORDS)
     options = ExampleOptions(data=DataOptions(str(data)), device="cpu")
-    return prune(embedded, folder / "out", PruneOptions(device="cpu"), data=options, keep=0.6).path
+    return prune(embedded, folder / "out", PruneOptions(SelectOptions(0.6), device="cpu"), data=options).path
 
 
 def sequences(embedded) -> list[list[int]]:

@@ -12,7 +12,7 @@ from shape_moe.architectures.live_layers import LiveLayers
 from shape_moe.architectures.sites import decoder_layers, find_sites, live_moe_config
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.calibration.batches import batches
-from shape_moe.errors import UsageError
+from shape_moe.errors import UnsupportedModelError, UsageError
 from shape_moe.refitting import layers as layers_module
 from shape_moe.refitting.layers import RefitPass, RefitRequest
 from shape_moe.refitting.refitted import LayerFiles
@@ -217,6 +217,16 @@ def test_a_layer_that_would_not_generalise_takes_a_stronger_ridge_or_none(checkp
             assert said.held_out_after < said.held_out_before
     assert any(said.rho != 0.001 for said in result.layers)
     assert any("more examples" in line for line in result.lines())
+
+
+@pytest.mark.parametrize("changes", [{"after": ("norm",)}, {"latent": ("down", "up")}, {"not_layered": "it is odd"}])
+def test_families_that_are_not_linear_layer_by_layer_are_refused(checkpoint, monkeypatch, changes) -> None:
+    selection = random_selection(open_snapshot(checkpoint("qwen3_moe")), "drop", "ragged")
+    moe = live_moe_config(make_model("qwen3_moe"))
+    odd = replace(moe, family=replace(moe.family, **changes))
+    monkeypatch.setattr(layers_module, "live_moe_config", lambda _model: odd)
+    with pytest.raises(UnsupportedModelError, match="A refit is not possible for qwen3_moe"):
+        refitted(make_model("qwen3_moe"), selection)
 
 
 def test_weights_of_another_selection_are_refused(checkpoint) -> None:

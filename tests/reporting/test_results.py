@@ -20,11 +20,12 @@ from shape_moe.reporting.figures.evaluation import (
     quality_figure,
     result_tables,
 )
-from shape_moe.reporting.figures.figure import number, percent, with_interval
+from shape_moe.reporting.figures.figure import number, with_interval
 from shape_moe.reporting.figures.metrics import METRICS, error_bars, is_wide, known_metrics, value_axis
 from shape_moe.reporting.figures.sweep import sweep_figure
 from shape_moe.selection.method import Method
 from shape_moe.selection.selection import Selection
+from shape_moe.units import percent
 from support.results import evaluation_document, sweep_document, write_evaluation, write_sweep
 
 METRIC = {metric.title: metric for metric in METRICS}

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from shape_moe.reporting.figures.coverage import coverage_curves, coverage_figure, experts_needed
-from shape_moe.reporting.figures.figure import number, packed, percent, plain, shortened, smallest_integers
+from shape_moe.reporting.figures.figure import number, packed, plain, shortened, smallest_integers
 from shape_moe.reporting.figures.layers import kept_mass, layer_figure
 from shape_moe.reporting.figures.values import best_experts, brightness, heat_map, shares
 from shape_moe.scoring.scores import Scores, score_trace
 from shape_moe.selection.method import Method
 from shape_moe.selection.rules import layer_ranks
 from shape_moe.selection.select import SelectOptions, select_from_scores, select_from_trace
+from shape_moe.units import percent
 from support.data import routing_trace
 from support.figures import unpacked
 

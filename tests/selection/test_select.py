@@ -96,7 +96,7 @@ def test_one_example_has_no_halves() -> None:
 
 
 def test_unstable_selections_are_warned_about() -> None:
-    assert "agree on only 80.0%" in warn_unstable({"agreement": 0.8, "undecided": 3.0})[0]
+    assert "agree on only 80 %" in warn_unstable({"agreement": 0.8, "undecided": 3.0})[0]
     assert warn_unstable({"agreement": 0.95, "undecided": 3.0}) == []
     assert warn_unstable(None) == []
 

@@ -76,6 +76,23 @@ SMALL: dict[str, Any] = {
     "sliding_window": 16,
 }
 """Small numbers by config key; a family takes those whose keys its class has."""
+SEEING: dict[str, Any] = {
+    "depth": 1,
+    "num_hidden_layers": 1,
+    "hidden_size": 32,
+    "out_hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_position_embeddings": 16,
+    "position_embedding_size": 16,
+    "image_size": 28,
+    "patch_size": 14,
+    "deepstack_visual_indexes": [0],
+}
+"""The same for the part that reads images."""
 
 
 @dataclass(frozen=True)
@@ -219,6 +236,8 @@ _GRANITE = TinyFamily(
     router_name="router",
     join=plainly(0.6, "shared_mlp", block="block_sparse_moe"),
 )
+_VISION = TinyFamily(auto="AutoModelForImageTextToText", layers="model.language_model.layers")
+_ROPE_3D = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 _MIXED = {"layer_types": ["linear_attention", "full_attention"]}
 
 TINY: dict[str, TinyFamily] = {
@@ -247,6 +266,51 @@ TINY: dict[str, TinyFamily] = {
     "granitemoe_swa": replace(_GRANITE, entries={"residual_multiplier": 0.6}),
     "granitemoehybrid": replace(_GRANITE, entries={"residual_multiplier": 0.6, "layer_types": ["mamba", "attention"]}),
     "aria_text": TinyFamily(router_name="router"),
+    "minimax": TinyFamily(
+        {"layer_types": ["full_attention", "linear_attention"], "mlp_alpha_factor": 0.9, "mlp_beta_factor": 0.7},
+        join=plainly(0.7),
+    ),
+    "minimax_m2": TinyFamily(),
+    "minimax_m3_vl_text": TinyFamily({**_SPARSE, "routed_scaling_factor": 1.5}, join=scaled_inside(1.5)),
+    "laguna": TinyFamily({**_SPARSE, "moe_routed_scaling_factor": 1.5}, join=scaled_inside(1.5)),
+    "lfm2_moe": TinyFamily(
+        {"layer_types": ["conv", "full_attention"]}, block_path="feed_forward", join=plainly(block="feed_forward")
+    ),
+    "hy_v3": TinyFamily(_SPARSE),
+    "hunyuan_v1_moe": TinyFamily(),
+    "ernie4_5_moe": TinyFamily({"moe_layer_start_index": 0}),
+    "bailing_hybrid": TinyFamily(
+        {**_LATENT_ATTENTION, **_SPARSE, **_MIXED, "layer_group_size": 2, "num_expert_group": 1, "topk_group": 1}
+    ),
+    "cohere2_moe": TinyFamily(_SPARSE, join=averaged),
+    "afmoe": TinyFamily({"num_dense_layers": 0}, router_name="router", join=normed_after("post_mlp_layernorm")),
+    "axk1": replace(_LATENT, join=normed_inside("mlp.post_mlp_layernorm")),
+    "nemotron_h": TinyFamily(
+        {"layers_block_type": ["moe", "attention"], "moe_latent_size": 16},
+        block_path="mixer",
+        join=raised("mixer.fc2_latent_proj", block="mixer"),
+    ),
+    "gemma4_text": TinyFamily(
+        {"enable_moe_block": True, "layer_types": ["sliding_attention", "full_attention"]},
+        block_path="",
+        router_name="router",
+        join=gemma,
+    ),
+    "qwen3_5_moe": replace(_VISION, text_entries=_MIXED),
+    "qwen3_vl_moe": replace(_VISION, text_entries={"rope_parameters": _ROPE_3D}),
+    "glm4v_moe": replace(_VISION, text_entries={"head_dim": 16, "rope_parameters": _ROPE_3D}),
+    "gemma4": TinyFamily(
+        auto="AutoModelForImageTextToText",
+        text_entries={"enable_moe_block": True, "layer_types": ["sliding_attention", "full_attention"]},
+        layers="model.language_model.layers",
+        block_path="",
+        router_name="router",
+        join=gemma,
+    ),
+    "aria": replace(_VISION, router_name="router"),
+    "minimax_m3_vl": replace(_VISION, text_entries={**_SPARSE, "routed_scaling_factor": 1.5}, join=scaled_inside(1.5)),
+    "hy_v4": replace(_LATENT, no_trace="several residual streams"),
+    "deepseek_v4": TinyFamily(no_trace="several residual streams", routings=("drop",)),
 }
 
 
@@ -260,6 +324,8 @@ def tiny_config(model_type: str, **changes: Any) -> transformers.PreTrainedConfi
         text_known = known["text_config"]
         text = {key: value for key, value in SMALL.items() if key in text_known}
         small["text_config"] = {**text, **made.text_entries}
+        seeing = known.get("vision_config") or {}
+        small["vision_config"] = {key: value for key, value in SEEING.items() if key in seeing}
     return kind(**{**small, **made.entries, **changes})
 
 

@@ -57,3 +57,31 @@ def _without(forward: Any, gone: torch.Tensor) -> Any:
             torch.nn.functional.linear = real
 
     return masked
+
+
+def at_trained_scale(model: Any, made: TinyFamily, layers: Mapping[int, Sequence[int]]) -> Any:
+    """The model whose routers never choose pruned experts, and weigh the chosen ones by the softmax over all."""
+    copied = copy.deepcopy(model)
+    for layer, ids in layers.items():
+        router = made.router(made.decoder_layer(copied, layer))
+        router.forward = _choosing(router.forward, torch.tensor([i for i in range(EXPERTS) if i not in ids]))
+    return copied
+
+
+def _choosing(forward: Any, gone: torch.Tensor) -> Any:
+    def masked(*args: Any, **kwargs: Any) -> Any:
+        real = torch.topk
+
+        def topk(values: torch.Tensor, *rest: Any, **named: Any) -> Any:
+            hidden = values.clone()
+            hidden[..., gone] = float("-inf")
+            ids = real(hidden, *rest, **named).indices
+            return values.gather(-1, ids), ids
+
+        torch.topk = topk
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            torch.topk = real
+
+    return masked

@@ -15,6 +15,7 @@ from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.jobs.trace import trace
 from shape_moe.progress import Silent
+from shape_moe.selection.select import SelectOptions
 from support.data import write_lines
 from support.own_code import FICKLE, OTHER, SAME, with_code
 
@@ -61,8 +62,8 @@ def test_code_whose_logits_change_while_it_is_traced(embedded, data, tmp_path) -
 
 def test_pruned_models_do_not_run_the_originals_code(embedded, data, tmp_path) -> None:
     folder, notes = with_code(embedded, tmp_path / "model", SAME), Notes()
-    asked = PruneOptions(device="cpu", trust_remote_code=True)
-    result = prune(folder, tmp_path / "out", asked, data=options(data, trusted=True), keep=0.6, progress=notes)
+    asked = PruneOptions(SelectOptions(0.6), device="cpu", trust_remote_code=True)
+    result = prune(folder, tmp_path / "out", asked, data=options(data, trusted=True), progress=notes)
     assert "The code that comes with the model is used (modeling_own.OwnForCausalLM)." in notes.lines
     assert result.logits is not None
     assert result.logits.passed

@@ -76,7 +76,9 @@ def _check_numbers(part: Mapping[str, Any], family: Family | None, where: object
         if key in part and not _is_count(part[key], least=1):
             raise _wrong(where, key, part[key], "a whole number above 0")
     for key in (*_OPTIONAL, *(_count_keys(family) if family else ())):
-        if part.get(key) is not None and not _is_count(_same_everywhere(part[key])):
+        listed = family is not None and key in family.listed_keys
+        value = _same_everywhere(part.get(key)) if listed else part.get(key)
+        if value is not None and not _is_count(value):
             raise _wrong(where, key, part[key], "a whole number")
     for scale in (family.residual_scale_key, family.routed_scale, family.stream_scale_key) if family else ():
         if scale is not None and not (_is_number(part.get(scale, 1.0)) or part[scale] in ("sum", "average")):
@@ -98,7 +100,8 @@ def complete_config(config: dict[str, Any], where: object) -> tuple[dict[str, An
     if family is None:
         return config, ()
     part = family.language_part(config)
-    missing = [key for key in _NEEDED if key not in part]
+    listed = isinstance(part.get(family.layer_list or ""), list)
+    missing = [key for key in _NEEDED if key not in part and not (listed and key == "num_hidden_layers")]
     lacking = [keys for keys in (family.count_keys, family.top_k_keys) if not any(key in part for key in keys)]
     if not missing and not lacking:
         return config, ()

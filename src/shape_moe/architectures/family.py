@@ -40,6 +40,7 @@ class Family:
         mtp_count_keys: config keys that may count those layers.
         vision: beginnings of the names of tensors on disk that belong to vision parts, which text does not use.
         layers: paths of the decoder layers on disk, in the layouts that there are.
+        listed_keys: config keys that may give a number once for every layer, where it is the same in all.
         layer_list: config key of a list with one entry per decoder layer, where no number counts them.
         config_part: the part of ``config.json`` that describes the language model, None where it is the whole.
         auto_class: the auto class of Transformers that knows the model.
@@ -86,6 +87,7 @@ class Family:
     mtp_count_keys: tuple[str, ...] = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
     vision: tuple[str, ...] = ()
     layers: tuple[str, ...] = ("model.layers",)
+    listed_keys: tuple[str, ...] = ()
     layer_list: str | None = None
     config_part: str | None = None
     auto_class: str = "AutoModelForCausalLM"
@@ -104,6 +106,15 @@ class Family:
     not_layered: str | None = None
     untraceable: str | None = None
     unrouted: str | None = None
+
+    @property
+    def why_no_refit(self) -> str | None:
+        """Why down projections cannot be solved again by least squares in the residual stream, None where they can."""
+        if self.after:
+            return "a norm follows its experts, so that its layers are not linear in the down projections"
+        if self.latent is not None:
+            return "its experts work in a space of their own, not in that of the residual stream"
+        return self.not_layered
 
     def inside_block(self, path: str) -> str:
         """The path of a part of the block inside a decoder layer of the live model."""

@@ -13,21 +13,20 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from shape_moe.architectures.empty_model import Once, ShapeAlone, convert, load_config, without_weights
 from shape_moe.architectures.host_memory import give_back_free_memory
 from shape_moe.architectures.layer_reader import WeightReader
 from shape_moe.architectures.loaded import check_loaded, kind_left_aside
-from shape_moe.architectures.loading import DTYPES, LOADING_ERRORS, computing_device, quietly
+from shape_moe.architectures.loading import DTYPES
 from shape_moe.architectures.moe_config import foreign_code
+from shape_moe.architectures.placement import computing_device
 from shape_moe.architectures.plain_model import (
     about_quantisation,
-    is_stored_plain,
-    plain_config,
-    plain_dtype,
     why_not_observable,
 )
 from shape_moe.architectures.quantised.plain import PlainTensor
@@ -37,7 +36,6 @@ from shape_moe.errors import CheckpointError, UnsupportedModelError, UsageError,
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedModel
 
 Note = Callable[[str], None]
 _LARGE = 2**26
@@ -71,7 +69,7 @@ class LayeredModel:
             raise UnsupportedModelError(f"{snapshot.name} cannot be read layer by layer: {reason}.")
         self.snapshot, self.device = snapshot, computing_device(device)
         _keep_no_kernels()
-        self.model, info = _without_weights(snapshot, dtype)
+        self.model, info = without_weights(snapshot, dtype)
         self._reader = WeightReader(snapshot, self.model.dtype)
         left = check_loaded(snapshot, self.model, info)
         for line in (*snapshot.notes, about_quantisation(snapshot, dtype), left):
@@ -81,7 +79,7 @@ class LayeredModel:
         self._decoder: Any = self.model.get_decoder()
         self._layers: list[nn.Module] = list(self._decoder.layers)
         self.num_layers = len(self._layers)
-        self._load_config = _load_config(self.model, self.device)
+        self._load_config = load_config(self.model, self.device)
         self._names = [self._names_of(layer) for layer in self._layers]
         self._entry = self._names_of(self.model.get_input_embeddings())
         behind = self._names_of(self.model) - set().union(*self._names) - self._entry
@@ -236,7 +234,7 @@ class LayeredModel:
     def _targets(self, tensor: PlainTensor) -> set[str]:
         """Names in the live model of what a tensor on disk becomes."""
         return set(self.model.state_dict()) - set(
-            _convert(self.model, {tensor.name: _Shape.of(tensor)}, self._load_config).missing_keys
+            convert(self.model, {tensor.name: ShapeAlone.of(tensor)}, self._load_config).missing_keys
         )
 
     def _read(self, layer: int) -> dict[str, torch.Tensor]:
@@ -244,8 +242,8 @@ class LayeredModel:
 
     def _fill(self, tensors: dict[str, torch.Tensor]) -> None:
         """Put tensors on disk where the live model has them, converted as Transformers' loading does."""
-        once = {name: _Once(tensors, name) for name in list(tensors)}
-        info = _convert(self.model, once, self._load_config)
+        once = {name: Once(tensors, name) for name in list(tensors)}
+        info = convert(self.model, once, self._load_config)
         if info.conversion_errors:
             raise CheckpointError(f"{self.snapshot.name}: {first_line(next(iter(info.conversion_errors.values())))}")
 
@@ -314,100 +312,3 @@ def _set(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 def _unchanged(hidden: torch.Tensor) -> torch.Tensor:
     return hidden
-
-
-class _Shape:
-    """Stands for a tensor on disk while a model is built without weights: Transformers reads a slice of it."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.shape, self.dtype = shape, dtype
-
-    @classmethod
-    def of(cls, tensor: PlainTensor) -> _Shape:
-        """What stands for a tensor on disk."""
-        import torch
-
-        return cls(tensor.shape, torch.float32)
-
-    def __getitem__(self, _everything: Any) -> _Shape:
-        return self
-
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:  # noqa: ARG002  # its interface
-        """A tensor of this shape without values, whatever device is asked for."""
-        import torch
-
-        return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
-
-
-class _Once:
-    """Gives a tensor once and lets go of it, so that it is free as soon as its conversion is done."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor], name: str) -> None:
-        self._tensors, self._name = tensors, name
-
-    def __getitem__(self, _everything: Any) -> torch.Tensor:
-        return self._tensors.pop(self._name)
-
-
-def _without_weights(snapshot: Snapshot, dtype: str) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """The model with all weights of the checkpoint on the meta device and its buffers real, and its loading info."""
-    import torch
-    import transformers
-    from transformers import GenerationConfig
-
-    shapes = {name: _Shape.of(tensor) for name, tensor in snapshot.plain.items()}
-    try:
-        with quietly():
-            config = plain_config(snapshot)
-            chosen = _stored_dtype(snapshot, config) if dtype == "auto" else getattr(torch, dtype)
-            found: tuple[PreTrainedModel, dict[str, Any]] = getattr(
-                transformers, snapshot.moe.family.stock_class
-            ).from_pretrained(
-                None,
-                config=config,
-                state_dict=shapes,
-                dtype=chosen,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-            if (snapshot.path / "generation_config.json").is_file():
-                found[0].generation_config = GenerationConfig.from_pretrained(snapshot.path)
-    except LOADING_ERRORS as error:
-        raise CheckpointError(f"Transformers could not build {snapshot.name}: {first_line(error)}") from error
-    return found
-
-
-def _stored_dtype(snapshot: Snapshot, config: Any) -> torch.dtype:
-    """The checkpoint's dtype as Transformers finds it: what the configuration says, or the first tensor's."""
-    import torch
-
-    if not is_stored_plain(snapshot):
-        named: torch.dtype = getattr(torch, plain_dtype(snapshot))
-        return named
-    if isinstance(config.dtype, torch.dtype):
-        return config.dtype
-    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    return next((names[slot.dtype] for slot in snapshot.tensors.values() if slot.dtype in names), torch.float32)
-
-
-def _load_config(model: PreTrainedModel, device: torch.device) -> Any:
-    """How Transformers converts and places the tensors of this model."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.modeling_utils import LoadStateDictConfig
-
-    return LoadStateDictConfig(
-        device_map={"": device},
-        dtype=model.dtype,
-        dtype_plan=model._get_dtype_plan(model.dtype),  # noqa: SLF001  # as from_pretrained does
-        weight_mapping=get_model_conversion_mapping(model, None, None),
-        ignore_mismatched_sizes=True,
-    )
-
-
-def _convert(model: PreTrainedModel, tensors: Mapping[str, Any], config: Any) -> Any:
-    """Convert tensors on disk and set them in the model; gives Transformers' loading info."""
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-
-    with quietly():
-        info, _ = convert_and_load_state_dict_in_model(model, tensors, config)
-    return info

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from shape_moe.architectures.loading import input_device
-from shape_moe.architectures.sites import decoder_layers
+from shape_moe.architectures.sites import decoder_layers, live_moe_config
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,8 @@ class LiveLayers:
             self.model.eval()
             for index, layer in self._layers.items():
                 _replace(stack, layer, self._forward_of(index, layer.forward))
-            _replace(stack, self._decoder.norm, lambda hidden: hidden)
+            final = self._decoder.get_submodule(live_moe_config(self.model).family.final_norm)
+            _replace(stack, final, lambda hidden: hidden)
             yield self
 
     @contextmanager

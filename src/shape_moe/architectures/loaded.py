@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shape_moe.architectures.families import FAMILIES, QUANTISATION_SCALES
+from shape_moe.architectures.moe_config import PRUNING_KEY
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.errors import CheckpointError
 
@@ -77,7 +78,8 @@ def kind_left_aside(snapshot: Snapshot, name: str) -> str | None:
     family = FAMILIES.get(snapshot.config.get("model_type") or "")
     if family is None:
         return None
-    if _MTP.search(name) or snapshot.role(name).layer >= snapshot.moe.num_layers:
+    pruned = PRUNING_KEY in snapshot.config  # it holds no layers past its last one
+    if _MTP.search(name) or (not pruned and snapshot.role(name).layer >= snapshot.moe.num_layers):
         return "of multi-token-prediction layers" if family.has_mtp_layers else None
     if any(name.startswith(part) for part in family.vision):
         return "of vision parts"

@@ -13,6 +13,7 @@ from shape_moe.architectures.gguf_tokenizer import load_gguf_tokenizer
 from shape_moe.architectures.host_memory import host_memory
 from shape_moe.architectures.loaded import check_loaded
 from shape_moe.architectures.moe_config import foreign_code
+from shape_moe.architectures.placement import is_map, placement, with_offload_folder
 from shape_moe.architectures.plain_model import about_quantisation, auto_class, is_stored_plain, load_plain, plain_dtype
 from shape_moe.architectures.sites import find_sites
 from shape_moe.architectures.snapshot import Snapshot
@@ -51,7 +52,8 @@ def load_model(
 
     Args:
         snapshot: the model.
-        device: ``auto`` (GPUs where there are some, else the CPU), ``cpu``, ``cuda``, ``cuda:1``, ...
+        device: ``auto`` (GPUs where there are some, else the CPU), ``cpu``, ``cuda``, ``cuda:1``, ..., or a device map
+            (see :func:`shape_moe.architectures.placement.placement`).
         dtype: ``auto`` for the checkpoint's own.
         note: where to tell the user something that is worth a line.
 
@@ -63,11 +65,11 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
-    placement = _placement(device)
-    if not placement.get("device_map") and (reason := why_not_loadable(loaded_bytes(snapshot, dtype), "cpu")):
+    places = with_offload_folder(placement(device)) if is_map(device) else placement(device)
+    if not places.get("device_map") and (reason := why_not_loadable(loaded_bytes(snapshot, dtype), "cpu")):
         raise ShapeMoeError(f"{snapshot.name} does not fit into memory: {reason}.")
     code = foreign_code(snapshot.config)
-    model, info = _from_pretrained(snapshot, dtype, placement, trusted=code is not None and snapshot.trust_remote_code)
+    model, info = _from_pretrained(snapshot, dtype, places, trusted=code is not None and snapshot.trust_remote_code)
     left = check_loaded(snapshot, model, info)
     for line in (*snapshot.notes, about_quantisation(snapshot, dtype), _about_code(code, model), left):
         if line is not None:
@@ -156,34 +158,6 @@ def find_tokenizer(snapshot: Snapshot) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def _placement(device: str) -> dict[str, Any]:
-    import torch
-
-    if device == "auto":
-        return {"device_map": "auto"} if torch.cuda.is_available() else {}
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise UsageError(f"There is no device {device!r}; use auto, cpu, cuda or cuda:N.") from error
-    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"Device {device} was asked for, but torch sees {torch.cuda.device_count()} GPUs.")
-    return {} if kind == "cpu" else {"device_map": {"": device}}
-
-
-def computing_device(device: str) -> torch.device:
-    """Where one layer at a time computes: ``auto`` is the first GPU where there is one, else the CPU.
-
-    Raises:
-        UsageError: for an unknown device.
-    """
-    import torch
-
-    _placement(device)
-    if device == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    return torch.device(device)
-
-
 @contextmanager
 def quietly() -> Iterator[None]:
     """Keep Transformers' own bars and reports off: callers show progress, and say what is wrong, in their own way."""
@@ -230,10 +204,13 @@ def release_memory() -> None:
 
 
 def free_memory(device: str = "auto") -> int:
-    """Bytes free on the device (all GPUs together under ``auto``)."""
+    """Bytes free on the device (all GPUs together under ``auto``, those and the machine's with a device map)."""
     import torch
 
-    _placement(device)
+    placement(device)
+    if is_map(device):
+        gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+        return host_memory() + sum(torch.cuda.mem_get_info(index)[0] for index in gpus)
     if device == "cpu" or not torch.cuda.is_available():
         return host_memory()
     chosen = range(torch.cuda.device_count()) if device in ("auto", "cuda") else [torch.device(device).index or 0]
@@ -241,7 +218,9 @@ def free_memory(device: str = "auto") -> int:
 
 
 def why_not_loadable(bytes_needed: int, device: str = "auto") -> str | None:
-    """A sentence that says why a model of this size cannot be loaded, None when it can."""
+    """A sentence that says why a model of this size cannot be loaded, None when it can, and where a map places it."""
+    if is_map(device):
+        return None
     free = free_memory(device)
     if bytes_needed * _MEMORY_MARGIN <= free:
         return None

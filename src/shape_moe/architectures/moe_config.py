@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from shape_moe.architectures.families import FAMILIES, Family, family_names
+from shape_moe.architectures.refused_families import REFUSED
 from shape_moe.errors import UnsupportedModelError, UsageError
 
 PRUNING_KEY = "shape_pruning"
@@ -132,6 +133,8 @@ def find_family(config: Config) -> Family:
     model_type = str(config.get("model_type") or "(none)")
     if model_type in FAMILIES:
         return FAMILIES[model_type]
+    if model_type in REFUSED:
+        raise UnsupportedModelError(f"Model type {model_type!r} cannot be pruned: {REFUSED[model_type]}.")
     if not _names_experts(config):
         raise UnsupportedModelError(f"This model ({model_type}) has no experts: there is nothing to prune.")
     code = foreign_code(config)

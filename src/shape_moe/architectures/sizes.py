@@ -106,6 +106,7 @@ def kv_cache_bytes(config: dict[str, Any], context: int, concurrency: int, *, bi
 
     Counts latent attention (one compressed vector per token) and sliding windows; layers without attention hold none.
     """
+    config = {**config.get("text_config", {}), **config}
     window = config.get("sliding_window") or context
     lengths = {"full": context, "sliding": min(context, window), "none": 0}
     per_layer = _kv_layer(config, bits)
@@ -123,6 +124,9 @@ def _kv_layer(config: dict[str, Any], bits: int) -> int:
 
 
 def _layer_kinds(config: dict[str, Any]) -> list[str]:
+    listed = config.get("layers_block_type")
+    if isinstance(listed, list) and "num_hidden_layers" not in config:
+        return ["full" if kind in ("attention", "full_attention") else "none" for kind in listed]
     layers = int(config["num_hidden_layers"])
     names = {"full_attention": "full", "sliding_attention": "sliding"}
     if isinstance(config.get("layer_types"), list):

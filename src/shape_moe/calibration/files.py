@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -71,6 +72,11 @@ def drop_holes(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [drop_holes(entry) for entry in value]
     return value
+
+
+_WRAPPERS = ("data", "rows", "records", "examples", "samples", "train")
+"""Keys under which an object holds its records, beside what tells of all of them."""
+_OF_RECORDS = {"messages", "conversations", "prompt", "instruction", "text", "chosen"}
 
 
 class _Lines:
@@ -163,9 +169,16 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Lines that are not blank, with their numbers; a byte-order mark is skipped."""
     with _opened(path) as stream:
         for number, line in enumerate(stream, start=1):
-            content = line.removeprefix(_BOM) if number == 1 else line
+            content = _unmarked(line, path) if number == 1 else line
             if content.strip():
                 yield number, content
+
+
+def _unmarked(data: bytes, path: Path) -> bytes:
+    """The beginning of a file without a byte-order mark of UTF-8; those of other encodings are told."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+        raise DataError(f"{path}: UTF-16 or UTF-32 text; save the file as UTF-8.")
+    return data.removeprefix(_BOM)
 
 
 def _as_object(line: bytes, where: str) -> Row:
@@ -191,7 +204,7 @@ def _json(path: Path) -> Table:
     if len(first) == 2 and all(line.lstrip()[:1] == b"{" for line in first):
         return _Lines(path, _as_object, "one JSON record a line")
     with _opened(path) as stream:
-        data = stream.read().removeprefix(_BOM)
+        data = _unmarked(stream.read(), path)
     try:
         data.decode()
         entries = msgspec.json.decode(data, type=list[msgspec.Raw] | dict[str, msgspec.Raw])
@@ -207,9 +220,11 @@ def _json(path: Path) -> Table:
         raise DataError(f"{path}, line {line}: not valid JSON ({reason}).") from error
     if isinstance(entries, dict):
         lists = {key: value for key, value in entries.items() if bytes(value).lstrip()[:2] in (b"[{", b"[\n", b"[ ")}
-        if len(entries) > 1 or not lists:
+        wrappers = () if _OF_RECORDS & entries.keys() else _WRAPPERS
+        key = next((name for name in lists if len(entries) == 1 or name in wrappers), None)
+        if key is None:
             return _Parsed(path, [(f"{path}, record 1", data)], _as_object)
-        key, value = next(iter(lists.items()))
+        value = lists[key]
         entries = msgspec.json.decode(value, type=list[msgspec.Raw])
         table = _Parsed(path, _numbered(path, entries), _as_object)
         table.said = f"the list under {key!r}"
@@ -230,7 +245,10 @@ def _line_of(data: bytes, message: str) -> int:
 
 def _csv(path: Path, delimiter: str = ",") -> Table:
     with _opened(path) as stream:
-        data = stream.read().removeprefix(_BOM)
+        data = _unmarked(stream.read(), path)
+    header, said = data.partition(b"\n")[0], ""
+    if delimiter == "," and b"," not in header and b";" in header:
+        delimiter, said = ";", "columns parted by semicolons"
     text = data.decode(errors="surrogateescape")  # a row that is not UTF-8 is told when it is wanted
     before = csv.field_size_limit(_LARGEST_FIELD)
     entries: list[tuple[str, Any]] = []
@@ -248,7 +266,9 @@ def _csv(path: Path, delimiter: str = ",") -> Table:
                 entries.append((f"{path}, line {reader.line_num}", row))
     finally:
         csv.field_size_limit(before)
-    return _Parsed(path, entries, _csv_row)
+    table = _Parsed(path, entries, _csv_row)
+    table.said = said
+    return table
 
 
 def _csv_row(row: dict[Any, Any], where: str) -> Row:

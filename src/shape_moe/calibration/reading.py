@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shape_moe.calibration.named_classes import Labels, in_named_classes, labels_of
+from shape_moe.calibration.named_classes import Labels, in_named_classes, labels_of, unnamed_kinds
 from shape_moe.calibration.presets import PresetTable, find_preset, local_copy
 from shape_moe.calibration.records import DataOptions, Record
 from shape_moe.calibration.shapes import normalise
@@ -75,6 +75,8 @@ def load(options: DataOptions, progress: Progress = SILENT) -> Loaded:
         counts = Counter(record.group for record in loaded.records)
         named = ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=str))
         loaded.said.append(f"Classes by field {loaded.label!r}: {named} (--stratify none makes them one).")
+    elif options.stratify is None and options.label is None and not options.also:
+        loaded.said += [said] if (said := unnamed_kinds(loaded.records)) is not None else []
     for line in loaded.said:
         progress.note(line)
     if loaded.skipped:

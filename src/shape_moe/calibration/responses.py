@@ -112,8 +112,12 @@ def greedy_answers(
 
 def pad_token_id(model: PreTrainedModel, tokeniser: Tokeniser) -> int:
     """A token id to pad with: which one does not matter, because padding is masked, but the model must embed it."""
-    for value in (tokeniser.tokenizer.pad_token_id, model.config.pad_token_id, tokeniser.tokenizer.eos_token_id):
-        if isinstance(value, int) and 0 <= value < model.config.vocab_size:
+    for value in (
+        tokeniser.tokenizer.pad_token_id,
+        model.config.get_text_config().pad_token_id,
+        tokeniser.tokenizer.eos_token_id,
+    ):
+        if isinstance(value, int) and 0 <= value < model.config.get_text_config().vocab_size:
             return value
     return 0
 

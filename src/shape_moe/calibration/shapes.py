@@ -272,7 +272,7 @@ FORMATS = tuple(shape.name for shape in SHAPES)
 """What ``--format`` takes."""
 _MEANINGFUL = frozenset(
     {*(key for shape in SHAPES for key in (*shape.keys, *shape.beside)), *_RESPONSES, *_BESIDE, "input", "context"}
-    | {"rejected", "label", "question", "chat_template_kwargs"}
+    | {"rejected", "label", "question", "choices", "chat_template_kwargs"}
 )
 
 

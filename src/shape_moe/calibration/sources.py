@@ -17,7 +17,8 @@ from shape_moe.literal_paths import plain_name
 
 __all__ = ["FILE_TYPES", "Row", "Rows", "Table"]
 _SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")
-_GLOB = re.compile(r"[*?\[\]]")
+_NOT_PLAIN = re.compile(r"[^\w./+@,=-]")
+"""What ``datasets`` could read as a pattern, an address or a chain of them."""
 IN_MEMORY = "records in memory"
 """What stands for a source that has no name."""
 
@@ -151,10 +152,11 @@ def _folder(path: Path, subset: str | None, split: str) -> list[Table]:
     import datasets
 
     try:
-        with _plain_name(path) as plain:
+        with _plain_names(path) as (plain, places):
             files = datasets.load_dataset_builder(str(plain), subset).config.data_files or {}
             found = {
-                str(name): [path / Path(file).relative_to(plain) for file in entries] for name, entries in files.items()
+                str(name): [places.get(Path(file), path / Path(file).relative_to(plain)) for file in entries]
+                for name, entries in files.items()
             }
     except (OSError, ValueError, TypeError, LookupError, datasets.exceptions.DatasetsError) as error:
         types = ", ".join(FILE_TYPES)
@@ -171,19 +173,28 @@ def _folder(path: Path, subset: str | None, split: str) -> list[Table]:
 
 
 @contextmanager
-def _plain_name(path: Path) -> Iterator[Path]:
-    """A folder whose name has none of the letters that ``datasets`` takes for patterns: it, or one of empty files."""
+def _plain_names(path: Path) -> Iterator[tuple[Path, dict[Path, Path]]]:
+    """A folder in which no name has any of the letters that ``datasets`` could take for more, and what its files are.
+
+    It is the folder itself, or one of empty files: there, each such letter is a hyphen.
+    """
     path = path.resolve()
-    if not _GLOB.search(str(path)):
-        yield path
+    held = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    files = [file for file in held if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    if not any(_NOT_PLAIN.search(str(file)) for file in (path, *files)):
+        yield path, {}
         return
     with tempfile.TemporaryDirectory() as name:
-        copy = Path(name).resolve()
-        for file in path.rglob("*"):
-            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
-                (copy / file.relative_to(path)).parent.mkdir(parents=True, exist_ok=True)
-                (copy / file.relative_to(path)).write_bytes(file.read_bytes() if file.name == "README.md" else b"")
-        yield copy
+        copy, places = Path(name).resolve(), dict[Path, Path]()
+        for number, file in enumerate(files):
+            inside = str(file.relative_to(path))
+            plain = copy / _NOT_PLAIN.sub("-", inside)
+            if plain in places or (_NOT_PLAIN.search(inside) and path / plain.relative_to(copy) in files):
+                plain = plain.with_name(f"{number}-{plain.name}")
+            plain.parent.mkdir(parents=True, exist_ok=True)
+            plain.write_bytes(file.read_bytes() if file.name == "README.md" else b"")
+            places[plain] = file
+        yield copy, places
 
 
 def _hub(name: str, subset: str | None, split: str, revision: str | None) -> Table:

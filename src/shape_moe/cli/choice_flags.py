@@ -13,7 +13,7 @@ from shape_moe.cli.values import parse_layers, parse_protect, share_option
 from shape_moe.errors import UsageError
 from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.layer_curves import LayerCurves, load_curves
-from shape_moe.selection.method import Method, check_gate_scale_name, routing_for
+from shape_moe.selection.method import PUBLISHED, Method, check_gate_scale_name, routing_for
 from shape_moe.selection.select import SelectOptions
 from shape_moe.tracing.token_weights import token_weights
 
@@ -84,11 +84,17 @@ class ScoreFlags(WeightFlags):
     """How experts are valued."""
 
     scorer: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="How experts are valued; shape-moe score --list explains them.", rich_help_panel=CHOICE_PANEL
+            help="How experts are valued; shape-moe score --list explains them. Default: shape.",
+            rich_help_panel=CHOICE_PANEL,
         ),
-    ] = "shape"
+    ] = None
+
+    @property
+    def named(self) -> str:
+        """The scorer, the published one where none is named."""
+        return self.scorer or PUBLISHED.scorer
 
 
 @dataclass
@@ -208,7 +214,7 @@ class SelectFlags:
         return SelectOptions(
             keep=keep,
             method=Method(
-                score.scorer, self.rule or "coverage", routing_for(target, self.routing, scale), target, scale
+                score.named, self.rule or "coverage", routing_for(target, self.routing, scale), target, scale
             ),
             scoring=score.options(seed),
             tolerance=self.tolerance,

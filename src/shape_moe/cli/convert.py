@@ -23,8 +23,8 @@ def convert(
         Path,
         typer.Argument(
             metavar="FILE",
-            help="Server responses with routed experts (JSONL), coalition counts or selected experts (JSON); or a "
-            "trace or a selection, for the reference implementation.",
+            help="Server responses with routed experts (JSONL), coalition counts or selected experts (JSON), an "
+            "imatrix of llama.cpp; or a trace or a selection, for the reference implementation.",
         ),
     ],
     out: Annotated[
@@ -39,7 +39,8 @@ def convert(
     kind: Annotated[
         str | None,
         typer.Option(
-            "--from", help="responses, coalitions, selected, selection or trace. Default: recognised by its content."
+            "--from",
+            help="responses, coalitions, selected, imatrix, selection or trace. Default: recognised by its content.",
         ),
     ] = None,
     to: Annotated[str | None, typer.Option(help="shape-moe or reference. Default: the other of the two.")] = None,
@@ -74,7 +75,8 @@ def _warnings(result: Trace | Selection) -> list[str]:
     if isinstance(result, Selection):
         return list(result.warnings)
     skipped = result.info.source.get("skipped") or {}
-    return [f"{len(skipped)} responses were skipped; the first: {next(iter(skipped.values()))}"] if skipped else []
+    found = [f"{len(skipped)} responses were skipped; the first: {next(iter(skipped.values()))}"] if skipped else []
+    return [*found, *map(str, result.info.source.get("remarks") or ())]
 
 
 def _document(result: Trace | Selection, out: Path) -> dict[str, Any]:

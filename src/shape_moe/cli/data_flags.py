@@ -240,7 +240,7 @@ class DataFlags:
             data,
             tokens,
             answers,
-            device.device,
+            device.place,
             device.dtype,
             device.trust_remote_code,
             replacement=not self.no_replacement,

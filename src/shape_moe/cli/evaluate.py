@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,17 +15,18 @@ from shape_moe.cli.data_flags import DataFlags
 from shape_moe.cli.endpoint_flags import EndpointFlags
 from shape_moe.cli.evaluation_shown import show_evaluation
 from shape_moe.cli.flag_groups import changed_flags
-from shape_moe.cli.flags import REJECTED, ForceFlag, LoadFlags, OutputFlags, RevisionFlag, SeedFlag
+from shape_moe.cli.flags import REJECTED, ForceFlag, LoadFlags, OutputFlags, RevisionFlag, SeedFlag, StreamFlag
 from shape_moe.cli.quality_flags import GenerationFlags, NoGeneral, TaskFlags
 from shape_moe.cli.values import share_option
 from shape_moe.errors import UsageError
 from shape_moe.evaluation.evaluated import Evaluation
 from shape_moe.evaluation.footprint import Workload
 from shape_moe.evaluation.verdict import MAX_DROP, check_requirement
-from shape_moe.jobs.evaluate import EvaluateOptions
 from shape_moe.jobs.evaluate_endpoints import EndpointOptions
+from shape_moe.jobs.evaluate_options import EvaluateOptions
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.output_file import OutputFile
+from shape_moe.units import share_as_option
 from shape_moe.workspace import write_json
 
 ALSO_SAMPLES = 100
@@ -57,6 +59,7 @@ def evaluate(
     tasks: TaskFlags,
     hub: RevisionFlag,
     run: LoadFlags,
+    stream: StreamFlag,
     seed: SeedFlag,
     force: ForceFlag,
     output: OutputFlags,
@@ -84,7 +87,8 @@ def evaluate(
         share_option(
             "--max-drop",
             "1%",
-            help=f"How far right answers may fall for the verdict 'safe', such as 1% or 0.01. Default: {MAX_DROP:.0%}.",
+            help="How far right answers may fall for the verdict 'safe', such as 1% or 0.01. "
+            f"Default: {share_as_option(MAX_DROP)}.",
             show_default=False,
         ),
     ] = MAX_DROP,
@@ -125,7 +129,7 @@ def evaluate(
     if changed_flags(served):
         named = {"MODEL": model, "PRUNED": candidates, "--also": also, "--faithfulness": faithfulness}
         unused = [name for name, value in named.items() if value] + changed_flags(tasks) + changed_flags(run)
-        unused += changed_flags(hub)
+        unused += changed_flags(hub) + changed_flags(stream)
         served.refuse_unused(unused + [name for name in changed_flags(generation) if name == "--generate"], data)
         asked = EndpointOptions(
             models=served.models(),
@@ -166,7 +170,7 @@ def evaluate(
         minutes=judge_minutes,
         seed=seed.seed,
     )
-    given = data.options(run, seed.seed, HELD_OUT_SAMPLES) if data.data else None
+    given = replace(data.options(run, seed.seed, HELD_OUT_SAMPLES), stream=stream.stream) if data.data else None
     if given is None and changed_flags(data):
         raise UsageError(f"{', '.join(changed_flags(data))} says how examples are read: give --data.")
     examples = (*(given.data.files if given else []), *(options.also.files if options.also else []))
@@ -178,7 +182,7 @@ def evaluate(
             data=given,
             options=options,
             revision=hub.revision,
-            device=run.device,
+            device=run.place,
             dtype=run.dtype,
             trust_remote_code=run.trust_remote_code,
             progress=talk,

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from shape_moe.cli.console import plain_table
 from shape_moe.cli.estimates import kl, number, points, share
-from shape_moe.evaluation.evaluated import TASK, Evaluated, Evaluation
+from shape_moe.evaluation.evaluated import TASK, Chosen, Evaluated, Evaluation
 from shape_moe.evaluation.faithfulness import Faithfulness
 from shape_moe.evaluation.measures import Measured, worst_group
 from shape_moe.reporting.opening import evaluated_line, short_name
@@ -50,7 +50,8 @@ def _show_set(console: Console, result: Evaluation, name: str, *, by_pattern: bo
     source = result.data if name == TASK else result.also
     columns = [_figures(found.sets[name], by_pattern=by_pattern) for found in result.models]
     shown = [figure for figure in columns[0] if any(figures[figure] for figures in columns)]
-    title = f"{source}: figures with 95 % intervals"
+    shapes = [shape for found in result.models if found.selection and (shape := Chosen.of(found.selection).shape)]
+    title = f"{source}: figures with 95 % intervals{f' ({shapes[0]})' if shapes else ''}"
     table = plain_table("", *(short_name(found.name) for found in result.models), title=title)
     for figure in shown:
         table.add_row(figure, *(figures[figure] for figures in columns))

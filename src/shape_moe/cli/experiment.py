@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from rich.markup import escape
 import shape_moe
 from shape_moe.cli.console import plain_table, show_commands
 from shape_moe.cli.flags import ForceFlag, OutputFlags
+from shape_moe.cli.values import parse_values
 from shape_moe.errors import UsageError
 from shape_moe.experiments.config import ExperimentConfig
 from shape_moe.experiments.reader import read_config
@@ -36,6 +38,20 @@ def experiment(
             help="A part of the grid: model, calibration, method, routing, keep or evaluation; can be repeated.",
         ),
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="What selections are judged in: transformers (the default), or vllm, which holds the dense model "
+            "once, takes selections as masks, and judges free answers alone."
+        ),
+    ] = None,
+    engine_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="With --engine vllm: an argument of vllm.LLM, for example tensor_parallel_size=2.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check CONFIG and count its cells; nothing is read or loaded.")
     ] = False,
@@ -48,6 +64,9 @@ def experiment(
     """
     talk = output.output()
     grid = read_config(config).only(**_axes(only or []))
+    if engine is not None or engine_arg:
+        arguments = parse_values(engine_arg, "--engine-arg")
+        grid = replace(grid, engine=engine or grid.engine, engine_args=arguments)
     if dry_run:
         talk.result(_size(grid), lambda console: _show_size(console, grid))
         return

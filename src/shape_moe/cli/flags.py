@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from shape_moe.architectures.placement import AUTOMATIC_MAPS, MAP
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.cli.console import Output
 from shape_moe.cli.flag_groups import changed_flags
@@ -66,13 +68,13 @@ class SeedFlag:
 
 @dataclass
 class StreamFlag:
-    """How a model that is traced lies in memory."""
+    """How a model lies in memory while it is traced and judged."""
 
     stream: Annotated[
         bool | None,
         typer.Option(
             "--stream/--no-stream",
-            help="Trace layer by layer, for models larger than memory, or with the whole model in memory. Default: "
+            help="Run layer by layer, for models larger than memory, or with the whole model in memory. Default: "
             "whole where it fits.",
             rich_help_panel=RUN_PANEL,
         ),
@@ -89,10 +91,33 @@ class DeviceFlags:
             help="Where to run: auto (GPUs if there are any), cpu, cuda or cuda:N.", rich_help_panel=RUN_PANEL
         ),
     ] = "auto"
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MAP",
+            help="Spread one model over GPUs, memory and disk instead: auto (by what is free), or a JSON file that "
+            "maps its parts to GPU numbers, cpu or disk.",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = None
     dtype: Annotated[
         str,
         typer.Option(help="Precision: auto (the checkpoint's), float32, bfloat16, float16.", rich_help_panel=RUN_PANEL),
     ] = "auto"
+
+    @property
+    def place(self) -> str:
+        """Where the model lies: on a device, or as a map says.
+
+        Raises:
+            UsageError: where both are given.
+        """
+        if self.device_map is None:
+            return self.device
+        if self.device != "auto":
+            raise UsageError("--device puts the whole model in one place, --device-map spreads it: leave one out.")
+        named = self.device_map
+        return f"{MAP}{named if named in AUTOMATIC_MAPS else Path(named).absolute()}"
 
 
 @dataclass

@@ -10,7 +10,7 @@ from rich.markup import escape
 from shape_moe.cli.console import plain_table
 from shape_moe.cli.flags import MemoryFlags, ModelArgument, OutputFlags, RevisionFlag
 from shape_moe.jobs.inspect import Inspection, inspect_model
-from shape_moe.units import readable_share, readable_size
+from shape_moe.units import named_share, readable_share, readable_size
 
 HELPS = {"fit": "Say with which precision and keep rate the model fits this memory (such as 24GiB), KV cache included."}
 
@@ -83,7 +83,7 @@ def _show(console: Console, found: Inspection) -> None:
     for keep, size_at in found.sizes.items():
         saved = size.total - size_at
         less = f"{readable_size(saved)} ({readable_share(saved / size.total)})" if saved else "nothing"
-        table.add_row(f"{keep:.0%}", readable_size(size_at), less)
+        table.add_row(named_share(keep), readable_size(size_at), less)
     console.print(table)
     if found.fits:
         _show_fits(console, found)
@@ -97,7 +97,7 @@ def _show_fits(console: Console, found: Inspection) -> None:
     console.print(f"Within {device}, of which a tenth is left to the runtime and {cache} to the KV cache:")
     table = plain_table("precision", "dense weights", "dense fits", "largest keep", "weights then")
     for fit in found.fits:
-        keep = "none" if fit.keep is None else f"{int(fit.keep * 1000) / 10:g}%"  # rounded down: it has to fit
+        keep = "none" if fit.keep is None else named_share(int(fit.keep * 1000) / 1000)  # rounded down: it has to fit
         then = "" if fit.weights_bytes is None else readable_size(fit.weights_bytes)
         table.add_row(fit.precision, readable_size(fit.dense_bytes), "yes" if fit.dense_fits else "no", keep, then)
     console.print(table)

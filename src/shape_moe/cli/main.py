@@ -35,9 +35,11 @@ VERBS = {
     "serve": "Serve the original with vLLM as if it had been pruned.",
     "verify": "Check that a pruned checkpoint is what it claims to be.",
     "evaluate": "Judge pruned models beside the dense one.",
+    "families": "List the model families that are known, and what is supported of each.",
     "presets": "List the benchmarks whose examples are known by name.",
     "experiment": "Run a grid of pruning experiments from one YAML file.",
     "report": "Write an HTML report.",
+    "doctor": "Check this machine in two minutes, for a bug report.",
     "demo": "See all of it on a small embedded model, offline.",
 }
 """What each verb does, for the overview. The module of a verb is imported only when that verb is run."""

@@ -55,7 +55,7 @@ def measure(
     """
     talk = output.output()
     scale = check_gate_scale_name(gate_scale or "survivors")
-    method = Method(score.scorer, "measured", routing_for("ragged", routing, scale), gate_scale=scale)
+    method = Method(score.named, "measured", routing_for("ragged", routing, scale), gate_scale=scale)
     method.check()
     curves = job.measure(
         model,

@@ -14,7 +14,7 @@ from rich.markup import escape
 import shape_moe
 from shape_moe.architectures.gguf_file import is_gguf
 from shape_moe.calibration.records import DataOptions
-from shape_moe.cli.choice_flags import ScoreFlags, SelectFlags
+from shape_moe.cli.choice_flags import CHOICE_PANEL, ScoreFlags, SelectFlags
 from shape_moe.cli.console import Output, plain_table, show_commands
 from shape_moe.cli.data_flags import DataFlags, KeepAlsoFlag
 from shape_moe.cli.estimates import kl, points
@@ -38,7 +38,7 @@ from shape_moe.errors import UsageError
 from shape_moe.evaluation.intervals import Estimate
 from shape_moe.evaluation.keep_rate import Limit
 from shape_moe.evaluation.verdict import MAX_DROP
-from shape_moe.jobs.auto import AUTO_HELD_OUT, ChoiceOptions
+from shape_moe.jobs.choice import AUTO_HELD_OUT, MOST_PASSES, ChoiceOptions, check_effort
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
 from shape_moe.jobs.judgement import JudgementOptions
 from shape_moe.jobs.judging_plan import MINUTES
@@ -55,14 +55,14 @@ if TYPE_CHECKING:
     from shape_moe.jobs.prune_series import SeriesResult
 
 HELPS = {
-    "samples": f"Calibrate with at most this many records. Default: {PAPER_SAMPLES}, or "
-    f"{DEFAULT_SAMPLES} where candidates are judged.",
-    "scorer": "How experts are valued (shape-moe score --list explains them); auto tries several and judges them.",
+    "samples": f"Calibrate with at most this many records. Default: {DEFAULT_SAMPLES}, or "
+    f"{PAPER_SAMPLES} where a method is named.",
+    "scorer": "How experts are valued (shape-moe score --list explains them). Default: auto, which judges several "
+    "methods on a part of the data and takes the best.",
     "max_kl": "Instead of --keep: keep as few as stay within this KL divergence to the dense model (how much its "
     "predictions change), in nats per token.",
     "max_drop": "Instead of --keep: keep as few as lose no more right answers than this, such as 1% or 0.01.",
-    "held_out": "Judge candidates (of --scorer auto, --max-kl or --max-drop) by these examples. Default: a share of "
-    "--data.",
+    "held_out": "Judge candidates by these examples, where no method is named. Default: a share of --data.",
     "held_out_samples": f"Judge by at most this many examples. Default: {HELD_OUT_SAMPLES} with a limit, else "
     f"{AUTO_HELD_OUT}.",
     "generate": "Let a candidate answer N examples freely before it is chosen.",
@@ -76,7 +76,9 @@ FIRST = {
     "fit": "Or: keep what fits this memory (24GiB).",
     "max_drop": "Or: keep as few as lose at most this (1%).",
     "target": "ragged: best; stock: loads in any tool.",
-    "scorer": "How experts are valued; auto tries several.",
+    "scorer": "How experts are valued; default: the best of several.",
+    "effort": "fast, default or thorough.",
+    "engine": "vllm, llama.cpp, mlx, sglang, transformers.",
     "samples": "Calibrate with at most N records.",
     "require": "safe or no-loss: reject what is worse.",
     "trace": "Start from a trace instead of --data.",
@@ -139,6 +141,24 @@ def prune(
             "are added up)."
         ),
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="ENGINE",
+            help="What is to load the result: vllm, llama.cpp, mlx, sglang or transformers. It decides --target.",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = None,
+    effort: Annotated[
+        str,
+        typer.Option(
+            help="What choosing may cost. fast: nothing is judged, the recommended method is taken; default: at most "
+            f"{MOST_PASSES:.0f} forward passes of the calibration set; thorough: more candidates, and layers measured "
+            "in both routings.",
+            rich_help_panel=CHOICE_PANEL,
+        ),
+    ] = "default",
     no_judge: Annotated[bool, typer.Option("--no-judge", help="Do not judge the pruned model at the end.")] = False,
     no_general: NoGeneral = False,
     judge_minutes: Annotated[
@@ -160,6 +180,14 @@ def prune(
             "does so where examples that neither calibrate nor report show a gain.",
         ),
     ] = "off",
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="An imatrix of the original: that of the pruned model is sliced from it, into the folder beside the "
+            "GGUF file (of a model folder: DIR/shape).",
+        ),
+    ] = None,
     no_logits: Annotated[
         bool,
         typer.Option("--no-logits", help="Do not compare logits, and record no answers for later checks (the canary)."),
@@ -174,18 +202,24 @@ def prune(
         raise UsageError(f"There is no preset {preset!r}; there is paper.")
     typed = (select, score)
     select, score = select.spelled_out(score)
+    if engine is not None:
+        select = _for_engine(engine, model, hub.revision, select)
     if selection is None and is_gguf(Path(model)):  # llama.cpp loads equal counts only
         select = replace(select, target=select.target or "stock", allow_rounding=True)
     limit = limits.limit()
     rates = keep.values if keep is not None else ()
     _check_rate_options(rates, memory.fit, selection, limit)
     choice = None
-    if limit is not None or score.scorer == AUTO:
+    automatic = selection is None and _is_automatic(preset, select, score, limit)
+    if limit is not None or automatic:
         choice = _choice(limit, select, generation, judged_by.data(data, seed.seed), judged_by.held_out_samples)
-    elif idle := changed_flags(judged_by) + changed_flags(generation):
-        named = ", ".join(idle)
+        named_scale = select.gate_scale is not None
+        choice = replace(choice, effort=check_effort(effort), insist=score.scorer == AUTO, keeps_gate_scale=named_scale)
+        score = replace(score, scorer=AUTO) if automatic else score
+    elif idle := changed_flags(judged_by) + changed_flags(generation) + ([] if effort == "default" else ["--effort"]):
         raise UsageError(
-            f"{named} has no effect without --scorer auto, --max-kl or --max-drop: only these judge candidates."
+            f"{joined(idle)} has no effect where a method is named: leave --scorer, --rule, --method, --preset and "
+            "--selection out to judge candidates."
         )
     given = (data, general, *typed, judged_by)
     _refuse_ignored(*given, trace, selection, chooses=choice is not None, judge=not no_judge)
@@ -208,7 +242,7 @@ def prune(
     options = PruneOptions(
         select=select.options(asked, score, seed.seed) if asked is not None else None,
         trace=replace(data.options(run, seed.seed, samples), keep_also=general.groups()) if reads_data else None,
-        device=run.device,
+        device=run.place,
         dtype=run.dtype,
         trust_remote_code=run.trust_remote_code,
         stream=stream.stream,
@@ -217,6 +251,7 @@ def prune(
             limit, require, judge_minutes, data.samples if made else None, judge=not no_judge, general=not no_general
         ),
         refit=refit,
+        imatrix=imatrix,
         check_logits=not no_logits,
         force=force.force,
     )
@@ -284,6 +319,24 @@ def _choice(
         held_out_samples=samples,
         generation=generation.required(),
     )
+
+
+def _for_engine(engine: str, model: str, revision: str | None, select: SelectFlags) -> SelectFlags:
+    """The flags, with the target that an engine needs."""
+    from shape_moe.architectures.snapshot import open_snapshot
+    from shape_moe.serving.engines import target_for
+
+    needed = target_for(engine, open_snapshot(model, revision).moe.family.model_type, gguf=is_gguf(Path(model)))
+    if select.target == "ragged" and needed == "stock":
+        raise UsageError(f"--for {engine} needs --target stock: it loads only equal counts in every layer.")
+    return replace(select, target=select.target or needed)
+
+
+def _is_automatic(preset: str | None, select: SelectFlags, score: ScoreFlags, limit: Limit | None) -> bool:
+    """Whether the method is left to the tool: nothing names one."""
+    if score.scorer is not None:
+        return score.scorer == AUTO
+    return limit is None and preset is None and not (select.rule or select.tolerance or select.curves)
 
 
 def _check_rate_options(rates: Sequence[float], fit: str | None, selection: Path | None, limit: Limit | None) -> None:

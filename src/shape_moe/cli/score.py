@@ -49,7 +49,7 @@ def score(
     """
     talk = output.output()
     if list_scorers:
-        found = scorers()
+        found = scorers(converted=True)
         talk.result({name: entry.summary for name, entry in found.items()}, _show_scorers)
         return
     if source is None:
@@ -58,7 +58,7 @@ def score(
         raise UsageError(f"{source} holds values already: leave {', '.join(changed_flags(flags))} out.")
     options = flags.options(seed.seed)
     with OutputFile(csv, force=force.force, inputs=[source]):
-        scores = job.score(job.opened(source, talk), flags.scorer, options)
+        scores = job.score(job.opened(source, talk), flags.named, options)
         if csv is not None:
             write_text(csv, scores.table().write_csv())
             talk.note(f"Wrote {csv}")
@@ -79,7 +79,7 @@ def score(
 def _show_scorers(console: Console) -> None:
     table = plain_table("scorer", "value")
     table.columns[1].justify = "left"
-    for name, entry in scorers().items():
+    for name, entry in scorers(converted=True).items():
         table.add_row(name, entry.summary)
     console.print(table)
 

@@ -18,7 +18,7 @@ from shape_moe.errors import UsageError
 from shape_moe.jobs import select as job
 from shape_moe.output_file import OutputFile
 from shape_moe.selection.selection import Selection
-from shape_moe.units import readable_share
+from shape_moe.units import percent, readable_share
 
 FIRST = {
     "keep": "Share of the experts to keep: 60% or 0.6.",
@@ -80,7 +80,7 @@ def show(console: Console, selection: Selection) -> None:
     table = plain_table("layer", "kept", "of", "share of value kept")
     for layer, ids in selection.layers.items():
         share = selection.mass_kept.get(layer)
-        table.add_row(str(layer), str(len(ids)), str(selection.num_experts), "" if share is None else f"{share:.2%}")
+        table.add_row(str(layer), str(len(ids)), str(selection.num_experts), "" if share is None else percent(share, 2))
     console.print(table)
     console.print(summary(selection))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +17,16 @@ from shape_moe.cli.choice_flags import CHOICE_PANEL, GATE_SCALE_HELP, WeightFlag
 from shape_moe.cli.console import plain_table, show_commands
 from shape_moe.cli.data_flags import DataFlags
 from shape_moe.cli.estimates import kl, points, share
-from shape_moe.cli.flags import ForceFlag, LoadFlags, MemoryFlags, ModelArgument, OutputFlags, RevisionFlag, SeedFlag
+from shape_moe.cli.flags import (
+    ForceFlag,
+    LoadFlags,
+    MemoryFlags,
+    ModelArgument,
+    OutputFlags,
+    RevisionFlag,
+    SeedFlag,
+    StreamFlag,
+)
 from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags
 from shape_moe.cli.values import share_option
 from shape_moe.errors import UsageError
@@ -67,6 +77,7 @@ def sweep(
     memory: MemoryFlags,
     hub: RevisionFlag,
     run: LoadFlags,
+    stream: StreamFlag,
     seed: SeedFlag,
     force: ForceFlag,
     output: OutputFlags,
@@ -151,7 +162,7 @@ def sweep(
         raise UsageError("Give examples (--data), a trace (--trace), or both.")
     if trace is not None:
         data.refuse_unread(judged_by.held_out)
-    given = data.options(run, seed.seed, DEFAULT_SAMPLES) if data.data else None
+    given = replace(data.options(run, seed.seed, DEFAULT_SAMPLES), stream=stream.stream) if data.data else None
     talk.begin("Checking the model and the examples ...")
     result = shape_moe.sweep(
         model,
@@ -161,8 +172,9 @@ def sweep(
         trace=trace,
         held_out=judged_by.data(data, seed.seed),
         revision=hub.revision,
-        device=run.device,
+        device=run.place,
         dtype=run.dtype,
+        stream=stream.stream,
         trust_remote_code=run.trust_remote_code,
         force=force.force,
         progress=talk,

@@ -48,7 +48,7 @@ def verify(
         revision=hub.revision,
         endpoint=endpoint,
         served_as=served_as,
-        device=run.device,
+        device=run.place,
         dtype=run.dtype,
         progress=talk,
     )

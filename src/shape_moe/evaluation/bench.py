@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -70,7 +71,9 @@ class Bench(Comparison):
         if self._sums:
             progress.note(f"{counted(len(self._sums), 'point')} already done by the interrupted run.")
         with progress.phase(f"Dense model on {held_out.name}", count, "example") as advance:
+            began = time.perf_counter()
             said = record_dense(model, held_out, self.reference, advance)
+            self.seconds = time.perf_counter() - began
         self._dense_sums = self._by_answers(said, self.dense_answers if by_answers else None)
 
     @property

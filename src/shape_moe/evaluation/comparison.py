@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from shape_moe.evaluation import measures
 from shape_moe.evaluation.generation import Generated
 from shape_moe.evaluation.held_out_set import HeldOutSet
-from shape_moe.evaluation.intervals import Bootstrap
+from shape_moe.evaluation.intervals import Bootstrap, Estimate
 from shape_moe.evaluation.measures import Groups, Measured
 from shape_moe.evaluation.teacher_forced import TeacherForced
+from shape_moe.evaluation.worst_class import WorstClass
 from shape_moe.progress import Advance
 from shape_moe.selection.selection import Selection
 
@@ -33,7 +35,10 @@ class Comparison(ABC):
 
     Attributes:
         draws: resamples of the examples.
+        seconds: how long the dense model took over them; 0 where it does not run by itself.
     """
+
+    seconds: float = 0.0
 
     def __init__(self, held_out: HeldOutSet, *, seed: int = 0, comparisons: int = 1) -> None:
         self.held_out, self.answered = held_out, held_out.answered()
@@ -134,7 +139,22 @@ class Comparison(ABC):
         """Figures for every class of examples by itself, where examples have classes."""
         return measures.by_group(self.held_out, sums, self.dense_sums, self.draws)
 
+    @cached_property
+    def _classes(self) -> WorstClass:
+        return WorstClass(self.held_out.groups, self.dense_sums.tokens, self.draws)
+
+    def losses(self, subject: Selection) -> dict[str, float]:
+        """KL divergence to the dense model in nats per token, of every class of examples."""
+        return self._classes.losses(self.sums(subject).kl)
+
+    def loss(self, subject: Selection) -> float:
+        """The same of the class that loses most: what candidates are compared by."""
+        return self._classes.worst(self.sums(subject).kl)
+
+    def behind(self, subject: Selection, other: Selection) -> Estimate:
+        """How much more a selection loses than another, paired, each by the class that it costs most."""
+        return self._classes.behind(self.sums(subject).kl, self.sums(other).kl)
+
     def tied(self, subject: Selection, best: Selection) -> bool:
-        """Whether a selection is no worse than another but for noise: its paired KL difference may be zero."""
-        ours, theirs = self.sums(subject), self.sums(best)
-        return self.draws.ratio(ours.kl - theirs.kl, theirs.tokens).low <= 0
+        """Whether a selection is no worse than another but for noise: the paired difference may be zero."""
+        return self.behind(subject, best).low <= 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from shape_moe.evaluation.task_results import TaskResult
 from shape_moe.evaluation.verdict import Verdict
 from shape_moe.made_with import MadeWith
 from shape_moe.selection.selection import Selection
+from shape_moe.units import counted
 
 TASK, ALSO = "task", "also"
 """The sets of examples: what the pruned models were made for, and something else."""
@@ -24,13 +25,30 @@ EVALUATION_FILE = "evaluation.json"
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a document says of a selection."""
+    """What a document says of a selection; layers and experts are None in one that an earlier build wrote."""
 
     scorer: str
     rule: str
     routing: str
     keep: float
     gate_scale: str = "survivors"
+    num_layers: int | None = None
+    num_experts: int | None = None
+
+    @classmethod
+    def of(cls, chosen: Selection | Chosen) -> Chosen:
+        """What is told of a selection."""
+        if isinstance(chosen, Chosen):
+            return chosen
+        told = {entry.name: getattr(chosen, entry.name) for entry in fields(cls) if entry.name != "num_layers"}
+        return cls(**told, num_layers=len(chosen.layers))
+
+    @property
+    def shape(self) -> str:
+        """The model's layers and experts in words; empty where they are not known."""
+        if not (self.num_layers and self.num_experts):
+            return ""
+        return f"{counted(self.num_layers, 'layer')} of {counted(self.num_experts, 'expert')}"
 
 
 _CHOSEN = tuple(entry.name for entry in fields(Chosen))
@@ -75,7 +93,7 @@ class Evaluated:
         return {
             "name": self.name,
             "kind": self.kind,
-            "selection": {key: getattr(chosen, key) for key in _CHOSEN} if chosen else None,
+            "selection": asdict(Chosen.of(chosen)) if chosen else None,
             "bytes": self.size,
             "sets": {name: measured.to_document() for name, measured in self.sets.items()},
             "classes": {"field": by, "worst": worst[0], "by": by_class} if worst else None,

@@ -91,8 +91,9 @@ def faithfulness(
     if draws < FEWEST_RANDOM:
         raise UsageError(f"Faithfulness needs at least {FEWEST_RANDOM} random selections, not {draws}.")
     controls = [random_selection(selection, seed + i, groups=groups) for i in range(draws)]
-    found = []
-    for chosen in (selection, inverted_selection(selection, scores, groups=groups), *controls):
+    found, judged = [], [selection, inverted_selection(selection, scores, groups=groups), *controls]
+    bench.prepare(judged)
+    for chosen in judged:
         found.append(bench.judge(chosen, freely=False))
         advance(1)
     return Faithfulness(name, found[0], found[1], tuple(found[2:]))

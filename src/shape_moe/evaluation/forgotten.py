@@ -249,7 +249,7 @@ class GeneralCheck:
             batch_size,
             pad_token_id(model, tokeniser),
             stop_ids(model),
-            int(model.config.vocab_size),
+            int(model.config.get_text_config().vocab_size),
         )
         self.reference = DenseReference()
         record_dense(model, self.held_out, self.reference)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -78,6 +78,55 @@ class Generated:
         return np.array([len(answer) for answer in self.answers], dtype=np.float64)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What models are asked to answer freely.
+
+    Attributes:
+        held_out: the set.
+        options: how answers are judged.
+        prompts: tokens of the prompts by position in the set.
+        limit: the most tokens of an answer.
+    """
+
+    held_out: HeldOutSet
+    options: GenerationOptions
+    prompts: dict[int, tuple[int, ...]]
+    limit: int
+
+    @classmethod
+    def of(cls, held_out: HeldOutSet, options: GenerationOptions | None = None) -> Asked:
+        """The prompts of a set that are answered.
+
+        Raises:
+            DataError: when no example has both a prompt and a response.
+        """
+        options = options or GenerationOptions()
+        positions = spread_over_classes(held_out.groups, held_out.answered(), options.examples)
+        if not positions:
+            raise DataError(f"{held_out.name} has no example with a prompt and a response to generate from.")
+        prompts = {i: tuple(held_out.examples[i].tokens[: held_out.examples[i].prompt_length]) for i in positions}
+        return cls(held_out, options, prompts, answer_limit(held_out, options))
+
+    def judged(self, tokenizer: PreTrainedTokenizerBase, answers: Mapping[int, Sequence[int]]) -> Generated:
+        """Answers beside the responses.
+
+        Args:
+            tokenizer: turns answers into text.
+            answers: tokens by position, the one that ends an answer included.
+        """
+        stops, judge = self.held_out.stops, _Judge(tokenizer, self.options.answer_pattern)
+        written = [tuple(answers[i]) for i in self.prompts]
+        return Generated(
+            positions=tuple(self.prompts),
+            answers=tuple(written),
+            limit=self.limit,
+            ended=np.array([bool(answer) and answer[-1] in stops for answer in written]),
+            looped=np.array([ends_in_loop(answer) for answer in written]),
+            exact=np.array([judge.same(answers[i], self.held_out.response(i)) for i in self.prompts]),
+        )
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -90,28 +139,14 @@ def generate(
     Raises:
         DataError: when no example has both a prompt and a response.
     """
-    options = options or GenerationOptions()
-    positions = spread_over_classes(held_out.groups, held_out.answered(), options.examples)
-    if not positions:
-        raise DataError(f"{held_out.name} has no example with a prompt and a response to generate from.")
-    limit = answer_limit(held_out, options)
-    prompts = {i: held_out.examples[i].tokens[: held_out.examples[i].prompt_length] for i in positions}
+    asked = Asked.of(held_out, options)
     answers: dict[int, list[int]] = {}
-    size = held_out.rows_of(limit + max(len(prompt) for prompt in prompts.values()))
-    room = dict.fromkeys(positions, limit)
-    for batch in greedy_answers(model, prompts, room, batch_size=size, pad_id=held_out.pad_id):
+    size = held_out.rows_of(asked.limit + max(len(prompt) for prompt in asked.prompts.values()))
+    room = dict.fromkeys(asked.prompts, asked.limit)
+    for batch in greedy_answers(model, asked.prompts, room, batch_size=size, pad_id=held_out.pad_id):
         answers |= batch
         advance(len(batch))
-    written = [tuple(answers[i]) for i in positions]
-    judge = _Judge(tokenizer, options.answer_pattern)
-    return Generated(
-        positions=tuple(positions),
-        answers=tuple(written),
-        limit=limit,
-        ended=np.array([bool(answer) and answer[-1] in held_out.stops for answer in written]),
-        looped=np.array([ends_in_loop(answer) for answer in written]),
-        exact=np.array([judge.same(answers[i], held_out.response(i)) for i in positions]),
-    )
+    return asked.judged(tokenizer, answers)
 
 
 def answer_limit(held_out: HeldOutSet, options: GenerationOptions) -> int:

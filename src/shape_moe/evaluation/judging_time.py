@@ -48,10 +48,15 @@ class Amounts:
         mine, floor = asdict(self), asdict(least)
         return Amounts(**{name: max(min(mine[name], floor[name]), int(mine[name] * factor)) for name in mine})
 
-    def names(self) -> dict[str, tuple[int, str]]:
-        """The numbers with what they count, for people."""
-        words = ("example", "free answer", "example with tools", "general prompt")
-        return {f.name: (getattr(self, f.name), word) for f, word in zip(fields(self), words, strict=True)}
+    def named(self) -> list[tuple[int, str, str]]:
+        """The numbers with what they count, for people: one, and several."""
+        words = (
+            ("example", "examples"),
+            ("free answer", "free answers"),
+            ("example with tools", "examples with tools"),
+            ("general prompt", "general prompts"),
+        )
+        return [(getattr(self, f.name), *word) for f, word in zip(fields(self), words, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -215,9 +220,8 @@ def amounts_within(
 
 def left_out(full: Amounts, amounts: Amounts) -> list[str]:
     """What is not done of everything, in words: ``60 of 400 examples``."""
-    there = amounts.names()
     return [
-        f"{there[name][0]:,} of {counted(count, word)}"
-        for name, (count, word) in full.names().items()
-        if there[name][0] < count
+        f"{done:,} of {counted(count, word, words)}"
+        for (count, word, words), (done, *_) in zip(full.named(), amounts.named(), strict=True)
+        if done < count
     ]

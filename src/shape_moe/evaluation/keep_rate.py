@@ -73,8 +73,9 @@ class Limit:
         if self.kind != "max_drop" or least_fall(count, comparisons) <= self.value:
             return
         together = f" for {comparisons} methods together" if comparisons > 1 else ""
+        least = share_at_most(least_fall(count, comparisons))
         raise UsageError(
-            f"{count} held-out examples cannot show a fall of exact match below {least_fall(count, comparisons):.1%}"
+            f"{count} held-out examples cannot show a fall of exact match below {least}"
             f"{together}, even if no answer changes: judge by {examples_for(self.value, comparisons):,} or more "
             "(--held-out-samples), allow a larger fall, or use --max-kl."
         )
@@ -88,8 +89,9 @@ class Limit:
         right = dense.quality["exact_match"].value if "exact_match" in dense.quality else 0.0
         if self.kind == "max_drop" and right < _MOSTLY:
             raise UsageError(
-                f"The dense model gives the exact response to only {right:.0%} of the held-out examples, so a fall of "
-                "that share says little: name the part that must be right with --answer-pattern REGEX, or use --max-kl."
+                f"The dense model gives the exact response to only {readable_share(right)} of the held-out examples, "
+                "so a fall of that share says little: name the part that must be right with --answer-pattern REGEX, or "
+                "use --max-kl."
             )
 
     def __str__(self) -> str:
@@ -217,7 +219,7 @@ def grid(methods: Iterable[Method], keep_rates: Sequence[float], measure: Measur
     return [point for point in found if point is not None]
 
 
-def narrow(
+def bisect_keep_rates(
     methods: Sequence[Method], measure: Measure, limit: Limit, *, most: float = 1.0, at_once: int = 1
 ) -> list[Point]:
     """Look for the smallest keep rate that meets a limit, as if meeting it were a matter of keeping enough.
@@ -253,7 +255,7 @@ def narrow(
 
 
 def rounds_of(most: float = 1.0, at_once: int = 1) -> int:
-    """How often :func:`narrow` judges, until rates that fail and that pass are :data:`RESOLUTION` apart."""
+    """How often :func:`bisect_keep_rates` judges, until rates that fail and that pass are :data:`RESOLUTION` apart."""
     rounds, width = 0, most
     while width > RESOLUTION:
         rounds, width = rounds + 1, width / (at_once + 1)
@@ -269,10 +271,10 @@ def measure_points(
     most: float = 1.0,
     at_once: int = 1,
 ) -> list[Point]:
-    """Judge every method at given keep rates, or where these are None, at those that :func:`narrow` asks for."""
+    """Judge every method at given keep rates, or where these are None, at those of :func:`bisect_keep_rates`."""
     if keep_rates is not None:
         return grid(methods, keep_rates, measure)
-    return narrow(methods, measure, limit, most=most, at_once=at_once)
+    return bisect_keep_rates(methods, measure, limit, most=most, at_once=at_once)
 
 
 def steps_of(keep_rates: Sequence[float] | None, most: float = 1.0, at_once: int = 1) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from shape_moe.architectures.loading import input_device
 from shape_moe.architectures.sites import decoder_layers
 from shape_moe.errors import ShapeMoeError
+from shape_moe.journal import Journal
 from shape_moe.progress import Advance
 from shape_moe.pruning.masks import masked
 from shape_moe.tracing.statistics import HALVES
@@ -35,6 +37,8 @@ def layer_costs(
     class_of: Callable[[str | None], int],
     classes: int,
     advance: Advance,
+    done: Journal[list[Any]] | None = None,
+    digest: str = "",
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """KL divergence from the dense model at the tokens that predict a response, summed.
 
@@ -48,6 +52,9 @@ def layer_costs(
         class_of: number of an example's class.
         classes: how many there are.
         advance: called with 1 after each pass.
+        done: what an earlier run has measured, by batch and layer; what is measured now is added. The sums are those
+            of an undisturbed run to the last bit.
+        digest: tells this measurement from others in ``done``.
 
     Returns:
         Sums in nats, float64 [L, N, C, 2] (layer, selection, class, half of the examples), and tokens [C, 2].
@@ -55,32 +62,79 @@ def layer_costs(
     Raises:
         ShapeMoeError: when the dense model's logits are not finite.
     """
-    layers = decoder_layers(model)
+    known: Journal[list[Any]] = Journal(None, "part", "sums") if done is None else done
     most = max(len(found) for found in cuts.values())
     sums, tokens = np.zeros((len(cuts), most, classes, 2)), np.zeros((classes, 2))
-    for batch in batches:
+    for number, batch in enumerate(batches):
+        at = _Places.of(batch, class_of)
+        if at is None:
+            advance(sum(map(len, cuts.values())))
+            continue
+        np.add.at(tokens, at.cells, 1)
+        missing = {layer: cut for layer, cut in cuts.items() if (digest, str(number), str(layer)) not in known}
+        advance(sum(len(cut) for layer, cut in cuts.items() if layer not in missing))
+        if missing:
+            for layer, part in _costs_of(model, batch, at, missing, (most, classes, 2), advance):
+                known.put((digest, str(number), str(layer)), part.tolist())
+        for row, layer in enumerate(cuts):
+            sums[row] += np.asarray(known[digest, str(number), str(layer)])
+    return sums, tokens
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where a batch predicts a response: the tokens [B, T], and the class and half of each of them."""
+
+    predicting: torch.Tensor
+    cells: tuple[NDArray[np.int64], NDArray[np.int64]]
+
+    @classmethod
+    def of(cls, batch: Batch, class_of: Callable[[str | None], int]) -> _Places | None:
         cells = batch.cells.view(batch.input_ids.shape)
         predicting = (cells == 1) | (cells == 3)
         if not bool(predicting.any()):
-            advance(sum(map(len, cuts.values())))
-            continue
+            return None
         length = batch.input_ids.shape[1]
         rows = predicting.flatten().nonzero()[:, 0]
         place = np.array([class_of(batch.examples[int(row) // length].group) for row in rows])
-        half = batch.folds[rows].numpy().astype(np.int64) % HALVES
-        np.add.at(tokens, (place, half), 1)
-        with _kept_outputs(layers) as outputs:
-            dense = _log_probabilities(model, batch, predicting)
-        if not bool(torch.isfinite(dense).all()):
-            raise ShapeMoeError(f"The dense model's logits are not finite at {batch.examples[0].where}.")
-        for at, (layer, selections) in enumerate(cuts.items()):
-            with _starting_at(layer, layers, outputs):
-                for number, selection in enumerate(selections):
-                    with masked(model, selection):
-                        pruned = _log_probabilities(model, batch, predicting)
-                    np.add.at(sums[at, number], (place, half), _divergence(dense, pruned))
-                    advance(1)
-    return sums, tokens
+        return cls(predicting, (place, batch.folds[rows].numpy().astype(np.int64) % HALVES))
+
+
+def _costs_of(
+    model: PreTrainedModel,
+    batch: Batch,
+    at: _Places,
+    cuts: Mapping[int, Sequence[Selection]],
+    shape: tuple[int, int, int],
+    advance: Advance,
+) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    """The sums of one batch [N, C, 2], layer by layer."""
+    layers = decoder_layers(model)
+    with _kept_outputs(layers) as outputs:
+        dense = _log_probabilities(model, batch, at.predicting)
+    if not bool(torch.isfinite(dense).all()):
+        raise ShapeMoeError(f"The dense model's logits are not finite at {batch.examples[0].where}.")
+    for layer, selections in cuts.items():
+        part = np.zeros(shape)
+        with _starting_at(layer, layers, outputs):
+            for number, selection in enumerate(selections):
+                with masked(model, selection):
+                    pruned = _log_probabilities(model, batch, at.predicting)
+                np.add.at(part[number], at.cells, _divergence(dense, pruned))
+                advance(1)
+        yield layer, part
+
+
+@torch.no_grad()
+def seconds_of_a_pass(model: PreTrainedModel, batch: Batch, cut: Selection, clock: Callable[[], float]) -> float:
+    """How long one pass of a batch through a masked model takes, all layers and the comparison included."""
+    at = _Places.of(batch, lambda _: 0)
+    chosen = batch.attention_mask.bool() if at is None else at.predicting
+    dense = _log_probabilities(model, batch, chosen)
+    began = clock()
+    with masked(model, cut):
+        _divergence(dense, _log_probabilities(model, batch, chosen))
+    return clock() - began
 
 
 def _log_probabilities(model: PreTrainedModel, batch: Batch, chosen: torch.Tensor) -> torch.Tensor:

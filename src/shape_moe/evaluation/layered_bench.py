@@ -9,17 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shape_moe.architectures.layered_model import LayeredModel
-from shape_moe.evaluation.by_layers import DENSE, pass_through_layers, sums_behind_layers
+from shape_moe.evaluation.by_layers import DENSE, pass_through_layers, sums_behind_layers, sums_beside_dense
 from shape_moe.evaluation.comparison import POINTS_FILE, Comparison
-from shape_moe.evaluation.held_out_set import HeldOutSet
+from shape_moe.evaluation.dense_reference import Outputs, scored_outputs
+from shape_moe.evaluation.held_out_set import HeldOutSet, scored_positions
 from shape_moe.evaluation.teacher_forced import TeacherForced
 from shape_moe.journal import Journal
 from shape_moe.progress import SILENT, Advance, Progress
 from shape_moe.selection.selection import Selection
+from shape_moe.tracing.hidden_states import HiddenStates
+from shape_moe.tracing.streams import is_begun
 from shape_moe.units import counted, readable_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from shape_moe.calibration.batches import Batch
 
 _STREAMS = "layers.partial"
 TOGETHER = 16
@@ -55,12 +60,16 @@ class LayeredBench(Comparison):
         self.model, self.progress, self.readings = model, progress, 0
         self._scratch = tempfile.TemporaryDirectory(prefix="shape-moe-") if folder is None else None
         self._folder = folder if folder is not None else Path(self._scratch.name if self._scratch else "")
+        self._dense: HiddenStates | None = None
         self._sums: Journal[dict[str, list[Any]]] = Journal(folder and folder / POINTS_FILE, "key", "sums")
         if self._sums:
             progress.note(f"{counted(len(self._sums), 'point')} already done by the interrupted run.")
 
     def close(self) -> None:
-        """Let go of what is kept nowhere; in a folder it stays for the run that goes on."""
+        """Let go of hidden states, but for those that an interrupted reading goes on from."""
+        self._dense = None
+        if not is_begun(self._folder / _STREAMS):
+            shutil.rmtree(self._folder / _STREAMS, ignore_errors=True)
         if self._scratch is not None:
             self._scratch.cleanup()
 
@@ -75,8 +84,14 @@ class LayeredBench(Comparison):
         return TeacherForced.from_items(self._sums[DENSE])
 
     def sums(self, subject: Selection | PreTrainedModel, advance: Advance = lambda _: None) -> TeacherForced:
-        """Teacher-forced sums of a selection; one that :meth:`prepare` was not told of costs a reading of its own."""
-        assert isinstance(subject, Selection), "only masks go through the layers"
+        """Teacher-forced sums; a selection that :meth:`prepare` was not told of costs a reading of its own.
+
+        Args:
+            subject: a selection, or another model in memory.
+            advance: called with the number of examples done.
+        """
+        if not isinstance(subject, Selection):
+            return self._beside_dense(subject, advance)
         self.prepare([subject])
         advance(len(self.held_out.examples))
         return TeacherForced.from_items(self._sums[subject.digest])
@@ -95,7 +110,20 @@ class LayeredBench(Comparison):
         for number in range(readings):
             self._read(todo[number * TOGETHER : (number + 1) * TOGETHER])
 
+    def _beside_dense(self, other: PreTrainedModel, advance: Advance) -> TeacherForced:
+        """The sums of another model beside the dense one, whose hidden states are there from the last reading."""
+        if self._dense is None:
+            self._read([])
+        assert self._dense is not None
+
+        def said(_number: int, batch: Batch) -> Outputs:
+            advance(len(batch.examples))
+            return scored_outputs(other, batch, scored_positions(batch))
+
+        return sums_beside_dense(self.model, self.held_out, self._dense, said)
+
     def _read(self, selections: Sequence[Selection]) -> None:
+        self._dense = None
         states = pass_through_layers(
             self.model, self.held_out, selections, self._folder / _STREAMS, progress=self.progress
         )
@@ -103,4 +131,5 @@ class LayeredBench(Comparison):
         for name, sums in sums_behind_layers(self.model, self.held_out, states).items():
             if name not in self._sums:
                 self._sums.put(name, sums.to_items())
-        shutil.rmtree(self._folder / _STREAMS, ignore_errors=True)
+        self._dense = states[DENSE]
+        self._dense.keep_alone()

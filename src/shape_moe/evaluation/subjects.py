@@ -81,7 +81,7 @@ def _gguf(snapshot: GgufModel, path: Path, dense: Snapshot, trace: Trace | None)
     """A GGUF file, with the selection in its metadata where it was pruned here."""
     selection = embedded_selection(snapshot)
     if selection is not None and selection.fingerprint is not None and isinstance(dense, GgufModel):
-        check_same_model(selection.fingerprint, selection.model, dense, f"The file {path}", force=True)
+        check_same_model(selection, dense, f"The file {path}", force=True)
     return Candidate(path.resolve().name, snapshot, selection, trace)
 
 

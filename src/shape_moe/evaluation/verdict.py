@@ -289,7 +289,7 @@ class _Judged:
             if fall.name and seems_damaged(fall):
                 self.named = fall.name
                 advice = f"Keep more experts, or calibrate with more examples of {fall.name}; judge by "
-                return Word.LOSS, doubted(fall), f"{advice}{self._needed():,} examples of each class to know."
+                return Word.LOSS, _doubted(fall), f"{advice}{self._needed():,} examples of each class to know."
         return None
 
     def no_loss(self) -> _Found:
@@ -311,7 +311,7 @@ class _Judged:
         found = {}
         for fall in self.falls:
             if fall.name and seems_damaged(fall):
-                found[fall.name] = fallen(fall) if fall.fall.low > DAMAGE else doubted(fall)
+                found[fall.name] = fallen(fall) if fall.fall.low > DAMAGE else _doubted(fall)
         for name, answers in self.unhealthy:
             if name and _is_broken(answers):
                 found.setdefault(name, f"{class_first(name)}{broken(answers)}.")
@@ -352,6 +352,14 @@ def seems_damaged(fall: Fall) -> bool:
     few = fall.examples < FEWEST_SAFE and round(fall.fall.value * fall.examples, 6) >= FEWEST_LOST
     if fall.fall.low > DAMAGE or (few and fall.fall.value > DAMAGE):
         return True
+    return _is_less_probable(fall)
+
+
+def _doubted(fall: Fall) -> str:
+    return doubted(fall, less_probable=_is_less_probable(fall))
+
+
+def _is_less_probable(fall: Fall) -> bool:
     if fall.likelihood is None or fall.fall.high <= DAMAGE:
         return False
     less = fall.likelihood.fall(DOUBT)

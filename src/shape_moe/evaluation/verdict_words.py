@@ -60,16 +60,15 @@ def fallen(fall: Fall) -> str:
     return f"{text}{share_at_most(fall.fall.high)} at most."
 
 
-def doubted(fall: Fall) -> str:
-    """That a class may be damaged, and by what one sees it."""
+def doubted(fall: Fall, *, less_probable: bool) -> str:
+    """That a class may be damaged, and by what one sees it: how probable its answers are, or what was counted."""
     (dense, pruned), likely = (readable_share(share) for share in fall.shares), fall.likelihood
     counts, open_ = counted(fall.examples, "example"), f"a loss of up to {share_at_most(fall.fall.high)}"
-    if fall.fall.value > 0 and (likely is None or fall.fall.value >= likely.fall(0).value):
+    if likely is None or not less_probable:
         return (
             f"Class {fall.name} may be damaged: {fall.figure} falls from {dense} to {pruned} over {counts}, which are "
             f"too few to rule out chance; {open_} is not excluded."
         )
-    assert likely is not None
     before, after = (readable_share(share) for share in (likely.dense, likely.pruned))
     known = f", {likely.seen} of them calibrated with" if likely.seen else ""
     return (

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
 from msgspec import Meta
@@ -113,6 +113,8 @@ class TaskSpec:
 
 
 EvaluationSpec = ExamplesSpec | TaskSpec
+ENGINES = ("transformers", "vllm")
+"""What selections can be judged in."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ class ExperimentConfig:
         weights: how much tokens count in scores; None leaves it to the scorers.
         pool_classes: whether classes of the calibration data are added up instead of joined by their maximum.
         output: the folder for results, None where the file names none.
+        engine: what selections are judged in: ``transformers``, or ``vllm`` for free answers alone.
+        engine_args: arguments of ``vllm.LLM``.
     """
 
     models: tuple[ModelSpec, ...]
@@ -158,6 +162,20 @@ class ExperimentConfig:
     weights: TokenWeights | None = None
     pool_classes: bool = False
     output: str | None = None
+    engine: str = "transformers"
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise UsageError(f"The engine must be {' or '.join(ENGINES)}, not {self.engine!r}.")
+        if self.engine_args and self.engine != "vllm":
+            raise UsageError("Engine arguments go with --engine vllm.")
+        silent = [spec.name for spec in self.evaluation if not (isinstance(spec, ExamplesSpec) and spec.generation)]
+        if self.engine == "vllm" and silent:
+            raise UsageError(
+                f"--engine vllm judges by free answers, and evaluation {silent[0]} has none (data with generate): "
+                "name others by --only evaluation=NAME, or leave --engine out."
+            )
 
     @property
     def selections(self) -> int:

@@ -16,6 +16,8 @@ from shape_moe.architectures.sizes import measure
 from shape_moe.calibration.records import Record
 from shape_moe.errors import BudgetError
 from shape_moe.evaluation.bench import Bench
+from shape_moe.evaluation.generation import Asked
+from shape_moe.evaluation.held_out_set import HeldOutSet
 from shape_moe.experiments.config import (
     CalibrationSpec,
     EvaluationSpec,
@@ -24,6 +26,7 @@ from shape_moe.experiments.config import (
     ModelSpec,
     SeededMethod,
 )
+from shape_moe.experiments.engine_answers import EngineAnswers
 from shape_moe.experiments.evaluations import JudgedTask, OpenEvaluation
 from shape_moe.experiments.plan import Plan, on_device
 from shape_moe.jobs.held_out import held_out_set
@@ -35,6 +38,7 @@ from shape_moe.progress import Progress
 from shape_moe.reporting.published_figures import published_rows
 from shape_moe.selection.select import SelectOptions, TraceSelector
 from shape_moe.selection.selection import Selection
+from shape_moe.serving.vllm.masked_engine import MaskedEngine
 from shape_moe.units import counted, readable_duration
 
 if TYPE_CHECKING:
@@ -147,11 +151,35 @@ class _ModelRun:
     def run(self) -> Document:
         """Trace, select and judge; the model is let go of at the end."""
         cells = [cell for spec in self.config.calibration for cell in self._selected(spec)]
-        for evaluation in self.config.evaluation:
-            self._evaluate(evaluation, cells)
+        try:
+            for evaluation in self.config.evaluation:
+                self._evaluate(evaluation, cells)
+        finally:
+            if "engine" in self.__dict__:
+                self.engine.close()
+        self._release()
+        return self._document(cells)
+
+    def _release(self) -> None:
         self.__dict__.pop("model", None)
         release_memory()
-        return self._document(cells)
+
+    @cached_property
+    def held_out_sets(self) -> dict[str, HeldOutSet]:
+        """The examples of every evaluation, with answers of the dense model where they lack one."""
+        return {spec.name: self._held_out(spec) for spec in self.config.evaluation if isinstance(spec, ExamplesSpec)}
+
+    @cached_property
+    def engine(self) -> MaskedEngine:
+        """The dense model in a vLLM engine; it takes the place of the one in Transformers."""
+        specs = [spec for spec in self.config.evaluation if isinstance(spec, ExamplesSpec) and spec.generation]
+        asked = [Asked.of(self.held_out_sets[spec.name], spec.generation) for spec in specs]
+        longest = max(max(map(len, part.prompts.values())) + part.limit for part in asked)
+        self._release()
+        with self.progress.phase("Starting vLLM", 1, "engine") as advance:
+            engine = MaskedEngine(self.snapshot, longest, self.spec.dtype, self.config.engine_args)
+            advance(1)
+        return engine
 
     def _session(self, tracing: ExampleOptions, records: list[Record]) -> ModelSession:
         options = on_device(tracing, self.spec)
@@ -218,17 +246,24 @@ class _ModelRun:
         if not isinstance(spec, ExamplesSpec):
             known = self.known.get((self.spec.name, spec.name, _DENSE))
             return JudgedTask(spec, self.model, self.tokenizer, self.config.seed, known)
-        folder = self.folder / ANSWERS_FOLDER / self.spec.name / spec.name
-        folder.mkdir(parents=True, exist_ok=True)
-        session = self._session(spec.tracing, self.plan.held_out[spec.name])
+        if self.config.engine == "vllm":
+            assert spec.generation is not None
+            held_out = self.held_out_sets[spec.name]
+            return EngineAnswers(self.engine, self.tokenizer, held_out, spec.generation, self.config.seed)
         return Bench(
-            session.model,
-            session.tokenizer,
-            held_out_set(session, session.calibrator, f"evaluation {spec.name}", folder),
+            self.model,
+            self.tokenizer,
+            self._held_out(spec),
             generation=spec.generation,
             seed=self.config.seed,
             progress=self.progress,
         )
+
+    def _held_out(self, spec: ExamplesSpec) -> HeldOutSet:
+        folder = self.folder / ANSWERS_FOLDER / self.spec.name / spec.name
+        folder.mkdir(parents=True, exist_ok=True)
+        session = self._session(spec.tracing, self.plan.held_out[spec.name])
+        return held_out_set(session, session.calibrator, f"evaluation {spec.name}", folder)
 
     def _document(self, cells: list[_Cell]) -> Document:
         facts = {

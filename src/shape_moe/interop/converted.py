@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from shape_moe.architectures.fingerprint import origin
+from shape_moe.architectures.same_routers import router_hashes
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.made_with import versions
 from shape_moe.tracing.trace import TraceInfo
@@ -38,4 +39,5 @@ def converted_info(
         dtype=UNKNOWN,
         source=source,
         versions=versions("numpy", "polars"),
+        routers=router_hashes(snapshot),
     )

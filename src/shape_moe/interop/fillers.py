@@ -8,6 +8,7 @@ from pathlib import Path
 
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.interop.coalition_counts import read_coalitions
+from shape_moe.interop.imatrix_trace import read_imatrix_trace
 from shape_moe.interop.kinds import Kind
 from shape_moe.interop.responses import read_responses
 from shape_moe.progress import SILENT, Progress
@@ -45,8 +46,24 @@ class RecordedCoalitions:
         return read_coalitions(self.file, self.snapshot)
 
 
+@dataclass(frozen=True)
+class RecordedImatrix:
+    """An imatrix of llama.cpp; see :func:`shape_moe.interop.imatrix_trace.read_imatrix_trace`."""
+
+    file: Path
+    snapshot: Snapshot
+    skip_bad: bool = False
+    progress: Progress = SILENT
+
+    def fill(self, folder: Path | None) -> Trace:
+        """Read the file, and the model's down projections."""
+        del folder
+        return read_imatrix_trace(self.file, self.snapshot, self.progress)
+
+
 FILLERS: dict[Kind, Callable[[Path, Snapshot, bool, Progress], Filler]] = {
     "responses": RecordedResponses,
     "coalitions": RecordedCoalitions,
+    "imatrix": RecordedImatrix,
 }
 """By the kind of file."""

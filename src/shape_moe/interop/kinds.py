@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from shape_moe.errors import DataError, UsageError
+from shape_moe.interop.imatrix import is_imatrix
 from shape_moe.interop.reference import METADATA, is_layer
 
-Kind = Literal["responses", "coalitions", "selected", "selection", "trace"]
+Kind = Literal["responses", "coalitions", "selected", "imatrix", "selection", "trace"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-"""Responses of a server (JSONL); coalition counts and selected experts of the reference implementation (JSON); our own
-selection (JSON, or in a pruned checkpoint) and trace (a folder)."""
+"""Responses of a server (JSONL); coalition counts and selected experts of the reference implementation (JSON); an
+imatrix of llama.cpp; our own selection (JSON, or in a pruned checkpoint) and trace (a folder)."""
 
 
 def kind_of(source: Path) -> Kind:
@@ -27,8 +28,8 @@ def kind_of(source: Path) -> Kind:
     kind = _folder_kind(source) if source.is_dir() else _file_kind(source)
     if kind is None:
         raise DataError(
-            f"{source} is neither server responses (JSONL), coalition counts, selected experts, a selection nor a "
-            f"trace; --from names what it should be, one of {', '.join(KINDS)}."
+            f"{source} is neither server responses (JSONL), coalition counts, selected experts, an imatrix, a "
+            f"selection nor a trace; --from names what it should be, one of {', '.join(KINDS)}."
         )
     return kind
 
@@ -44,6 +45,8 @@ def _file_kind(file: Path) -> Kind | None:
         raise UsageError(f"{file} needs no conversion: select and score read a table of values as it is.")
     if file.suffix.lower() == ".jsonl":
         return "responses"
+    if is_imatrix(file):
+        return "imatrix"
     with file.open("rb") as stream:
         first = _object(next((line for line in stream if line.strip()), b""))
     if first is not None:

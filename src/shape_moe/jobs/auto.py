@@ -1,75 +1,34 @@
-"""What ``auto`` tries and takes: the method that loses least, or the smallest keep rate within a limit."""
+"""How ``auto`` chooses: the method that loses least on held-out examples, or the smallest keep rate within a limit."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field, replace
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from shape_moe.architectures.sizes import measure
 from shape_moe.architectures.snapshot import Snapshot
-from shape_moe.calibration.records import DataOptions
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.evaluation.comparison import Comparison
-from shape_moe.evaluation.generation import GenerationOptions
-from shape_moe.evaluation.keep_rate import DEFAULT_LIMIT, Limit, Point, grid
-from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
+from shape_moe.evaluation.keep_rate import DEFAULT_LIMIT, Measure, Point
+from shape_moe.evaluation.layered_bench import LayeredBench
+from shape_moe.jobs.choice import ChoiceOptions, methods_to_try
+from shape_moe.jobs.curves import CurveMaker
 from shape_moe.jobs.planning import SearchPlan
 from shape_moe.jobs.search import Search, open_bench
-from shape_moe.jobs.select import AUTO
 from shape_moe.progress import Progress
-from shape_moe.scoring.registry import get_scorer
-from shape_moe.selection.method import ROUTINGS, Method, Routing
+from shape_moe.selection.method import Method
+from shape_moe.selection.recommended import SOURCE, in_order
+from shape_moe.selection.rules import get_rule
 from shape_moe.selection.select import SelectOptions, TraceSelector
 from shape_moe.selection.selection import Selection
-from shape_moe.tracing.engine import every_statistic
 from shape_moe.tracing.trace import Trace
-from shape_moe.units import readable_kl
+from shape_moe.units import counted, readable_duration, readable_kl
 
-AUTO_METHODS = (
-    ("easy-ep", "uniform"),
-    ("contribution", "uniform"),
-    ("easy-ep", "coverage"),
-    ("contribution", "coverage"),
-    ("contribution", "global"),
-    ("reap", "uniform"),
-    ("shape", "coverage"),
-    ("shape", "uniform"),
-)
-"""What ``auto`` tries with each routing, best of the benchmark first; ties within noise go to the earlier one."""
-
-AUTO_HELD_OUT = 64
-"""Examples that candidates are judged by when nothing else is said."""
 _NAMED = 3
-
-
-@dataclass(frozen=True)
-class ChoiceOptions:
-    """What is left to the tool.
-
-    Attributes:
-        limit: what may be lost; the keep rate is then the smallest that stays within. None keeps the rate asked for.
-        rules: rules to try with scorer ``auto``, None for those that the benchmark found good.
-        routings: routings to try, None for both with scorer ``auto`` and for the one asked for otherwise.
-        held_out: examples to judge by, None for a share of the calibration data.
-        held_out_samples: how many, None for 64, with a limit 400.
-        generation: how candidates answer freely before one is chosen.
-    """
-
-    limit: Limit | None = None
-    rules: tuple[str, ...] | None = None
-    routings: tuple[Routing, ...] | None = None
-    held_out: DataOptions | None = None
-    held_out_samples: int | None = None
-    generation: GenerationOptions = field(default_factory=GenerationOptions)
-
-    @property
-    def samples(self) -> int:
-        """How many examples to judge by."""
-        if self.held_out_samples is not None:
-            return self.held_out_samples
-        return HELD_OUT_SAMPLES if self.limit else AUTO_HELD_OUT
+clock: Callable[[], float] = time.perf_counter
 
 
 def auto_select(
@@ -91,7 +50,7 @@ def auto_select(
             keep rate.
         options: what is left to choose.
         progress: where to show progress.
-        folder: where answers and judged selections are kept for a later run.
+        folder: where answers, layer curves and judged selections are kept for a later run.
 
     Returns:
         The selection, with what was tried in its ``choice``.
@@ -99,56 +58,34 @@ def auto_select(
     Raises:
         ShapeMoeError: when nothing stays within the limit.
     """
-
-    def options_of(method: Method, keep: float) -> SelectOptions:
-        rounding = asked.allow_rounding or method.equal_counts
-        return replace(asked, keep=keep, method=method, tolerance=None, allow_rounding=rounding)
-
-    methods = methods_to_try(asked.method, options, trace.info.top_k, trace.statistics)
+    began = clock()
+    methods = methods_to_try(asked.method, options, trace.info.top_k, trace.statistics, snapshot.moe)
     limit, scoring = options.limit or DEFAULT_LIMIT, asked.scoring
     with open_bench(plan, options.generation, limit, len(methods), scoring.seed, progress, folder) as bench:
+        curves = None
+        measurable = plan.calibration is not None and not plan.session.reads_layers
+        if measurable and any(get_rule(method.rule).by_curves for method in methods):
+            assert plan.calibration is not None
+            curves = CurveMaker(plan.session, plan.calibration, trace, scoring, progress, folder=folder)
+
+        def options_of(method: Method, keep: float) -> SelectOptions:
+            rounding = asked.allow_rounding or method.equal_counts
+            made = curves.of(method) if curves is not None and get_rule(method.rule).by_curves else asked.curves
+            return replace(asked, keep=keep, method=method, tolerance=None, allow_rounding=rounding, curves=made)
+
         selector, size = TraceSelector(trace, scoring), measure(snapshot)
         search = Search(bench, selector, options_of, methods, limit, size, progress)
-        selection, record = _closest(search, asked.keep) if options.limit is None else _smallest(search)
-        record |= {"examples": len(bench.held_out.examples), "split": plan.sentence}
+        if options.limit is not None:
+            selection, record = _smallest(search)
+        else:
+            selection, record = Choice(search, asked.keep, options, curves).closest()
+        record |= {
+            "examples": len(bench.held_out.examples),
+            "split": plan.sentence,
+            "effort": options.effort,
+            "seconds": round(clock() - began, 1),
+        }
         return plan.told(replace(selection, choice=record))
-
-
-def methods_to_try(
-    asked: Method, options: ChoiceOptions, top_k: int, statistics: Collection[str] | None = None
-) -> list[Method]:
-    """The methods that are tried, preferred ones first.
-
-    Args:
-        asked: what was asked for.
-        options: what is left to choose.
-        top_k: experts per token of the model.
-        statistics: what the trace holds beside coalitions, None for all that are installed.
-    """
-    automatic = asked.scorer == AUTO
-    routings = options.routings or (ROUTINGS if automatic and not asked.equal_counts else (asked.routing,))
-    pairs: Sequence[tuple[str, str]] = [(asked.scorer, asked.rule)]
-    if automatic:
-        held = {"coalitions", *(every_statistic() if statistics is None else statistics)}
-        known = ((pair, get_scorer(pair[0])) for pair in AUTO_METHODS)
-        pairs = [pair for pair, scorer in known if set(scorer.needs) <= held and scorer.can_value(top_k)]
-        if options.rules is not None:
-            named = dict.fromkeys(scorer for scorer, _ in pairs)
-            pairs = [(scorer, rule) for scorer in named for rule in options.rules]
-        elif asked.equal_counts:  # they leave nothing to share out
-            pairs = [pair for pair in pairs if pair[1] == "uniform"]
-        pairs = pairs or [("frequency", "uniform")]
-    return [
-        replace(
-            asked,
-            scorer=s,
-            rule=r,
-            routing=routing,
-            gate_scale=asked.gate_scale if routing == "reroute" else "survivors",
-        )
-        for s, r in pairs
-        for routing in routings
-    ]
 
 
 def _smallest(search: Search) -> tuple[Selection, dict[str, Any]]:
@@ -162,32 +99,128 @@ def _smallest(search: Search) -> tuple[Selection, dict[str, Any]]:
     return advice.point.selection, {
         "how": "the smallest keep rate within the limit",
         "limit": asdict(search.limit),
-        "tried": [_entry(point) for point in advice.points],
+        "tried": [_entry(point, search.bench, advice.point) for point in advice.points],
         "reason": advice.reason,
     }
 
 
-def _closest(search: Search, keep: float) -> tuple[Selection, dict[str, Any]]:
-    """The selection closest to the dense model at one keep rate, and what was tried.
+class Choice:
+    """Looks for the method that stays closest to the dense model at one keep rate.
 
-    Ties within noise go to the preferred one.
+    Methods without layer curves are judged in every routing; the routing that does best is settled, and only in that
+    are layers measured (in all of them with effort ``thorough``).
+
+    Args:
+        search: judges methods.
+        keep: the keep rate.
+        options: what may be tried, and what that may cost.
+        curves: makes layer curves, None where there are no examples to make them from.
     """
-    with search.measuring("Trying scorers, rules and routings", len(search.methods), "candidate") as measure:
-        points = grid(search.methods, [keep], measure)
-    if not points:
-        raise UsageError(f"No candidate can keep {keep:g} of the experts under the constraints; try a larger rate.")
-    best = min(range(len(points)), key=lambda i: (_kl(points[i]), i))
-    tied = tied_with(best, points, search.bench)
-    selection = points[tied[0]].selection
-    health = search.bench.judge(selection).health
-    warnings = tuple(f"On held-out examples, {complaint}." for complaint in health.complaints) if health else ()
-    return replace(selection, warnings=selection.warnings + warnings), {
-        "how": "the candidate closest to the dense model on held-out examples",
-        "tried": [_entry(point) for point in points],
-        "best": str(points[best].method),
-        "tied": [str(points[i].method) for i in tied],
-        "reason": _reason(points, best, tied),
-    }
+
+    def __init__(self, search: Search, keep: float, options: ChoiceOptions, curves: CurveMaker | None) -> None:
+        self.search, self.keep, self.options, self.curves = search, keep, options, curves
+        ordered = in_order(search.methods, keep)
+        self.plain = [method for method in ordered if not get_rule(method.rule).by_curves]
+        self.measured = [method for method in ordered if get_rule(method.rule).by_curves]
+        self.points: list[Point] = []
+        self.passes = 0.0
+
+    def closest(self) -> tuple[Selection, dict[str, Any]]:
+        """The selection closest to the dense model, and what was tried; ties within noise go to the preferred one.
+
+        Raises:
+            UsageError: when no method meets the keep rate.
+        """
+        measured = self._affordable()
+        steps = len(self.plain) + len(measured)
+        with self.search.measuring("Trying scorers, rules and routings", steps, "candidate") as judge:
+            began = clock()
+            together = isinstance(self.search.bench, LayeredBench)
+            first = self.plain if together else self.plain[:1]
+            self._judge(first, judge)
+            if not together:
+                self._tell_time(clock() - began, measured)
+            self._judge(self.plain[len(first) :], judge)
+            for method in self._settled(measured):
+                self._judge([method], judge)
+        if not self.points:
+            raise UsageError(
+                f"No candidate can keep {self.keep:g} of the experts under the constraints; try a larger rate."
+            )
+        return self._decided()
+
+    def _judge(self, methods: Sequence[Method], judge: Measure) -> None:
+        found = judge([(method, self.keep) for method in methods])
+        self.points += [point for point in found if point is not None]
+
+    def _affordable(self) -> list[Method]:
+        """One method for every set of curves that will be made; what a set may cost is settled with that."""
+        if self.curves is None or not self.measured:
+            return []
+        routings = {method.routed for method in self.measured}
+        sets = len({method.scorer for method in self.measured}) * (len(routings) if self._every_routing else 1)
+        held = sum(len(example.tokens) for example in self.search.bench.held_out.examples)
+        per_candidate = held / self.curves.tokens
+        judged = 1 + per_candidate * (1 + len(self.plain) + sets)
+        self.passes = judged
+        if self.options.passes is not None:
+            self.curves.budget = max(0.0, self.options.passes - judged) / sets
+        first = self.measured[0].routed
+        chosen = [method for method in self.measured if self._every_routing or method.routed == first]
+        self.passes += sum(self.curves.passes(method) for method in chosen)
+        return chosen
+
+    @property
+    def _every_routing(self) -> bool:
+        return self.options.effort == "thorough"
+
+    def _settled(self, measured: Sequence[Method]) -> list[Method]:
+        """The methods to measure layers for, in the routing that the others did best in."""
+        if not measured or self._every_routing or not self.points:
+            return list(measured)
+        settled = self._preferred_of_tied().method
+        return [replace(method, routing=settled.routing, gate_scale=settled.gate_scale) for method in measured]
+
+    def _tell_time(self, first: float, measured: Sequence[Method]) -> None:
+        """How long the rest takes, by the first candidate and one pass over examples that layers are measured by."""
+        left = max(len(self.plain) - 1, 0) + len(measured)
+        seconds = left * max(first, self.search.bench.seconds)
+        seconds += sum(self.curves.seconds(method) for method in measured) if self.curves is not None else 0.0
+        cost = f" (as much as {self.passes:.0f} forward passes of the calibration set)" if self.passes else ""
+        self.search.progress.note(
+            f"Choosing among {counted(left + 1, 'candidate')}{cost} takes about {readable_duration(seconds)}; "
+            "--effort fast takes the recommended method instead."
+        )
+
+    def _preferred_of_tied(self) -> Point:
+        return self.points[self._tied(self._best())[0]]
+
+    def _best(self) -> int:
+        return min(range(len(self.points)), key=lambda i: (self.search.bench.loss(self.points[i].selection), i))
+
+    def _tied(self, best: int) -> list[int]:
+        """The points that are the best one, or as good but for noise, preferred ones first."""
+        tied = tied_with(best, self.points, self.search.bench)
+        order = in_order([self.points[i].method for i in tied], self.keep)
+        return sorted(tied, key=lambda i: order.index(self.points[i].method))
+
+    def _decided(self) -> tuple[Selection, dict[str, Any]]:
+        bench, points = self.search.bench, self.points
+        best = self._best()
+        tied = self._tied(best)
+        chosen = points[tied[0]]
+        health = bench.judge(chosen.selection).health
+        warnings = tuple(f"On held-out examples, {complaint}." for complaint in health.complaints) if health else ()
+        selection = replace(chosen.selection, warnings=chosen.selection.warnings + warnings)
+        return selection, {
+            "how": "the candidate closest to the dense model on held-out examples",
+            "tried": [_entry(point, bench, chosen) for point in points],
+            "best": str(points[best].method),
+            "tied": [str(points[i].method) for i in tied],
+            "ties_go_to": SOURCE,
+            "passes": round(self.passes, 1),
+            "reason": _reason(points, bench, best, tied),
+        }
 
 
 def tied_with(best: int, points: Sequence[Point], bench: Comparison) -> list[int]:
@@ -195,35 +228,41 @@ def tied_with(best: int, points: Sequence[Point], bench: Comparison) -> list[int
     return [i for i, point in enumerate(points) if i == best or bench.tied(point.selection, points[best].selection)]
 
 
-def _kl(point: Point) -> float:
-    return point.measured.quality["kl"].value
-
-
-def _entry(point: Point) -> dict[str, Any]:
+def _entry(point: Point, bench: Comparison, chosen: Point) -> dict[str, Any]:
     """What is told of a point that was tried."""
     change = point.measured.change.get("exact_match")
+    classes = bench.losses(point.selection)
     return {
         "method": str(point.method),
         "keep": point.selection.keep,
         "kl": point.measured.quality["kl"].to_document(),
+        "loss": max(classes.values()),
+        "classes": classes if len(classes) > 1 else {},
+        "behind": bench.behind(point.selection, chosen.selection).to_document(),
         "exact_match_change": change.to_document() if change is not None else None,
     }
 
 
-def _reason(points: list[Point], best: int, tied: list[int]) -> str:
-    chosen, point = tied[0], points[tied[0]]
-    reason = f"{point.method} with a KL divergence of {readable_kl(_kl(point))} on held-out examples"
+def _reason(points: Sequence[Point], bench: Comparison, best: int, tied: Sequence[int]) -> str:
+    def loss(place: int) -> float:
+        return bench.loss(points[place].selection)
+
+    chosen = tied[0]
+    where = "on held-out examples"
+    if len(classes := bench.losses(points[chosen].selection)) > 1:
+        where += f" of the class that it costs most ({max(classes, key=lambda name: classes[name])})"
+    reason = f"{points[chosen].method} with a KL divergence of {readable_kl(loss(chosen))} {where}"
     if len(tied) > 1:
         others = [str(points[i].method) for i in tied if i != chosen]
         reason += f"; within noise of it: {', '.join(others[:_NAMED])}"
         reason += f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
         if chosen != best:
-            reason += f" (best by its figure: {points[best].method}, {readable_kl(_kl(points[best]))}; ties go to the "
+            reason += f" (best by its figure: {points[best].method}, {readable_kl(loss(best))}; ties go to the "
             reason += "benchmark's preference)"
     beaten = [i for i in range(len(points)) if i not in tied]
     if beaten:
-        nearest = min(beaten, key=lambda i: _kl(points[i]))
-        figure = readable_kl(_kl(points[nearest]))
+        nearest = min(beaten, key=loss)
         reason += f"; clearly behind, nearest first: {points[nearest].method}"
-        reason += f" with {figure}" if figure != readable_kl(_kl(point)) else ""
+        figure = readable_kl(loss(nearest))
+        reason += f" with {figure}" if figure != readable_kl(loss(chosen)) else ""
     return reason + "."

@@ -39,9 +39,9 @@ def convert(
     """Convert a file of another tool, or a trace or selection for another tool.
 
     Args:
-        source: server responses, coalition counts or selected experts; or a trace or selection of ours.
+        source: server responses, coalition counts, selected experts or an imatrix; or a trace or selection of ours.
         out: a folder where a trace is made, a file otherwise.
-        model: the model that the source is about; responses and coalition counts need it.
+        model: the model that the source is about; responses, coalition counts and an imatrix need it.
         revision: branch, tag or commit of that model, where it is on the hub.
         kind: what the source is, one of :data:`shape_moe.interop.kinds.KINDS`; by default its content tells.
         to: ``shape-moe`` or ``reference``; by default the other one of what the source is.

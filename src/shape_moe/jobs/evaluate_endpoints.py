@@ -44,6 +44,7 @@ from shape_moe.journal import Journal
 from shape_moe.made_with import MadeWith
 from shape_moe.openai_server import TIMEOUT_SECONDS, OpenAIServer
 from shape_moe.progress import SILENT, Progress
+from shape_moe.source_files import WatchedFiles
 from shape_moe.tracing.trace import load_trace
 from shape_moe.units import counted, joined, readable_duration
 
@@ -132,13 +133,16 @@ def evaluate_endpoints(
             raise UsageError("--by and --stratify name different fields; leave one of them out.")
         reading = replace(reading, data=replace(reading.data, stratify=options.by))
     seen = SeenPrompts.of_source(load_trace(options.trace).info.source) if options.trace is not None else None
+    watched = WatchedFiles([*reading.data.files, options.trace])
     with ExitStack() as stack:
         servers = {name: stack.enter_context(OpenAIServer(endpoints[name], options.timeout)) for name in names}
         models = [_served(name, server, reading, options) for name, server in servers.items()]
         _refuse_one_model_twice(names, models)
         records = load_records(reading.data, progress)
         run = _Run(names, models, records, reading, options, seen, Journal(journal, "key", "answers"), progress)
-        return run.carry_out()
+        found = run.carry_out()
+    watched.check()
+    return found
 
 
 def _in_order(endpoints: Mapping[str, str], options: EndpointOptions) -> list[str]:

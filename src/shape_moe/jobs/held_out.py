@@ -57,7 +57,7 @@ def held_out_set(
         batch_size=session.options.answers.batch_size,
         pad_id=pad_token_id(model, calibrator.tokeniser),
         stops=stop_ids(model),
-        vocabulary=int(model.config.vocab_size),
+        vocabulary=int(model.config.get_text_config().vocab_size),
     )
 
 

@@ -32,6 +32,7 @@ class SearchPlan:
         held_out: the held-out records.
         sentence: how calibration and held-out examples were told apart.
         parts: those records and others to report by, where the source was told apart for that as well.
+        calibration: the calibration records; None where a finished trace does not lead back to them.
     """
 
     session: ModelSession
@@ -39,6 +40,7 @@ class SearchPlan:
     held_out: ExampleMaker
     sentence: str
     parts: Parts | None = None
+    calibration: ExampleMaker | None = None
 
     @property
     def data(self) -> DataOptions:
@@ -122,17 +124,19 @@ def plan_search(
         records, seen = fresh_records(source, known, samples)
         session = ModelSession.open(snapshot, replace(tracing, data=source, keep_also=()), None, progress, records)
         judged = session.calibrator
+        traced = [record for record in load_records(replace(tracing.data, samples=None)) if record in known]
+        calibration = session.calibrator_of(traced, tracing.data) if traced else None
     else:
-        calibration = load_records(tracing.data, progress)
-        records, seen = fresh_records(source, SeenPrompts.of_records(calibration), samples)
-        session = ModelSession.open(snapshot, tracing, None, progress, calibration)
-        judged = session.calibrator_of(records, source)
+        wanted = load_records(tracing.data, progress)
+        records, seen = fresh_records(source, SeenPrompts.of_records(wanted), samples)
+        session = ModelSession.open(snapshot, tracing, None, progress, wanted)
+        judged, calibration = session.calibrator_of(records, source), session.calibrator
     sentence = f"{len(records)} held-out examples of {source.name}"
     if seen:
         sentence += f"; {seen} more were left out, because calibration has seen their prompts"
         if held_out is not None:
             progress.note(f"{seen} examples of {source.name} are in the calibration set as well and were left out.")
-    return SearchPlan(session, trace, judged, sentence)
+    return SearchPlan(session, trace, judged, sentence, None, calibration)
 
 
 def _prompts_of(trace: Trace, progress: Progress, *, others: bool) -> SeenPrompts:
@@ -158,7 +162,8 @@ def _split_plan(
     split = split_records(pool, wanted, held_out, seed=seed)
     session = ModelSession.open(snapshot, tracing, None, progress, split.calibration)
     session.source_notes[SPLIT_KEY] = split.sentence
-    return SearchPlan(session, None, session.calibrator_of(split.held_out, tracing.data), split.sentence)
+    held = session.calibrator_of(split.held_out, tracing.data)
+    return SearchPlan(session, None, held, split.sentence, None, session.calibrator)
 
 
 def _three_part_plan(
@@ -176,4 +181,5 @@ def _three_part_plan(
     parts = set_aside(data, judgement, choice=choice, give_up=give_up, seed=seed, progress=progress)
     session = ModelSession.open(snapshot, tracing, None, progress, parts.calibration)
     session.source_notes[SPLIT_KEY] = parts.sentence
-    return SearchPlan(session, None, session.calibrator_of(parts.choice, tracing.data), parts.sentence, parts)
+    held = session.calibrator_of(parts.choice, tracing.data)
+    return SearchPlan(session, None, held, parts.sentence, parts, session.calibrator)

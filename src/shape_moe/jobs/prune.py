@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
@@ -10,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from shape_moe.architectures.fingerprint import fingerprint, layout_fingerprint
+from shape_moe.architectures.gguf_model import GgufModel
 from shape_moe.architectures.loading import free_memory
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
-from shape_moe.calibration.parts import FEWEST
+from shape_moe.calibration.parts import FEWEST, Parts
 from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.sources import Data
-from shape_moe.errors import ShapeMoeError
-from shape_moe.jobs.auto import AUTO_HELD_OUT, methods_to_try
+from shape_moe.errors import DataError, ShapeMoeError, UsageError
+from shape_moe.jobs.choice import AUTO_HELD_OUT, LEAST_HELD_OUT, methods_to_try
 from shape_moe.jobs.closing import commands_after
 from shape_moe.jobs.judgement import (
     Judgement,
@@ -27,7 +29,7 @@ from shape_moe.jobs.judging_examples import (
     session_for,
 )
 from shape_moe.jobs.planning import SearchPlan, held_out_tracing, plan_search
-from shape_moe.jobs.prune_options import PruneOptions, check_request, complete_options, makes_curves
+from shape_moe.jobs.prune_options import PruneOptions, check_request, complete_options, makes_curves, without_choice
 from shape_moe.jobs.prune_run import (
     REFIT_FOLDER,
     PruneRun,
@@ -41,19 +43,22 @@ from shape_moe.jobs.pruned_model import PrunedModel, describe, write_weights
 from shape_moe.jobs.pruned_place import PrunedPlace, place_of
 from shape_moe.jobs.select import check_options
 from shape_moe.jobs.session import ExampleOptions, ModelSession
+from shape_moe.jobs.sliced_imatrix import open_imatrix
 from shape_moe.jobs.trace import open_trace
 from shape_moe.jobs.way import check_measurable
 from shape_moe.progress import SILENT, Progress
 from shape_moe.pruning.canary import CanaryResult
 from shape_moe.pruning.compare import file_hash
+from shape_moe.pruning.down_projections import RefittedSelection
 from shape_moe.pruning.refitted_tensors import check_refittable
 from shape_moe.pruning.writers import what_is_left_out
 from shape_moe.reporting.opening import Opening
 from shape_moe.selection.method import check_for_model
 from shape_moe.selection.rules import budget_for
 from shape_moe.selection.selection import Selection, open_selection
+from shape_moe.serving.engines import what_loads
 from shape_moe.tracing.trace import Trace
-from shape_moe.units import readable_size
+from shape_moe.units import counted, readable_size
 from shape_moe.workspace import Workspace
 
 _DISK_MARGIN = 64 * 2**20
@@ -108,15 +113,16 @@ def prune(
 
     Give exactly one of a calibration set (``data``), a finished ``trace`` or a finished ``selection``, and with the
     first two a keep rate (``keep``, or ``options.select`` to say more). ``prune(model, out, data="tasks.jsonl",
-    keep=0.6)`` is the published method. With scorer ``auto`` or a limit (``options.choice``) candidates are judged on
-    held-out examples first; with a finished trace, ``data`` says where those come from.
+    keep=0.6)`` judges several methods on a part of the data and takes the best; ``options.select`` names one
+    (``SelectOptions(0.6)`` is the published one). With a finished trace, ``data`` says where the examples to judge by
+    come from.
 
     Args:
         model: a folder, a GGUF file or a hub id.
         out: folder of the pruned checkpoint; of a GGUF file the pruned file.
         options: see :class:`PruneOptions`.
         data: calibration set: a file, folder or data set, a list of dictionaries or a ``datasets.Dataset`` (of which at
-            most 25 records are used), or options that say more.
+            most 128 records calibrate, with a named method 25), or options that say more.
         keep: keep rate.
         trace: a trace folder; skips tracing.
         selection: a selection; skips tracing and selecting.
@@ -131,6 +137,7 @@ def prune(
     check_request(options, trace, selection)
     inputs: list[str | PathLike[str]] = [p for p in (model, trace, selection) if isinstance(p, str | PathLike)]
     inputs += options.trace.data.files if options.trace else []
+    inputs += [options.imatrix] if options.imatrix is not None else []
     rejects = options.judgement is not None and options.judgement.require is not None
     place.check(inputs, force=options.force, rejects=rejects)
     free_memory(options.device)
@@ -150,30 +157,64 @@ def open_inputs(
     snapshot, options = run.snapshot, run.options
     if selection is not None:
         run.chosen = open_selection(selection, snapshot, force=options.force)
-    if options.select is not None:
-        moe, automatic = snapshot.moe, options.choice is not None
-        check_for_model(options.select.method, moe)
-        check_options(options.select, snapshot.moe_layers, moe.num_experts, moe.routing, automatic=automatic)
-    run.writer.check(snapshot, run.chosen)
-    if options.refit == "on":
-        check_refittable(snapshot)
+    _check_options(run)
     if trace is not None:
         run.trace = open_trace(trace, snapshot, run.progress, force=options.force)
-    run.plan = _plan_choice(snapshot, options, run.trace, run.progress)
+    options = _planned(run, options)
     if run.plan is not None:
         run.session = run.plan.session
     elif options.trace is not None and (trace is not None or selection is not None):
         run.judge = session_for(options.trace, snapshot, run.progress)
     elif options.trace is not None:
-        if options.select is not None and makes_curves(options.select):
-            check_measurable(snapshot, options.trace)
-        records, refits = None, run.may_refit
-        if options.judgement is not None or refits:
-            judging = options.judgement or JudgementOptions(examples=FEWEST)
-            choice = AUTO_HELD_OUT if refits else 0
-            run.parts = set_aside(options.trace.data, judging, choice=choice, give_up=False, progress=run.progress)
-            records = run.parts.calibration
-        run.session = ModelSession.open(snapshot, options.trace, None, run.progress, records)
+        _open_session(run, options.trace)
+
+
+def _check_options(run: PruneRun) -> None:
+    """Check against the model what is asked of its pruned form, and read what is to be sliced with it."""
+    snapshot, options = run.snapshot, run.options
+    if options.select is not None:
+        moe, automatic = snapshot.moe, options.choice is not None
+        check_for_model(options.select.method, moe)
+        check_options(options.select, snapshot.moe_layers, moe.num_experts, moe.routing, automatic=automatic)
+    run.writer.check(snapshot, run.chosen)
+    gguf = isinstance(snapshot, GgufModel)
+    run.progress.note(what_loads(snapshot.moe.family.model_type, run.target, gguf=gguf))
+    if options.imatrix is not None:
+        run.imatrix = open_imatrix(Path(options.imatrix), snapshot, run.target)
+    if options.refit == "on" or isinstance(run.chosen, RefittedSelection):
+        check_refittable(snapshot)
+
+
+def _open_session(run: PruneRun, tracing: ExampleOptions) -> None:
+    """Open what traces the calibration set, and tell its examples apart where something is judged by some of them."""
+    snapshot, options = run.snapshot, run.options
+    if options.select is not None and makes_curves(options.select):
+        check_measurable(snapshot, tracing)
+    run.parts = _told_apart(run, tracing.data)
+    records = run.parts.calibration if run.parts is not None else None
+    run.session = ModelSession.open(snapshot, tracing, None, run.progress, records)
+
+
+def _told_apart(run: PruneRun, data: DataOptions) -> Parts | None:
+    """The examples to calibrate, to choose a refit by, and to report by; None where all of them calibrate.
+
+    Raises:
+        DataError: when too few are left to choose by, and a refit must be chosen.
+    """
+    judging = run.options.judgement
+    if run.may_refit:
+        try:
+            return set_aside(
+                data,
+                judging or JudgementOptions(examples=FEWEST),
+                choice=AUTO_HELD_OUT,
+                give_up=run.chooses,
+                progress=run.progress,
+            )
+        except DataError:
+            if run.options.refit == "on":
+                raise
+    return set_aside(data, judging, give_up=run.chooses, progress=run.progress) if judging is not None else None
 
 
 def _write(run: PruneRun, selection: Selection, work: Workspace, place: PrunedPlace) -> PruneResult:
@@ -209,6 +250,56 @@ def _write(run: PruneRun, selection: Selection, work: Workspace, place: PrunedPl
     )
 
 
+def _planned(run: PruneRun, options: PruneOptions) -> PruneOptions:
+    """The options, once it is known whether candidates can be judged; where they cannot, with a recommended method.
+
+    Raises:
+        ShapeMoeError: where candidates have to be judged and cannot.
+    """
+    choice = options.choice
+    if choice is not None and choice.limit is None and (choice.effort == "fast" or _keeps_all(options)):
+        run.options = _fixed(run, options)
+        return run.options
+    try:
+        run.plan = _plan_choice(run.snapshot, options, run.trace, run.progress)
+        if run.plan is None or choice is None or choice.insist or choice.limit is not None:
+            return options
+        reason = _too_few(run.plan)
+    except (DataError, UsageError) as error:
+        if choice is None or choice.insist or choice.limit is not None:
+            raise
+        reason = str(error)
+    if reason is None:
+        return options
+    run.plan, run.options = None, _fixed(run, options)
+    assert run.options.select is not None
+    run.notes.append(
+        f"Candidates were not compared, and the recommended method was taken ({run.options.select.method}): {reason}"
+    )
+    return run.options
+
+
+def _keeps_all(options: PruneOptions) -> bool:
+    return options.select is not None and options.select.keep >= 1
+
+
+def _fixed(run: PruneRun, options: PruneOptions) -> PruneOptions:
+    held = run.trace.statistics if run.trace is not None else None
+    return without_choice(options, held, run.snapshot.moe.top_k)
+
+
+def _too_few(plan: SearchPlan) -> str | None:
+    """Why the held-out examples tell no candidates apart, None where they do."""
+    counts = Counter(record.group or "" for record in plan.held_out.records)
+    name, count = min(counts.items(), key=lambda item: (item[1], item[0]))
+    if count >= LEAST_HELD_OUT:
+        return None
+    of_class = f" of class {name}" if name else ""
+    return (
+        f"only {counted(count, 'example')}{of_class} would be left to judge them by, and {LEAST_HELD_OUT} are needed."
+    )
+
+
 def _plan_choice(
     snapshot: Snapshot, options: PruneOptions, trace: Trace | None, progress: Progress
 ) -> SearchPlan | None:
@@ -232,7 +323,7 @@ def _plan_choice(
     )
     if choice.limit is not None:
         held = trace.statistics if trace is not None else plan.session.engine.statistics()
-        methods = methods_to_try(select.method, choice, snapshot.moe.top_k, held)
+        methods = methods_to_try(select.method, choice, snapshot.moe.top_k, held, snapshot.moe)
         choice.limit.check_examples(len(plan.held_out.records), len(methods))
     return plan
 

@@ -11,9 +11,12 @@ from shape_moe.architectures.gguf_model import GgufModel
 from shape_moe.architectures.layered_model import why_not_layered
 from shape_moe.architectures.loading import release_memory
 from shape_moe.architectures.snapshot import Snapshot
+from shape_moe.calibration.example_maker import ExampleMaker
 from shape_moe.calibration.parts import Parts
 from shape_moe.errors import DataError
+from shape_moe.interop.imatrix import Imatrix
 from shape_moe.jobs.auto import auto_select
+from shape_moe.jobs.curves import CurveMaker, curves_file
 from shape_moe.jobs.judgement import (
     Judgement,
     JudgementOptions,
@@ -29,7 +32,6 @@ from shape_moe.jobs.judging_examples import (
     unseen_parts,
 )
 from shape_moe.jobs.layered_judgement import judge_layer_by_layer
-from shape_moe.jobs.measure import measured_curves
 from shape_moe.jobs.planning import SearchPlan
 from shape_moe.jobs.prune_options import PruneOptions, makes_curves
 from shape_moe.jobs.refit import choose_refit
@@ -41,6 +43,7 @@ from shape_moe.pruning.logits import masked_answers, why_no_logits
 from shape_moe.pruning.refitted_tensors import stored_dtype, why_not_refittable
 from shape_moe.pruning.writers import Writer, writer_for
 from shape_moe.selection.layer_curves import load_curves
+from shape_moe.selection.rules import get_rule
 from shape_moe.selection.select import SelectOptions, TraceSelector
 from shape_moe.selection.selection import Selection, completed, load_selection
 from shape_moe.tracing.trace import Trace
@@ -65,6 +68,8 @@ class PruneRun:
         session: what traces the calibration set, where that is given.
         judge: what reads examples that only judge, where such are given.
         notes: what the user should know.
+        imatrix: of the original, where one is given.
+        asked: the options as they were given; those of the job name a method where nothing can be judged.
     """
 
     snapshot: Snapshot
@@ -77,6 +82,11 @@ class PruneRun:
     session: ModelSession | None = None
     judge: ModelSession | None = None
     notes: list[str] = field(default_factory=list)
+    imatrix: Imatrix | None = None
+    asked: PruneOptions = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.asked = self.options
 
     @property
     def target(self) -> str:
@@ -85,6 +95,11 @@ class PruneRun:
             return self.options.select.method.target
         assert self.chosen is not None
         return "stock" if isinstance(self.snapshot, GgufModel) else self.chosen.target
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the method was left to the tool, though nothing may have been judged for that."""
+        return self.asked.choice is not None
 
     @property
     def may_refit(self) -> bool:
@@ -139,6 +154,8 @@ def _best_candidate(run: PruneRun, work: Path) -> Selection:
         chosen = auto_select(
             run.snapshot, run.plan, run.trace, run.options.select, run.options.choice, run.progress, folder
         )
+        if (made := folder / curves_file(chosen.method)).is_file() and get_rule(chosen.rule).by_curves:
+            made.replace(work / "shape" / "curves.json")
         chosen.save(file)
     shutil.rmtree(folder, ignore_errors=True)
     run.progress.note(f"Chosen: {chosen.choice['reason'] if chosen.choice else ''}")
@@ -153,7 +170,11 @@ def with_curves(run: PruneRun, asked: SelectOptions, work: Path) -> SelectOption
     assert run.trace is not None
     file = work / "shape" / "curves.json"
     if not file.is_file():
-        measured_curves(run.session, run.trace, asked.method, asked.scoring, run.progress).save(file)
+        partial = work / "curves.partial"
+        partial.mkdir(exist_ok=True)
+        maker = CurveMaker(run.session, run.session.calibrator, run.trace, asked.scoring, run.progress, folder=partial)
+        maker.measured(asked.method).save(file)
+        shutil.rmtree(partial)
     return replace(asked, curves=load_curves(file))
 
 
@@ -164,19 +185,29 @@ def refitted_as_asked(run: PruneRun, selection: Selection, folder: Path) -> Sele
     if (reason := why_not_refittable(run.snapshot)) is not None:
         run.progress.note(f"Not refitted: {reason}")
         return selection
-    session, plan, parts = run.session, run.plan, run.parts
-    assert session is not None, "checked before"
-    if plan is not None:
-        records, data = plan.held_out.records, plan.data
-    else:
-        assert parts is not None, "set aside before"
-        records, data = parts.choice, session.options.data
-    maker = session.calibrator_of(list(records), data)
-    found = choose_refit(
-        session, selection, maker, stored_dtype(run.snapshot), folder, always=run.options.refit == "on"
-    )
+    if (decide := _examples_for_refit(run)) is None:
+        run.progress.note(
+            "Not refitted: a refit needs the examples that calibrate, and others to choose by: give them by --data, "
+            "without --trace and --selection."
+        )
+        return selection
+    session, maker = decide
+    always, stored = run.options.refit == "on", stored_dtype(run.snapshot)
+    found = choose_refit(session, selection, maker, stored, folder, always=always)
     run.notes += found.notes
     return found.selection
+
+
+def _examples_for_refit(run: PruneRun) -> tuple[ModelSession, ExampleMaker] | None:
+    """What calibrates a refit, and the examples that decide whether it is used; None where either is missing."""
+    session, plan, parts = run.session, run.plan, run.parts
+    if session is None:
+        return None
+    if plan is not None:  # with a finished trace the session holds what candidates are judged by
+        return None if plan.trace is not None else (session, session.calibrator_of(plan.held_out.records, plan.data))
+    if parts is None or not parts.choice:
+        return None
+    return session, session.calibrator_of(parts.choice, session.options.data)
 
 
 def judged(run: PruneRun, selections: Sequence[Selection], work: Path) -> list[Judgement]:

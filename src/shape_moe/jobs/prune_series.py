@@ -107,7 +107,7 @@ def prune_series(
     check_series(asked, keep)
     options = replace(options, select=asked)
     check_request(options, trace, None)
-    inputs: list[str | PathLike[str]] = [path for path in (model, trace) if path is not None]
+    inputs: list[str | PathLike[str]] = [path for path in (model, trace, options.imatrix) if path is not None]
     inputs += options.trace.data.files if options.trace else []
     place.check(inputs, force=options.force)
     free_memory(options.device)
@@ -127,9 +127,7 @@ def _check_each(run: PruneRun, asked: SelectOptions, keeps: Sequence[float]) -> 
     moe = run.snapshot.moe
     for rate in keeps:
         each = replace(asked, keep=rate)
-        check_options(
-            each, run.snapshot.moe_layers, moe.num_experts, moe.routing, automatic=run.options.choice is not None
-        )
+        check_options(each, run.snapshot.moe_layers, moe.num_experts, moe.routing, automatic=run.chooses)
 
 
 def _carry_out(run: PruneRun, work: Workspace, place: SeriesPlace) -> SeriesResult:
@@ -203,8 +201,7 @@ def _selections(run: PruneRun, work: Path, place: SeriesPlace) -> list[Selection
         chosen = selected(run, work)
         rounding = asked.allow_rounding or chosen.method.equal_counts
         asked = replace(asked, method=chosen.method, allow_rounding=rounding)
-    else:
-        asked = with_curves(run, asked, work)
+    asked = with_curves(run, asked, work)
     found = TraceSelector(run.trace, asked.scoring).series(asked, place.keeps)
     if chosen is not None and run.plan is not None:
         found = [run.plan.told(replace(selection, choice=chosen.choice)) for selection in found]

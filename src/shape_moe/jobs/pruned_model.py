@@ -8,6 +8,7 @@ from pathlib import Path
 from shape_moe.jobs.closing import card_facts
 from shape_moe.jobs.judgement import Judgement
 from shape_moe.jobs.prune_run import PruneRun
+from shape_moe.jobs.sliced_imatrix import write_sliced
 from shape_moe.pruning.canary import Canary, CanaryResult
 from shape_moe.pruning.logits import check_logits
 from shape_moe.reporting.model_card import CardFacts, write_card
@@ -77,7 +78,9 @@ def write_weights(run: PruneRun, made: PrunedModel, folder: Path) -> tuple[int, 
 
 
 def describe(run: PruneRun, made: PrunedModel, folder: Path, facts: CardFacts, hashes: dict[str, str]) -> None:
-    """Write what lies beside the weights: card, judgement, and the manifest over all of it."""
+    """Write what lies beside the weights: card, judgement, imatrix, and the manifest over all of it."""
+    if run.imatrix is not None:
+        write_sliced(run.imatrix, run.snapshot, made.selection, folder if made.file is not None else folder / "shape")
     write_card(folder, facts)
     if made.judgement is not None:
         write_json(folder / "shape" / "judgement.json", made.judgement.to_document())

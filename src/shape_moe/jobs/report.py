@@ -184,9 +184,10 @@ def _values(
         return read_scores(found.table), []
     if trace is None:
         return None, []
-    usual = "shape" if scorers()["shape"].can_value(trace.info.top_k) else "frequency"
+    known_sets = scorers()["shape"].can_value(trace.info.top_k) and "coalitions" not in trace.info.left_out
+    usual = "shape" if known_sets else "frequency"
     wanted, remarks = selection.scorer if selection is not None else usual, []
-    if wanted not in scorers():
+    if wanted not in scorers(converted=True):
         remarks.append(
             f"The selection was made by {wanted!r}, which is not a scorer of this installation: the values shown are "
             f"those of the scorer {usual}."
@@ -208,7 +209,7 @@ def _rivals(trace: Trace, selection: Selection | None) -> tuple[Scores, ...]:
     """Values by every scorer that can value this trace."""
     options = scoring_of(selection)
     found = []
-    for name in scorers():
+    for name in scorers(converted=True):
         try:
             found.append(score_trace(trace, name, options))
         except ShapeMoeError:  # needs what this trace does not hold, or cannot value top-1 routing

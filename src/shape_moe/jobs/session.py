@@ -14,6 +14,7 @@ from shape_moe.architectures.fingerprint import UNVERIFIED, Origin, fingerprint,
 from shape_moe.architectures.loading import free_memory, load_model, load_tokenizer
 from shape_moe.architectures.moe_config import MoeConfig, foreign_code
 from shape_moe.architectures.plain_model import check_observable
+from shape_moe.architectures.same_routers import router_hashes
 from shape_moe.architectures.sites import live_moe_config
 from shape_moe.architectures.snapshot import Snapshot, open_snapshot
 from shape_moe.calibration.example_maker import Answerer, AnswerOptions, ExampleMaker
@@ -311,6 +312,7 @@ class ModelSession:
             source={**calibrator.source(), **self.source_notes},
             versions=versions("torch", "transformers", "tokenizers", "numpy"),
             traced_files=self._files,
+            routers=router_hashes(snapshot) if snapshot is not None else None,
         )
 
     def _origin(self) -> Origin:

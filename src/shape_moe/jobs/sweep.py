@@ -105,6 +105,7 @@ def sweep(
     revision: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    stream: bool | None = None,
     trust_remote_code: bool = False,
     force: bool = False,
     progress: Progress = SILENT,
@@ -123,6 +124,8 @@ def sweep(
         revision: branch, tag or commit of a hub model.
         device: where to run; what ``data`` says of it counts where it is :class:`ExampleOptions`.
         dtype: in which dtype; likewise.
+        stream: trace and judge layer by layer (True), or with the whole model in memory (False); None decides by free
+            memory; likewise.
         trust_remote_code: run the code that comes with the model instead of Transformers' own, where there is some.
         force: replace an earlier result.
         progress: where to show progress.
@@ -139,7 +142,7 @@ def sweep(
     judged_by = held_out if isinstance(held_out, DataOptions | None) else DataOptions.of(held_out, seed=seed)
     tracing = held_out_tracing(data, traced, judged_by, seed)
     if not isinstance(data, ExampleOptions):
-        tracing = replace(tracing, device=device, dtype=dtype)
+        tracing = replace(tracing, device=device, dtype=dtype, stream=stream)
     plan = plan_search(snapshot, tracing, traced, judged_by, options.held_out, seed, progress)
     if options.limit is not None:
         options.limit.check_examples(len(plan.held_out.records), len(options.methods))

@@ -109,7 +109,7 @@ def open_trace(given: str | PathLike[str], snapshot: Snapshot, progress: Progres
     """
     found = load_trace(given)
     info = found.info
-    told = check_same_model(info.fingerprint, info.model, snapshot, f"The trace {given}", force=force)
+    told = check_same_model(info, snapshot, f"The trace {given}", force=force)
     if told is not None:
         progress.note(told)
         return found

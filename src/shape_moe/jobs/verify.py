@@ -25,6 +25,7 @@ from shape_moe.pruning.refitted_tensors import read_refit_file
 from shape_moe.selection.selection import Selection, load_selection
 from shape_moe.serving.endpoint import ask_canary, compare_tokens
 from shape_moe.serving.manifest import added_files, read_manifest
+from shape_moe.units import readable_share
 
 _DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError, RuntimeError)
 """What a damaged file can make the libraries raise."""
@@ -191,7 +192,7 @@ def _check_tensors(path: Path) -> tuple[bool, str]:
 
 def _check_tokenizer(path: Path) -> tuple[bool, str]:
     tokenizer, config = load_tokenizer(path), open_snapshot(path).config
-    ids, vocabulary = len(tokenizer), int(config["vocab_size"])
+    ids, vocabulary = len(tokenizer), int({**config.get("text_config", {}), **config}["vocab_size"])
     if ids > vocabulary:
         return False, f"the tokenizer has {ids:,} ids, the model embeds {vocabulary:,}"
     return True, f"{ids:,} ids"
@@ -226,7 +227,7 @@ def _check_canary(path: Path, device: str, dtype: str) -> tuple[bool | None, str
 
 def _detail(result: CanaryResult) -> str:
     return (
-        f"KL {result.mean_kl:.2e}, top-1 agreement {result.top1_agreement:.1%}, largest difference "
+        f"KL {result.mean_kl:.2e}, top-1 agreement {readable_share(result.top1_agreement)}, largest difference "
         f"{result.largest_difference:.2e} over {result.positions:,} positions"
     )
 

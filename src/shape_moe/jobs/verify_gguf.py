@@ -29,6 +29,7 @@ from shape_moe.pruning.gguf_slices import (
 )
 from shape_moe.selection.selection import Selection
 from shape_moe.serving.manifest import MANIFEST, read_manifest
+from shape_moe.units import readable_share
 
 Outcome = tuple[bool | None, str]
 Checks = dict[str, Callable[[], Outcome]]
@@ -116,6 +117,6 @@ def _check_canary(model: GgufModel, folder: Path, device: str, dtype: str) -> Ou
         return None, reason
     found = compare_canary(load_model(model, device=device, dtype=dtype), load_canary(file))
     return found.passed, (
-        f"KL {found.mean_kl:.2e}, top-1 agreement {found.top1_agreement:.1%}, largest difference "
+        f"KL {found.mean_kl:.2e}, top-1 agreement {readable_share(found.top1_agreement)}, largest difference "
         f"{found.largest_difference:.2e} over {found.positions:,} positions"
     )

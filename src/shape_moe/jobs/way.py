@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from shape_moe.architectures.layered_model import why_not_layered
 from shape_moe.architectures.loading import free_memory, loaded_bytes, why_not_loadable
+from shape_moe.architectures.placement import is_map
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.errors import ShapeMoeError, UsageError
 from shape_moe.tracing import layer_by_layer, whole_model
@@ -85,6 +86,12 @@ def choose_way(snapshot: Snapshot, options: ExampleOptions, folder: Path | None,
         return Way(STREAM, "Continuing layer by layer, as the interrupted run began.")
     if loaded or whole_model.is_unfinished(folder):
         return Way(WHOLE)
+    return _by_free_memory(snapshot, options)
+
+
+def _by_free_memory(snapshot: Snapshot, options: ExampleOptions) -> Way:
+    if is_map(options.device):
+        return Way(WHOLE, "The whole model is held where --device-map puts its parts.")
     sizes = (
         f"it needs {readable_size(_needed(snapshot, options))}, {readable_size(free_memory(options.device))} are free"
     )

@@ -59,8 +59,10 @@ class SlicedTensor:
 
     @property
     def size(self) -> int:
-        """Bytes in the pruned checkpoint."""
-        return byte_size(self.source.dtype, self.shape)
+        """Bytes in the pruned checkpoint; what is copied keeps the blocks that it is stored in, quantised or not."""
+        if self.new is not None:
+            return byte_size(self.source.dtype, self.shape)
+        return sum(size for _, size in self.ranges)
 
 
 @dataclass(frozen=True)

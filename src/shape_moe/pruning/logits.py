@@ -18,6 +18,7 @@ from shape_moe.progress import Progress
 from shape_moe.pruning.canary import Canary, CanaryResult, canary_tokens, compare_canary, record_canary
 from shape_moe.pruning.masks import masked
 from shape_moe.selection.selection import Selection
+from shape_moe.units import readable_share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,6 +57,6 @@ def check_logits(canary: Canary, path: Path, device: str, dtype: str, progress: 
     if not result.passed:
         raise CheckpointError(
             f"The pruned model's logits differ from the masked original's (KL {result.mean_kl:.2g}, top-1 agreement "
-            f"{result.top1_agreement:.1%}): the checkpoint is not what it should be. It stays in {path}."
+            f"{readable_share(result.top1_agreement)}): the checkpoint is not what it should be. It stays in {path}."
         )
     return result

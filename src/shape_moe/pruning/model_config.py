@@ -51,7 +51,7 @@ def pruned_config(config: dict[str, Any], moe: MoeConfig, selection: Selection, 
             )
         for key in moe.family.count_keys:
             if part.get(key) is not None:
-                part[key] = count
+                part[key] = [count] * len(part[key]) if isinstance(part[key], list) else count
         result["architectures"] = [moe.family.stock_class]
         return result
     from shape_moe.pruning.modeling_shape_moe import PREFIX

@@ -195,8 +195,8 @@ def choose_among(
 def at_trained_scale(weights: torch.Tensor, logits: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Gate weights as the softmax over all experts gives them, from those that the softmax over kept ones gives.
 
-    Both softmaxes have the same numerators, so that the weights differ by the kept experts' share of the whole:
-    ``exp(logsumexp of the kept logits - logsumexp of all logits)``, one factor per token.
+    Both softmaxes have the same numerators, so that the weights differ by the kept experts' share of the whole: the
+    sum of their probabilities among all experts, one factor per token.
 
     Args:
         weights: [T, k], by the softmax over kept experts, times a constant.
@@ -207,8 +207,8 @@ def at_trained_scale(weights: torch.Tensor, logits: torch.Tensor, kept: torch.Te
         Weights [T, k] in the dtype that came in.
     """
     fine = torch.promote_types(logits.dtype, torch.float32)
-    share = (logits[..., kept].to(fine).logsumexp(-1) - logits.to(fine).logsumexp(-1)).exp()
-    return (weights.to(fine) * share.unsqueeze(-1)).to(weights.dtype)
+    share = logits.to(fine).softmax(-1)[..., kept].sum(-1, keepdim=True)
+    return (weights.to(fine) * share).to(weights.dtype)
 
 
 def _keeping_scale(router_class: type[nn.Module]) -> type[nn.Module]:

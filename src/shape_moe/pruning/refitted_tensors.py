@@ -42,6 +42,9 @@ def check_refittable(source: Snapshot) -> None:
 def why_not_refittable(source: Snapshot) -> str | None:
     """Why refitted down projections cannot be written in a model's own format, and what to do; None where they can."""
     name = source.name
+    family = source.moe.family
+    if family.why_no_refit is not None:
+        return f"A refit is not possible for {family.model_type}: {family.why_no_refit}; leave --refit out."
     if source.path.is_file():
         return (
             f"{name} is a GGUF file, whose quantised blocks cannot hold refitted weights: prune the original model "

@@ -18,11 +18,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shape_moe.architectures.sites import MoeSite, find_sites, live_moe_config
 from shape_moe.calibration.batches import PADDING
-from shape_moe.errors import ShapeMoeError
+from shape_moe.errors import ShapeMoeError, UnsupportedModelError
 from shape_moe.progress import Advance
 from shape_moe.pruning.down_projections import DownProjections
 from shape_moe.pruning.masks import masked
@@ -41,10 +42,9 @@ if TYPE_CHECKING:
 
     from shape_moe.calibration.batches import Batch
 
-RHOS = (0.3, 3.0, 30.0)
-"""Strengths of the ridge that are tried."""
+RHO = 0.3
+"""Strength of the ridge where nothing else is said."""
 _STRONGER = 10.0
-_TRIES = 3
 _HELD_OUT = 10
 """One token in so many is kept out of the fit."""
 
@@ -76,11 +76,13 @@ class RefitRequest:
         rho: strength of the ridge towards the original weights, relative to the experts' own inputs.
         weights: how much tokens count.
         stored: dtype in which the weights will be stored, None for the model's own.
+        tries: so many strengths a layer may take, each ten times the last, before it is left as it is.
     """
 
-    rho: float = RHOS[0]
+    rho: float = RHO
     weights: TokenWeights = field(default_factory=PredictingWeights)
     stored: torch.dtype | None = None
+    tries: int = 3
 
 
 class RefitPass:
@@ -108,10 +110,13 @@ class RefitPass:
     ) -> None:
         import torch
 
+        moe = live_moe_config(engine.model)
+        if (reason := moe.family.why_no_refit) is not None:
+            raise UnsupportedModelError(f"A refit is not possible for {moe.family.model_type}: {reason}.")
         self.engine, self.selection, self.batches, self.request = engine, selection, list(batches), request
         self.files = files or LayerFiles()
         self.sites = {site.layer: site for site in find_sites(engine.model)}
-        self.scale = live_moe_config(engine.model).residual_scale
+        self.scale = moe.residual_scale
         self.work = torch.promote_types(engine.model.dtype, torch.float32)
         self.rows, self.weights = _rows_and_weights(self.batches, request.weights)
         self.dense: list[torch.Tensor] = []
@@ -232,7 +237,7 @@ class RefitPass:
         unknowns = len(kept) * (problem.experts[0].inputs.shape[1] + problem.has_bias)
         tokens = int((problem.scale[~problem.held_out] > 0).sum())
         rho, fit = self.request.rho, None
-        for _ in range(_TRIES):
+        for _ in range(self.request.tries):
             store = _Store(site, kept, self.request.stored, self.work)
             fit = solve(problem, rho, store)
             if fit.before > 0 and fit.generalises and store.is_finite:
@@ -261,9 +266,21 @@ class _Store:
     def __init__(self, site: MoeSite, kept: Sequence[int], dtype: torch.dtype | None, work: torch.dtype) -> None:
         experts: Any = site.experts
         self._experts, self._kept, self._work = experts, kept, work
-        dtype = dtype or experts.down_proj.dtype
-        bias = experts.down_proj_bias.detach()[list(kept)].to(dtype) if experts.has_bias else None
-        self.weights = DownProjections(experts.down_proj.detach()[list(kept)].to(dtype), bias)
+        self._dtype = dtype or experts.down_proj.dtype
+        self._new: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+
+    @cached_property
+    def weights(self) -> DownProjections:
+        """The down projections once all changes are there: while they come, memory is short."""
+        experts, kept = self._experts, list(self._kept)
+        weight = experts.down_proj.detach()[kept].to(self._dtype)
+        bias = experts.down_proj_bias.detach()[kept].to(self._dtype) if experts.has_bias else None
+        for number, (new, new_bias) in self._new.items():
+            weight[number] = new
+            if bias is not None and new_bias is not None:
+                bias[number] = new_bias
+        self._new.clear()
+        return DownProjections(weight, bias)
 
     @property
     def is_finite(self) -> bool:
@@ -273,17 +290,17 @@ class _Store:
     def __call__(self, number: int, change: torch.Tensor) -> torch.Tensor:
         import torch
 
-        expert, found = self._kept[number], self.weights
+        expert = self._kept[number]
         own = self._experts.down_proj.detach()[expert].to(self._work)
         own = own if self._experts.is_transposed else own.T
         width = len(own)
-        new = (own + change[:width]).to(found.weight.dtype)
-        found.weight[number] = new if self._experts.is_transposed else new.T
+        new, new_bias = (own + change[:width]).to(self._dtype), None
         changes = [new.to(self._work) - own]
-        if found.bias is not None:
+        if self._experts.has_bias:
             bias = self._experts.down_proj_bias.detach()[expert].to(self._work)
-            found.bias[number] = (bias + change[width]).to(found.bias.dtype)
-            changes.append((found.bias[number].to(self._work) - bias).unsqueeze(0))
+            new_bias = (bias + change[width]).to(self._dtype)
+            changes.append((new_bias.to(self._work) - bias).unsqueeze(0))
+        self._new[number] = (new if self._experts.is_transposed else new.T, new_bias)
         return torch.cat(changes)
 
 

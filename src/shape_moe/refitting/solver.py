@@ -23,6 +23,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from shape_moe.errors import ShapeMoeError
+
 if TYPE_CHECKING:
     import torch
 
@@ -222,12 +224,19 @@ class _OfInputs:
 
 
 def _inverse(gram: torch.Tensor, ridge: float) -> torch.Tensor:
-    """``(gram + ridge)^-1`` in float64."""
+    """``(gram + ridge)^-1`` in float64.
+
+    Raises:
+        ShapeMoeError: where rounding is larger than the ridge.
+    """
     import torch
 
     shifted = gram.double()
     shifted.diagonal().add_(ridge)
-    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+    factor, fault = torch.linalg.cholesky_ex(shifted)
+    if int(fault):
+        raise ShapeMoeError("The refit's rho is too small for the precision of its sums: use a larger one.")
+    return torch.cholesky_inverse(factor)
 
 
 def _square(tensor: torch.Tensor) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shape_moe.units import NONE, readable_share, readable_size
+from shape_moe.units import NONE, named_share, readable_share, readable_size
 
 Document = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -128,7 +128,7 @@ def demo_short(document: Document) -> list[tuple[str, ...]]:
         tied = sum(row["on_task"] == best["on_task"] for row in rest)
         name = str(best["scorer"]) + (f" (and {tied} as good)" if tied else "")
         published = next((_right(row) for row in rows if row["scorer"] == PUBLISHED), NONE)
-        found.append((name, f"{100 * keep:.4g} %", *_cells(best), published))
+        found.append((name, named_share(keep), *_cells(best), published))
     return found
 
 

@@ -16,7 +16,7 @@ from shape_moe.reporting.published_figures import (
     where_it_lies,
 )
 from shape_moe.selection.method import read_routed
-from shape_moe.units import readable_kl, readable_share, readable_size
+from shape_moe.units import named_share, readable_kl, readable_share, readable_size, share_as_option
 
 EXPLANATION = (
     "Brackets hold 95 % intervals. Bold is the best value of a column, which says nothing about chance: where "
@@ -183,7 +183,7 @@ def _best(
     dense = _dense(document, part.model)["bytes"]
     saved = 1 - max(sizes) / dense if sizes and dense else None
     routing, scale = read_routed(document["config"]["routings"][0])
-    options = f"--keep {100 * keep:.4g}% --scorer {scorer} --rule {rule} --routing {routing}"
+    options = f"--keep {share_as_option(keep)} --scorer {scorer} --rule {rule} --routing {routing}"
     if scale != "survivors":
         options += f" --gate-scale {scale}"
     return BestMethod((part.evaluation, _share(keep), f"{name}{others}", *shown), saved, options)
@@ -224,7 +224,7 @@ def experiment_sizes(document: Document, model: str) -> str:
 
 def _share(keep: float) -> str:
     """A keep rate as it was asked for."""
-    return f"{100 * keep:.4g} %"
+    return named_share(keep)
 
 
 def _tables(document: Document, model: str, evaluation: Document, dense: Document) -> Iterator[ExperimentTable]:

@@ -8,7 +8,7 @@ from math import ceil
 
 from shape_moe.architectures.snapshot import looks_like_path
 from shape_moe.embedded_model import EMBEDDED, embedded_model_path
-from shape_moe.evaluation.evaluated import Evaluated
+from shape_moe.evaluation.evaluated import Chosen, Evaluated
 from shape_moe.evaluation.verdict import Verdict, Word
 from shape_moe.selection.method import PUBLISHED, PUBLISHED_SAMPLES, Method
 from shape_moe.selection.selection import Selection
@@ -105,7 +105,9 @@ def evaluated_line(model: Evaluated, dense: int | None) -> str:
     if chosen is not None:
         how = f"{chosen.scorer}/{chosen.rule}, {chosen.routing}"
         parts.append(f"{readable_share(chosen.keep)} of the experts kept by {how}")
-    return f"{model.name}: {'; '.join(parts)}." if parts else f"{model.name}."
+    shape = Chosen.of(chosen).shape if chosen is not None else ""
+    name = f"{model.name} ({shape})" if shape else model.name
+    return f"{name}: {'; '.join(parts)}." if parts else f"{name}."
 
 
 @dataclass(frozen=True)

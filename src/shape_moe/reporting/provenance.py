@@ -10,12 +10,12 @@ from typing import Any
 
 from shape_moe.calibration.example_maker import SPLIT_KEY, AnswerOptions
 from shape_moe.calibration.presets import PREFIX
-from shape_moe.reporting.figures.figure import percent, sentence
+from shape_moe.reporting.figures.figure import sentence
 from shape_moe.reporting.material import Material
 from shape_moe.selection.agreement import scoring_of
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import TraceInfo
-from shape_moe.units import readable_share
+from shape_moe.units import percent, readable_share
 
 Facts = list[tuple[str, str]]
 

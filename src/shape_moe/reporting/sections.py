@@ -25,7 +25,7 @@ from shape_moe.reporting.figures.evaluation import (
     quality_figure,
     result_tables,
 )
-from shape_moe.reporting.figures.figure import Section, Table, percent, sentence
+from shape_moe.reporting.figures.figure import Section, Table, sentence
 from shape_moe.reporting.figures.layers import layer_figure
 from shape_moe.reporting.figures.sizes import demo_figure, evaluation_size_figure, experiment_figure
 from shape_moe.reporting.figures.sweep import sweep_figure
@@ -34,7 +34,7 @@ from shape_moe.reporting.material import Material
 from shape_moe.selection.agreement import kept_by_scorer
 from shape_moe.selection.selection import Selection
 from shape_moe.text import one_line
-from shape_moe.units import capitalised, kl_at_least, readable_kl, readable_share, readable_size
+from shape_moe.units import capitalised, kl_at_least, percent, readable_kl, readable_share, readable_size
 
 _SHOWN = 100
 """Characters of an answer that are shown."""

@@ -11,12 +11,12 @@ from shape_moe.evaluation.evaluated import ALSO
 from shape_moe.evaluation.forgotten import Forgotten
 from shape_moe.evaluation.measures import HEALTH_LIMIT, Measured
 from shape_moe.reporting.experiment_tables import experiment_preface
-from shape_moe.reporting.figures.figure import percent, sentence
+from shape_moe.reporting.figures.figure import sentence
 from shape_moe.reporting.figures.metrics import METRICS, known_metrics
 from shape_moe.reporting.material import Material
 from shape_moe.reporting.story import is_selected, shrunk
 from shape_moe.selection.selection import Selection
-from shape_moe.units import counted, readable_share, readable_size
+from shape_moe.units import counted, percent, readable_share, readable_size
 
 _FIRM, _FAIR = 0.95, 0.9
 

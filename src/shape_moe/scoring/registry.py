@@ -13,7 +13,18 @@ from shape_moe.registry import Registry
 from shape_moe.tracing.token_weights import SegmentWeights, TokenWeights
 from shape_moe.tracing.trace import Trace
 
-_BUILT_IN = ("shape", "contribution", "replacement", "frequency", "gating", "reap", "ean", "easy_ep", "random")
+_BUILT_IN = (
+    "shape",
+    "contribution",
+    "replacement",
+    "frequency",
+    "gating",
+    "reap",
+    "ean",
+    "easy_ep",
+    "random",
+    "imatrix_energy",
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,7 @@ class Scorer:
         function: the score function.
         least_top_k: fewest experts per token with which its values say anything.
         weights: how much tokens count where nothing else is asked for.
+        converted: whether it values traces alone that are converted from a file of another tool; see :func:`scorers`.
     """
 
     name: str
@@ -58,6 +70,7 @@ class Scorer:
     function: ScoreFunction
     least_top_k: int = 1
     weights: TokenWeights = field(default_factory=SegmentWeights)
+    converted: bool = False
 
     def weights_for(self, trace: Trace, asked: TokenWeights | None) -> TokenWeights:
         """How much the tokens of a trace count.
@@ -90,7 +103,12 @@ _SCORERS: Registry[Scorer] = Registry(
 
 
 def register(
-    name: str, *, needs: tuple[str, ...], least_top_k: int = 1, weights: TokenWeights | None = None
+    name: str,
+    *,
+    needs: tuple[str, ...],
+    least_top_k: int = 1,
+    weights: TokenWeights | None = None,
+    converted: bool = False,
 ) -> Callable[[ScoreFunction], ScoreFunction]:
     """Register a score function under a name.
 
@@ -99,21 +117,26 @@ def register(
         needs: names of statistics that the trace must hold, or ``coalitions``.
         least_top_k: fewest experts per token with which the values say anything.
         weights: how much tokens count where nothing else is asked for; None counts all alike.
+        converted: whether it values traces alone that are converted from a file of another tool.
 
     Raises:
         UsageError: when another function has that name already.
     """
 
     def add(function: ScoreFunction) -> ScoreFunction:
-        _SCORERS.add(name, Scorer(name, needs, function, least_top_k, weights or SegmentWeights()), function)
+        _SCORERS.add(name, Scorer(name, needs, function, least_top_k, weights or SegmentWeights(), converted), function)
         return function
 
     return add
 
 
-def scorers() -> dict[str, Scorer]:
-    """All scorers by name."""
-    return dict(sorted(_SCORERS.all().items()))
+def scorers(*, converted: bool = False) -> dict[str, Scorer]:
+    """All scorers by name.
+
+    Args:
+        converted: whether to give those as well that value converted traces alone, and none that is made of a model.
+    """
+    return {name: found for name, found in sorted(_SCORERS.all().items()) if converted or not found.converted}
 
 
 def get_scorer(name: str) -> Scorer:

@@ -89,12 +89,21 @@ def score_trace(trace: Trace, scorer: str = "shape", options: ScoreOptions | Non
     """
     options = options or ScoreOptions()
     entry = get_scorer(scorer)
+    if "coalitions" in entry.needs and "coalitions" in trace.info.left_out:
+        raise UsageError(
+            f"Scorer {scorer!r} needs coalitions, which this trace does not hold: {trace.info.left_out['coalitions']}. "
+            "Use scorer 'imatrix-energy' or 'frequency', or trace the model."
+        )
     missing = [name for name in entry.needs if name != "coalitions" and name not in trace.statistics]
     large = [f"{name} ({trace.info.left_out[name]})" for name in missing if name in trace.info.left_out]
     if large:
         raise UsageError(f"Scorer {scorer!r} needs {', '.join(large)}, which was left out of this trace.")
     if missing:
         what = f"Scorer {scorer!r} needs {', '.join(missing)}, which"
+        if entry.needs == ("imatrix_energy",):
+            raise UsageError(
+                f"{what} only a trace holds that was made from an imatrix (shape-moe convert imatrix.gguf)."
+            )
         if trace.info.engine == "transformers":
             raise UsageError(f"{what} this trace, made by an older version, does not hold: trace the model anew.")
         raise UsageError(

@@ -24,7 +24,7 @@ def scoring_of(selection: Selection | None) -> ScoreOptions:
     if selection is None:
         return ScoreOptions()
     options, rule = selection.options, known_rules().get(selection.rule)
-    weights, own = token_weights(options), scorers().get(selection.scorer)
+    weights, own = token_weights(options), scorers(converted=True).get(selection.scorer)
     return ScoreOptions(
         None if own is not None and own.weights == weights else weights,
         int(options.get("seed", 0)),

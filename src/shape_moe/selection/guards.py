@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.selection.method import Method
+from shape_moe.units import readable_share
 
 SUPER_EXPERT_RATIO = 10.0
 """An expert whose largest output norm is this many times its layer's median is an outlier (arXiv 2507.23279 finds
@@ -63,8 +64,8 @@ def warn_unstable(stability: dict[str, float] | None) -> list[str]:
     if stability is None or stability["agreement"] >= UNSTABLE_AGREEMENT:
         return []
     return [
-        f"The two halves of the calibration data agree on only {stability['agreement']:.1%} of the kept experts; "
-        "trace more samples (--samples)."
+        f"The two halves of the calibration data agree on only {readable_share(stability['agreement'])} of the kept "
+        "experts; trace more samples (--samples)."
     ]
 
 

@@ -160,17 +160,22 @@ def load_curves(path: str | PathLike[str]) -> LayerCurves:
         raise CheckpointError(f"{file} is no file of layer curves: {error}") from error
 
 
-def counts_to_measure(experts: int, floor: int, groups: int = 1) -> tuple[int, ...]:
+def counts_to_measure(experts: int, floor: int, groups: int = 1, most: int | None = None) -> tuple[int, ...]:
     """Counts at which a layer is measured, ascending: the floor, and parts of the layer above it.
 
     Args:
         experts: routed experts per layer.
         floor: fewest that a layer may keep.
         groups: router groups that keep equal counts.
+        most: how many counts at most, at least 2, spread evenly over all; None for all.
     """
     wanted = {floor, *(experts * part // 32 for part in _GRID)}
     snapped = {-(-count // groups) * groups for count in wanted if count >= floor}
-    return tuple(sorted(count for count in snapped if count < experts))
+    every = sorted(count for count in snapped if count < experts)
+    if most is None or most >= len(every):
+        return tuple(every)
+    last = len(every) - 1
+    return tuple(every[(last * place + (most - 1) // 2) // (most - 1)] for place in range(most))
 
 
 def cheapest_counts(

@@ -237,6 +237,7 @@ class TraceSelector:
             largest = self.trace.sums("largest_norm", weights)
             warnings += guards.warn_lost_super_experts(info.layers, largest, mask)
         warnings += guards.warn_unstable(agreement)
+        warnings += map(str, info.source.get("remarks") or ())
         warnings += guards.warn_inflation(options.method, info.routing.renormalises)
         return replace(
             selection,
@@ -249,6 +250,7 @@ class TraceSelector:
             options={**weights.flags, "seed": self.scoring.seed},
             warnings=tuple(warnings),
             seen=SeenPrompts.of_source(info.source).by_salt(),
+            routers=info.routers,
         )
 
 

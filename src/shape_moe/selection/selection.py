@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from shape_moe.architectures.fingerprint import fingerprint
 from shape_moe.architectures.moe_config import GateScale, MoeConfig, check_gate_scale
-from shape_moe.architectures.same_routers import check_same_model
+from shape_moe.architectures.same_routers import RouterHashes, check_same_model, router_hashes
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.documents import MOST_EXPERTS, as_shape
 from shape_moe.errors import CheckpointError, UsageError
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 2
 """Version 1 knew no gate scale: what was rerouted had ``survivors``."""
+REFIT_IS_NOT_REPEATED = (
+    "The selection is of a refitted model, but holds no weights: its experts are used as the original has them. To "
+    "refit them again, start from the examples (--data, --refit on)."
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class Selection:
         seen: salted hashes of the prompts that it was made from, by their salt (see
             :class:`shape_moe.calibration.seen_prompts.SeenPrompts`); None where they are not known.
         gate_scale: ``survivors`` or ``trained``, see :data:`shape_moe.architectures.moe_config.GateScale`.
+        routers: hashes of the model's router rows, by which it is recognised when it is stored otherwise (see
+            :mod:`shape_moe.architectures.same_routers`); None in older files and for a table of values.
     """
 
     fingerprint: str | None
@@ -86,6 +92,7 @@ class Selection:
     refit: dict[str, Any] | None = None
     seen: dict[str, list[str]] | None = field(default=None, compare=False)  # every trace has a salt of its own
     gate_scale: GateScale = "survivors"
+    routers: RouterHashes | None = None
 
     @property
     def kept(self) -> int:
@@ -136,7 +143,7 @@ class Selection:
     @property
     def digest(self) -> str:
         """sha256 over what a model with this selection computes: experts, routing, gate scale, refitted weights."""
-        refitted = [self.refit["digest"]] if self.refit is not None else []
+        refitted = [self.refit.get("digest")] if self.refit is not None else []
         content = json.dumps([self.method.routed, sorted(self.layers.items()), *refitted])
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -243,6 +250,8 @@ def selection_of(document: Any, file: Path) -> Selection:
 def open_selection(given: str | PathLike[str] | Selection, snapshot: Snapshot, *, force: bool = False) -> Selection:
     """A selection for a model; one of unknown origin (from a table of values) is taken as it is.
 
+    What a file says of a refit is left behind, with a warning: it holds no weights.
+
     Args:
         given: a file, a pruned checkpoint's folder, or a selection.
         snapshot: the model.
@@ -253,9 +262,11 @@ def open_selection(given: str | PathLike[str] | Selection, snapshot: Snapshot, *
         CheckpointError: when it cannot be read.
     """
     chosen = given if isinstance(given, Selection) else load_selection(given)
+    if type(chosen) is Selection and chosen.refit is not None:  # another class brings the weights along
+        chosen = replace(chosen, refit=None, warnings=(*chosen.warnings, REFIT_IS_NOT_REPEATED))
     if chosen.fingerprint is not None:
         name = "The selection" if isinstance(given, Selection) else f"The selection {given}"
-        told = check_same_model(chosen.fingerprint, chosen.model, snapshot, name, force=force)
+        told = check_same_model(chosen, snapshot, name, force=force)
         if told is not None:
             chosen = replace(chosen, warnings=(*chosen.warnings, told))
     return chosen
@@ -271,6 +282,7 @@ def completed(selection: Selection, snapshot: Snapshot) -> Selection:
         model=snapshot.name,
         family=snapshot.moe.family.model_type,
         top_k=snapshot.moe.top_k,
+        routers=router_hashes(snapshot),
     )
 
 
@@ -335,6 +347,10 @@ def check_against_model(selection: Selection, moe: MoeConfig, layers: Iterable[i
     if routing == "reroute":
         check_gate_scale(selection.gate_scale, moe.family, moe.renormalises)
     facts = moe.routing
+    if routing == "reroute" and moe.family.unrouted is not None:
+        raise UsageError(
+            f"{moe.family.model_type} cannot have routing reroute: {moe.family.unrouted}. Use routing drop."
+        )
     for layer, ids in selection.layers.items() if routing == "reroute" else ():
         if len(ids) < facts.floor:
             raise UsageError(f"Layer {layer} keeps {len(ids)} experts; routing reroute needs at least {facts.floor}.")

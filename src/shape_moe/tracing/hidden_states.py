@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -108,6 +109,15 @@ class HiddenStates:
         for file in self._folder.glob("entering-*.states"):
             if file != self.file(self._generation):
                 file.unlink()
+
+    def keep_alone(self) -> None:
+        """Delete the folders of other streams that stand beside this one's, and what a run would go on from."""
+        for path in self._folder.parent.iterdir():
+            if path.is_dir() and path != self._folder:
+                shutil.rmtree(path)
+            elif path.is_file():
+                path.unlink()
+        self.tidy()
 
     def _read(self, file: Path, number: int) -> torch.Tensor:
         import torch

@@ -119,7 +119,7 @@ class JoinWatch:
         """
         x, found = before.flatten(0, -2).double(), after.flatten(0, -2).double()
         ones = torch.ones(1, x.shape[-1], dtype=before.dtype, device=before.device)
-        weights = norm(ones * 2**10).double()  # so large that what is added to the mean square does not count
+        weights = norm.forward(ones * 2**10).double()  # so large that what is added to the mean square does not count
         along = x * weights
         size = along.square().sum(-1, keepdim=True)
         token = torch.where(size > 0, (along * found).sum(-1, keepdim=True) / size, 0)
@@ -131,13 +131,14 @@ class JoinWatch:
         if not bool(torch.isfinite(stream).all()):
             return  # said of the experts, or of the batch, where it shows
         joining = self._joining
-        if joining is None or stream.shape != h.shape:
+        if joining is None or stream.numel() != h.numel():
             raise self._wrong("the decoder layer gives something else than a residual stream")
+        h, joining = h.reshape(stream.shape), joining.reshape(stream.shape)
         added = joining + sum(self._others.get(id(module), 0) for module in self.site.beside)
-        total = h.double() + self.moe.block_scale * added.double().reshape(h.shape)
+        total = h.double() + self.moe.block_scale * added.double()
         if self.moe.family.sum_scale is not None:
             total = total * getattr(self.site.decoder_layer, self.moe.family.sum_scale).double()
-        self._compare("the residual stream", total, stream, h.abs() + added.abs().reshape(h.shape) + stream.abs())
+        self._compare("the residual stream", total, stream, h.abs() + added.abs() + stream.abs())
         self._checked = True
 
     def _compare(self, what: str, expected: torch.Tensor, found: torch.Tensor, size: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from shape_moe.architectures.moe_config import RouterFacts
+from shape_moe.architectures.same_routers import RouterHashes
 from shape_moe.calibration.batches import CELLS
 from shape_moe.documents import MOST_EXPERTS, as_shape
 from shape_moe.errors import CheckpointError, FingerprintError, UsageError
@@ -59,6 +60,8 @@ class TraceInfo:
             that of examples without a class.
         cells: 4, or 2 where it is not known which tokens predict a response: all are counted as if they did not.
         left_out: statistics that were not recorded, and why.
+        routers: hashes of the model's router rows, by which it is recognised when it is stored otherwise (see
+            :mod:`shape_moe.architectures.same_routers`); None for a live model, and in older traces.
     """
 
     fingerprint: str
@@ -81,6 +84,7 @@ class TraceInfo:
     classes: tuple[str, ...] = (NO_CLASS,)
     cells: Literal[2, 4] = 4
     left_out: dict[str, str] = field(default_factory=dict)
+    routers: RouterHashes | None = None
 
     @property
     def top_k(self) -> int:
@@ -120,6 +124,7 @@ class Trace:
         """What who uses the trace should know of it, in sentences."""
         found = [f"{capitalised(self.lacks)}: scorers count all tokens alike."] if self.lacks else []
         found += [f"The trace is made without {name}: {reason}." for name, reason in self.info.left_out.items()]
+        found += map(str, self.info.source.get("remarks") or ())
         return tuple(found)
 
     def sums(self, name: str, weights: TokenWeights | None = None) -> NDArray[np.float64]:

@@ -62,26 +62,12 @@ class VllmTracer:
             "worker_extension_cls": _EXTENSION,
             "disable_log_stats": True,
         }
-        fixed = sorted(set(engine) & (set(wanted) - {"max_num_batched_tokens"}))
-        if fixed:
-            raise UsageError(f"The engine argument {fixed[0]} is decided by the tracer; leave it out.")
-        try:
-            import vllm
-        except ImportError as error:
-            raise ShapeMoeError(
-                "--engine vllm needs vLLM in this environment: pip install vllm==0.32.0, or use --engine transformers."
-            ) from error
         # an example that fills the context needs room for one token more, which is sampled but never run
         os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
         self.snapshot = snapshot
-        self.implementation = f"vllm {vllm.__version__}"
         self.statistics: dict[str, NDArray[Any]] = {}
         self.coalitions: dict[int, CoalitionTable] = {}
-        try:
-            with plain_model(snapshot.path) as name:  # vLLM reads patterns into the names of folders
-                self.engine = vllm.LLM(model=name, **{**wanted, **engine})
-        except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
-            raise ShapeMoeError(f"vLLM cannot load {snapshot.name}: {first_line(error)}") from error
+        self.engine, self.implementation = started(snapshot, wanted, engine, "the tracer")
 
     def answer(
         self,
@@ -159,6 +145,37 @@ class VllmTracer:
         # every routed token fills k slots, so the tokens of a layer follow from those of its experts
         layer_tokens = tokens.sum(axis=-1) // self.snapshot.moe.top_k
         self.statistics = {"tokens": tokens, "layer_tokens": layer_tokens}
+
+
+def started(
+    snapshot: Snapshot, wanted: Mapping[str, Any], engine: Mapping[str, Any], decided_by: str
+) -> tuple[Any, str]:
+    """An engine for a model, and what to call it.
+
+    Args:
+        snapshot: the model on disk.
+        wanted: arguments of ``vllm.LLM`` that its use needs; the user may set ``max_num_batched_tokens`` alone.
+        engine: the user's arguments.
+        decided_by: whose use it is, for messages.
+
+    Raises:
+        UsageError: for an argument that is decided already.
+        ShapeMoeError: when vLLM is not installed or cannot load the model.
+    """
+    fixed = sorted(set(engine) & (set(wanted) - {"max_num_batched_tokens"}))
+    if fixed:
+        raise UsageError(f"The engine argument {fixed[0]} is decided by {decided_by}; leave it out.")
+    try:
+        import vllm
+    except ImportError as error:
+        raise ShapeMoeError(
+            "--engine vllm needs vLLM in this environment: pip install vllm==0.32.0, or use --engine transformers."
+        ) from error
+    try:
+        with plain_model(snapshot.path) as name:  # vLLM reads patterns into the names of folders
+            return vllm.LLM(model=name, **{**wanted, **engine}), f"vllm {vllm.__version__}"
+    except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
+        raise ShapeMoeError(f"vLLM cannot load {snapshot.name}: {first_line(error)}") from error
 
 
 def _counts() -> tuple[str, ...]:

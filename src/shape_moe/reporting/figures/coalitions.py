@@ -23,13 +23,12 @@ from shape_moe.reporting.figures.figure import (
     layer_axis,
     number,
     packed,
-    percent,
     smallest_integers,
 )
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.token_weights import TokenWeights
 from shape_moe.tracing.trace import Trace
-from shape_moe.units import counted
+from shape_moe.units import counted, percent
 
 Layers = Mapping[int, Meetings]
 MOST_SHOWN = 128

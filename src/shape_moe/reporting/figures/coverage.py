@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shape_moe.reporting.figures.figure import Figure, State, Swatch, Table, packed, percent
+from shape_moe.reporting.figures.figure import Figure, State, Swatch, Table, packed
 from shape_moe.reporting.figures.values import shares
 from shape_moe.scoring.scores import Scores
 from shape_moe.selection.rules import layer_ranks
 from shape_moe.selection.selection import Selection
+from shape_moe.units import percent
 
 _BACKGROUND_POINTS = 128
 _LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)
@@ -129,5 +130,5 @@ def _states(
 def _table(scores: Scores, curves: NDArray[np.float64]) -> Table:
     needed = [experts_needed(curves, level) for level in _LEVELS]
     rows = tuple((str(layer), *(str(int(counts[row])) for counts in needed)) for row, layer in enumerate(scores.layers))
-    headings = ("Layer", *(f"{level:.0%}".replace("%", "\N{NO-BREAK SPACE}%") for level in _LEVELS))
+    headings = ("Layer", *(percent(level, 0) for level in _LEVELS))
     return Table("Experts needed to hold a share of the layer's value", headings, rows)

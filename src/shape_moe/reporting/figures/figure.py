@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shape_moe.evaluation.intervals import Estimate
-from shape_moe.units import NONE
 
 _CODES = {"float32": "f4", "uint8": "u1", "uint16": "u2", "int32": "i4"}
 
@@ -201,11 +200,6 @@ def in_template(text: object) -> str:
 def shortened(name: str, length: int = 28) -> str:
     """A name that fits beside an axis: its end, which tells most of a path."""
     return name if len(name) <= length else f"…{name[1 - length :]}"
-
-
-def percent(share: float | None, digits: int = 1) -> str:
-    """A share as per cent; a dash where there is none."""
-    return NONE if share is None or math.isnan(share) else f"{100 * share:z.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def number(value: float, digits: int = 3) -> str:

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shape_moe.reporting.figures.figure import Figure, Swatch, Table, layer_axis, percent
+from shape_moe.reporting.figures.figure import Figure, Swatch, Table, layer_axis
 from shape_moe.reporting.figures.values import shares
 from shape_moe.scoring.scores import Scores
 from shape_moe.selection.selection import Selection
+from shape_moe.units import percent
 
 
 def kept_mass(selection: Selection, scores: Scores | None) -> NDArray[np.float64]:

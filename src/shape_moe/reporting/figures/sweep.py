@@ -6,11 +6,11 @@ from typing import Any
 
 from shape_moe.evaluation.keep_rate import SweptPoint
 from shape_moe.evaluation.swept import Sweep
-from shape_moe.reporting.figures.figure import Figure, State, Swatch, Table, in_template, percent, plain
+from shape_moe.reporting.figures.figure import Figure, State, Swatch, Table, in_template, plain
 from shape_moe.reporting.figures.metrics import METRICS, Metric, error_bars, is_wide, known_metrics, value_axis
 from shape_moe.reporting.figures.sizes import mark
 from shape_moe.selection.selection import Selection
-from shape_moe.units import NONE, readable_size, size_unit
+from shape_moe.units import NONE, named_share, percent, readable_size, size_unit
 
 _LABELLED = 2
 """With more lines, keep rates stand on the first ones only: elsewhere labels would cover each other."""
@@ -85,7 +85,7 @@ def _line(place: int, group: list[SweptPoint], axis: _SizeAxis) -> dict[str, Any
 
 
 def _rate(point: SweptPoint) -> str:
-    return f"{100 * point.keep:.0f} %"
+    return named_share(round(point.keep, 2))
 
 
 def _size(point: SweptPoint) -> str:

@@ -13,13 +13,12 @@ from shape_moe.reporting.figures.figure import (
     Swatch,
     Table,
     packed,
-    percent,
     smallest_integers,
 )
 from shape_moe.scoring.scores import Scores
 from shape_moe.selection.rules import layer_ranks
 from shape_moe.selection.selection import Selection
-from shape_moe.units import NONE
+from shape_moe.units import NONE, percent
 
 _FAINTEST = (0.01, 0.5)
 """The value below which experts are as faint as can be lies between these parts of their layer's mean."""

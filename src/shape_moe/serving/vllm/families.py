@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shape_moe.architectures.families import FAMILIES
-from shape_moe.pruning.modeling_shape_moe import PREFIX
 
 
 @dataclass(frozen=True)
@@ -38,4 +37,6 @@ VLLM_FAMILIES: dict[str, VllmFamily] = {
 
 def architectures() -> dict[str, str]:
     """The family (model type) of every architecture that the plugin serves, by the name in ``config.json``."""
+    from shape_moe.pruning.modeling_shape_moe import PREFIX  # with it come torch and transformers
+
     return {PREFIX + FAMILIES[name].stock_class: name for name in VLLM_FAMILIES}
