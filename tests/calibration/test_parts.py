@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shape_moe.calibration.parts import FEWEST, MOST, MOST_GIVEN_UP, three_parts
+from shape_moe.calibration.parts import FEWEST, MOST, MOST_GIVEN_UP, three_parts, without_seen
 from shape_moe.calibration.reading import sample_records
 from shape_moe.calibration.records import DataOptions, Record, prompt_hash
+from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.errors import DataError
 
 
@@ -140,3 +141,17 @@ def test_the_loss_that_is_reported_is_unbiased() -> None:
     error = np.std(reported) / np.sqrt(len(reported))
     assert abs(np.mean(reported) - 0.1) <= 4 * error
     assert np.mean(chosen) <= 0.06
+
+
+def test_what_was_seen_elsewhere_does_not_report() -> None:
+    records = make(range(24), ["a"] * 12 + ["b"] * 12)
+    parts = three_parts([], records, calibration=0, give_up=False)
+    used = [*records[:2], *records[12 : 12 + 13 - FEWEST]]
+    found = without_seen(parts, SeenPrompts.of_records(used), "layer curves")
+    assert [record.index for record in found.report] == list(range(2, 12))
+    assert found.unmeasured == {"b": "too few examples are left that had no part in the layer curves"}
+    assert found.sentence == (
+        "10 examples to report by, which nothing else has seen; 11 more examples had a part in the layer curves and "
+        "were left out"
+    )
+    assert without_seen(parts, SeenPrompts(), "layer curves") == parts

@@ -58,7 +58,7 @@ def test_from_a_sweep_to_an_evaluated_checkpoint(call, embedded, task_file, tmp_
     assert code == 0, err
     for words in ("figures with 95 % intervals", "worst class is 'sorting'", "Faithfulness of pruned", "random 3"):
         assert words in out
-    assert "were used to calibrate" in err
+    assert "were used to make" in err
     document = json.loads(figures.read_text())
     kept = [entry["sets"]["task"]["quality"]["nll"]["value"] for entry in document["models"][1:]]
     assert kept[0] == pytest.approx(kept[1], abs=1e-2)  # bfloat16: the checkpoint's own dtype

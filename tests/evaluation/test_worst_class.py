@@ -44,3 +44,10 @@ def test_a_selection_is_not_behind_itself() -> None:
     losses = [0.5, 0.1, 0.9]
     found = WorstClass([None] * 3, [1, 2, 3], Bootstrap(3)).behind(losses, losses)
     assert (found.value, found.low, found.high) == (0, 0, 0)
+
+
+def test_resamples_without_tokens_are_left_out() -> None:
+    tokens, draws = [5, 0, 0], Bootstrap(3)
+    assert (draws.weights[:, 0] == 0).any()
+    found = WorstClass([None] * 3, tokens, draws).behind([2.0, 0.0, 0.0], [1.0, 0.0, 0.0])
+    assert (found.value, found.low, found.high) == (pytest.approx(0.2), pytest.approx(0.2), pytest.approx(0.2))

@@ -11,8 +11,9 @@ from shape_moe.calibration.reading import load_records
 from shape_moe.calibration.records import DataOptions, prompt_hash
 from shape_moe.demo.tasks import examples
 from shape_moe.errors import UsageError
+from shape_moe.evaluation.subjects import seen_by
 from shape_moe.jobs.judgement import JudgementOptions, set_aside
-from shape_moe.jobs.judging_examples import seen_by, unseen_parts
+from shape_moe.jobs.judging_examples import unseen_parts
 from shape_moe.jobs.planning import plan_search
 from shape_moe.jobs.session import ExampleOptions
 from shape_moe.progress import SILENT

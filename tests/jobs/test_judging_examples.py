@@ -11,9 +11,10 @@ from shape_moe.calibration.reading import load_records
 from shape_moe.calibration.records import DataOptions
 from shape_moe.cli.main import run
 from shape_moe.demo.tasks import examples
+from shape_moe.evaluation.subjects import Candidate, seen_by
 from shape_moe.evaluation.verdict import Word
 from shape_moe.jobs.judgement import JudgementOptions
-from shape_moe.jobs.judging_examples import seen_by
+from shape_moe.jobs.planning import chosen_by
 from shape_moe.jobs.prune import prune
 from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.jobs.session import ExampleOptions
@@ -61,6 +62,18 @@ def test_a_selection_is_judged_by_what_its_trace_has_not_seen(embedded, files, t
     nothing = pruned(embedded, tmp_path / "none", selection=tmp_path / "chosen.json")
     assert nothing.verdict.word is Word.NOT_MEASURED
     assert "Give others with --data." in nothing.verdict.reason
+
+
+def test_what_decided_between_candidates_counts_as_seen_beside_what_was_traced(files, traces) -> None:
+    traced, records = load_trace(traces / "sorting"), load_records(DataOptions(str(files["sorting"])))
+    fresh = [record for record in records if record not in seen_by(traced, None)]
+    chosen = chosen_by(select_from_trace(traced, SelectOptions(0.9)), fresh[:5])
+    model = Candidate("pruned", None, chosen, traced)
+    assert [record in model.seen for record in fresh] == [True] * 5 + [False] * (len(fresh) - 5)
+    assert model.seen.count(records) == 12 + 5
+    assert model.seen.complete
+    assert seen_by(traced, replace(chosen, seen=None)).complete
+    assert not seen_by(None, replace(chosen, seen=None)).complete
 
 
 def test_a_selection_of_unknown_origin_is_judged_and_that_is_said(embedded, files, traces, tmp_path) -> None:

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 import shape_moe
+from shape_moe.calibration.reading import load_records
 from shape_moe.calibration.records import DataOptions
+from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.errors import FingerprintError, ShapeMoeError, UsageError
 from shape_moe.evaluation.keep_rate import Limit
 from shape_moe.jobs import curves as job
 from shape_moe.jobs.choice import ChoiceOptions
+from shape_moe.jobs.judgement import JudgementOptions
 from shape_moe.jobs.prune_options import PruneOptions
 from shape_moe.selection.layer_curves import load_curves
 from shape_moe.selection.method import Method
@@ -57,6 +60,23 @@ def test_prune_measures_the_examples_that_it_traces(embedded, data, tmp_path) ->
     again = shape_moe.select(result.path / "shape" / "trace", SelectOptions(0.5, METHOD, curves=curves))
     assert result.selection.layers == again.layers
     assert result.selection.constraints["measured"]["tokens"] == float(np.sum(curves.tokens))
+
+
+def test_examples_that_curves_were_measured_by_never_report(embedded, data, traced, tmp_path) -> None:
+    rows = [{"prompt": f"{i} plus {i} is", "response": f" {2 * i}."} for i in range(20)]
+    other = write_lines(tmp_path / "other.jsonl", rows)
+    given = DataOptions.of(other, samples=8)
+    curves = shape_moe.measure(embedded, traced, given, method=METHOD, passes=4.0)
+    chosen = SelectOptions(0.75, METHOD, curves=curves)
+    records = load_records(DataOptions.of(other))
+    seen = SeenPrompts.of_salts(shape_moe.select(traced, chosen).seen)
+    assert [record in seen for record in records] == [record in load_records(given) for record in records]
+    assert seen.count(load_records(DataOptions.of(data))) == 6
+    judged = JudgementOptions(general=False, minutes=None)
+    options = PruneOptions(chosen, judgement=judged, check_logits=False)
+    few = DataOptions.of(other, samples=4)
+    result = shape_moe.prune(embedded, tmp_path / "out", options, data=few)
+    assert sum(outcome.examples for outcome in result.judgement.verdict.outcomes) == 12
 
 
 def test_prune_from_a_trace_needs_curves(embedded, traced, tmp_path) -> None:

@@ -11,10 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import shape_moe
 from shape_moe.calibration.example_maker import AnswerOptions
+from shape_moe.calibration.reading import load_records
 from shape_moe.calibration.records import DataOptions
+from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.demo.embedded import exact_match
 from shape_moe.demo.tasks import examples
-from shape_moe.errors import DataError, UnsupportedModelError, UsageError
+from shape_moe.errors import CheckpointError, DataError, UnsupportedModelError, UsageError
+from shape_moe.jobs.choice import AUTO_HELD_OUT, ChoiceOptions
 from shape_moe.jobs.judgement import JudgementOptions
 from shape_moe.jobs.prune import prune
 from shape_moe.jobs.prune_options import PruneOptions
@@ -24,6 +27,8 @@ from shape_moe.progress import Silent
 from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions
 from shape_moe.selection.selection import load_selection
+from shape_moe.tracing.token_weights import SegmentWeights
+from shape_moe.tracing.trace import load_trace
 from support.data import write_lines
 from support.mxfp4 import save_mxfp4_model
 
@@ -112,6 +117,59 @@ def test_an_interrupted_job_goes_on_and_gives_the_same(embedded, data, repaired,
     assert again.selection.refit["digest"] == repaired.selection.refit["digest"]
     whole = [f.read_bytes() for f in sorted(repaired.path.glob("*.safetensors"))]
     assert [f.read_bytes() for f in sorted(again.path.glob("*.safetensors"))] == whole
+
+
+def test_a_job_that_is_interrupted_after_its_refit_still_gives_the_refitted_model(
+    embedded, data, tmp_path, monkeypatch
+) -> None:
+    from shape_moe.jobs import prune as job
+
+    def interrupted(*_arguments) -> None:
+        raise KeyboardInterrupt
+
+    chosen = ChoiceOptions(held_out_samples=16, routings=("reroute",), keeps_gate_scale=True)
+    short = asked(data, refit="auto", choice=chosen, judgement=None, check_logits=False)
+    whole = prune(embedded, tmp_path / "whole", short)
+    assert whole.selection.refit is not None
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "write_weights", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prune(embedded, tmp_path / "out", short)
+    again = prune(embedded, tmp_path / "out", short)
+    assert again.selection.refit == whole.selection.refit
+    assert all(check.passed is not False for check in verify(again.path, original=embedded, device="cpu"))
+
+
+def test_examples_that_a_refit_was_chosen_by_never_report_on_it(embedded, data, tmp_path) -> None:
+    result = prune(embedded, tmp_path / "out", asked(data, check_logits=False))
+    seen = SeenPrompts.of_salts(result.selection.seen)
+    records = load_records(DataOptions(data, samples=None))
+    calibrated = SeenPrompts.of_source(load_trace(result.path / "shape" / "trace").info.source)
+    others = [record for record in records if record not in calibrated]
+    assert seen.count(others) == AUTO_HELD_OUT
+
+
+def test_layers_of_another_refit_are_not_taken_for_this_ones(embedded_model, data, repaired, tmp_path) -> None:
+    plain = replace(load_selection(repaired.path), refit=None)
+    shifted = {layer: [(expert + 1) % plain.num_experts for expert in ids] for layer, ids in plain.layers.items()}
+    other = replace(plain, layers={layer: sorted(ids) for layer, ids in shifted.items()})
+    model, tokenizer = embedded_model
+    given = DataOptions(data, samples=8)
+
+    def refitted(selection, **changes):
+        entries = {"tokenizer": tokenizer, "folder": tmp_path / "layers", **changes}
+        return shape_moe.refit(model, selection, entries.pop("data", given), **entries)
+
+    first = refitted(plain)
+    for selection, changes in [
+        (other, {}),
+        (plain, {"rho": 1.0}),
+        (plain, {"data": DataOptions(data, samples=9)}),
+        (plain, {"weights": SegmentWeights()}),
+    ]:
+        with pytest.raises(CheckpointError, match="of another refit"):
+            refitted(selection, **changes)
+    assert refitted(plain).digest == first.digest
 
 
 def test_the_function_repairs_a_live_model_as_a_mask(embedded_model, data, repaired) -> None:

@@ -11,8 +11,8 @@ from shape_moe.architectures import sites
 from shape_moe.architectures.sites import find_sites
 from shape_moe.calibration.batches import batches, make_batch
 from shape_moe.errors import ShapeMoeError, UnsupportedModelError
+from shape_moe.tracing.batch_context import BatchContext
 from shape_moe.tracing.experts import RECORDER_ATTRIBUTE
-from shape_moe.tracing.recorder import BatchContext
 from shape_moe.tracing.transformers_model import ModelTracer
 from support.data import make_examples
 from support.tiny_models import make_config, make_model

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shape_moe.calibration.records import Record, prompt_hash
+from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.calibration.split import split_records
 from shape_moe.units import counted
 
@@ -92,6 +93,27 @@ def three_parts(
         return Parts(rest[:calibration], [], report, unmeasured, said)
     split = split_records(rest, calibration, choice, seed=seed)
     return Parts(split.calibration, split.held_out, report, unmeasured, f"{split.sentence}; {said}")
+
+
+def without_seen(parts: Parts, seen: SeenPrompts, made: str) -> Parts:
+    """Parts that do not report by what has been seen elsewhere.
+
+    Args:
+        parts: the parts.
+        seen: prompts that something was made from.
+        made: what that is.
+    """
+    left = [record for record in parts.report if record not in seen]
+    if len(left) == len(parts.report):
+        return parts
+    counts = Counter(record.group or "" for record in left)
+    classes = {record.group or "" for record in parts.report}
+    too_few = f"too few examples are left that had no part in the {made}"
+    unmeasured = {group: too_few for group in sorted(classes) if counts[group] < FEWEST}
+    report = [record for record in left if (record.group or "") not in unmeasured]
+    more = f"{counted(len(parts.report) - len(left), 'more example')} had a part in the {made} and were left out"
+    said = f"{_sentence(report, 0)}; {more}"
+    return replace(parts, report=report, unmeasured={**parts.unmeasured, **unmeasured}, sentence=said)
 
 
 def _by_prompt(records: Sequence[Record]) -> dict[str, list[Record]]:

@@ -75,6 +75,10 @@ class SeenPrompts:
             return cls(complete=False)
         return cls(tuple((salt, frozenset(hashes)) for salt, hashes in found.items()))
 
+    def and_of(self, found: Mapping[str, Collection[str]] | None) -> SeenPrompts:
+        """These prompts and those that :meth:`by_salt` gave for something else; None adds nothing."""
+        return replace(self, parts=(*self.parts, *self.of_salts(found).parts))
+
     def by_salt(self) -> dict[str, list[str]] | None:
         """The hashes, ascending, by their salt; None where not all are known."""
         if not self.complete:

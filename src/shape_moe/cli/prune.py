@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +29,7 @@ from shape_moe.cli.flags import (
     SeedFlag,
     StreamFlag,
 )
+from shape_moe.cli.prune_checks import check_rate_options, check_target, is_automatic, refuse_ignored
 from shape_moe.cli.pruned_shown import checked_lines, pruned_document, series_document, show_series
 from shape_moe.cli.quality_flags import GenerationFlags, HeldOutFlags, LimitFlags, NoGeneral
 from shape_moe.cli.select import notes_on
@@ -46,8 +46,7 @@ from shape_moe.jobs.prune_options import PAPER_SAMPLES, PruneOptions
 from shape_moe.jobs.select import AUTO
 from shape_moe.jobs.session import DEFAULT_SAMPLES
 from shape_moe.selection.method import check_routing
-from shape_moe.selection.rules import budget_for
-from shape_moe.selection.selection import Selection, load_selection
+from shape_moe.selection.selection import load_selection
 from shape_moe.units import joined, readable_share
 
 if TYPE_CHECKING:
@@ -208,9 +207,9 @@ def prune(
         select = replace(select, target=select.target or "stock", allow_rounding=True)
     limit = limits.limit()
     rates = keep.values if keep is not None else ()
-    _check_rate_options(rates, memory.fit, selection, limit)
+    check_rate_options(rates, memory.fit, selection, limit)
     choice = None
-    automatic = selection is None and _is_automatic(preset, select, score, limit)
+    automatic = selection is None and is_automatic(preset, select, score, limit)
     if limit is not None or automatic:
         choice = _choice(limit, select, generation, judged_by.data(data, seed.seed), judged_by.held_out_samples)
         named_scale = select.gate_scale is not None
@@ -222,7 +221,7 @@ def prune(
             "--selection out to judge candidates."
         )
     given = (data, general, *typed, judged_by)
-    _refuse_ignored(*given, trace, selection, chooses=choice is not None, judge=not no_judge)
+    refuse_ignored(*given, trace, selection, chooses=choice is not None, judge=not no_judge)
     if preset == "paper":
         score = replace(score, pool_classes=True)
     most = memory.most_keep(model, hub.revision)
@@ -234,7 +233,7 @@ def prune(
         )
         rates, select = (most,), replace(select, allow_rounding=True)
     if selection is not None:
-        _check_target(select.target, load_selection(selection))
+        check_target(select.target, load_selection(selection))
     samples = PAPER_SAMPLES if choice is None else DEFAULT_SAMPLES
     made = trace is not None or selection is not None
     reads_data = not made or data.data
@@ -330,66 +329,6 @@ def _for_engine(engine: str, model: str, revision: str | None, select: SelectFla
     if select.target == "ragged" and needed == "stock":
         raise UsageError(f"--for {engine} needs --target stock: it loads only equal counts in every layer.")
     return replace(select, target=select.target or needed)
-
-
-def _is_automatic(preset: str | None, select: SelectFlags, score: ScoreFlags, limit: Limit | None) -> bool:
-    """Whether the method is left to the tool: nothing names one."""
-    if score.scorer is not None:
-        return score.scorer == AUTO
-    return limit is None and preset is None and not (select.rule or select.tolerance or select.curves)
-
-
-def _check_rate_options(rates: Sequence[float], fit: str | None, selection: Path | None, limit: Limit | None) -> None:
-    options = {"--keep": rates, "--fit": fit, "--selection": selection, "--max-kl or --max-drop": limit}
-    given = [option for option, value in options.items() if value]
-    for rate in rates:
-        budget_for(rate, 1)  # a rate that is none is refused before anything else is said
-    if not given:
-        raise UsageError(
-            "No keep rate is safe for every model: give --keep (such as 0.8), --fit (such as 24GiB), or a limit "
-            "(--max-drop 1%) that finds one."
-        )
-    if len(given) > 1:
-        raise UsageError(f"{' and '.join(given)} exclude each other; give one of them.")
-
-
-def _check_target(target: str | None, selection: Selection) -> None:
-    if target is not None and target != selection.target:
-        raise UsageError(f"The selection was made for target {selection.target}; select again with --target {target}.")
-
-
-def _refuse_ignored(
-    data: DataFlags,
-    general: KeepAlsoFlag,
-    select: SelectFlags,
-    score: ScoreFlags,
-    judged_by: HeldOutFlags,
-    trace: Path | None,
-    selection: Path | None,
-    *,
-    chooses: bool,
-    judge: bool,
-) -> None:
-    """Refuse options that would change nothing, because a trace or a selection has decided already.
-
-    With a trace and candidates to judge (``chooses``), the data options say where held-out examples come from; where
-    the result is judged (``judge``), which examples it is judged by.
-    """
-    if trace is not None and selection is not None:
-        raise UsageError("--trace and --selection exclude each other; give one of them.")
-    if trace is None and selection is None:
-        return
-    if general.keep_also:
-        raise UsageError("--keep-also has no effect on a finished trace or selection: give it to shape-moe trace.")
-    if chooses and selection is None:
-        data.refuse_unread(judged_by.held_out)
-        return
-    decided = "--selection" if selection is not None else "--trace"
-    ignored = [] if data.data and judge else changed_flags(data)
-    if selection is not None:
-        ignored += changed_flags(score) + [name for name in changed_flags(select) if name != "--target"]
-    if ignored:
-        raise UsageError(f"{decided} has decided that already: leave {', '.join(ignored)} out.")
 
 
 def _show_choice(console: Console, choice: dict[str, Any]) -> None:

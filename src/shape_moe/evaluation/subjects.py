@@ -39,10 +39,18 @@ class Candidate:
 
     @property
     def seen(self) -> SeenPrompts:
-        """The prompts that it was made from, as far as its trace or its selection names them."""
-        if self.trace is not None:
-            return SeenPrompts.of_source(self.trace.info.source)
-        return SeenPrompts.of_salts(self.selection.seen if self.selection is not None else None)
+        """The prompts that it was made from, as far as its trace and its selection name them."""
+        return seen_by(self.trace, self.selection)
+
+
+def seen_by(trace: Trace | None, selection: Selection | None) -> SeenPrompts:
+    """The prompts that a model was calibrated or chosen by, as its trace and its selection name them.
+
+    A selection knows those of its trace, and others that decided between candidates.
+    """
+    known = [SeenPrompts.of_source(trace.info.source)] if trace is not None else []
+    known += [SeenPrompts.of_salts(selection.seen)] if selection is not None else []
+    return SeenPrompts(tuple(part for seen in known for part in seen.parts), any(seen.complete for seen in known))
 
 
 def open_candidate(given: str | PathLike[str] | Selection, dense: Snapshot, trace: Trace | None = None) -> Candidate:

@@ -50,10 +50,12 @@ class WorstClass:
     def behind(self, ours: ArrayLike, theirs: ArrayLike) -> Estimate:
         """How much more one candidate loses by its worst class than another does by its own, paired.
 
-        Every resample finds the worst class of both anew. The interval is that of one comparison: it tells noise from
-        a difference, and certifies nothing.
+        Every resample finds the worst class of both anew; those without tokens are left out. The interval is that of
+        one comparison: it tells noise from a difference, and certifies nothing.
         """
-        difference = self._drawn(ours) - self._drawn(theirs)
+        mine, others = self._drawn(ours), self._drawn(theirs)
+        has_tokens = np.isfinite(mine)
+        difference = mine[has_tokens] - others[has_tokens]
         low, high = np.quantile(difference, (0.025, 0.975))
         return Estimate(self.worst(ours) - self.worst(theirs), float(low), float(high))
 

@@ -17,6 +17,7 @@ from shape_moe.architectures.moe_config import RouterFacts, check_gate_scale
 from shape_moe.architectures.sites import decoder_layers
 from shape_moe.calibration.example_maker import ExampleMaker
 from shape_moe.calibration.responses import pad_token_id
+from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.errors import DataError, UsageError
 from shape_moe.evaluation.held_out_set import HeldOutSet
 from shape_moe.jobs.session import ModelSession
@@ -264,6 +265,7 @@ class CurveMaker:
             classes=classes,
             tokens=predicting.tolist(),
             sums=sums.tolist(),
+            seen=SeenPrompts.of_source(info.source).with_records(self.maker.records).by_salt(),
         )
 
 

@@ -98,7 +98,7 @@ class EvaluationRun:
             seen = entry.seen.count(records)
             if seen:
                 self.notes.append(
-                    f"{seen} of {len(records)} examples of {data.name} were used to calibrate {entry.name}: its "
+                    f"{seen} of {len(records)} examples of {data.name} were used to make {entry.name}: its "
                     "figures look better than they are. Give examples that it has not seen."
                 )
 

@@ -13,11 +13,11 @@ from shape_moe.calibration.reading import load_records
 from shape_moe.calibration.records import DataOptions, Record, short_name
 from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.errors import DataError
+from shape_moe.evaluation.subjects import seen_by
 from shape_moe.jobs.held_out import fresh_records
 from shape_moe.jobs.judgement import JudgementOptions
 from shape_moe.jobs.session import ExampleOptions, ModelSession
 from shape_moe.progress import Progress
-from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import Trace
 
 OTHERS = "Give others with --data"
@@ -38,13 +38,6 @@ class Unseen:
     data: DataOptions
     parts: Parts
     note: str = ""
-
-
-def seen_by(trace: Trace | None, selection: Selection | None) -> SeenPrompts:
-    """The prompts that a model was made from, as its trace or its selection names them."""
-    if trace is not None:
-        return SeenPrompts.of_source(trace.info.source)
-    return SeenPrompts.of_salts(selection.seen if selection is not None else None)
 
 
 def examples_of_trace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.example_maker import SPLIT_KEY, ExampleMaker, options_of
 from shape_moe.calibration.parts import Parts
 from shape_moe.calibration.reading import load_records
-from shape_moe.calibration.records import DataOptions
+from shape_moe.calibration.records import DataOptions, Record
 from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.calibration.sources import Data
 from shape_moe.calibration.split import split_records
@@ -49,12 +50,16 @@ class SearchPlan:
 
     def told(self, selection: Selection) -> Selection:
         """A selection that was chosen by the held-out examples, which then never report on it."""
-        seen = SeenPrompts.of_salts(selection.seen)
-        return replace(selection, seen=seen.with_records(self.held_out.records).by_salt())
+        return chosen_by(selection, self.held_out.records)
 
     def held_out_job(self) -> list[Any]:
         """What decides the held-out examples, for a job file: their content, and which of the source they are."""
         return [self.held_out.content_hash, [record.index for record in self.held_out.records]]
+
+
+def chosen_by(selection: Selection, records: Collection[Record]) -> Selection:
+    """A selection that records had a part in choosing, which then never report on it."""
+    return replace(selection, seen=SeenPrompts.of_salts(selection.seen).with_records(records).by_salt())
 
 
 def held_out_tracing(

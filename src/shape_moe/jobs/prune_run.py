@@ -12,8 +12,10 @@ from shape_moe.architectures.layered_model import why_not_layered
 from shape_moe.architectures.loading import release_memory
 from shape_moe.architectures.snapshot import Snapshot
 from shape_moe.calibration.example_maker import ExampleMaker
-from shape_moe.calibration.parts import Parts
+from shape_moe.calibration.parts import Parts, without_seen
+from shape_moe.calibration.seen_prompts import SeenPrompts
 from shape_moe.errors import DataError
+from shape_moe.evaluation.subjects import seen_by
 from shape_moe.interop.imatrix import Imatrix
 from shape_moe.jobs.auto import auto_select
 from shape_moe.jobs.curves import CurveMaker, curves_file
@@ -28,11 +30,10 @@ from shape_moe.jobs.judging_examples import (
     Unseen,
     examples_given,
     examples_of_trace,
-    seen_by,
     unseen_parts,
 )
 from shape_moe.jobs.layered_judgement import judge_layer_by_layer
-from shape_moe.jobs.planning import SearchPlan
+from shape_moe.jobs.planning import SearchPlan, chosen_by
 from shape_moe.jobs.prune_options import PruneOptions, makes_curves
 from shape_moe.jobs.refit import choose_refit
 from shape_moe.jobs.session import ModelSession, load_original
@@ -148,7 +149,7 @@ def _best_candidate(run: PruneRun, work: Path) -> Selection:
     folder, file = work / "candidates.partial", work / "shape" / "selection.json"
     if file.is_file():
         run.progress.note("Using the selection that the interrupted run has chosen.")
-        chosen = load_selection(file)
+        chosen = replace(load_selection(file), refit=None)  # the refit's weights are found again, or made anew
     else:
         folder.mkdir(exist_ok=True)
         chosen = auto_select(
@@ -192,6 +193,7 @@ def refitted_as_asked(run: PruneRun, selection: Selection, folder: Path) -> Sele
         )
         return selection
     session, maker = decide
+    selection = chosen_by(selection, maker.records)
     always, stored = run.options.refit == "on", stored_dtype(run.snapshot)
     found = choose_refit(session, selection, maker, stored, folder, always=always)
     run.notes += found.notes
@@ -228,6 +230,7 @@ def judged(run: PruneRun, selections: Sequence[Selection], work: Path) -> list[J
         found = _unseen(run, selections[0], options)
     except DataError as error:
         return [no_judgement(str(error), options)] * len(selections)
+    found = replace(found, parts=without_seen(found.parts, _measured_by(run), "layer curves"))
     run.session = found.session
     notes = [found.note] if found.note else []
     if found.session.reads_layers:
@@ -240,6 +243,12 @@ def judged(run: PruneRun, selections: Sequence[Selection], work: Path) -> list[J
     return judge_selections(found.session, found.parts, found.data, selections, options, seen, notes)
 
 
+def _measured_by(run: PruneRun) -> SeenPrompts:
+    """The prompts of layer curves that were given, which may be others than the trace's."""
+    curves = run.options.select.curves if run.options.select is not None else None
+    return SeenPrompts.of_salts(curves.seen if curves is not None else {})
+
+
 def _unseen(run: PruneRun, selection: Selection, options: JudgementOptions) -> Unseen:
     """The examples that the model is judged by.
 
@@ -250,8 +259,8 @@ def _unseen(run: PruneRun, selection: Selection, options: JudgementOptions) -> U
     if run.judge is not None:
         return examples_given(run.judge, seen, options)
     if run.plan is not None and session is not None:
-        data, chosen_by = run.plan.data, run.plan.held_out.records
-        return Unseen(session, data, run.plan.parts or unseen_parts([data], seen, chosen_by, options))
+        data, used = run.plan.data, run.plan.held_out.records
+        return Unseen(session, data, run.plan.parts or unseen_parts([data], seen, used, options))
     if session is not None and run.parts is not None:
         return Unseen(session, session.options.data, run.parts)
     if run.trace is None:

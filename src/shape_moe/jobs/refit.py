@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from shape_moe.architectures.fingerprint import fingerprint, layout_fingerprint
+from shape_moe.architectures.sites import find_sites
 from shape_moe.calibration.batches import batches
 from shape_moe.calibration.example_maker import ExampleMaker
 from shape_moe.calibration.records import DataOptions
@@ -21,6 +24,7 @@ from shape_moe.jobs.held_out import held_out_set
 from shape_moe.jobs.search import layered_bench
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options
 from shape_moe.progress import SILENT, Progress
+from shape_moe.refitting.refitted import LayerFiles, raw_bytes
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.token_weights import PredictingWeights, SegmentWeights
 from shape_moe.units import readable_kl
@@ -80,11 +84,13 @@ def refit(
         weights: how much tokens count; None for 1 where a token predicts a response token and 0.25 elsewhere.
         tokenizer: the tokenizer of a live model.
         revision: branch, tag or commit of a hub model.
-        folder: where finished layers are kept: the same call goes on from them. None keeps them in memory.
+        folder: where finished layers are kept: the same call goes on from them, any other is refused. None keeps them
+            in memory.
         progress: where to show progress.
 
     Raises:
         UsageError: when the selection does not fit the model, or ``rho`` is not positive.
+        CheckpointError: when the folder holds layers of another refit.
         UnsupportedModelError: for a model whose format cannot hold refitted weights.
         ShapeMoeError: when the model or the data cannot be used; the message says what to do.
     """
@@ -123,7 +129,6 @@ def refit_in_session(
     from shape_moe.architectures.layered_model import LayeredModel
     from shape_moe.architectures.live_layers import LiveLayers
     from shape_moe.refitting.layers import Layers, RefitPass
-    from shape_moe.refitting.refitted import LayerFiles
 
     maker, asked = session.calibrator, session.options
     examples = maker.examples or maker.run(session.answerer, folder)
@@ -139,7 +144,20 @@ def refit_in_session(
         pad_id = pad_token_id(engine.model, maker.tokeniser)
         todo = list(batches(examples, maker.options.batch_size, pad_id))
         advance = stack.enter_context(session.progress.phase(title, layers, "layer"))
-        return RefitPass(engine, selection, todo, request, LayerFiles(folder)).run(advance)
+        files = LayerFiles(folder, _told_from_others(session) if folder is not None else "")
+        return RefitPass(engine, selection, todo, request, files).run(advance)
+
+
+def _told_from_others(session: ModelSession) -> str:
+    """What tells a session's model from others: for a live one its routers and one expert of every layer."""
+    if session.snapshot is not None:
+        return f"{fingerprint(session.snapshot)} {layout_fingerprint(session.snapshot)}"
+    found = hashlib.sha256()
+    for site in find_sites(session.model):
+        experts: Any = site.experts
+        for tensor in (*site.router.parameters(), experts.down_proj[0]):
+            found.update(raw_bytes(tensor) if not tensor.is_meta else b"")  # offloaded
+    return found.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ is fitted with a stronger ridge, or left as it is.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -27,7 +29,7 @@ from shape_moe.errors import ShapeMoeError, UnsupportedModelError
 from shape_moe.progress import Advance
 from shape_moe.pruning.down_projections import DownProjections
 from shape_moe.pruning.masks import masked
-from shape_moe.refitting.refitted import LayerFiles, LayerRefit, Refitted
+from shape_moe.refitting.refitted import LayerFiles, LayerRefit, Refitted, raw_bytes
 from shape_moe.refitting.seen import ExpertInputs, entering_stream
 from shape_moe.refitting.solver import Problem, solve
 from shape_moe.selection.selection import Selection
@@ -130,7 +132,9 @@ class RefitPass:
 
         Raises:
             ShapeMoeError: when the model's hidden states are not finite.
+            CheckpointError: when the folder of finished layers is that of another refit.
         """
+        self.files.claim(self._key())
         said: list[LayerRefit] = []
         with self.engine.embeddings():
             self.dense = [self.engine.enter(b.input_ids, b.attention_mask).cpu() for b in self.batches]
@@ -144,6 +148,17 @@ class RefitPass:
                 self.pruned = list(self.dense) if same else self._through(self.pruned)
             advance(1)
         return Refitted(self.request.rho, self.files.weights(said), tuple(said))
+
+    def _key(self) -> str:
+        """What decides the result beside the model."""
+        asked, dtypes = self.request, [str(self.request.stored), str(self.engine.model.dtype)]
+        job = [self.selection.digest, asked.rho, asked.tries, asked.weights.parts, dtypes]
+        found = hashlib.sha256(json.dumps(job).encode())
+        for batch in self.batches:
+            for tensor in (batch.input_ids, batch.attention_mask, batch.cells):
+                found.update(f"{tuple(tensor.shape)}".encode())
+                found.update(raw_bytes(tensor))
+        return found.hexdigest()
 
     def _refit(self, layer: int) -> LayerRefit:
         """Bring both streams behind a layer, and refit it."""

@@ -19,6 +19,7 @@ from shape_moe.workspace import write_json
 if TYPE_CHECKING:
     import torch
 
+_JOB = "refit.json"
 ENOUGH = 1.0
 """With fewer tokens for every unknown of an output than this, a refit can fit what does not generalise."""
 
@@ -124,13 +125,33 @@ class LayerFiles:
 
     Args:
         folder: where they lie, None for memory.
+        model: tells the model from others.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path | None = None, model: str = "") -> None:
+        self._folder, self._model = folder, model
         self._held: dict[int, DownProjections] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
+
+    def claim(self, refit: str) -> None:
+        """Take the folder for a refit.
+
+        Args:
+            refit: tells it from others of the same model.
+
+        Raises:
+            CheckpointError: when it holds layers of another refit.
+        """
+        if self._folder is None:
+            return
+        file, job = self._folder / _JOB, {"model": self._model, "refit": refit}
+        if any(self._folder.glob("layer-*.json")) and not (file.is_file() and read_json(file) == job):
+            raise CheckpointError(
+                f"{self._folder} holds layers of another refit (of another model or selection, by other examples or "
+                "weights of tokens, or with another rho): give another folder, or delete this one."
+            )
+        write_json(file, job)
 
     def find(self, layer: int) -> tuple[LayerRefit, DownProjections | None] | None:
         """A layer that an interrupted refit has finished, None where there is none.

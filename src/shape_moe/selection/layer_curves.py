@@ -48,6 +48,8 @@ class LayerCurves:
         tokens: predicting tokens by class and half of the examples.
         sums: KL divergence in nats summed over those tokens, by layer, count, class and half.
         gate_scale: ``survivors`` or ``trained``, with which the layers were cut.
+        seen: salted hashes of the prompts that it was made from, those of the trace included, by their salt; None where
+            they are not known.
     """
 
     fingerprint: str
@@ -62,6 +64,7 @@ class LayerCurves:
     tokens: list[list[float]]
     sums: list[list[list[list[float]]]]
     gate_scale: GateScale = "survivors"
+    seen: dict[str, list[str]] | None = None
 
     def __post_init__(self) -> None:
         shape = (len(self.layers), len(self.counts), len(self.classes), 2)

@@ -249,7 +249,7 @@ class TraceSelector:
             near_ties=self._near_ties(picker, scores, mask),
             options={**weights.flags, "seed": self.scoring.seed},
             warnings=tuple(warnings),
-            seen=SeenPrompts.of_source(info.source).by_salt(),
+            seen=SeenPrompts.of_source(info.source).and_of(curves.seen if curves is not None else None).by_salt(),
             routers=info.routers,
         )
 

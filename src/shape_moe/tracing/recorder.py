@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 
 from shape_moe.calibration.batches import CELLS, FOLDS, PADDING, SEGMENTS
 from shape_moe.errors import ShapeMoeError, first_line
-from shape_moe.tracing.classes import NO_CLASS
+from shape_moe.tracing.batch_context import BatchContext, Places
 from shape_moe.tracing.coalitions import CoalitionTable, merge_tables, tabulate
 from shape_moe.tracing.observed import Observed
 from shape_moe.tracing.replacement import NextChoice, WiderChoice, next_ids_and_weights
@@ -19,7 +19,6 @@ from shape_moe.tracing.statistics import HALVES, Per, Reduction, Statistic, stat
 
 if TYPE_CHECKING:
     from shape_moe.architectures.moe_config import MoeConfig
-    from shape_moe.calibration.batches import Batch
     from shape_moe.tracing.stored_statistics import Array
 
 _COMPACT_ROWS = 200_000
@@ -27,68 +26,6 @@ _NOT_FINITE = (
     "Layer {layer}: the experts' {what} are not finite; the checkpoint has NaN or infinite weights, "
     "or its dtype overflows."
 )
-
-
-@dataclass
-class BatchContext:
-    """Which class, cell and fold every token of the running batch belongs to.
-
-    Padding goes to one extra place behind the real ones, which is thrown away: no tensor has to be filtered.
-
-    Attributes:
-        segments: int64 [T].
-        folds: int64 [T].
-        kinds: int64 [T], ``class * 4 + cell``, :data:`PADDING` for padding.
-        num_kinds: how many of them there are.
-    """
-
-    segments: torch.Tensor
-    folds: torch.Tensor
-    kinds: torch.Tensor
-    num_kinds: int
-    _on_device: dict[torch.device, _Places] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, batch: Batch, classes: Sequence[str] = (NO_CLASS,)) -> BatchContext:
-        """The context of a batch, whose examples are of these classes (whatever they are, if there is but one)."""
-        places = [classes.index(e.group or NO_CLASS) if len(classes) > 1 else 0 for e in batch.examples]
-        cells = batch.cells
-        of_class = torch.tensor(places, dtype=torch.int64).repeat_interleave(batch.input_ids.shape[1])
-        kinds = torch.where(cells == PADDING, PADDING, of_class * len(CELLS) + cells)
-        return cls(batch.segments.to(torch.int64), batch.folds.to(torch.int64), kinds, len(classes) * len(CELLS))
-
-    def on(self, device: torch.device) -> _Places:
-        """Where every token of the batch is counted, on ``device``."""
-        if device not in self._on_device:
-            real = self.kinds != PADDING
-            cells = torch.where(real, self.kinds * FOLDS + self.folds, self.num_kinds * FOLDS)
-            halves = torch.where(real, self.kinds * HALVES + self.folds % HALVES, self.num_kinds * HALVES)
-            present, which = torch.unique(cells, return_inverse=True)
-            one_hot = torch.nn.functional.one_hot(which, len(present)).T
-            found = (self.segments, self.folds, cells, halves, present, one_hot)
-            self._on_device[device] = _Places(*(t.to(device) for t in found))
-        return self._on_device[device]
-
-
-@dataclass(frozen=True)
-class _Places:
-    """Where tokens are counted, int64.
-
-    Attributes:
-        segments: [T].
-        folds: [T].
-        cells: [T], place in (class, cell, fold).
-        half_cells: [T], place in (class, cell, half).
-        present: the different ``cells`` of the batch, ascending.
-        one_hot: [P, T], 1 where a token's cell is the one that is present.
-    """
-
-    segments: torch.Tensor
-    folds: torch.Tensor
-    cells: torch.Tensor
-    half_cells: torch.Tensor
-    present: torch.Tensor
-    one_hot: torch.Tensor
 
 
 class LayerRecorder:
@@ -239,7 +176,7 @@ class LayerRecorder:
         outputs = run(chosen.unsqueeze(1).to(wider.ids.device)).squeeze(1)
         return NextChoice(outputs, weights)
 
-    def _add_slots(self, seen: Observed, places: _Places, sums: dict[str, torch.Tensor]) -> None:
+    def _add_slots(self, seen: Observed, places: Places, sums: dict[str, torch.Tensor]) -> None:
         index = (places.cells.unsqueeze(1) * self.num_experts + seen.ids).flatten()
         columns = [self._terms(s, seen, seen.ids.shape) for s in self._of("slot")]
         if columns:
@@ -248,7 +185,7 @@ class LayerRecorder:
             terms = self._terms(statistic, seen, seen.ids.shape)
             sums["largest"][row].scatter_reduce_(0, index, terms.flatten(), "amax")
 
-    def _add_tokens(self, seen: Observed, places: _Places, sums: dict[str, torch.Tensor]) -> None:
+    def _add_tokens(self, seen: Observed, places: Places, sums: dict[str, torch.Tensor]) -> None:
         tokens = len(seen.ids)
         columns = [self._terms(s, seen, (tokens,)) for s in self._of("token")]
         if columns:
@@ -257,7 +194,7 @@ class LayerRecorder:
         for row, statistic in enumerate(self._of("expert")):
             sums["expert"][row, places.present] += one_hot @ self._terms(statistic, seen, (tokens, self.num_experts))
 
-    def _add_pairs(self, seen: Observed, places: _Places, sums: dict[str, torch.Tensor]) -> None:
+    def _add_pairs(self, seen: Observed, places: Places, sums: dict[str, torch.Tensor]) -> None:
         pair = seen.ids.unsqueeze(2) * self.num_experts + seen.ids.unsqueeze(1)
         index = (pair + places.half_cells[:, None, None] * self.num_experts**2).flatten()
         for row, statistic in enumerate(self._of("pair")):

@@ -13,6 +13,7 @@ import torch
 from shape_moe.architectures.loading import input_device
 from shape_moe.architectures.sites import MoeSite, find_sites, live_moe_config
 from shape_moe.errors import ShapeMoeError, UnsupportedModelError, first_line
+from shape_moe.tracing.batch_context import BatchContext
 from shape_moe.tracing.classes import NO_CLASS
 from shape_moe.tracing.experts import (
     GROUPED_DTYPES,
@@ -22,7 +23,7 @@ from shape_moe.tracing.experts import (
     recorder_of,
     register_traced_experts,
 )
-from shape_moe.tracing.recorder import BatchContext, LayerRecorder
+from shape_moe.tracing.recorder import LayerRecorder
 from shape_moe.tracing.replacement import wider_choice
 from shape_moe.tracing.statistics import Statistic, fitting, statistics
 from shape_moe.tracing.stream_check import JoinWatch
