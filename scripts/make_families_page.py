@@ -11,6 +11,8 @@ HEAD = """# Model families
 
 <!-- Written by scripts/make_families_page.py from the facts about families (make docs); changes here are lost. -->
 
+COUNTS
+
 - **full**: `tests/conformance` (the first nine: all of `tests/`) traces a tiny random model of the family and compares
   its statistics with a slow computation in float64, cuts it in both routings, writes it with equal counts (stock) and
   with different ones (ragged), and loads it again with and without this package: the logits are those of the original
@@ -29,7 +31,13 @@ vLLM plugin serves different counts per layer for the families marked so, and no
 
 def text() -> str:
     """The whole page."""
-    return HEAD + "".join(_row(found) for found in families())
+    known = families()
+    count = {grade: sum(found.grade == grade for found in known) for grade in ("full", "structure tested", "refused")}
+    counts = (
+        f"{count['full'] + count['structure tested']} model families are known, {count['full']} of them in full; "
+        f"{count['refused']} more are refused."
+    )
+    return HEAD.replace("COUNTS", counts) + "".join(_row(found) for found in known)
 
 
 def _row(found: FamilySupport) -> str:

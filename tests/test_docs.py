@@ -47,6 +47,15 @@ def test_the_list_of_families_is_current_and_each_is_tested() -> None:
     assert not set(REFUSED) & set(FAMILIES)
 
 
+def test_the_number_of_families_is_the_same_everywhere() -> None:
+    said = {
+        page.name: re.findall(r"\b(\d+) (?:model )?families\b", page.read_text(encoding="utf-8"))
+        for page in (*PAGES, PROJECT / "pyproject.toml")
+    }
+    assert {name for name, numbers in said.items() if numbers} >= {"README.md", "families.md", "CHANGELOG.md"}
+    assert {number for numbers in said.values() for number in numbers} == {str(len(FAMILIES))}
+
+
 def test_the_reference_of_the_package_names_all_of_it() -> None:
     page = (PROJECT / "docs" / "api.md").read_text(encoding="utf-8")
     made = script("make_api_reference").text()

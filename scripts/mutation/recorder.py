@@ -5,7 +5,8 @@ Variables of the environment say what it does:
 - ``MUTANTS_RECORD``, a folder: every test's seconds and whether it passed go to ``tests.jsonl``, and the modules that
   are loaded at the end to ``modules-*.json``.
 - ``MUTANTS_PLAN``, a JSON file with ``seconds`` by test, tests that run ``only`` or are left ``without``, and a folder
-  ``new_under`` whose tests run too where they have no seconds yet: quick tests first, each with a time limit.
+  ``new_under`` whose tests run too where they have no seconds yet: files of it first,
+  each test with a time limit.
 """
 
 from __future__ import annotations
@@ -65,4 +66,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in chosen:
         limit = pytest.mark.timeout(90 + 10 * seconds.get(item.nodeid, _UNKNOWN))
         item.add_marker(limit, append=False)
-    items[:] = sorted(chosen, key=lambda item: seconds.get(item.nodeid, _UNKNOWN))
+    items[:] = _by_file(chosen, seconds, new_under or "tests/")
+
+
+def _by_file(items: list[pytest.Item], seconds: dict[str, float], own: str) -> list[pytest.Item]:
+    """Whole files, so that what their tests share is made once: those of the package first, then the quickest."""
+    by_file: dict[str, float] = defaultdict(float)
+    for item in items:
+        by_file[item.nodeid.split("::")[0]] += seconds.get(item.nodeid, _UNKNOWN)
+
+    def place(item: pytest.Item) -> tuple[bool, float, str]:
+        file = item.nodeid.split("::")[0]
+        return not file.startswith(own), by_file[file], file
+
+    return sorted(items, key=place)

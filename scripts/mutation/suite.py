@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,7 +196,7 @@ class Room:
             self.cover.failing.append(outcome.by)
 
     def _tried(self, mutant: Mutant) -> Outcome:
-        first_ones = self._quickest(self.cover.of(mutant))
+        first_ones = self._first(self.cover.of(mutant), tests_of(mutant.file))
         file = self.tree / mutant.file
         file.write_text(mutant.after)
         try:
@@ -207,14 +208,28 @@ class Room:
         finally:
             file.write_text(mutant.before)
 
-    def _quickest(self, covering: Sequence[str]) -> list[str]:
-        """The quickest of the covering tests, for about a minute; the others come with the rest of the suite."""
-        spent, chosen = 0.0, []
+    def _first(self, covering: Sequence[str], own: str) -> list[str]:
+        """Covering tests for about a minute; the others come with the rest of the suite.
+
+        Files of the mutant's own package come first, then the quickest. The slowest test of a file is counted with any
+        of its tests, since it may be the one that made what they share.
+        """
+        known, by_file = self.cover.seconds, defaultdict[str, list[str]](list)
         for test in covering:
-            spent += self.cover.seconds.get(test, 1.0)
-            if chosen and spent > _FIRST_SECONDS:
-                break
-            chosen.append(test)
+            by_file[test.split("::")[0]].append(test)
+        slowest = defaultdict[str, float](float)
+        for test, seconds in known.items():
+            file = test.split("::")[0]
+            slowest[file] = max(slowest[file], seconds)
+        cost = {file: slowest[file] + sum(known.get(test, 1.0) for test in tests) for file, tests in by_file.items()}
+        spent, chosen = 0.0, []
+        for file in sorted(by_file, key=lambda file: (not file.startswith(own), cost[file], file)):
+            spent += slowest[file]
+            for test in by_file[file]:
+                spent += known.get(test, 1.0)
+                if chosen and spent > _FIRST_SECONDS:
+                    return chosen
+                chosen.append(test)
         return chosen
 
     def _trusts(self, test: str) -> bool:

@@ -11,7 +11,7 @@ from shape_moe.errors import CheckpointError, ShapeMoeError, UsageError
 from shape_moe.json_file import read_json
 from shape_moe.locks import drop_left_lock, drop_lock, lock_of, take_lock
 from shape_moe.source_files import is_one_of
-from shape_moe.workspace import check_output_file, real_place
+from shape_moe.workspace import check_output_file, real_place, tell_full_disk
 
 
 class OutputFile:
@@ -30,7 +30,7 @@ class OutputFile:
 
     Raises:
         UsageError: when the file exists, cannot be made, or is an input.
-        ShapeMoeError: when another run makes it.
+        ShapeMoeError: when another run makes it, and for a full disk inside the block.
     """
 
     def __init__(
@@ -85,6 +85,8 @@ class OutputFile:
         if error is None and self.journal is not None:
             self.journal.unlink(missing_ok=True)
         self._release()
+        if error is not None and self.file is not None:
+            tell_full_disk(error, self.file.parent)
 
     def _release(self) -> None:
         if self._lock is not None:

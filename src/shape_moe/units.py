@@ -34,10 +34,10 @@ def capitalised(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def joined(parts: Sequence[str]) -> str:
-    """Parts of a sentence: ``a``, ``a and b``, ``a, b and c``."""
+def joined(parts: Sequence[str], word: str = "and") -> str:
+    """Parts of a sentence: ``a``, ``a and b``, ``a, b and c``; or with another word before the last."""
     *first, last = parts
-    return f"{', '.join(first)} and {last}" if first else last
+    return f"{', '.join(first)} {word} {last}" if first else last
 
 
 def readable_duration(seconds: float) -> str:

@@ -96,7 +96,7 @@ def test_every_verb_says_so_in_one_sentence(call, embedded, made, tmp_path, verb
     assert "Traceback" not in err
     assert printed == ""
     assert not out.exists()
-    assert {path.name for path in tmp_path.iterdir()} <= {"out.partial"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"out.partial", "out.passes"}
     assert not list(tmp_path.glob("**/*.safetensors"))
 
 

@@ -54,6 +54,9 @@ def test_several_keep_rates_make_a_series(file: Path, data: str, tmp_path: Path,
         "other-0.5.gguf",
         "other-0.25.gguf",
     ]
+    after = said.splitlines()[said.splitlines().index("Next:") + 1 :]
+    assert after
+    assert all(line.startswith("  shape-moe ") for line in after)
     refused(call(*start, "--keep", "0.5,0.5", "-o", tmp_path / "x"), 2, "given twice")
     refused(call(*start, "--keep", "0.5,x", "-o", tmp_path / "x"), 2, "not 'x'")
     refused(call(*start, "--keep", "0.5,85", "-o", tmp_path / "x"), 2, "not 85")

@@ -97,6 +97,8 @@ def test_an_interrupt_says_what_was_kept_and_nothing_else(monkeypatch, capsys, n
         (["experiment", "C"], "shape_moe.cli.experiment.read_config"),
         (["report", "D"], "shape_moe.jobs.report.report"),
         (["demo"], "shape_moe.demo.run.run_demo"),
+        (["families"], "shape_moe.cli.families.known"),
+        (["doctor"], "shape_moe.demo.doctor.diagnose"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

@@ -125,7 +125,7 @@ def test_speed_is_the_median_after_a_warm_up(monkeypatch) -> None:
     seconds = iter([(100.0, 100.0), (1.0, 4.0), (2.0, 2.0), (4.0, 1.0)])
     monkeypatch.setattr(footprint, "run_once", lambda *_: next(seconds))
     monkeypatch.setattr("shape_moe.architectures.loading.input_device", lambda _: torch.device("cpu"))
-    model = SimpleNamespace(config=SimpleNamespace(vocab_size=10))
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=10)))
     found = footprint._time(model, Workload(batch_size=2, prompt_tokens=50, new_tokens=8, repeats=3))
     assert found == (2 * 50 / 2.0, 2 * 8 / 2.0)
 

@@ -206,7 +206,7 @@ def nothing_is_loaded(monkeypatch):
     def loaded(*_args, **_options):
         raise AssertionError("a model was loaded")
 
-    for module in ("evaluate", "session"):
+    for module in ("evaluation_run", "session"):
         monkeypatch.setattr(f"shape_moe.jobs.{module}.load_original", loaded)
 
 

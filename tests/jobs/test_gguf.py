@@ -163,7 +163,7 @@ def test_a_model_that_is_not_good_enough_has_another_name(file: Path, data: str,
 
 def test_an_interrupted_job_leaves_no_file_and_goes_on(file: Path, data: str, tmp_path: Path, monkeypatch) -> None:
     options = PruneOptions(device="cpu", judgement=None)
-    monkeypatch.setattr("shape_moe.jobs.prune.check_logits", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("shape_moe.jobs.pruned_model.check_logits", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         prune(file, tmp_path / "a.gguf", options, data=data, keep=0.75)
     assert not (tmp_path / "a.gguf").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -18,6 +19,7 @@ from shape_moe.jobs.verify import verify
 from shape_moe.pruning.canary import (
     SEQUENCE_LENGTH,
     SEQUENCES,
+    TOP,
     Canary,
     canary_texts,
     canary_tokens,
@@ -95,6 +97,21 @@ def test_without_a_tokenizer_token_ids_are_drawn() -> None:
     model = make_model("olmoe")
     assert canary_tokens(model, None) == random_tokens(128)
     assert max(map(max, random_tokens(128))) < 128
+
+
+def test_what_is_kept_are_the_most_likely_next_tokens_and_their_log_probabilities() -> None:
+    model = make_model("qwen3_moe")
+    rows = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]]
+    canary = record_canary(model, rows)
+    assert [sequence.tokens for sequence in canary.sequences] == rows
+    for sequence in canary.sequences:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([sequence.tokens])).logits[0].double().numpy()
+        logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        order = np.argsort(-logprobs, axis=1)[:, : len(sequence.top_ids[0])]
+        assert len(sequence.top_ids[0]) == TOP
+        np.testing.assert_array_equal(sequence.top_ids, order)
+        np.testing.assert_allclose(sequence.top_logprobs, np.take_along_axis(logprobs, order, axis=1), atol=2e-5)
 
 
 def test_tokenizers_that_do_not_fit_the_model(embedded_model) -> None:

@@ -168,3 +168,17 @@ def test_a_class_without_tokens_that_count_does_not_decide() -> None:
     for scorer in ("shape", "reap", "contribution"):
         for rule in RULES:
             assert kept(silent, scorer, rule) == kept(alone, scorer, rule)
+
+
+def test_classes_without_any_token_that_counts_score_zero() -> None:
+    """As of a task without responses whose response tokens alone are counted."""
+    trace = made(5, classes=("a", "b"))
+    coalitions = {
+        layer: replace(table, counts=np.zeros_like(table.counts)) for layer, table in trace.coalitions.items()
+    }
+    empty = {name: np.zeros_like(trace.statistics[name]) for name in trace.statistics}
+    scores = score_trace(replace(trace, statistics=empty, coalitions=coalitions), "reap")
+    zeros = np.zeros((3, 8))
+    assert (scores.scorer, scores.layers) == ("reap", trace.info.layers)
+    for found in (scores.values, scores.activations):
+        np.testing.assert_array_equal(found, zeros)

@@ -142,6 +142,14 @@ def test_each_half_has_its_own_curve() -> None:
     assert curves.costs()[0, 2] == 2.0
 
 
+def test_less_than_a_token_counts_and_none_costs_nothing() -> None:
+    trace = synthetic_trace(layers=1, experts=4, top_k=2, classes=("a", "b"))
+    sums = np.array([[[[3.0, 1.0], [5.0, 5.0]]]])
+    curves = curves_of(trace, sums, (2,), tokens=[[0.25, 0.25], [0.0, 0.0]])
+    assert curves.by_class()[:, 0, 2].tolist() == [8.0, 0.0]
+    assert [curves.by_class(half)[0, 0, 2] for half in (0, 1)] == [12.0, 4.0]
+
+
 @pytest.mark.parametrize(("experts", "floor", "groups"), [(32, 1, 1), (32, 4, 1), (8, 2, 1), (128, 8, 1), (64, 12, 4)])
 def test_the_grid_begins_at_the_floor_and_ends_below_the_whole_layer(experts, floor, groups) -> None:
     counts = counts_to_measure(experts, floor, groups)
@@ -149,6 +157,18 @@ def test_the_grid_begins_at_the_floor_and_ends_below_the_whole_layer(experts, fl
     assert counts[-1] < experts
     assert len(counts) <= 12
     assert all(count % groups == 0 for count in counts)
+
+
+@pytest.mark.parametrize(
+    ("experts", "floor", "groups", "counts"),
+    [
+        (128, 2, 1, (2, 4, 8, 16, 24, 32, 40, 48, 64, 80, 96, 112)),
+        (32, 1, 1, (1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 28)),
+        (16, 3, 2, (4, 6, 8, 10, 12, 14)),
+    ],
+)
+def test_the_grid_holds_parts_of_the_layer(experts, floor, groups, counts) -> None:
+    assert counts_to_measure(experts, floor, groups) == counts
 
 
 def test_a_selection_by_curves_is_as_cheap_as_can_be() -> None:

@@ -184,7 +184,7 @@ def test_round_trip(trace, tmp_path) -> None:
     selection.save(tmp_path / "s.json")
     assert shape_moe.load_selection(tmp_path / "s.json") == selection
     document = json.loads((tmp_path / "s.json").read_text())
-    assert document["format_version"] == 1
+    assert document["format_version"] == 2
     assert document["keep_met"] == 0.5
     assert document["constraints"]["protect"] == {"1": [2, 3]}
     assert all(ids == sorted(ids) for ids in document["layers"].values())

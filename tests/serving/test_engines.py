@@ -36,13 +36,13 @@ def test_gguf_files_are_for_llama_cpp() -> None:
 
 def test_what_is_said_names_every_engine_once() -> None:
     assert what_loads("qwen3_moe", "ragged", gguf=False) == (
-        "The result will load in vLLM and Transformers, with what comes with this package, and not in llama.cpp, MLX "
-        "and SGLang: for these give --for llama.cpp."
+        "The result will load in vLLM and Transformers, with what comes with this package, but not in llama.cpp, MLX "
+        "or SGLang; for one of those, give --for llama.cpp."
     )
     assert what_loads("qwen3_moe", "stock", gguf=False) == (
         "The result will load in vLLM, MLX, SGLang, Transformers and llama.cpp once it is converted, as far as these "
         "know the family."
     )
     assert what_loads("qwen3_moe", "stock", gguf=True) == (
-        "The result will load in llama.cpp, as far as these know the family."
+        "The result will load in llama.cpp, as far as it knows the family."
     )

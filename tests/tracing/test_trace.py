@@ -128,6 +128,12 @@ def test_halves_add_up_to_the_whole() -> None:
     for layer, table in alone.coalitions.items():
         np.testing.assert_array_equal(table.members, halves[0].coalitions[layer].members)
         np.testing.assert_array_equal(table.counts[:, :2], halves[0].coalitions[layer].counts[:, :2])
+    of_all = [name for name in COUNT_COLUMNS if not name.endswith("_half")]
+    whole, first = ([COUNT_COLUMNS.index(name + half) for name in of_all] for half in ("", "_half"))
+    for layer in trace.coalitions:
+        even, odd = (half.coalitions[layer].counts for half in halves)
+        np.testing.assert_array_equal(even[:, first], even[:, whole])
+        np.testing.assert_array_equal(odd[:, first], np.zeros_like(odd[:, whole]))
 
 
 def test_segment_weights_select_segments() -> None:

@@ -60,6 +60,7 @@ def show_series(console: Console, result: SeriesResult) -> None:
     if compared:
         console.print("Logits equal those of the masked original, for each model.", markup=False)
     console.print(checked_lines(result.models[0])[-1], markup=False)
+    console.print("Next:", markup=False)
     show_commands(console, dict.fromkeys(command for model in result.models for command in model.following))
 
 

@@ -104,7 +104,7 @@ def notes_on(selection: Selection) -> list[str]:
     if selection.stability is not None:
         lines.append(
             f"Two halves of the data agree on {readable_share(selection.stability['agreement'])} of the kept experts; "
-            f"{selection.stability['undecided']:,.0f} places are undecided"
+            f"undecided places: {selection.stability['undecided']:,.0f}"
         )
     if selection.near_ties:
         lines.append(f"Near-ties, which rounding on another machine could decide otherwise: {_places(selection)}")

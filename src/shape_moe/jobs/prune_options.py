@@ -127,14 +127,14 @@ def check_request(
     Raises:
         UsageError: saying what to give.
     """
+    if trace is not None and selection is not None:
+        raise UsageError("--trace and --selection exclude each other; give one of them.")
     if options.choice is not None:
         if selection is not None or (options.trace is None and trace is None):
             raise UsageError("Scorer auto and limits choose on held-out examples: give data (--data) or a trace.")
         named = [options.select.method.rule] if options.select is not None else []
         for rule in (*(options.choice.rules or ()), *named) if options.choice.limit is not None else ():
             check_by_priority(rule)
-    elif sum(given is not None for given in (trace, selection)) > 1:
-        raise UsageError("--trace and --selection exclude each other; give one of them.")
     elif options.trace is None and trace is None and selection is None:
         raise UsageError("Give calibration data (--data), a trace (--trace) or a selection (--selection).")
     elif options.trace is not None and options.judgement is None and (trace is not None or selection is not None):

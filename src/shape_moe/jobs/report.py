@@ -33,6 +33,7 @@ from shape_moe.reporting.material import Material, Sizes
 from shape_moe.scoring.registry import scorers
 from shape_moe.scoring.scores import Scores, read_scores, score_trace
 from shape_moe.selection.agreement import scoring_of
+from shape_moe.selection.layer_curves import load_curves
 from shape_moe.selection.selection import Selection, check_against_model, load_selection
 from shape_moe.tracing.trace import Trace, load_trace
 from shape_moe.workspace import write_text
@@ -109,11 +110,17 @@ def report(
         return ReportResult(file, tuple(names), file.stat().st_size)
 
 
+def _beside(checkpoint: Path | None, name: str) -> Path | None:
+    """A file of the job that wrote a checkpoint; None where it is not there."""
+    folder = made_by(checkpoint) if checkpoint is not None and is_gguf(checkpoint) else checkpoint
+    file = folder / "shape" / name if folder is not None else None
+    return file if file is not None and file.is_file() else None
+
+
 def _judgement(checkpoint: Path | None) -> tuple[Verdict | None, Forgotten | None]:
     """What the job that wrote a checkpoint says of it."""
-    folder = made_by(checkpoint) if checkpoint is not None and is_gguf(checkpoint) else checkpoint
-    file = folder / "shape" / "judgement.json" if folder is not None else None
-    if file is None or not file.is_file():
+    file = _beside(checkpoint, "judgement.json")
+    if file is None:
         return None, None
     try:
         document = read_json(file)
@@ -136,6 +143,7 @@ def _gather(
     trace = load_trace(found.trace) if found.trace is not None else None
     verdict, forgotten = _judgement(found.checkpoint)
     experiment, demo = found.experiment, found.demo
+    curves = _beside(found.checkpoint, "curves.json")
     material = Material(
         source=found.source,
         selection=chosen,
@@ -148,6 +156,7 @@ def _gather(
         forgotten=forgotten,
         experiment=read_result(experiment, experiment.name, "experiment", whole_experiment) if experiment else None,
         demo=read_result(demo, demo.name, "demo", whole_demo) if demo else None,
+        curves=load_curves(curves) if curves is not None else None,
     )
     _check_origin(material, force=force)
     rivals = _rivals(trace, chosen) if trace is not None else ()

@@ -20,6 +20,7 @@ from shape_moe.reporting.figures.layers import kept_mass
 from shape_moe.reporting.opening import Opening, short_name
 from shape_moe.scoring.scores import Scores
 from shape_moe.selection.agreement import scoring_of
+from shape_moe.selection.layer_curves import LayerCurves
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.token_weights import TokenWeights
 from shape_moe.tracing.trace import Trace
@@ -54,6 +55,7 @@ class Material:
         forgotten: what became of general prompts, None where they were not asked.
         experiment: an experiment's document.
         demo: a demonstration's document.
+        curves: what each layer's cut costs by itself, where the selection was made by that.
     """
 
     source: str
@@ -71,6 +73,7 @@ class Material:
     forgotten: Forgotten | None = None
     experiment: Mapping[str, Any] | None = None
     demo: Mapping[str, Any] | None = None
+    curves: LayerCurves | None = None
 
     @cached_property
     def model(self) -> str | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shape_moe.evaluation.swept import Sweep
+from shape_moe.reporting.choice import choice_section, curves_figure
 from shape_moe.reporting.demo_rows import demo_levels
 from shape_moe.reporting.experiment_tables import STARRED, experiment_gaps, experiment_parts
 from shape_moe.reporting.figures.agreement import agreement_figure
@@ -118,7 +119,10 @@ def _layers(material: Material) -> Section | Missing:
         "Bars show how many experts every layer keeps, diamonds above them how much of the layer's value these hold: a "
         "low bar with a high diamond is a layer that needs few experts."
     )
-    return Section("layers", "Layers", lead, (layer_figure(selection, mass),))
+    figures = [layer_figure(selection, mass)]
+    if material.curves is not None and material.curves.covers(selection):
+        figures.append(curves_figure(material.curves, selection))
+    return Section("layers", "Layers", lead, tuple(figures))
 
 
 def _coverage(material: Material) -> Section | Missing:
@@ -325,6 +329,7 @@ _BUILDERS: tuple[Callable[[Material], Section | Missing | None], ...] = (
     _quality,
     _footprint,
     _forgotten,
+    choice_section,
     _layers,
     _values,
     _agreement,

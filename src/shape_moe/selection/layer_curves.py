@@ -23,6 +23,7 @@ from shape_moe.errors import CheckpointError, FingerprintError, UsageError
 from shape_moe.json_file import read_json
 from shape_moe.selection.budget import Room
 from shape_moe.selection.method import Method, Routing
+from shape_moe.selection.selection import Selection
 from shape_moe.tracing.trace import TraceInfo
 from shape_moe.workspace import write_text
 
@@ -104,6 +105,11 @@ class LayerCurves:
     def has_half(self, half: int) -> bool:
         """Whether a half of the examples has tokens."""
         return bool(np.asarray(self.tokens)[:, half].sum() > 0)
+
+    def covers(self, selection: Selection) -> bool:
+        """Whether these are curves of the model's layers that a selection is for."""
+        own = (self.fingerprint, self.layers, self.num_experts)
+        return own == (selection.fingerprint, tuple(selection.layers), selection.num_experts)
 
     def predicted(self, counts: Iterable[int]) -> dict[str, float]:
         """The sum over layers that each class is predicted to lose, in nats, when layers keep so many experts.

@@ -79,6 +79,6 @@ def what_loads(family: str, target: str, *, gguf: bool) -> str:
     unable = [name for name, entry in ENGINES.items() if not entry.loads(family, target, gguf=gguf)]
     said = f"The result will load in {joined(able)}"
     if target == "stock" or not unable:
-        return f"{said}, as far as these know the family."
-    labels = joined([ENGINES[name].label for name in unable])
-    return f"{said}, with what comes with this package, and not in {labels}: for these give --for {unable[0]}."
+        return f"{said}, as far as {'these know' if len(able) > 1 else 'it knows'} the family."
+    labels = joined([ENGINES[name].label for name in unable], "or")
+    return f"{said}, with what comes with this package, but not in {labels}; for one of those, give --for {unable[0]}."
