@@ -17,9 +17,13 @@ from shape_moe.jobs import curves as job
 from shape_moe.jobs.choice import ChoiceOptions
 from shape_moe.jobs.judgement import JudgementOptions
 from shape_moe.jobs.prune_options import PruneOptions
+from shape_moe.jobs.session import ExampleOptions, ModelSession
+from shape_moe.progress import SILENT
+from shape_moe.scoring.registry import ScoreOptions
 from shape_moe.selection.layer_curves import load_curves
 from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions
+from shape_moe.tracing.trace import load_trace
 from support.data import make_examples, synthetic_trace, write_lines
 
 METHOD = Method("replacement", "measured")
@@ -77,6 +81,19 @@ def test_examples_that_curves_were_measured_by_never_report(embedded, data, trac
     few = DataOptions.of(other, samples=4)
     result = shape_moe.prune(embedded, tmp_path / "out", options, data=few)
     assert sum(outcome.examples for outcome in result.judgement.verdict.outcomes) == 12
+
+
+def test_passes_of_an_interrupted_measurement_serve_the_same_model_alone(embedded, data, traced, tmp_path) -> None:
+    def curves(dtype, journal=None):
+        options = ExampleOptions(DataOptions.of(data, samples=2), device="cpu", dtype=dtype)
+        session = ModelSession.open(embedded, options, None, SILENT)
+        maker = job.CurveMaker(session, session.calibrator, load_trace(traced), ScoreOptions(), SILENT, passes=4.0)
+        maker.journal = journal
+        return maker.measured(METHOD)
+
+    wide, narrow = curves("float32", tmp_path / "passes"), curves("bfloat16")
+    assert wide.sums != narrow.sums
+    assert curves("bfloat16", tmp_path / "passes").sums == narrow.sums
 
 
 def test_prune_from_a_trace_needs_curves(embedded, traced, tmp_path) -> None:

@@ -94,7 +94,7 @@ def test_examples_that_calibration_has_seen_do_not_count(embedded, traced, fine,
     both = [*examples("sorting", 32, seed=1), *examples("sorting", 10, seed=1, held_out=True)]
     mixed = judge(embedded, fine, write_lines(tmp_path / "both.jsonl", both), trace=str(tmp_path / "trace"))
     assert mixed.models[1].verdict.outcomes[0].examples == 10
-    assert "32 of 42 examples do not count, because calibration has seen them." in mixed.models[1].verdict.notes
+    assert "32 of 42 examples do not count, because the model was made from them." in mixed.models[1].verdict.notes
 
 
 def test_the_class_that_was_lost_is_named(embedded, fine, tmp_path) -> None:

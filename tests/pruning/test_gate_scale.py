@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import shape_moe
+from shape_moe.architectures.families import FAMILIES
+from shape_moe.architectures.moe_config import check_gate_scale
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.errors import CheckpointError, UsageError
 from shape_moe.jobs.prune import prune
@@ -107,6 +109,14 @@ def test_a_mask_is_the_masked_full_softmax_model(name, checkpoint) -> None:
     assert relative_error(trained, expected) <= FLOAT32
     assert relative_error(survivors, expected) > 100 * FLOAT32
     assert torch.equal(logits_of(model, tokens), before)
+
+
+def test_weights_that_are_not_those_of_one_softmax_have_no_trained_scale() -> None:
+    family = FAMILIES["phimoe"]
+    check_gate_scale("survivors", family, renormalises=False)
+    with pytest.raises(UsageError, match=r"\(phimoe\): .*one softmax"):
+        check_gate_scale("trained", family, renormalises=False)
+    check_gate_scale("trained", FAMILIES["olmoe"], renormalises=False)
 
 
 def test_a_family_whose_configuration_turns_renormalising_off() -> None:

@@ -15,6 +15,7 @@ from shape_moe.errors import UnsupportedModelError, UsageError
 from shape_moe.serving.vllm.mask_worker import MaskExtension, masked_choice
 from shape_moe.serving.vllm.masked_engine import MaskedEngine
 from support.closeness import relative_error
+from support.family_models import tiny_family
 from support.selections import random_selection
 
 EXPERTS, TOP_K = 8, 3
@@ -82,15 +83,23 @@ def test_a_selection_is_a_mask_for_a_while(checkpoint) -> None:
     assert engine.engine.told[1:] == [("shape_moe_unmask",)]
 
 
-def test_what_cannot_be_masked_is_refused(checkpoint) -> None:
+def test_what_cannot_be_masked_is_refused(checkpoint, tmp_path) -> None:
     drop = random_selection(open_snapshot(checkpoint("deepseek_v3")), "drop", "ragged")
     reroute = random_selection(open_snapshot(checkpoint("deepseek_v3")), "reroute", "equal")
     with engine_of(checkpoint("deepseek_v3"), Engine("layer 1 routes inside its kernel")) as engine:
-        with pytest.raises(UsageError, match="deepseek_v3 add a bias"), engine.masked(reroute):
+        with pytest.raises(UsageError, match="deepseek_v3 choose by more than a softmax"), engine.masked(reroute):
             pass
         with pytest.raises(UnsupportedModelError, match="inside its kernel"), engine.masked(drop):
             pass
         assert engine.engine.told[-1] == ("shape_moe_unmask",)
+    tiny_family("phimoe").save_pretrained(tmp_path / "phimoe")
+    mixed = random_selection(open_snapshot(tmp_path / "phimoe"), "reroute", "ragged")
+    with (
+        engine_of(tmp_path / "phimoe", Engine()) as engine,
+        pytest.raises(UsageError, match="phimoe choose by more than a softmax"),
+        engine.masked(mixed),
+    ):
+        pass
     other = random_selection(open_snapshot(checkpoint("mixtral")), "drop", "ragged")
     with (
         engine_of(checkpoint("olmoe"), Engine()) as engine,

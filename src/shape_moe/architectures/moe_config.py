@@ -110,13 +110,15 @@ def check_gate_scale(scale: GateScale, family: Family | None, renormalises: bool
         renormalises: whether gate weights sum to one (times a constant) over the top-k, None where it is not known.
 
     Raises:
-        UsageError: when the kept experts' weights do not grow by what leaves the router.
+        UsageError: when the kept experts' weights do not grow by what leaves the router, or not as a softmax says.
     """
     if scale == "survivors":
         return
     why = None
     if family is not None and family.router_scores == "sigmoid":
         why = "its routers score every expert by itself (a sigmoid), so no weight depends on which others are there"
+    elif family is not None and family.router_scores == "other":
+        why = "its routers' weights are not those of one softmax over all experts, whose size could be kept"
     elif renormalises:
         why = "its routers renormalise the weights over the experts that serve a token"
     if why is not None:

@@ -118,7 +118,7 @@ def conclude_over(
         seen=seen,
     )
     known = len(set(left_out))
-    said = [f"{known} of {count} examples do not count, because calibration has seen them."] if known else []
+    said = [f"{known} of {count} examples do not count, because the model was made from them."] if known else []
     return decide(found, max_drop=max_drop, notes=[*said, *notes])
 
 

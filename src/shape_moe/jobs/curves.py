@@ -30,6 +30,7 @@ from shape_moe.selection.layer_curves import LayerCurves, counts_to_measure, loa
 from shape_moe.selection.method import Method
 from shape_moe.selection.rules import layer_ranks
 from shape_moe.selection.selection import Selection, whole_selection
+from shape_moe.source_files import describe_inputs
 from shape_moe.tracing.classes import NO_CLASS
 from shape_moe.tracing.trace import Trace
 from shape_moe.units import counted
@@ -145,6 +146,14 @@ class CurveMaker:
         count = len(decoder_layers(self.session.model))
         return sum((count - layer) / count for layer in self.trace.info.layers)
 
+    @property
+    def _ran(self) -> str:
+        """What tells the model, and how it runs, from others: its files, dtype and device."""
+        session = self.session
+        files = describe_inputs([session.snapshot.path]) if session.snapshot is not None else {}
+        described = {name: asdict(file) for name, file in files.items()}
+        return json.dumps([self.trace.info.fingerprint, described, str(session.model.dtype), str(session.model.device)])
+
     def _weights(self, method: Method) -> ScoreOptions:
         weights = get_scorer(method.scorer).weights_for(self.trace, self.scoring.weights)
         return replace(self.scoring, weights=weights)
@@ -248,7 +257,7 @@ class CurveMaker:
                 len(classes),
                 advance,
                 journal,
-                _digest(method, info.fingerprint, scores, counts, todo),
+                _digest(method, self._ran, scores, counts, todo),
             )
         weights = scoring.weights
         assert weights is not None
@@ -274,9 +283,9 @@ def curves_file(method: Method) -> str:
     return f"curves-{method.scorer}-{method.routed.replace(', ', '-')}.json"
 
 
-def _digest(method: Method, fingerprint: str, scores: Scores, counts: Sequence[int], todo: Sequence[Batch]) -> str:
+def _digest(method: Method, ran: str, scores: Scores, counts: Sequence[int], todo: Sequence[Batch]) -> str:
     """What decides the sums of a batch and a layer, so that those of another measurement are not taken for them."""
-    found = hashlib.sha256(json.dumps([asdict(method), fingerprint, list(counts)]).encode())
+    found = hashlib.sha256(json.dumps([asdict(method), ran, list(counts)]).encode())
     for array in (scores.values, scores.tiebreak):
         found.update(array.tobytes())
     for batch in todo:

@@ -51,10 +51,11 @@ class MaskedEngine:
         """
         moe, routing = self.snapshot.moe, selection.routing
         check_against_model(selection, moe, self.snapshot.moe_layers, routing)
-        if routing == "reroute" and moe.family.router_scores == "sigmoid":
+        if routing == "reroute" and moe.router_scores != "softmax":
             raise UsageError(
-                f"Routers of {moe.family.model_type} add a bias to what they choose by, which no mask on logits can "
-                "overrule: judge routing reroute with --engine transformers, or routing drop here."
+                f"Routers of {moe.family.model_type} choose by more than a softmax over their logits (a bias, or what "
+                "was chosen before), which no mask on logits can overrule: judge routing reroute with --engine "
+                "transformers, or routing drop here."
             )
         layers = {str(layer): ids for layer, ids in selection.layers.items()}
         told = self.engine.collective_rpc(
