@@ -23,7 +23,7 @@ def report(
         typer.Argument(
             metavar="SOURCE",
             help="What shape-moe wrote: pruned checkpoints, selections, traces, tables of values, and the folders or "
-            "files of sweeps, evaluations, experiments and demos; any number of them.",
+            "files of series, sweeps, evaluations, experiments and demos; any number of them.",
         ),
     ],
     force: ForceFlag,
