@@ -272,6 +272,24 @@ def test_two_checkpoints_have_a_chapter_each(checkpoint, tmp_path) -> None:
     assert len(ids) == len(set(ids))
 
 
+def test_the_models_of_a_series_have_a_chapter_each(checkpoint, tmp_path) -> None:
+    snapshot = open_snapshot(checkpoint("olmoe"))
+    series = tmp_path / "series"
+    for place in (1, 2):
+        shape_moe.prune(
+            snapshot.path, series / f"p{place}", QUICKLY, selection=random_selection(snapshot, "drop", "ragged")
+        )
+    names = [{"name": name} for name in ("p1", "gone", "p2")]
+    (series / "series.json").write_text(json.dumps({"models": names}))
+    for number, source in enumerate((series, series / "series.json")):
+        result = shape_moe.report(source, tmp_path / f"{number}.html")
+        assert result.sections == ("layers", "values", "provenance", "layers-2", "values-2", "provenance-2")
+    for damaged in ({"models": [{"name": "gone"}]}, {"models": "p1"}, {}):
+        (series / "series.json").write_text(json.dumps(damaged))
+        with pytest.raises(UsageError, match="is a series of which no model is left"):
+            shape_moe.report(series, tmp_path / "x.html")
+
+
 @pytest.mark.parametrize("verb", ["demo", "experiment"])
 @pytest.mark.parametrize(
     "content", [{}, {"rows": [], "models": []}, {"rows": [{"scorer": "dense"}], "models": [{"name": "m"}], "task": "t"}]

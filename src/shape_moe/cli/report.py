@@ -58,6 +58,6 @@ def report(
 
 
 def _show(console: Console, result: ReportResult) -> None:
-    console.print(
-        f"[bold]{escape(str(result.path))}[/bold]  {readable_size(result.size)}: {', '.join(result.sections)}"
-    )
+    """The file and its sections; those of a second model have the same names with a number."""
+    names = dict.fromkeys(name.partition("-")[0] for name in result.sections)
+    console.print(f"[bold]{escape(str(result.path))}[/bold]  {readable_size(result.size)}: {', '.join(names)}")

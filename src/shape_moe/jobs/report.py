@@ -22,7 +22,7 @@ from shape_moe.evaluation.result_file import read_result
 from shape_moe.evaluation.swept import read_sweep
 from shape_moe.evaluation.verdict import Verdict
 from shape_moe.jobs.pruned_place import made_by
-from shape_moe.jobs.report_sources import Found, Place, find_all, find_source
+from shape_moe.jobs.report_sources import Found, Place, find_all, find_source, members
 from shape_moe.json_file import read_json
 from shape_moe.output_file import OutputFile
 from shape_moe.progress import SILENT, Progress
@@ -69,8 +69,8 @@ def report(
 
     Args:
         source: anything that a verb wrote: a pruned checkpoint's folder, a trace, a selection, a table of values
-            (``.csv``), the folder or file of a sweep, an evaluation, an experiment or a demonstration; or several of
-            these. What is of one model is shown together, as far as there is one of each kind.
+            (``.csv``), the folder or file of a series, a sweep, an evaluation, an experiment or a demonstration; or
+            several of these. What is of one model is shown together, as far as there is one of each kind.
         out: the file.
         selection: a selection to show, where the source does not hold one.
         sweep: a sweep's folder or its ``sweep.json``.
@@ -85,9 +85,10 @@ def report(
     """
     file = Path(out)
     file.parent.mkdir(parents=True, exist_ok=True)
-    sources = [source] if isinstance(source, str | PathLike) else list(source)
-    if not sources:
+    asked = [source] if isinstance(source, str | PathLike) else list(source)
+    if not asked:
         raise UsageError("Give at least one source to report on.")
+    sources = [member for place in asked for member in members(place)]
     read = (*sources, selection, sweep, evaluation) if file.suffix.lower() not in (".html", ".htm") else ()
     with OutputFile(file, force=force, inputs=[place for place in read if isinstance(place, str | PathLike)]):
         with progress.phase("Reading and scoring", len(sources), "source") as advance:

@@ -14,6 +14,7 @@ from shape_moe.evaluation.swept import SWEEP_FILE
 from shape_moe.jobs.pruned_place import beside, file_beside, made_by
 from shape_moe.jobs.select import is_table
 from shape_moe.json_file import read_json
+from shape_moe.reporting.series import SERIES_FILE
 from shape_moe.selection.selection import Selection
 
 Place = str | PathLike[str]
@@ -26,7 +27,7 @@ _RESULTS = {
 """Files of results by the verb that writes them; a folder is what the first of them says."""
 _SHOWN = (
     "Give a pruned checkpoint's folder or GGUF file, a trace's folder, a selection (.json), a table of values (.csv), "
-    "or the folder or file of a sweep, an evaluation, an experiment or a demo."
+    "or the folder or file of a series, a sweep, an evaluation, an experiment or a demo."
 )
 
 
@@ -100,6 +101,25 @@ class Found:
 
 
 _ORDER = ("checkpoint", "selection", "trace", "table", "sweep", "evaluation", "experiment", "demo")
+
+
+def members(source: Place) -> list[Place]:
+    """The models of a series that was pruned together, from its folder or its file; any other source by itself.
+
+    Raises:
+        UsageError: when none of the series' models is there.
+    """
+    given = Path(source)
+    file = given if given.name == SERIES_FILE else given / SERIES_FILE
+    if not file.is_file():
+        return [source]
+    entries = read_json(file).get("models")
+    names = [entry.get("name") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    models: list[Place] = [file.parent / Path(name).name for name in names if isinstance(name, str)]
+    found = [model for model in models if Path(model).exists()]
+    if not found:
+        raise UsageError(f"{given} is a series of which no model is left: give the models' own folders.")
+    return found
 
 
 def find_all(sources: Sequence[Place]) -> list[Found]:
