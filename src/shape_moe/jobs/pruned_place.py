@@ -117,8 +117,7 @@ def place_of(model: str | PathLike[str], out: str | PathLike[str]) -> PrunedPlac
     if named:
         raise UsageError(
             f"{model} is not a GGUF file, so it is pruned into a folder: name one, prune with --target stock, and "
-            f"convert "
-            "the result with llama.cpp's convert_hf_to_gguf.py."
+            "convert the result with llama.cpp's convert_hf_to_gguf.py."
         )
     return PrunedPlace(path)
 
