@@ -311,7 +311,7 @@ def test_ties_within_noise_are_found() -> None:
             "shape",
             "within noise of it: reap/uniform, drop (best by its figure: reap/uniform, drop, 0.1; ties",
         ),
-        ({"easy-ep", "shape"}, "easy-ep", "within noise of it: shape/coverage, drop and reap/uniform, drop (best by"),
+        ({"easy-ep", "shape"}, "easy-ep", "within noise of it: shape/coverage, drop | reap/uniform, drop (best by"),
     ],
 )
 def test_the_preferred_one_of_those_tied_is_taken(tied, chosen, said) -> None:
@@ -332,4 +332,4 @@ def test_the_preferred_one_of_those_tied_is_taken(tied, chosen, said) -> None:
     assert selection.scorer == chosen
     assert record["best"] == "reap/uniform, drop"
     assert sorted(record["tied"]) == sorted(f"{n}/{rules[n]}, drop" for n in {*tied, "reap"})
-    assert said.replace(" and reap", ", reap") in record["reason"]
+    assert said in record["reason"]
