@@ -17,13 +17,18 @@ from shape_moe.tracing.trace import Trace
 
 
 @dataclass(frozen=True)
-class RecordedResponses:
-    """Responses of a server that carry ``routed_experts``; see :func:`shape_moe.interop.responses.read_responses`."""
+class _Recorded:
+    """A file that somebody else wrote, and the model it is about."""
 
     file: Path
     snapshot: Snapshot
     skip_bad: bool = False
     progress: Progress = SILENT
+
+
+@dataclass(frozen=True)
+class RecordedResponses(_Recorded):
+    """Responses of a server that carry ``routed_experts``; see :func:`shape_moe.interop.responses.read_responses`."""
 
     def fill(self, folder: Path | None) -> Trace:
         """Read the file; nothing is kept in the folder, because reading starts anew in no time."""
@@ -32,13 +37,8 @@ class RecordedResponses:
 
 
 @dataclass(frozen=True)
-class RecordedCoalitions:
+class RecordedCoalitions(_Recorded):
     """Coalition counts; see :func:`shape_moe.interop.coalition_counts.read_coalitions`."""
-
-    file: Path
-    snapshot: Snapshot
-    skip_bad: bool = False
-    progress: Progress = SILENT
 
     def fill(self, folder: Path | None) -> Trace:
         """Read the file."""
@@ -47,13 +47,8 @@ class RecordedCoalitions:
 
 
 @dataclass(frozen=True)
-class RecordedImatrix:
+class RecordedImatrix(_Recorded):
     """An imatrix of llama.cpp; see :func:`shape_moe.interop.imatrix_trace.read_imatrix_trace`."""
-
-    file: Path
-    snapshot: Snapshot
-    skip_bad: bool = False
-    progress: Progress = SILENT
 
     def fill(self, folder: Path | None) -> Trace:
         """Read the file, and the model's down projections."""
