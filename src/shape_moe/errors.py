@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Sequence
+from typing import TypeVar
 
 from shape_moe.python_names import in_python
+
+Name = TypeVar("Name", bound=str)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_WORDS = ("No space left on device", "StorageFull", "Disk quota exceeded", "File too large")
@@ -95,3 +99,20 @@ class BudgetError(UsageError):
         super().__init__(message)
         self.below = below
         self.above = above
+
+
+def one_of(name: str, names: Sequence[Name], what: str) -> Name:
+    """A name that is one of several.
+
+    Args:
+        name: as it was given.
+        names: those that there are, at least two.
+        what: what they name, at the beginning of a sentence.
+
+    Raises:
+        UsageError: for any other name.
+    """
+    for known in names:
+        if name == known:
+            return known
+    raise UsageError(f"{what} must be {', '.join(names[:-1])} or {names[-1]}, not {name!r}.")

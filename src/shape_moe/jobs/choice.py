@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from shape_moe.architectures.moe_config import GateScale, MoeConfig
 from shape_moe.calibration.records import DataOptions
-from shape_moe.errors import UsageError
+from shape_moe.errors import one_of
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.keep_rate import Limit
 from shape_moe.jobs.held_out import HELD_OUT_SAMPLES
@@ -37,10 +37,7 @@ def check_effort(name: str) -> Effort:
     Raises:
         UsageError: for an unknown name.
     """
-    for effort in EFFORTS:
-        if name == effort:
-            return effort
-    raise UsageError(f"Effort must be {', '.join(EFFORTS[:-1])} or {EFFORTS[-1]}, not {name!r}.")
+    return one_of(name, EFFORTS, "Effort")
 
 
 @dataclass(frozen=True)

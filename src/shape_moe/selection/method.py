@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from shape_moe.architectures.moe_config import GATE_SCALES, GateScale, MoeConfig, check_gate_scale
-from shape_moe.errors import UsageError
+from shape_moe.errors import UsageError, one_of
 from shape_moe.selection.rules import get_rule
 
 Routing = Literal["drop", "reroute"]
@@ -123,10 +123,7 @@ def check_routing(name: str) -> Routing:
     Raises:
         UsageError: for an unknown name.
     """
-    for routing in ROUTINGS:
-        if name == routing:
-            return routing
-    raise UsageError(f"Routing must be {' or '.join(ROUTINGS)}, not {name!r}.")
+    return one_of(name, ROUTINGS, "Routing")
 
 
 def check_gate_scale_name(name: str) -> GateScale:
@@ -135,10 +132,7 @@ def check_gate_scale_name(name: str) -> GateScale:
     Raises:
         UsageError: for an unknown name.
     """
-    for scale in GATE_SCALES:
-        if name == scale:
-            return scale
-    raise UsageError(f"Gate scale must be {' or '.join(GATE_SCALES)}, not {name!r}.")
+    return one_of(name, GATE_SCALES, "Gate scale")
 
 
 def read_routed(text: str) -> tuple[Routing, GateScale]:
