@@ -311,7 +311,7 @@ def test_ties_within_noise_are_found() -> None:
             "shape",
             "within noise of it: reap/uniform, drop (best by its figure: reap/uniform, drop, 0.1; ties",
         ),
-        ({"easy-ep", "shape"}, "easy-ep", "within noise of it: shape/coverage, drop | reap/uniform, drop (best by"),
+        ({"easy-ep", "shape"}, "easy-ep", "within noise of it: shape/coverage, drop or reap/uniform, drop (best by"),
     ],
 )
 def test_the_preferred_one_of_those_tied_is_taken(tied, chosen, said) -> None:

@@ -254,8 +254,8 @@ def _reason(points: Sequence[Point], bench: Comparison, best: int, tied: Sequenc
     reason = f"{points[chosen].method} with a KL divergence of {readable_kl(loss(chosen))} {where}"
     if len(tied) > 1:
         others = [str(points[i].method) for i in tied if i != chosen]
-        reason += f"; within noise of it: {' | '.join(others[:_NAMED])}"
-        reason += f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+        reason += f"; within noise of it: {' or '.join(others[:_NAMED])}"
+        reason += f" or {len(others) - _NAMED} more" if len(others) > _NAMED else ""
         if chosen != best:
             reason += f" (best by its figure: {points[best].method}, {readable_kl(loss(best))}; ties go to the "
             reason += "benchmark's preference)"
