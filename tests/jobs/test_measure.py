@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 
 import shape_moe
+from shape_moe.calibration.examples import TokenOptions
 from shape_moe.calibration.reading import load_records
 from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.seen_prompts import SeenPrompts
@@ -25,6 +27,8 @@ from shape_moe.selection.method import Method
 from shape_moe.selection.select import SelectOptions
 from shape_moe.tracing.trace import load_trace
 from support.data import make_examples, synthetic_trace, write_lines
+from support.family_models import tiny_config, tiny_family
+from support.tiny_models import save_model
 
 METHOD = Method("replacement", "measured")
 
@@ -55,6 +59,21 @@ def test_curves_are_measured_once_and_select_offline(embedded, data, traced, tmp
     assert chosen.rule == "measured"
     with pytest.raises(UsageError, match="exists"):
         shape_moe.measure(embedded, traced, DataOptions.of(data, samples=6), file, method=METHOD)
+
+
+def test_layers_of_a_model_that_also_sees_are_measured(embedded, data, tmp_path) -> None:
+    """Its configuration says of the vocabulary in a part of its own."""
+    tokens = json.loads((embedded / "config.json").read_text())["vocab_size"]
+    text = {**tiny_config("qwen3_vl_moe").text_config.to_dict(), "vocab_size": tokens}
+    model = save_model(tiny_family("qwen3_vl_moe", text_config=text), tmp_path / "model")
+    for file in embedded.glob("token*"):
+        shutil.copy(file, model)
+    examples = ExampleOptions(DataOptions.of(data, samples=6), tokens=TokenOptions(template=False))
+    trace = shape_moe.trace(model, examples, tmp_path / "trace")
+    costs = shape_moe.measure(model, trace, examples, method=METHOD).costs()
+    assert costs.shape == (2, 9)
+    assert (costs[:, 8] == 0).all()
+    assert (costs[:, 1] > 1e-6).all()
 
 
 def test_prune_measures_the_examples_that_it_traces(embedded, data, tmp_path) -> None:

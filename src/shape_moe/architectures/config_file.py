@@ -27,6 +27,11 @@ _OPTIONAL = (
 _LARGEST = 2**31 - 1
 
 
+def with_text_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with what it says of its text part, which models that also see keep in a part of its own."""
+    return {**(config.get("text_config") or {}), **config}
+
+
 def read_config(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Read a model's configuration.
 

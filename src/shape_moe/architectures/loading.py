@@ -174,6 +174,11 @@ def quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """How many token ids the model embeds; a model with a vision part says so of its text part."""
+    return int(model.config.get_text_config().vocab_size)
+
+
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where token ids go: with the embeddings, or to the CPU where those are offloaded."""
     import torch

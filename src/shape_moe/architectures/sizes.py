@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from shape_moe.architectures.config_file import with_text_part
 from shape_moe.architectures.weight_source import WeightSource
 
 PRECISION_BITS = {"as stored": None, "bf16": 16.0, "fp8": 8.0, "int4": 4.25}
@@ -106,7 +107,7 @@ def kv_cache_bytes(config: dict[str, Any], context: int, concurrency: int, *, bi
 
     Counts latent attention (one compressed vector per token) and sliding windows; layers without attention hold none.
     """
-    config = {**config.get("text_config", {}), **config}
+    config = with_text_part(config)
     window = config.get("sliding_window") or context
     lengths = {"full": context, "sliding": min(context, window), "none": 0}
     per_layer = _kv_layer(config, bits)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from shape_moe.architectures.config_file import with_text_part
 from shape_moe.calibration.chat import ChatTemplate
 from shape_moe.calibration.records import Record
 from shape_moe.calibration.schema import Message
@@ -297,7 +298,7 @@ class Tokeniser:
 
 def tokeniser_of(tokenizer: PreTrainedTokenizerBase, config: Mapping[str, Any], options: TokenOptions) -> Tokeniser:
     """The tokeniser for a model of this configuration: its context, its embedding, and what ends its answers."""
-    config = {**config.get("text_config", {}), **config}
+    config = with_text_part(config)
     ends = config.get("eos_token_id")
     stops = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
     rows = config.get("vocab_size")

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shape_moe.architectures.loading import input_device
+from shape_moe.architectures.loading import input_device, vocabulary_size
 from shape_moe.calibration.examples import Tokeniser
 from shape_moe.calibration.records import Record
 from shape_moe.openai_server import OpenAIServer
@@ -117,7 +117,7 @@ def pad_token_id(model: PreTrainedModel, tokeniser: Tokeniser) -> int:
         model.config.get_text_config().pad_token_id,
         tokeniser.tokenizer.eos_token_id,
     ):
-        if isinstance(value, int) and 0 <= value < model.config.get_text_config().vocab_size:
+        if isinstance(value, int) and 0 <= value < vocabulary_size(model):
             return value
     return 0
 

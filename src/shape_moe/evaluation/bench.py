@@ -8,19 +8,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shape_moe.evaluation.comparison import POINTS_FILE, Comparison
+from shape_moe.evaluation.comparison import Comparison
 from shape_moe.evaluation.dense_reference import DenseReference
 from shape_moe.evaluation.generation import Generated, GenerationOptions, generate
 from shape_moe.evaluation.held_out_set import HeldOutSet
 from shape_moe.evaluation.teacher_forced import TeacherForced, compare_with_dense, record_dense
-from shape_moe.journal import Journal
 from shape_moe.progress import SILENT, Advance, Progress
 from shape_moe.selection.selection import Selection
-from shape_moe.units import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,7 +56,7 @@ class Bench(Comparison):
         folder: Path | None = None,
         progress: Progress = SILENT,
     ) -> None:
-        super().__init__(held_out, seed=seed, comparisons=comparisons)
+        super().__init__(held_out, seed=seed, comparisons=comparisons, folder=folder, progress=progress)
         self._model: PreTrainedModel | None = model
         self.tokenizer, self.by_answers = tokenizer, by_answers
         count = len(held_out.examples)
@@ -66,10 +64,7 @@ class Bench(Comparison):
         if by_answers and self.generation is not None:
             self.generation = replace(self.generation, examples=count)
         self.reference = DenseReference()
-        self._sums: Journal[dict[str, list[Any]]] = Journal(folder and folder / POINTS_FILE, "key", "sums")
         self._answers: dict[str, Generated | None] = {}
-        if self._sums:
-            progress.note(f"{counted(len(self._sums), 'point')} already done by the interrupted run.")
         with progress.phase(f"Dense model on {held_out.name}", count, "example") as advance:
             began = time.perf_counter()
             said = record_dense(model, held_out, self.reference, advance)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,8 +16,10 @@ from shape_moe.evaluation.intervals import Bootstrap, Estimate
 from shape_moe.evaluation.measures import Groups, Measured
 from shape_moe.evaluation.teacher_forced import TeacherForced
 from shape_moe.evaluation.worst_class import WorstClass
-from shape_moe.progress import Advance
+from shape_moe.journal import Journal
+from shape_moe.progress import Advance, Progress
 from shape_moe.selection.selection import Selection
+from shape_moe.units import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,6 +35,8 @@ class Comparison(ABC):
         held_out: the examples.
         seed: draws the resamples of all intervals.
         comparisons: how many candidates the best is picked from.
+        folder: where judged selections are kept for a later run, None for nowhere.
+        progress: where to show progress.
 
     Attributes:
         draws: resamples of the examples.
@@ -40,9 +45,14 @@ class Comparison(ABC):
 
     seconds: float = 0.0
 
-    def __init__(self, held_out: HeldOutSet, *, seed: int = 0, comparisons: int = 1) -> None:
+    def __init__(
+        self, held_out: HeldOutSet, *, seed: int, comparisons: int, folder: Path | None, progress: Progress
+    ) -> None:
         self.held_out, self.answered = held_out, held_out.answered()
         self.draws = Bootstrap(len(held_out.examples), seed, comparisons)
+        self._sums: Journal[dict[str, list[Any]]] = Journal(folder and folder / POINTS_FILE, "key", "sums")
+        if self._sums:
+            progress.note(f"{counted(len(self._sums), 'point')} already done by the interrupted run.")
 
     def __enter__(self) -> Self:
         return self

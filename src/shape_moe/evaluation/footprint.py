@@ -191,12 +191,12 @@ def _time(model: PreTrainedModel, workload: Workload) -> tuple[float, float]:
 
     import torch
 
-    from shape_moe.architectures.loading import input_device
+    from shape_moe.architectures.loading import input_device, vocabulary_size
 
     device = input_device(model)
     generator = torch.Generator().manual_seed(0)
     shape = (workload.batch_size, workload.prompt_tokens)
-    ids = torch.randint(0, model.config.get_text_config().vocab_size, shape, generator=generator).to(device)
+    ids = torch.randint(0, vocabulary_size(model), shape, generator=generator).to(device)
     prefills, decodes = [], []
     for repeat in range(_WARM_UPS + workload.repeats):
         prefill, decode = run_once(model, ids, workload.new_tokens)

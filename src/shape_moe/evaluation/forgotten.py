@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from shape_moe.architectures.loading import vocabulary_size
 from shape_moe.calibration.records import Record
 from shape_moe.calibration.responses import generate_answers, greedy_answers, pad_token_id, stop_ids
 from shape_moe.calibration.seen_prompts import SeenPrompts
@@ -249,7 +250,7 @@ class GeneralCheck:
             batch_size,
             pad_token_id(model, tokeniser),
             stop_ids(model),
-            int(model.config.get_text_config().vocab_size),
+            vocabulary_size(model),
         )
         self.reference = DenseReference()
         record_dense(model, self.held_out, self.reference)

@@ -6,15 +6,14 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shape_moe.architectures.layered_model import LayeredModel
 from shape_moe.evaluation.by_layers import DENSE, pass_through_layers, sums_behind_layers, sums_beside_dense
-from shape_moe.evaluation.comparison import POINTS_FILE, Comparison
+from shape_moe.evaluation.comparison import Comparison
 from shape_moe.evaluation.dense_reference import Outputs, scored_outputs
 from shape_moe.evaluation.held_out_set import HeldOutSet, scored_positions
 from shape_moe.evaluation.teacher_forced import TeacherForced
-from shape_moe.journal import Journal
 from shape_moe.progress import SILENT, Advance, Progress
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.hidden_states import HiddenStates
@@ -56,14 +55,11 @@ class LayeredBench(Comparison):
         folder: Path | None = None,
         progress: Progress = SILENT,
     ) -> None:
-        super().__init__(held_out, seed=seed, comparisons=comparisons)
+        super().__init__(held_out, seed=seed, comparisons=comparisons, folder=folder, progress=progress)
         self.model, self.progress, self.readings = model, progress, 0
         self._scratch = tempfile.TemporaryDirectory(prefix="shape-moe-") if folder is None else None
         self._folder = folder if folder is not None else Path(self._scratch.name if self._scratch else "")
         self._dense: HiddenStates | None = None
-        self._sums: Journal[dict[str, list[Any]]] = Journal(folder and folder / POINTS_FILE, "key", "sums")
-        if self._sums:
-            progress.note(f"{counted(len(self._sums), 'point')} already done by the interrupted run.")
 
     def close(self) -> None:
         """Let go of hidden states, but for those that an interrupted reading goes on from."""

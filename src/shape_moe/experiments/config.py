@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from shape_moe.errors import UsageError
+from shape_moe.errors import UsageError, one_of
 from shape_moe.evaluation.generation import GenerationOptions
 from shape_moe.evaluation.harness import TaskOptions
 from shape_moe.jobs.session import ExampleOptions
@@ -166,8 +166,7 @@ class ExperimentConfig:
     engine_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise UsageError(f"The engine must be {' or '.join(ENGINES)}, not {self.engine!r}.")
+        one_of(self.engine, ENGINES, "The engine")
         if self.engine_args and self.engine != "vllm":
             raise UsageError("Engine arguments go with --engine vllm.")
         silent = [spec.name for spec in self.evaluation if not (isinstance(spec, ExamplesSpec) and spec.generation)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shape_moe.architectures.families import FAMILIES
+from shape_moe.architectures.loading import vocabulary_size
 from shape_moe.architectures.moe_config import RouterFacts, check_gate_scale
 from shape_moe.architectures.sites import decoder_layers
 from shape_moe.calibration.example_maker import ExampleMaker
@@ -221,7 +222,7 @@ class CurveMaker:
             tuple(example.group for example in examples),
             self.maker.options.batch_size,
             pad_token_id(model, self.maker.tokeniser),
-            vocabulary=int(model.config.vocab_size),
+            vocabulary=vocabulary_size(model),
         )
         return [batch for _, batch in held.batches()]
 
@@ -301,11 +302,16 @@ def counts_for(experts: int, facts: RouterFacts, method: Method, most: int | Non
     Raises:
         UsageError: when no layer may lose an expert.
     """
-    groups, floor = (facts.groups, facts.floor) if method.routing == "reroute" else (1, 1)
+    groups, floor = _groups_and_floor(facts, method)
     counts = counts_to_measure(experts, floor, groups, most)
     if not counts:
         raise UsageError(f"Every layer must keep all of its {experts} experts: there is nothing to measure.")
     return counts
+
+
+def _groups_and_floor(facts: RouterFacts, method: Method) -> tuple[int, int]:
+    """Router groups that keep equal counts, and the fewest experts of a layer: under ``drop`` nothing binds."""
+    return (facts.groups, facts.floor) if method.routing == "reroute" else (1, 1)
 
 
 def cuts_of(scores: Scores, facts: RouterFacts, method: Method, counts: Sequence[int]) -> dict[int, list[Selection]]:
@@ -317,7 +323,7 @@ def cuts_of(scores: Scores, facts: RouterFacts, method: Method, counts: Sequence
         method: says in which routing.
         counts: experts that the layer keeps.
     """
-    groups, floor = (facts.groups, facts.floor) if method.routing == "reroute" else (1, 1)
+    groups, floor = _groups_and_floor(facts, method)
     experts, ranks = scores.num_experts, layer_ranks(scores.values, scores.tiebreak)
     room = Room(len(scores.layers), experts, Constraints(floor=floor, groups=groups))
     order = room.order(ranks.astype(float), ranks)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shape_moe.architectures.loading import vocabulary_size
 from shape_moe.calibration.example_maker import ExampleMaker
 from shape_moe.calibration.reading import load_records, sample_records
 from shape_moe.calibration.records import DataOptions, Record
@@ -57,7 +58,7 @@ def held_out_set(
         batch_size=session.options.answers.batch_size,
         pad_id=pad_token_id(model, calibrator.tokeniser),
         stops=stop_ids(model),
-        vocabulary=int(model.config.get_text_config().vocab_size),
+        vocabulary=vocabulary_size(model),
     )
 
 

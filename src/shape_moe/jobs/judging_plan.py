@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
 
+from shape_moe.architectures.loading import vocabulary_size
 from shape_moe.calibration.example_maker import ExampleMaker
 from shape_moe.calibration.parts import FEWEST
 from shape_moe.calibration.responses import pad_token_id
@@ -103,9 +104,7 @@ def plan_judging(
     if not any(len(draft.tokens) > 1 for draft in drafts):
         return JudgingPlan(maker, full, None, seen=seen)
     model, batch_size = session.model, maker.options.batch_size
-    pilot = pilot_set(
-        drafts, batch_size, pad_token_id(model, maker.tokeniser), int(model.config.get_text_config().vocab_size)
-    )
+    pilot = pilot_set(drafts, batch_size, pad_token_id(model, maker.tokeniser), vocabulary_size(model))
     typical = _typical_answer(session, maker)
     written = longest_answer(max([*(len(draft.response) for draft in drafts), typical]))
     answer_rows = pilot.rows_of(written + max(draft.prompt_length for draft in drafts))

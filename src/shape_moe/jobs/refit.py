@@ -17,14 +17,14 @@ from shape_moe.calibration.example_maker import ExampleMaker
 from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.responses import pad_token_id
 from shape_moe.calibration.sources import Data
-from shape_moe.errors import UsageError
+from shape_moe.errors import UsageError, one_of
 from shape_moe.evaluation.bench import Bench
 from shape_moe.evaluation.intervals import Bootstrap
 from shape_moe.jobs.held_out import held_out_set
-from shape_moe.jobs.search import layered_bench
+from shape_moe.jobs.search import layered_bench, open_layers
 from shape_moe.jobs.session import DEFAULT_SAMPLES, ExampleOptions, ModelSession, as_example_options
 from shape_moe.progress import SILENT, Progress
-from shape_moe.refitting.refitted import LayerFiles, raw_bytes
+from shape_moe.refitting.refitted import RHO, LayerFiles, raw_bytes
 from shape_moe.selection.selection import Selection
 from shape_moe.tracing.token_weights import PredictingWeights, SegmentWeights
 from shape_moe.units import readable_kl
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from shape_moe.refitting.refitted import Refitted
 
 WAYS = ("on", "off", "auto")
-RHO = 0.3
-"""Strength of the ridge towards the original weights where nothing else is said."""
 RHOS = (0.3, 3.0, 30.0)
 """Strengths that are tried where one is chosen."""
 
@@ -50,8 +48,7 @@ def check_refit(name: str) -> None:
     Raises:
         UsageError: naming those that do.
     """
-    if name not in WAYS:
-        raise UsageError(f"--refit must be {', '.join(WAYS[:-1])} or {WAYS[-1]}, not {name!r}.")
+    one_of(name, WAYS, "--refit")
 
 
 def refit(
@@ -126,19 +123,17 @@ def refit_in_session(
     Raises:
         ShapeMoeError: see :func:`refit`.
     """
-    from shape_moe.architectures.layered_model import LayeredModel
     from shape_moe.architectures.live_layers import LiveLayers
     from shape_moe.refitting.layers import Layers, RefitPass
 
-    maker, asked = session.calibrator, session.options
+    maker = session.calibrator
     examples = maker.examples or maker.run(session.answerer, folder)
     layers = max(selection.layers) + 1
     title = f"Refitting with rho {request.rho:g}"
     with ExitStack() as stack:
         engine: Layers
         if session.reads_layers:
-            assert session.snapshot is not None
-            engine = LayeredModel(session.snapshot, device=asked.device, dtype=asked.dtype)
+            engine = open_layers(session)
         else:
             engine = stack.enter_context(LiveLayers(session.model).attached())
         pad_id = pad_token_id(engine.model, maker.tokeniser)

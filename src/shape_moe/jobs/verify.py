@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+from shape_moe.architectures.config_file import with_text_part
 from shape_moe.architectures.fingerprint import check_fingerprint, fingerprint
 from shape_moe.architectures.gguf_file import is_gguf
 from shape_moe.architectures.loading import load_model, load_tokenizer, loaded_bytes, why_not_loadable
@@ -192,7 +193,7 @@ def _check_tensors(path: Path) -> tuple[bool, str]:
 
 def _check_tokenizer(path: Path) -> tuple[bool, str]:
     tokenizer, config = load_tokenizer(path), open_snapshot(path).config
-    ids, vocabulary = len(tokenizer), int({**config.get("text_config", {}), **config}["vocab_size"])
+    ids, vocabulary = len(tokenizer), int(with_text_part(config)["vocab_size"])
     if ids > vocabulary:
         return False, f"the tokenizer has {ids:,} ids, the model embeds {vocabulary:,}"
     return True, f"{ids:,} ids"

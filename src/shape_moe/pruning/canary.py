@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shape_moe.architectures.loading import input_device
+from shape_moe.architectures.loading import input_device, vocabulary_size
 from shape_moe.documents import as_shape
 from shape_moe.errors import CheckpointError
 from shape_moe.json_file import read_json
@@ -93,7 +93,7 @@ def canary_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
     Returns:
         :data:`SEQUENCES` sequences of at most :data:`SEQUENCE_LENGTH` token ids.
     """
-    vocabulary = int(model.config.get_text_config().vocab_size)
+    vocabulary = vocabulary_size(model)
     texts = [list(tokenizer(text).input_ids) for text in canary_texts()] if tokenizer is not None else []
     length = min((len(ids) for ids in texts), default=0)
     if length < _LEAST_TEXT or max(max(ids) for ids in texts) >= vocabulary:
@@ -187,7 +187,7 @@ def compare_canary(model: PreTrainedModel, canary: Canary) -> CanaryResult:
     """
     import torch
 
-    vocabulary = int(model.config.get_text_config().vocab_size)
+    vocabulary = vocabulary_size(model)
     largest = max(max(*row.tokens, *(max(ids) for ids in row.top_ids)) for row in canary.sequences)
     if largest >= vocabulary:
         raise CheckpointError(f"The canary names token {largest}, and the model has {vocabulary}: it is another's.")

@@ -29,7 +29,7 @@ from shape_moe.errors import ShapeMoeError, UnsupportedModelError
 from shape_moe.progress import Advance
 from shape_moe.pruning.down_projections import DownProjections
 from shape_moe.pruning.masks import masked
-from shape_moe.refitting.refitted import LayerFiles, LayerRefit, Refitted, raw_bytes
+from shape_moe.refitting.refitted import RHO, LayerFiles, LayerRefit, Refitted, raw_bytes
 from shape_moe.refitting.seen import ExpertInputs, entering_stream
 from shape_moe.refitting.solver import Problem, solve
 from shape_moe.selection.selection import Selection
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 
     from shape_moe.calibration.batches import Batch
 
-RHO = 0.3
-"""Strength of the ridge where nothing else is said."""
 _STRONGER = 10.0
 _HELD_OUT = 10
 """One token in so many is kept out of the fit."""

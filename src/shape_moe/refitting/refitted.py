@@ -19,6 +19,8 @@ from shape_moe.workspace import write_json
 if TYPE_CHECKING:
     import torch
 
+RHO = 0.3
+"""Strength of the ridge towards the original weights where nothing else is said."""
 _JOB = "refit.json"
 ENOUGH = 1.0
 """With fewer tokens for every unknown of an output than this, a refit can fit what does not generalise."""

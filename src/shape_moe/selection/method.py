@@ -94,8 +94,7 @@ class Method:
         """
         get_rule(self.rule)
         check_routing(self.routing)
-        if self.target not in TARGETS:
-            raise UsageError(f"Target must be {' or '.join(TARGETS)}, not {self.target!r}.")
+        one_of(self.target, TARGETS, "Target")
         if self.equal_counts and self.routing != "reroute":
             raise UsageError("Target stock needs routing reroute: a stock model knows no dropped slots.")
         check_gate_scale_name(self.gate_scale)

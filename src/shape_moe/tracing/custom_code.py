@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from shape_moe.architectures.loading import input_device
+from shape_moe.architectures.loading import input_device, vocabulary_size
 from shape_moe.calibration.batches import make_batch
 from shape_moe.calibration.examples import Example
 from shape_moe.errors import ShapeMoeError, UnsupportedModelError, first_line
@@ -27,7 +27,7 @@ def check_traceable(model: PreTrainedModel) -> None:
 
     kind = type(model).__name__
     tracer = ModelTracer(model)
-    tokens = tuple(number % model.config.get_text_config().vocab_size for number in range(3, 3 + 7 * _TOKENS, 7))
+    tokens = tuple(number % vocabulary_size(model) for number in range(3, 3 + 7 * _TOKENS, 7))
     batch = make_batch([Example(0, "a probe", tokens)], [0], 0)
     before = model.config._experts_implementation  # noqa: SLF001  # no public name
     try:
