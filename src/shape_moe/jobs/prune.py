@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -20,14 +20,8 @@ from shape_moe.calibration.sources import Data
 from shape_moe.errors import DataError, ShapeMoeError, UsageError
 from shape_moe.jobs.choice import AUTO_HELD_OUT, LEAST_HELD_OUT, methods_to_try
 from shape_moe.jobs.closing import commands_after
-from shape_moe.jobs.judgement import (
-    Judgement,
-    JudgementOptions,
-    set_aside,
-)
-from shape_moe.jobs.judging_examples import (
-    session_for,
-)
+from shape_moe.jobs.judgement import Judgement, JudgementOptions, set_aside
+from shape_moe.jobs.judging_examples import session_for
 from shape_moe.jobs.planning import SearchPlan, held_out_tracing, plan_search
 from shape_moe.jobs.prune_options import PruneOptions, check_request, complete_options, makes_curves, without_choice
 from shape_moe.jobs.prune_run import (
@@ -52,6 +46,7 @@ from shape_moe.pruning.compare import file_hash
 from shape_moe.pruning.down_projections import RefittedSelection
 from shape_moe.pruning.refitted_tensors import check_refittable
 from shape_moe.pruning.writers import what_is_left_out
+from shape_moe.reporting.model_card import CardFacts
 from shape_moe.reporting.opening import Opening
 from shape_moe.selection.method import check_for_model
 from shape_moe.selection.rules import budget_for
@@ -231,22 +226,41 @@ def _write(run: PruneRun, selection: Selection, work: Workspace, place: PrunedPl
     shutil.rmtree(work.path / REFIT_FOLDER, ignore_errors=True)
     facts = made.facts(run, size)
     describe(run, made, work.path, facts, hashes)
+    return result_of(run, made, facts, logits, place.complete(work, rejected=made.rejected(run)), run.notes)
+
+
+def result_of(
+    run: PruneRun,
+    made: PrunedModel,
+    facts: CardFacts,
+    logits: CanaryResult | None,
+    path: Path,
+    notes: Sequence[str],
+) -> PruneResult:
+    """What there is to say of a model once it has its name.
+
+    Args:
+        run: the job.
+        made: the model.
+        facts: what its card tells.
+        logits: the comparison of its logits, None where there was none.
+        path: where it lies.
+        notes: what the user should know.
+    """
     rejected = made.rejected(run)
-    path = place.complete(work, rejected=rejected)
-    following = () if rejected else tuple(commands_after(facts, path))
     return PruneResult(
         path,
-        selection,
+        made.selection,
         run.target,
         facts.bytes_before,
-        size,
+        facts.bytes_after,
         logits,
-        skipped,
-        tuple(run.notes),
-        judgement,
+        made.logits_skipped,
+        tuple(notes),
+        made.judgement,
         rejected,
         facts.opening,
-        following,
+        () if rejected else tuple(commands_after(facts, path)),
     )
 
 

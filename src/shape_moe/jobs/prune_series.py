@@ -14,8 +14,7 @@ from shape_moe.architectures.loading import free_memory
 from shape_moe.architectures.snapshot import open_snapshot
 from shape_moe.calibration.records import DataOptions
 from shape_moe.calibration.sources import Data
-from shape_moe.jobs.closing import commands_after
-from shape_moe.jobs.prune import PruneResult, check_disk, describe_job, open_inputs
+from shape_moe.jobs.prune import PruneResult, check_disk, describe_job, open_inputs, result_of
 from shape_moe.jobs.prune_options import PruneOptions, check_request, complete_options
 from shape_moe.jobs.prune_run import (
     REFIT_FOLDER,
@@ -155,23 +154,7 @@ def _carry_out(run: PruneRun, work: Workspace, place: SeriesPlace) -> SeriesResu
         facts = each.facts(run, size, series)
         describe(run, each, place.inside(rate, work.path), facts, hashes)
         path = place.folder / place.name(rate, rejected=each.rejected(run))
-        following = () if each.rejected(run) else tuple(commands_after(facts, path))
-        results.append(
-            PruneResult(
-                path,
-                each.selection,
-                run.target,
-                facts.bytes_before,
-                size,
-                logits,
-                skipped,
-                each.selection.warnings,
-                each.judgement,
-                each.rejected(run),
-                facts.opening,
-                following,
-            )
-        )
+        results.append(result_of(run, each, facts, logits, path, each.selection.warnings))
     samples = run.trace.info.examples if run.trace is not None else None
     method = full_method(selections[0], samples)
     title = f"{short_name(run.snapshot.name)}, pruned to {len(made)} keep rates"
